@@ -1,0 +1,1 @@
+"""Scripts that train, evaluate and sample recurrent models with seqjax."""

@@ -1,0 +1,67 @@
+"""A configuration's model section to a language model, and the differences between two."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError, nearest
+from seqjax import layers, models
+
+LAYERS: dict[str, type] = {
+    "lru": layers.LRU,
+    "s5": layers.S5,
+    "gateloop": layers.GateLoop,
+    "mamba": layers.Mamba,
+    "deltanet": layers.DeltaNet,
+    "attention": layers.SlidingWindowAttention,
+}
+
+VOCAB_SIZE = 256
+
+
+def build_model(model: ConfigDict) -> models.LanguageModel:
+    """Builds the byte-level language model that `config.model` describes."""
+    mixers = [_build_layer(name.strip(), model) for name in model.mixers.split(",")]
+    try:
+        backbone = models.Backbone(mixers, depth=model.depth, mlp_ratio=model.mlp_ratio)
+        return models.LanguageModel(VOCAB_SIZE, backbone)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.model: {error}") from error
+
+
+def _build_layer(name: str, model: ConfigDict) -> Any:
+    if name not in LAYERS:
+        raise UserError(f"config.model.mixers: unknown layer {name!r}: {nearest(name, LAYERS)}")
+    layer = LAYERS[name]
+    options = model.options.get(name, ConfigDict()).to_dict()
+    fields = {field.name for field in dataclasses.fields(layer) if field.init}
+    for option in options:
+        if option not in fields:
+            raise UserError(
+                f"config.model.options.{name}: unknown field {option!r}: {nearest(option, fields)}"
+            )
+    try:
+        return layer(dim=model.dim, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.model.options.{name}: {error}") from error
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The configuration as plain JSON values, as a checkpoint stores it."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lists `field: old -> new` for every field in which two JSON configurations differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return found

@@ -1,0 +1,155 @@
+"""Orbax checkpoints of a run: the newest few, and the best one in a manager of its own."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from experiments import build
+from experiments.errors import UserError
+
+# A run goes on exactly only if nothing but these sections has changed.
+_MAY_CHANGE = ("optimizer", "steps", "log_every", "eval_every", "save_every", "keep", "eval")
+
+# Room for the metadata of a checkpoint and for the log.
+_SPARE_BYTES = 1 << 20
+
+
+class Checkpoints:
+    """Saves and restores `state` (arrays) and `meta` (JSON) of the run in a workdir."""
+
+    def __init__(self, workdir: Path, keep: int = 2) -> None:
+        self._latest = _manager(workdir / "checkpoints", keep)
+        # Kept apart: a manager that keeps the best may delete the newest, which resume needs.
+        self._best = _manager(workdir / "best", 1)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest complete checkpoint, or None."""
+        return self._latest.latest_step()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
+        """Saves the newest state and, if it is the best so far, a second copy of it."""
+        managers = [self._latest, self._best] if best else [self._latest]
+        _check_space(self._latest.directory, state, len(managers))
+        for manager in managers:
+            if manager.latest_step() == step:
+                continue
+            manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state["params"]),
+                    optimizer=ocp.args.StandardSave(state["optimizer"]),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON stored with the newest checkpoint."""
+        return _restore(self._latest, step, meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The state at `step`, placed as the arrays of `like` are."""
+        # A best checkpoint of steps that are about to be taken again would block their own.
+        for later in self._best.all_steps():
+            if later > step:
+                self._best.delete(later)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        restored = _restore(
+            self._latest,
+            step,
+            params=ocp.args.StandardRestore(abstract["params"]),
+            optimizer=ocp.args.StandardRestore(abstract["optimizer"]),
+        )
+        return {"params": restored["params"], "optimizer": restored["optimizer"]}
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk; raises what went wrong while saving."""
+        self._latest.wait_until_finished()
+        self._best.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes what is being saved and lets go of the folders."""
+        self._latest.close()
+        self._best.close()
+
+
+def _check_space(folder: Any, state: Any, copies: int) -> None:
+    """Fails before anything is written: a disk that fills up meanwhile leaves half a checkpoint."""
+    size = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"a checkpoint needs {size} bytes, {free} are free")
+
+
+def _manager(folder: Path, keep: int | None, read_only: bool = False) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
+    )
+    return ocp.CheckpointManager(
+        folder.resolve(), options=options, item_names=("params", "optimizer", "meta")
+    )
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        raise UserError(
+            f"the checkpoint of step {step} in {manager.directory} cannot be read "
+            f"({str(error).splitlines()[0]}): delete that step, or start with a new --workdir"
+        ) from error
+
+
+def check_same_run(
+    workdir: Path, meta: dict[str, Any], config: ConfigDict, fingerprint: str
+) -> None:
+    """Refuses to go on with another model or other data than the checkpoint's."""
+    changed = [
+        line
+        for line in build.differences(meta["config"], build.to_json(config))
+        if line.split(":")[0].split(".")[0] not in _MAY_CHANGE
+    ]
+    if changed:
+        raise UserError(
+            f"the checkpoint in {workdir} was made with other settings ({'; '.join(changed)}): "
+            "use the old settings or another --workdir"
+        )
+    if meta["fingerprint"] != fingerprint:
+        raise UserError(
+            f"the text has changed since the checkpoint in {workdir} was made, so the run cannot "
+            "go on where it was: start with a new --workdir"
+        )
+
+
+def load_for_inference(workdir: str, which: str) -> tuple[Any, Any, ConfigDict, int]:
+    """Rebuilds the model of a workdir; returns (model, params, config, step)."""
+    if not workdir:
+        raise UserError("no --workdir: give the folder of a run, for example --workdir=runs/NAME")
+    folder = Path(workdir) / ("best" if which == "best" else "checkpoints")
+    if not folder.is_dir():
+        raise UserError(
+            f"no {which} checkpoint in {workdir}: train first with python -m experiments.train"
+        )
+    # Read only: a training run may be writing to the same folder.
+    with _manager(folder, None, read_only=True) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(
+                f"no {which} checkpoint in {workdir}: train first with python -m experiments.train"
+            )
+        meta = _restore(manager, step, meta=ocp.args.JsonRestore())["meta"]
+        config = ConfigDict(meta["config"])
+        model = build.build_model(config.model)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            jax.eval_shape(model.init, jax.random.key(0)),
+        )
+        params = _restore(manager, step, params=ocp.args.StandardRestore(like))["params"]
+    return model, params, config, step

@@ -1,0 +1,123 @@
+"""Byte-level language models on text, one for each layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.errors import UserError, nearest
+
+# The mixers of the blocks; a list with commas alternates.
+MIXERS = {
+    "lru": "lru",
+    "s5": "s5",
+    "gateloop": "gateloop",
+    "mamba": "mamba",
+    "deltanet": "deltanet",
+    "attention": "attention",
+    "hybrid": "deltanet,attention",
+}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Builds the configuration; `arg` is a layer name, `quicktest`, or both with a comma."""
+    words = [word.strip() for word in arg.split(",") if word.strip()]
+    layers = [word for word in words if word != "quicktest"]
+    for word in layers:
+        if word not in MIXERS:
+            raise UserError(
+                f"unknown layer {word!r} in --config: {nearest(word, [*MIXERS, 'quicktest'])}"
+            )
+    if len(layers) > 1:
+        raise UserError(
+            f"--config names the layers {' and '.join(layers)}: give one, "
+            "and set others with --config.model.mixers=lru,attention"
+        )
+    layer = layers[0] if layers else "deltanet"
+    settings: dict[str, Any] = {
+        "name": f"lm-{layer}",
+        "seed": 0,
+        "steps": 500,
+        "log_every": 20,
+        "eval_every": 250,
+        "save_every": 250,
+        "keep": 2,
+        "model": {
+            "mixers": MIXERS[layer],
+            "depth": 2,
+            "dim": 128,
+            "mlp_ratio": 2,
+            "options": {
+                "lru": {"state_dim": 128, "r_min": 0.0, "r_max": 1.0},
+                "s5": {"state_dim": 128},
+                "gateloop": {"heads": 4},
+                "mamba": {"state_dim": 16, "expand": 2, "conv_size": 4},
+                "deltanet": {
+                    "heads": 8,
+                    "conv_size": 4,
+                    "gated": True,
+                    "negative_eigenvalues": False,
+                },
+                "attention": {"heads": 4, "window": 64},
+            },
+        },
+        "data": {
+            "path": "",
+            "tfds": "",
+            "tfds_dir": "",
+            "tfds_train": "train",
+            "tfds_heldout": "test",
+            "tfds_text": "text",
+            "tfds_heldout_documents": 10_000,
+            "heldout_fraction": 0.1,
+            "length": 128,
+            "batch_size": 16,
+            "shuffle_windows": 16384,
+        },
+        "optimizer": {
+            "learning_rate": 4e-3,
+            "final_fraction": 0.05,
+            "warmup_steps": 50,
+            "b1": 0.9,
+            "b2": 0.95,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "recurrence_rate": 0.25,
+        },
+        "eval": {"lanes": 32, "bytes": 1 << 16, "final_bytes": 1 << 19},
+        "sample": {"prompt": "", "num_bytes": 400, "temperature": 0.8, "top_p": 0.95},
+    }
+    config = ConfigDict(settings)
+    if "quicktest" in words:
+        _shrink(config, depth=len(MIXERS[layer].split(",")))
+    return config
+
+
+def _shrink(config: ConfigDict, depth: int) -> None:
+    """Makes a run of seconds, which shows that everything works and learns little."""
+    config.name += "-quicktest"
+    config.update(
+        {
+            "steps": 10,
+            "log_every": 2,
+            "eval_every": 5,
+            "save_every": 5,
+            "model": {
+                "depth": depth,
+                "dim": 16,
+                "options": {
+                    "lru": {"state_dim": 16},
+                    "s5": {"state_dim": 16},
+                    "gateloop": {"heads": 2},
+                    "mamba": {"state_dim": 4},
+                    "deltanet": {"heads": 2},
+                    "attention": {"heads": 2, "window": 8},
+                },
+            },
+            "data": {"length": 32, "batch_size": 4, "shuffle_windows": 64},
+            "optimizer": {"warmup_steps": 2},
+            "eval": {"lanes": 4, "bytes": 512, "final_bytes": 2048},
+            "sample": {"num_bytes": 40},
+        }
+    )

@@ -1,0 +1,160 @@
+"""Documents to training batches: shuffle, pack, shuffle again, batch; deterministic, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental as grain_experimental
+from ml_collections import ConfigDict
+
+from experiments.data import corpus as corpora
+from experiments.data import tfds_text
+from experiments.errors import UserError
+
+# What the model reads before the first byte of a document, which it predicts like any other.
+DOCUMENT_START = 0
+
+
+def load_corpus(data: ConfigDict) -> corpora.Corpus:
+    """Loads the corpus that `config.data` names and checks that it can be trained on."""
+    if data.path and data.tfds:
+        raise UserError("config.data.path and config.data.tfds are both set: give one of them")
+    if not 0 < data.heldout_fraction < 1:
+        raise UserError(
+            f"config.data.heldout_fraction={data.heldout_fraction}: must be between 0 and 1"
+        )
+    if data.tfds:
+        corpus = tfds_text.load(data)
+    elif data.path:
+        corpus = corpora.load_path(data.path, data.heldout_fraction)
+    else:
+        corpus = corpora.load_standard_library(data.heldout_fraction)
+    _check_size(corpus, data.length)
+    return corpus
+
+
+def _check_size(corpus: corpora.Corpus, length: int) -> None:
+    if length < 1:
+        raise UserError(f"config.data.length={length}: must be at least 1")
+    size = 0
+    for index in range(len(corpus.train)):
+        size += len(corpus.train[index])
+        if size >= length:
+            break
+    if size < length or not any(corpus.heldout):
+        raise UserError(
+            f"{corpus.name} is too small: {size} bytes to train on and "
+            f"{sum(map(len, corpus.heldout))} held out, one window needs {length}; "
+            "give more text or a smaller config.data.length"
+        )
+
+
+class _TokenSource:
+    """A Grain source of documents as (what is read, what is predicted) pairs of byte arrays."""
+
+    def __init__(self, documents: corpora.Documents) -> None:
+        self._documents = documents
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return shift(self._documents[int(index)])
+
+    def __repr__(self) -> str:
+        return f"_TokenSource({len(self)} documents)"
+
+
+def shift(document: bytes) -> dict[str, np.ndarray]:
+    """Every byte is a target; the model reads the byte before it."""
+    targets = np.frombuffer(document, np.uint8)
+    inputs = np.empty_like(targets)
+    inputs[:1] = DOCUMENT_START
+    inputs[1:] = targets[:-1]
+    return {"inputs": inputs, "targets": targets}
+
+
+def _window(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "inputs": packed["inputs"],
+        "targets": packed["targets"],
+        "segment_ids": packed["inputs_segment_ids"],
+    }
+
+
+def train_batches(
+    documents: corpora.Documents,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int,
+    shuffle_windows: int,
+) -> grain.DatasetIterator:
+    """Endless batches of `inputs`, `targets` [B,T] uint8 and `segment_ids` [B,T] int32.
+
+    The documents are shuffled anew each epoch, packed end to end into windows of `length`
+    bytes, and `shuffle_windows` windows at a time are shuffled again, so that a batch mixes many
+    documents. The iterator's state is small JSON and resumes at the very next batch.
+    """
+    dataset = (
+        grain.MapDataset.source(_TokenSource(documents))
+        .seed(seed)
+        .shuffle()
+        .repeat()
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    )
+    dataset = grain_experimental.ConcatThenSplitIterDataset(
+        dataset, length_struct={"inputs": length, "targets": length}
+    )
+    dataset = grain_experimental.WindowShuffleIterDataset(
+        dataset, window_size=shuffle_windows, seed=seed
+    )
+    return iter(dataset.map(_window).batch(batch_size, drop_remainder=True))
+
+
+def resume(batches: grain.DatasetIterator, state: Any) -> None:
+    """Sets an iterator of `train_batches` to a state that has been through JSON."""
+    batches.set_state(_tuples(state))
+
+
+def _tuples(value: Any) -> Any:
+    # JSON makes lists of tuples, and Grain's packing compares its slices with a tuple: a list
+    # there drops or repeats a document.
+    if isinstance(value, dict):
+        return {name: _tuples(part) for name, part in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def lanes(documents: Sequence[bytes], count: int, length: int) -> dict[str, np.ndarray]:
+    """Lays documents end to end and cuts them into `count` lanes to be read with carried state.
+
+    Returns `inputs`, `targets` uint8, `reset` and `counted` bool, each [count, n * length]. Every
+    byte is a target exactly once; `counted` is false on the padding at the end. A lane starts
+    like a document, so that no lane knows a byte that another lane predicts.
+    """
+    shifted = [shift(text) for text in documents if text]
+    targets = np.concatenate([part["targets"] for part in shifted])
+    inputs = np.concatenate([part["inputs"] for part in shifted])
+    starts = np.cumsum([0] + [len(part["targets"]) for part in shifted[:-1]])
+    reset = np.zeros(targets.shape, bool)
+    reset[starts] = True
+
+    lane = -(-len(targets) // count)
+    padded = -(-lane // length) * length
+
+    def cut(stream: np.ndarray) -> np.ndarray:
+        stream = np.pad(stream, (0, count * lane - len(stream))).reshape(count, lane)
+        return np.pad(stream, ((0, 0), (0, padded - lane)))
+
+    result = {
+        "inputs": cut(inputs),
+        "targets": cut(targets),
+        "reset": cut(reset),
+        "counted": cut(np.ones(targets.shape, bool)),
+    }
+    result["inputs"][:, 0] = DOCUMENT_START
+    result["reset"][:, 0] = True
+    return result

@@ -1,0 +1,78 @@
+"""Text sets of TensorFlow Datasets by name, read at random without TensorFlow."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.data.corpus import Corpus
+from experiments.errors import UserError, nearest
+
+
+class _TextColumn:
+    """The text of every example of a data source, as bytes."""
+
+    def __init__(self, source: Sequence[Any], key: str) -> None:
+        self._source = source
+        self._key = key
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> bytes:
+        text = self._source[index][self._key]
+        return text.encode() if isinstance(text, str) else bytes(text)
+
+
+def load(data: ConfigDict) -> Corpus:
+    """Loads the prepared data set `data.tfds`; never downloads one."""
+    train = _column(data, data.tfds_train)
+    heldout = _column(data, data.tfds_heldout)
+    digest = hashlib.sha256(repr((data.tfds, data.tfds_train, data.tfds_text)).encode())
+    digest.update(repr((len(train), train[0] if len(train) else b"")).encode())
+    # Only as much as is ever evaluated is read, in the set's own order.
+    count = min(len(heldout), data.tfds_heldout_documents)
+    texts = [heldout[index] for index in range(count)]
+    return Corpus(f"TFDS {data.tfds}", train, texts, digest.hexdigest()[:16])
+
+
+def _column(data: ConfigDict, split: str) -> _TextColumn:
+    tfds = _import()
+    try:
+        # Downloading is left to the user: offline, an attempt hangs for minutes.
+        source = tfds.data_source(
+            data.tfds, split=split, data_dir=data.tfds_dir or None, download=False
+        )
+    except tfds.core.registered.DatasetNotFoundError as error:
+        names = tfds.list_builders(with_community_datasets=False)
+        hint = nearest(data.tfds, names).split(" known: ")[0] if names else ""
+        raise UserError(f"config.data.tfds={data.tfds!r}: no such data set: {hint}") from error
+    except (NotImplementedError, AssertionError, OSError) as error:
+        raise UserError(
+            f"the data set {data.tfds!r} is not prepared here: run tfds.builder({data.tfds!r}, "
+            "file_format='array_record').download_and_prepare() in Python first, and name its "
+            "folder with config.data.tfds_dir if it is not the default one"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"config.data.tfds={data.tfds!r}: {error}") from error
+    keys = source.dataset_info.features.keys()
+    if data.tfds_text not in keys:
+        raise UserError(
+            f"{data.tfds!r} has no feature config.data.tfds_text={data.tfds_text!r}: "
+            + nearest(data.tfds_text, keys)
+        )
+    return _TextColumn(source, data.tfds_text)
+
+
+def _import() -> Any:
+    try:
+        import tensorflow_datasets as tfds  # Slow to import, and few runs need it.
+    except ImportError as error:
+        raise UserError(
+            f"config.data.tfds needs tensorflow-datasets ({error}): "
+            "pip install 'seqjax[experiments]'"
+        ) from error
+    return tfds

@@ -1,0 +1,32 @@
+"""Errors that a user can act on: one line, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what and how, on one line."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns a hint that names the closest of `choices`, else lists all of them."""
+    known = sorted(choices)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}? known: {', '.join(known)}"
+    return f"known: {', '.join(known)}"
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a full disk or an exhausted quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        # Checkpoint libraries written in C++ report the errno as text only.
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,77 @@
+"""Bits per byte of a trained model on held-out text, beside gzip and xz.
+
+python -m experiments.evaluate --workdir=runs/lm-deltanet
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import checkpoints, cli, heldout
+from experiments.data import corpus as corpora
+from experiments.data import pipeline
+from experiments.errors import UserError
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the flags of this script."""
+    flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
+    flags.DEFINE_enum(
+        "which", "latest", ["latest", "best"], "Which checkpoint to use.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "path", "", "File to evaluate on instead of the run's held-out text.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "num_bytes",
+        0,
+        "Evaluate on at most this many bytes; 0: as the run does.",
+        flag_values=values,
+    )
+
+
+def main(values: Any) -> int:
+    """Evaluates the run given by flags."""
+    evaluate(values.workdir, values.which, values.path, values.num_bytes)
+    return 0
+
+
+def evaluate(
+    workdir: str, which: str = "latest", path: str = "", num_bytes: int = 0
+) -> dict[str, Any]:
+    """Evaluates the checkpoint of a workdir and prints the result."""
+    model, params, config, step = checkpoints.load_for_inference(workdir, which)
+    limit = num_bytes or config.eval.final_bytes
+    if limit < 1:
+        raise UserError(f"--num_bytes={num_bytes}: must be positive")
+    if path:
+        name, documents = path, [read_file(path)]
+    else:
+        corpus = pipeline.load_corpus(config.data)
+        name, documents = f"held-out part of {corpus.name}", list(corpus.heldout)
+    documents = corpora.take_bytes(documents, limit)
+    measure = heldout.make_evaluate(model, lanes=config.eval.lanes, length=config.data.length)
+    result = heldout.report(measure(params, documents), documents) | {"step": step}
+    print(f"{workdir}, {which} checkpoint (step {step}), {name}")
+    print(heldout.format_report(result))
+    return result
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file the user named."""
+    try:
+        text = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read --path={path}: {error.strerror}") from error
+    if not text:
+        raise UserError(f"--path={path} is empty: give a file with text in it")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define_flags, main))

@@ -1,0 +1,69 @@
+"""Streams text from a trained model, byte by byte, with a state of constant size.
+
+python -m experiments.generate --workdir=runs/lm-deltanet --prompt="def main("
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import checkpoints, cli, sampling
+from experiments.errors import UserError
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the flags of this script."""
+    flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
+    flags.DEFINE_enum(
+        "which", "latest", ["latest", "best"], "Which checkpoint to use.", flag_values=values
+    )
+    flags.DEFINE_string("prompt", "", "Text to go on from.", flag_values=values)
+    flags.DEFINE_integer("num_bytes", 500, "How many bytes to generate.", flag_values=values)
+    flags.DEFINE_float("temperature", 0.8, "0 takes the most likely byte.", flag_values=values)
+    flags.DEFINE_float("top_p", 0.95, "Draw from this much of the probability.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Another seed, another text.", flag_values=values)
+
+
+def main(values: Any) -> int:
+    """Prints a sample of the run given by flags."""
+    if values.num_bytes < 1:
+        raise UserError(f"--num_bytes={values.num_bytes}: must be at least 1")
+    print(values.prompt, end="", flush=True)
+    for text in generate(
+        values.workdir,
+        values.prompt,
+        which=values.which,
+        num_bytes=values.num_bytes,
+        temperature=values.temperature,
+        top_p=values.top_p,
+        seed=values.seed,
+    ):
+        print(text, end="", flush=True)
+    print()
+    return 0
+
+
+def generate(
+    workdir: str,
+    prompt: str = "",
+    *,
+    which: str = "latest",
+    num_bytes: int = 500,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yields text as it is made, from the checkpoint of a workdir."""
+    model, params, _, _ = checkpoints.load_for_inference(workdir, which)
+    # What the shell passed that is not UTF-8 reaches the model as the bytes it was.
+    prompt_bytes = prompt.encode("utf-8", "surrogateescape")
+    sample = sampling.make_sampler(model)
+    yield from sampling.decode(sample(params, prompt_bytes, num_bytes, seed, temperature, top_p))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define_flags, main))

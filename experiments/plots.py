@@ -1,0 +1,63 @@
+"""The curves of a run as one PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_TRAIN, _HELDOUT, _RATE, _NORM = "#4c78a8", "#e45756", "#54a24b", "#b279a2"
+
+
+def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Draws bits per byte over steps, with the learning rate and the gradient norm below."""
+    train = [row for row in rows if "loss" in row]
+    heldout = [row for row in rows if "heldout_bits_per_byte" in row]
+    steps = np.array([row["step"] for row in train])
+    bits = np.array([row["bits_per_byte"] for row in train])
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, rate = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top.set_title(title)
+    top.plot(steps, bits, color=_TRAIN, alpha=0.25, linewidth=0.8, label="train, each step")
+    width = max(len(bits) // 40, 1)
+    smooth = np.convolve(bits, np.full(width, 1 / width), mode="valid")
+    top.plot(
+        steps[width - 1 :], smooth, color=_TRAIN, linewidth=1.8, label=f"train, mean of {width}"
+    )
+    if heldout:
+        points = [row["heldout_bits_per_byte"] for row in heldout]
+        top.plot([row["step"] for row in heldout], points, "o-", color=_HELDOUT, label="held-out")
+        top.annotate(
+            f"{points[-1]:.3f}",
+            (heldout[-1]["step"], points[-1]),
+            textcoords="offset points",
+            xytext=(0, 9),
+            ha="right",
+            color=_HELDOUT,
+        )
+    top.set_ylabel("bits per byte")
+    # The first steps are far above the rest and would flatten it.
+    late = bits[len(bits) // 20 :]
+    if late.size:
+        top.set_ylim(bottom=max(0.0, late.min() - 0.3), top=late.max() + 0.3)
+    top.legend(frameon=False)
+
+    rate.plot(steps, [row["learning_rate"] for row in train], color=_RATE)
+    rate.set_ylabel("learning rate", color=_RATE)
+    rate.set_xlabel("step")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    norm = rate.twinx()
+    norm.plot(steps, [row["gradient_norm"] for row in train], color=_NORM, alpha=0.6, linewidth=0.8)
+    norm.set_yscale("log")
+    norm.set_ylabel("gradient norm", color=_NORM)
+    for axis in (top, rate):
+        axis.grid(alpha=0.25)
+        axis.spines["top"].set_visible(False)
+    top.spines["right"].set_visible(False)
+    norm.spines["top"].set_visible(False)
+    figure.savefig(path, dpi=120)

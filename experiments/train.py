@@ -1,0 +1,98 @@
+"""Trains a byte-level language model; start it again and it goes on where it was.
+
+python -m experiments.train --config=experiments/configs/lm.py:deltanet
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import cli, heldout, logs, plots, sampling
+from experiments.errors import UserError
+from experiments.training import Run
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the flags of this script."""
+    cli.define_config(values, argv)
+    flags.DEFINE_string(
+        "workdir", "", "Folder of the run; by default runs/NAME.", flag_values=values
+    )
+
+
+def main(values: Any) -> int:
+    """Trains the configuration given by flags."""
+    config = cli.require_config(values)
+    return train(config, Path(values.workdir or default_workdir(config)))["exit_code"]
+
+
+def default_workdir(config: ConfigDict) -> str:
+    """runs/NAME, with the name of the text where it is not the default one."""
+    parts = [config.name, config.data.tfds.replace("/", "-").replace(":", "-")]
+    if config.data.path:
+        parts.append(Path(config.data.path).expanduser().resolve().stem)
+    return "runs/" + "-".join(part for part in parts if part)
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains to the last step, evaluates and samples; returns what it wrote to summary.json."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot make the folder {workdir}: {error.strerror}") from error
+    with Run(config, workdir) as run:
+        print(run.describe(), flush=True)
+        stopped_by = run.loop()
+        save_curves(config, workdir)
+        if stopped_by:
+            print(
+                f"stopped at step {run.step}; saved in {workdir}: "
+                "start the same command again to go on",
+                flush=True,
+            )
+            return {"exit_code": stopped_by, "step": run.step}
+        return finish(run)
+
+
+def save_curves(config: ConfigDict, workdir: Path) -> None:
+    """Draws what the run has logged so far."""
+    rows = logs.read_rows(workdir)
+    if any("loss" in row for row in rows):
+        plots.save_curves(workdir / "curves.png", rows, f"{config.name}: bits per byte")
+
+
+def finish(run: Run) -> dict[str, Any]:
+    """The final held-out evaluation, a sample, and the summary."""
+    config, workdir = run.config, run.workdir
+    documents = run.heldout(config.eval.final_bytes)
+    result = heldout.report(run.evaluate(run.state["params"], documents), documents)
+    print(heldout.format_report(result), flush=True)
+
+    sample = config.sample
+    stream = sampling.make_sampler(run.model)(
+        run.state["params"],
+        sample.prompt.encode(),
+        sample.num_bytes,
+        config.seed,
+        sample.temperature,
+        sample.top_p,
+    )
+    text = sample.prompt + "".join(sampling.decode(stream))
+    (workdir / "sample.txt").write_text(text, errors="replace")
+    print(f"--- sample ({sample.num_bytes} bytes) ---\n{text}\n---", flush=True)
+
+    result |= {"exit_code": 0, "step": run.step, **run.timing()}
+    (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"in {workdir}: metrics.jsonl, tensorboard, curves.png, sample.txt, checkpoints, best")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define_flags, main))

@@ -1,0 +1,27 @@
+"""Sequence layers: frozen dataclasses with `init`, `apply`, `step` and `initial_state`."""
+
+from seqjax.layers._base import Layer as Layer
+from seqjax.layers._base import Param as Param
+from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
+from seqjax.layers.conv import ShortConv as ShortConv
+from seqjax.layers.deltanet import DeltaNet as DeltaNet
+from seqjax.layers.gateloop import GateLoop as GateLoop
+from seqjax.layers.lru import LRU as LRU
+from seqjax.layers.mamba import Mamba as Mamba
+from seqjax.layers.mlp import GatedMLP as GatedMLP
+from seqjax.layers.norm import RMSNorm as RMSNorm
+from seqjax.layers.s5 import S5 as S5
+
+__all__ = [
+    "LRU",
+    "S5",
+    "DeltaNet",
+    "GateLoop",
+    "GatedMLP",
+    "Layer",
+    "Mamba",
+    "Param",
+    "RMSNorm",
+    "ShortConv",
+    "SlidingWindowAttention",
+]

@@ -1,0 +1,220 @@
+"""What every layer is: parameters declared once, arguments checked once, one protocol."""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.layers import _checks
+
+Role = Literal["weight", "bias", "norm", "embedding", "recurrence"]
+Params = dict[str, Any]
+State = Any
+# Default of a field that `__post_init__` works out from the others: never None from then on.
+DERIVED: Any = None
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+def state_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of states and recurrence parameters: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def complex_dtype(dtype: Any) -> jnp.dtype:
+    """The dtype of complex states: complex64, or complex128 for float64."""
+    return jnp.dtype(jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One parameter array: its shape, a logical name per axis, its role and how it starts."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    role: Role
+    initializer: Initializer
+
+    def init(self, key: jax.Array, dtype: Any) -> jax.Array:
+        """Draws the array. Recurrence parameters are never kept below float32."""
+        return self.initializer(
+            key, self.shape, state_dtype(dtype) if self.role == "recurrence" else dtype
+        )
+
+
+class Layer(abc.ABC):
+    """A sequence layer: hyperparameters in a frozen dataclass, everything else passed in.
+
+    A subclass is a frozen dataclass with a `dim` and three methods: `_params` declares its
+    parameters and sublayers, `_initial_state` makes the state before the first step, `_apply` is
+    the layer itself. `init`, `param_axes`, `param_roles`, `apply`, `step`, `initial_state` and all
+    checks of their arguments follow from these.
+
+    Weights are cast to the dtype of `x` (bfloat16, float16, float32 or float64) and the output has
+    that dtype; states, recurrence parameters and statistics are float32 (complex64), or float64
+    (complex128) when `x` is float64.
+    """
+
+    dim: int  # features per position of the input and of the output
+
+    @abc.abstractmethod
+    def _params(self) -> Mapping[str, "Param | Layer"]:
+        """The layer's parameters and sublayers by name."""
+
+    @abc.abstractmethod
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        """The state before the first step; `dtype` is float32 or float64."""
+
+    @abc.abstractmethod
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        """`apply` on arguments that have been checked, with the state filled in."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether outputs depend on the past only, so that a state can carry the past on."""
+        return True
+
+    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+        """Draws the parameters: a nested dict of arrays.
+
+        Args:
+          key: a `jax.random` key.
+          dtype: dtype of the parameters. Those of role 'recurrence' are at least float32.
+
+        Raises:
+          ValueError: `dtype` is not bfloat16, float16, float32 or float64.
+        """
+        dtype = _checks.float_dtype(self, dtype)
+        spec = self._params()
+        keys = jax.random.split(key, max(len(spec), 1))
+        return {
+            name: entry.init(k, dtype) for (name, entry), k in zip(spec.items(), keys, strict=False)
+        }
+
+    def param_axes(self) -> dict[str, Any]:
+        """Logical axis names, one per array axis: the parameters' tree with tuples as leaves."""
+        return {
+            name: entry.axes if isinstance(entry, Param) else entry.param_axes()
+            for name, entry in self._params().items()
+        }
+
+    def param_roles(self) -> dict[str, Any]:
+        """'weight', 'bias', 'norm', 'embedding' or 'recurrence' for each parameter."""
+        return {
+            name: entry.role if isinstance(entry, Param) else entry.param_roles()
+            for name, entry in self._params().items()
+        }
+
+    def param_shapes(self) -> dict[str, Any]:
+        """The shape of each parameter."""
+        return {
+            name: entry.shape if isinstance(entry, Param) else entry.param_shapes()
+            for name, entry in self._params().items()
+        }
+
+    def initial_state(self, batch_size: int, dtype: Any = jnp.float32) -> State:
+        """The state before the first step, for inputs of `dtype`: a pytree, batch axis first.
+
+        Raises:
+          ValueError: `batch_size` is not a positive integer, or `dtype` is not floating.
+          NotImplementedError: the layer is not causal, so it has no state to carry.
+        """
+        self._require_causal("initial_state")
+        _checks.batch_size(self, batch_size)
+        return self._initial_state(batch_size, state_dtype(_checks.float_dtype(self, dtype)))
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State = None,
+        reset: jax.Array | None = None,
+    ) -> tuple[jax.Array, State]:
+        """Runs the layer over whole sequences.
+
+        Args:
+          params: what `init` returned.
+          x: [B, T, dim], any T >= 1.
+          state: the state an earlier call returned, to continue from it; None starts afresh.
+          reset: [B, T] bool, True where the state is cleared before that step is taken.
+
+        Returns:
+          `(y, state)`: y [B, T, dim] in the dtype of `x`, and the state after the last step.
+
+        Raises:
+          ValueError: an argument has the wrong structure, shape or dtype.
+          NotImplementedError: `state` is given to a layer that is not causal.
+        """
+        x = jnp.asarray(x)
+        state, reset = self._check_call(params, x, state, reset, one_step=False)
+        return self._apply(params, x, state, reset)
+
+    def step(
+        self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None = None
+    ) -> tuple[jax.Array, State]:
+        """Takes one step: the numbers `apply` would give at that position.
+
+        Args:
+          params: what `init` returned.
+          x_t: [B, dim].
+          state: the state before this step.
+          reset: [B] bool, True where the state is cleared before the step.
+
+        Returns:
+          `(y_t, state)`: y_t [B, dim] and the state after the step.
+
+        Raises:
+          ValueError: an argument has the wrong structure, shape or dtype.
+          NotImplementedError: the layer is not causal.
+        """
+        self._require_causal("step")
+        x_t = jnp.asarray(x_t)
+        if state is None:
+            raise ValueError(
+                f"{type(self).__name__}: step needs a state, given None; start from"
+                " layer.initial_state(batch_size, x_t.dtype)."
+            )
+        state, reset = self._check_call(params, x_t, state, reset, one_step=True)
+        return self._step(params, x_t, state, reset)
+
+    def _step(
+        self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        """`step` on arguments that have been checked: `_apply` to a sequence of one position."""
+        y, state = self._apply(
+            params, x_t[:, None], state, None if reset is None else reset[:, None]
+        )
+        return y[:, 0], state
+
+    def _check_call(
+        self, params: Params, x: jax.Array, state: State, reset: Any, *, one_step: bool
+    ) -> tuple[State, jax.Array | None]:
+        """Checks the arguments of `apply` or `step`; returns the state, made if None, and reset."""
+        dtype = self._check_input(x, one_step)
+        _checks.params(self, params)
+        lead = x.shape[: 1 if one_step else 2]
+        if reset is not None:
+            reset = jnp.asarray(reset)
+            _checks.reset(self, reset, lead)
+        if state is None:
+            return self._initial_state(lead[0], state_dtype(dtype)), reset
+        self._require_causal("continuing from a state")
+        _checks.state(self, state, lead[0], state_dtype(dtype))
+        return state, reset
+
+    def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
+        """Checks `x` and returns the dtype to compute in. Models with other inputs override it."""
+        _checks.features(self, x, self.dim, one_step)
+        return x.dtype
+
+    def _require_causal(self, what: str) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                f"{type(self).__name__}: {what} needs a causal layer, but this one is"
+                " bidirectional: its outputs depend on inputs that have not come yet; pass whole"
+                " sequences to apply, or build it with bidirectional=False."
+            )

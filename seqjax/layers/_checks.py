@@ -1,0 +1,181 @@
+"""Checks of what users pass to a layer. A failure is one line: what, wanted, given, a way out."""
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from seqjax.layers._base import Layer
+
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def positive(layer: object, **values: int) -> None:
+    """Raises unless each value is an integer >= 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"{type(layer).__name__}: {name} must be an integer >= 1, given {value!r}."
+            )
+
+
+def require(layer: object, condition: bool, message: str) -> None:
+    """Raises a ValueError that starts with the layer's name unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{type(layer).__name__}: {message}")
+
+
+def head_dim(layer: object, dim: int, heads: int, given: int | None) -> int:
+    """The features per head: as given, or `dim` split evenly."""
+    positive(layer, dim=dim, heads=heads)
+    if given is not None:
+        positive(layer, head_dim=given)
+        return given
+    require(
+        layer,
+        dim % heads == 0,
+        f"dim must be a multiple of heads when head_dim is None, given dim={dim}, heads={heads};"
+        " pass head_dim.",
+    )
+    return dim // heads
+
+
+def float_dtype(layer: object, dtype: Any) -> jnp.dtype:
+    """The dtype as an object, if it is one a layer computes in."""
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = repr(dtype)
+    require(
+        layer,
+        name in FLOAT_DTYPES,
+        f"dtype must be one of {', '.join(FLOAT_DTYPES)}, given {name}.",
+    )
+    return jnp.dtype(name)
+
+
+def batch_size(layer: object, value: int) -> None:
+    """Raises unless the batch size is an integer >= 1."""
+    positive(layer, batch_size=value)
+
+
+def features(layer: object, x: jax.Array, dim: int, one_step: bool) -> None:
+    """Raises unless `x` is floating [B, T, dim], or [B, dim] for one step."""
+    name, wanted = ("x_t", f"[B, {dim}]") if one_step else ("x", f"[B, T, {dim}]")
+    require(
+        layer,
+        x.ndim == (2 if one_step else 3) and x.shape[-1] == dim,
+        f"{name} must have shape {wanted}, given {list(x.shape)}.",
+    )
+    require(
+        layer,
+        x.dtype.name in FLOAT_DTYPES,
+        f"{name} must be one of {', '.join(FLOAT_DTYPES)}, given {x.dtype.name};"
+        f" convert it, e.g. {name}.astype(jnp.float32).",
+    )
+    _not_empty(layer, name, x)
+
+
+def tokens(layer: object, x: jax.Array, one_step: bool) -> None:
+    """Raises unless `x` is an integer array [B, T], or [B] for one step."""
+    name, wanted = ("token", "[B]") if one_step else ("tokens", "[B, T]")
+    require(
+        layer,
+        x.ndim == (1 if one_step else 2),
+        f"{name} must have shape {wanted}, given {list(x.shape)}.",
+    )
+    require(
+        layer,
+        jnp.issubdtype(x.dtype, jnp.integer),
+        f"{name} must be integers, given {x.dtype.name}; convert with .astype(jnp.int32).",
+    )
+    _not_empty(layer, name, x)
+
+
+def reset(layer: object, value: jax.Array, wanted: tuple[int, ...]) -> None:
+    """Raises unless `reset` is bool of the wanted shape."""
+    boolean(layer, "reset", value, wanted)
+
+
+def boolean(layer: object, name: str, value: jax.Array, wanted: tuple[int, ...]) -> None:
+    """Raises unless the array is bool of the wanted shape."""
+    require(
+        layer,
+        value.shape == wanted and value.dtype == jnp.bool_,
+        f"{name} must be bool of shape {list(wanted)}, given {value.dtype.name}"
+        f" of shape {list(value.shape)}.",
+    )
+
+
+def params(layer: "Layer", given: Any) -> None:
+    """Raises unless `given` has the names and shapes that `layer.init` makes."""
+    _compare_params(layer, _param_shapes(layer), given, "params")
+
+
+def state(layer: "Layer", given: Any, batch: int, dtype: Any) -> None:
+    """Raises unless `given` has the structure, shapes and dtypes of the layer's state."""
+    wanted = _state_spec(layer, batch, jnp.dtype(dtype).name)
+    hint = f"start from layer.initial_state({batch}, dtype) or pass a state that apply returned."
+    wanted_tree: Any = jax.tree.structure(wanted)
+    given_tree: Any = jax.tree.structure(given)
+    require(
+        layer,
+        wanted_tree == given_tree,
+        f"state must have the structure {wanted_tree}, given {given_tree}; {hint}",
+    )
+    for (path, want), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(given), strict=True
+    ):
+        shape, leaf_dtype = jnp.shape(leaf), jnp.result_type(leaf)
+        require(
+            layer,
+            shape == want.shape and leaf_dtype == want.dtype,
+            f"state{jax.tree_util.keystr(path)} must be {want.dtype.name} of shape"
+            f" {list(want.shape)}, given {leaf_dtype.name} of shape {list(shape)}; {hint}",
+        )
+
+
+def _not_empty(layer: object, name: str, x: jax.Array) -> None:
+    require(
+        layer,
+        0 not in x.shape,
+        f"{name} must have B >= 1 and T >= 1, given shape {list(x.shape)}.",
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _param_shapes(layer: "Layer") -> dict[str, Any]:
+    return layer.param_shapes()
+
+
+@functools.lru_cache(maxsize=1024)
+def _state_spec(layer: "Layer", batch: int, dtype: str) -> Any:
+    return jax.eval_shape(lambda: layer._initial_state(batch, jnp.dtype(dtype)))
+
+
+def _compare_params(layer: object, wanted: Any, given: Any, path: str) -> None:
+    hint = "make params with layer.init(key)."
+    if isinstance(wanted, tuple):
+        require(
+            layer,
+            hasattr(given, "shape") and tuple(given.shape) == wanted,
+            f"{path} must be an array of shape {list(wanted)}, given"
+            f" {list(given.shape) if hasattr(given, 'shape') else type(given).__name__}; {hint}",
+        )
+        require(
+            layer,
+            given.dtype.name in FLOAT_DTYPES,
+            f"{path} must be floating, given {given.dtype.name}; {hint}",
+        )
+        return
+    require(
+        layer,
+        isinstance(given, Mapping) and set(given) == set(wanted),
+        f"{path} must be a dict with the entries {sorted(wanted)}, given"
+        f" {sorted(given) if isinstance(given, Mapping) else type(given).__name__}; {hint}",
+    )
+    for name, entry in wanted.items():
+        _compare_params(layer, entry, given[name], f"{path}[{name!r}]")

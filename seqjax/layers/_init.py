@@ -1,0 +1,63 @@
+"""Initializers: functions of (key, shape, dtype)."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.layers._base import Initializer
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """All zeros."""
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """All ones."""
+    del key
+    return jnp.ones(shape, dtype)
+
+
+def normal(std: float) -> Initializer:
+    """Normal with mean 0."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) * std
+
+    return init
+
+
+def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal with variance 1 / fan_in, for weights [..., fan_in, fan_out] (LeCun)."""
+    return normal(shape[-2] ** -0.5)(key, shape, dtype)
+
+
+def uniform(low: float, high: float) -> Initializer:
+    """Uniform in [low, high)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, low, high)
+
+    return init
+
+
+def log_uniform_of(low: float, high: float) -> Initializer:
+    """log(u) with u uniform in [low, high)."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
+
+    return init
+
+
+def inverse_softplus_log_uniform(low: float, high: float) -> Initializer:
+    """b such that softplus(b) is log-uniform in [low, high): Mamba's dt bias."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return init

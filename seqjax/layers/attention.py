@@ -1,0 +1,181 @@
+"""SlidingWindowAttention: exact attention over the last few positions, in constant memory."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqjax.layers import _checks, _init
+from seqjax.layers._base import DERIVED, Layer, Param, Params, State, state_dtype
+from seqjax.layers._math import dense, merge_heads, split_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class SlidingWindowAttention(Layer):
+    """Causal softmax attention over a window (arXiv 2004.05150) with rotary positions (2104.09864).
+
+        q_t, k_t, v_t = x_t W_q, x_t W_k, x_t W_v                              per head
+        p_ts = softmax_s(<R_t q_t, R_s k_s> / sqrt(K)),   t - window < s <= t, no reset in (s, t]
+        y_t = (sum_s p_ts v_s) W_o
+
+    R_t turns features j and j + K/2 by the angle t * rope_base^(-2j/K). Scores depend on t - s
+    only, so the state holds keys before rotation and positions are counted inside a block: angles
+    stay small and exact however long the sequence is.
+
+    Queries are taken `window` at a time against the keys they can see, so memory grows as
+    T * window. A position with a non-finite query, key or value turns every output that may look
+    at it into NaN, and no other one, in value or in gradient.
+
+    Departures: none of the dilated or global patterns of arXiv 2004.05150.
+
+    Parameters: q_proj, k_proj, v_proj [dim, H * K], out_proj [H * K, dim].
+    State: {"k", "v": [B, window - 1, H, K], "valid": [B, window - 1] bool}, oldest first.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = SlidingWindowAttention(dim=8, heads=2, window=4)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 8)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 8)), state)
+      >>> y.shape, y_next.shape, state["k"].shape
+      ((2, 5, 8), (2, 8), (2, 3, 2, 4))
+
+    Attributes:
+      dim: features of input and output.
+      heads: number of heads H.
+      window: positions a query sees, its own included.
+      head_dim: features per head K, even; None takes dim / heads.
+      rope_base: base of the rotary frequencies.
+    """
+
+    dim: int
+    heads: int
+    window: int
+    head_dim: int = DERIVED
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
+        object.__setattr__(self, "head_dim", head_dim)
+        _checks.positive(self, window=self.window)
+        _checks.require(
+            self,
+            head_dim % 2 == 0,
+            f"head_dim must be even for rotary positions, given {head_dim}; pass head_dim.",
+        )
+        _checks.require(self, self.rope_base > 1, f"rope_base must be > 1, given {self.rope_base}.")
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        width = self.heads * self.head_dim
+        inward = Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
+        return {
+            "q_proj": inward,
+            "k_proj": inward,
+            "v_proj": inward,
+            "out_proj": Param((width, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal),
+        }
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        shape = (batch_size, self.window - 1, self.heads, self.head_dim)
+        return {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "valid": jnp.zeros(shape[:2], jnp.bool_),
+        }
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        batch, length, _ = x.shape
+        past = self.window - 1
+        q, k, v = (
+            split_heads(dense(x, params[name]), self.heads)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        # Segment number of each key: cached keys are segment 0, those not valid are -1.
+        if reset is None:
+            reset = jnp.zeros((batch, length), jnp.bool_)
+        segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
+        key_segment = jnp.concatenate([jnp.where(state["valid"], 0, -1), segment], axis=1)
+        k, v = (
+            jnp.concatenate(
+                [jnp.where(state["valid"][..., None, None], state[n], 0).astype(z.dtype), z], axis=1
+            )
+            for n, z in (("k", k), ("v", v))
+        )
+        new_state = self._cache(k, v, key_segment, segment[:, -1:])
+
+        bad = ~(_finite(k) & _finite(v))
+        bad_q = ~_finite(q)
+        bad = bad.at[:, past:].set(bad[:, past:] | bad_q)
+        # Zeros in their place keep 0 * NaN out of the products; `_attend` marks who sees them.
+        q = jnp.where(bad_q[..., None, None], 0, q)
+        k, v = (jnp.where(bad[..., None, None], 0, z) for z in (k, v))
+
+        block = min(self.window, length)
+        count = -(-length // block)
+        padding = ((0, 0), (0, count * block - length))
+        rows = np.arange(count)[:, None] * block + np.arange(past + block)
+
+        def queries(z: jax.Array) -> jax.Array:
+            padded = jnp.pad(z, padding + ((0, 0),) * (z.ndim - 2))
+            return padded.reshape(batch, count, block, *z.shape[2:])
+
+        def keys(z: jax.Array) -> jax.Array:
+            return jnp.pad(z, padding + ((0, 0),) * (z.ndim - 2))[:, rows]
+
+        same_segment = queries(segment)[..., None] == keys(key_segment)[:, :, None, :]
+        o = self._attend(queries(q), keys(k), keys(v), same_segment, keys(bad))
+        o = o.reshape(batch, count * block, self.heads, self.head_dim)[:, :length]
+        return dense(merge_heads(o), params["out_proj"]), new_state
+
+    def _cache(self, k: jax.Array, v: jax.Array, key_segment: jax.Array, last: jax.Array) -> State:
+        """The last `window - 1` keys and values, those of earlier segments selected away."""
+        start = k.shape[1] - (self.window - 1)
+        valid = key_segment[:, start:] == last
+        wide = state_dtype(k.dtype)
+        return {
+            "k": jnp.where(valid[..., None, None], k[:, start:], 0).astype(wide),
+            "v": jnp.where(valid[..., None, None], v[:, start:], 0).astype(wide),
+            "valid": valid,
+        }
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, same_segment: jax.Array, bad: jax.Array
+    ) -> jax.Array:
+        """Attention of q [B, n, C, H, K] to k, v [B, n, window - 1 + C, H, K], block by block."""
+        block, span = q.shape[2], k.shape[2]
+        past = span - block
+        ahead = np.arange(span)[None, :] - np.arange(block)[:, None]
+        seen = same_segment & ((ahead >= 0) & (ahead <= past))
+        wide = state_dtype(q.dtype)
+        scores = jnp.einsum(
+            "bnqhd,bnkhd->bnhqk",
+            self._rotate(q, np.arange(past, span)),
+            self._rotate(k, np.arange(span)),
+            preferred_element_type=wide,
+        )
+        scores = jnp.where(seen[:, :, None], scores * self.head_dim**-0.5, jnp.finfo(wide).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        o = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, v)
+        poisoned = jnp.any(seen & bad[:, :, None, :], axis=-1)
+        return o + jnp.where(poisoned, jnp.nan, 0).astype(o.dtype)[..., None, None]
+
+    def _rotate(self, x: jax.Array, positions: np.ndarray) -> jax.Array:
+        """Rotary embedding of x [B, n, L, H, K] at the given positions [L]."""
+        wide = state_dtype(x.dtype)
+        half = self.head_dim // 2
+        angles = positions[:, None] * self.rope_base ** (-np.arange(half) / half)
+        cos = jnp.asarray(np.cos(angles), wide)[:, None, :]
+        sin = jnp.asarray(np.sin(angles), wide)[:, None, :]
+        first, second = jnp.split(x.astype(wide), 2, axis=-1)
+        rotated = [first * cos - second * sin, second * cos + first * sin]
+        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    """[B, L, H, K] -> [B, L]: whether everything at a position is finite."""
+    return jnp.all(jnp.isfinite(x), axis=(2, 3))

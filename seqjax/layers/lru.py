@@ -1,0 +1,118 @@
+"""LRU: the linear recurrent unit."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.layers import _checks, _init
+from seqjax.layers._base import DERIVED, Layer, Param, Params, State, complex_dtype, state_dtype
+from seqjax.layers._math import complex_dense, real_of_dense
+from seqjax.ops.linear_scan import linear_scan
+
+
+@dataclasses.dataclass(frozen=True)
+class LRU(Layer):
+    """The linear recurrent unit (arXiv 2303.06349).
+
+        lambda = exp(-exp(nu_log) + i exp(theta_log))
+        h_t = lambda * h_{t-1} + exp(gamma_log) * (B x_t)        h complex [state_dim]
+        y_t = Re(C h_t) + D * x_t
+
+    Eigenvalues start uniform on the ring r_min <= |lambda| <= r_max with phases in [0, max_phase];
+    exp(gamma_log) starts as sqrt(1 - |lambda|^2), which keeps |h| of the order of |x|. B and C are
+    drawn normal with variances 1/(2 dim) and 1/state_dim per part, D standard normal. The defaults
+    are the paper's; for long ranges it narrows the ring, e.g. to r_min=0.9, r_max=0.999.
+
+    Departures: the uniform draws stay 1e-6 away from 0 and 1, where the logarithms are infinite.
+    The paper's block (norm, gated unit, skip) is the backbone's business.
+
+    Parameters: nu_log, theta_log, gamma_log [N]; B [2, dim, N] and C [2, N, dim] with real and
+    imaginary part first; D [dim]. State: h [B, N], complex64 (complex128).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = LRU(dim=4, state_dim=8)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 4)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 4)), state)
+      >>> y.shape, y_next.shape, state.shape
+      ((2, 5, 4), (2, 4), (2, 8))
+
+    Attributes:
+      dim: features of input and output.
+      state_dim: number of complex states N; None takes dim.
+      r_min: smallest |lambda| at initialisation.
+      r_max: largest |lambda| at initialisation.
+      max_phase: largest phase at initialisation.
+    """
+
+    dim: int
+    state_dim: int = DERIVED
+    r_min: float = 0.0
+    r_max: float = 1.0
+    max_phase: float = 2 * math.pi
+
+    def __post_init__(self) -> None:
+        if self.state_dim is None:
+            object.__setattr__(self, "state_dim", self.dim)
+        _checks.positive(self, dim=self.dim, state_dim=self.state_dim)
+        _checks.require(
+            self,
+            0 <= self.r_min < self.r_max <= 1,
+            f"needs 0 <= r_min < r_max <= 1, given r_min={self.r_min}, r_max={self.r_max}.",
+        )
+        _checks.require(self, self.max_phase > 0, f"max_phase must be > 0, given {self.max_phase}.")
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        dim, states = self.dim, self.state_dim
+        return {
+            "nu_log": Param((states,), ("state",), "recurrence", self._draw_nu_log),
+            "theta_log": Param(
+                (states,),
+                ("state",),
+                "recurrence",
+                _init.log_uniform_of(1e-6 * self.max_phase, self.max_phase),
+            ),
+            # Set by `init` from nu_log.
+            "gamma_log": Param((states,), ("state",), "recurrence", _init.zeros),
+            "B": Param(
+                (2, dim, states),
+                (None, "embed", "state"),
+                "weight",
+                _init.normal((2 * dim) ** -0.5),
+            ),
+            "C": Param((2, states, dim), (None, "state", "embed"), "weight", _init.fan_in_normal),
+            "D": Param((dim,), ("embed",), "bias", _init.normal(1.0)),
+        }
+
+    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+        """Draws the parameters; see `Layer.init`."""
+        params = super().init(key, dtype)
+        # |lambda|^2 = exp(-2 exp(nu_log)); expm1 keeps 1 - |lambda|^2 exact for |lambda| near 1.
+        params["gamma_log"] = 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(params["nu_log"])))
+        return params
+
+    def _draw_nu_log(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        u = jax.random.uniform(key, shape, dtype, 1e-6, 1 - 1e-6)
+        return jnp.log(-0.5 * jnp.log(u * (self.r_max**2 - self.r_min**2) + self.r_min**2))
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        return jnp.zeros((batch_size, self.state_dim), complex_dtype(dtype))
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        wide = state_dtype(x.dtype)
+        nu, theta, gamma = (
+            jnp.exp(params[name].astype(wide)) for name in ("nu_log", "theta_log", "gamma_log")
+        )
+        decay = jnp.exp(jax.lax.complex(-nu, theta))
+        real, imag = complex_dense(x, params["B"])
+        hidden, state = linear_scan(
+            decay, jax.lax.complex(gamma * real, gamma * imag), state, reset=reset
+        )
+        return real_of_dense(hidden, params["C"], x.dtype) + params["D"].astype(x.dtype) * x, state

@@ -1,0 +1,62 @@
+"""GatedMLP: the position-wise half of a residual block."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from seqjax.layers import _checks, _init
+from seqjax.layers._base import DERIVED, Layer, Param, Params, State
+from seqjax.layers._math import dense
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedMLP(Layer):
+    """SwiGLU (arXiv 2002.05202).
+
+        y = (silu(x W_gate) * (x W_up)) W_down
+
+    The layer looks at one position at a time: its state is the empty tuple and `reset` changes
+    nothing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = GatedMLP(dim=4)
+      >>> y, state = layer.apply(layer.init(jax.random.key(0)), jnp.ones((1, 2, 4)))
+      >>> y.shape, layer.hidden_dim, state
+      ((1, 2, 4), 16, ())
+
+    Attributes:
+      dim: features of input and output.
+      hidden_dim: features between the two products; None takes 8/3 dim (as many parameters as a
+        plain MLP of 4 dim), rounded up to a multiple of 8.
+    """
+
+    dim: int
+    hidden_dim: int = DERIVED
+
+    def __post_init__(self) -> None:
+        _checks.positive(self, dim=self.dim)
+        if self.hidden_dim is None:
+            object.__setattr__(self, "hidden_dim", -(-self.dim // 3) * 8)
+        _checks.positive(self, hidden_dim=self.hidden_dim)
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        inward = Param((self.dim, self.hidden_dim), ("embed", "mlp"), "weight", _init.fan_in_normal)
+        return {
+            "gate_proj": inward,
+            "up_proj": inward,
+            "down_proj": Param(
+                (self.hidden_dim, self.dim), ("mlp", "embed"), "weight", _init.fan_in_normal
+            ),
+        }
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        return ()
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        hidden = jax.nn.silu(dense(x, params["gate_proj"])) * dense(x, params["up_proj"])
+        return dense(hidden, params["down_proj"]), state

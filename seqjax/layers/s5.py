@@ -1,0 +1,192 @@
+"""S5: a diagonal state space with many inputs and outputs."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqjax.layers import _checks, _init
+from seqjax.layers._base import DERIVED, Layer, Param, Params, State, complex_dtype, state_dtype
+from seqjax.layers._math import complex_dense, real_of_dense
+from seqjax.ops.linear_scan import linear_scan
+
+
+@functools.lru_cache(maxsize=32)
+def _hippo_eigen(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Imaginary parts [size/2] and eigenvectors [size, size/2] of the normal part of HiPPO-LegS.
+
+    That matrix is -1/2 plus a skew-symmetric one, so all real parts are -1/2 and eigenvalues come
+    in conjugate pairs, of which the half with negative imaginary part is returned.
+    """
+    root = np.sqrt(2 * np.arange(size) + 1)
+    lower = np.tril(np.outer(root, root) / 2, -1)
+    imag, vectors = np.linalg.eigh(-1j * (lower.T - lower))
+    return imag[: size // 2], vectors[:, : size // 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class S5(Layer):
+    """The simplified state space layer S5 (arXiv 2208.04933).
+
+        Lambda = -exp(log_A_real) + i A_imag,   Delta = exp(log_step)
+        Abar = exp(Lambda Delta),   Bbar = (Abar - 1) / Lambda * B           (zero-order hold)
+        h_t = Abar * h_{t-1} + Bbar x_t                 h complex [state_dim / 2]
+        y_t = 2 Re(C h_t) + D * x_t
+
+    `state_dim` real states are kept as state_dim/2 complex ones, the other half being their
+    conjugates. Lambda starts as the eigenvalues of the normal part of HiPPO-LegS of size
+    state_dim/blocks, repeated over `blocks`; B and C start as real normal matrices (variance
+    1/fan_in) taken to that eigenbasis; Delta log-uniform in [dt_min, dt_max] per state; D standard
+    normal.
+
+    With `bidirectional=True` a second scan with the same Lambda and B runs backwards and has a C
+    of its own. Such a layer has no state: `step`, `initial_state` and a given `state` raise
+    NotImplementedError and `apply` returns `()`. `reset` then marks segment starts, and neither
+    direction crosses a border.
+
+    Departures: Re(Lambda) is stored as the logarithm of its negative, so that it cannot become
+    positive (the authors' code clips it); the paper's nonlinearity after the layer (GELU, gate) is
+    left to the backbone's MLP.
+
+    Parameters: log_A_real, A_imag, log_step [N]; B [2, dim, N]; C [2, N, dim] ([2, 2N, dim] if
+    bidirectional, forward half first), real and imaginary part first; D [dim]; N = state_dim/2.
+    State: h [B, N], complex64 (complex128).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = S5(dim=4, state_dim=8, blocks=2)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 4)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 4)), state)
+      >>> y.shape, y_next.shape, state.shape
+      ((2, 5, 4), (2, 4), (2, 4))
+
+    Attributes:
+      dim: features of input and output.
+      state_dim: number of real states, a multiple of 2 * blocks; None takes dim.
+      blocks: number of HiPPO blocks at initialisation.
+      dt_min: smallest step size at initialisation.
+      dt_max: largest step size at initialisation.
+      bidirectional: whether to add the scan from right to left.
+    """
+
+    dim: int
+    state_dim: int = DERIVED
+    blocks: int = 1
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    bidirectional: bool = False
+
+    def __post_init__(self) -> None:
+        if self.state_dim is None:
+            object.__setattr__(self, "state_dim", self.dim)
+        _checks.positive(self, dim=self.dim, state_dim=self.state_dim, blocks=self.blocks)
+        _checks.require(
+            self,
+            self.state_dim % (2 * self.blocks) == 0,
+            f"state_dim must be a multiple of 2 * blocks = {2 * self.blocks}, given"
+            f" {self.state_dim}; pass another state_dim or blocks.",
+        )
+        _checks.require(
+            self,
+            0 < self.dt_min < self.dt_max,
+            f"needs 0 < dt_min < dt_max, given dt_min={self.dt_min}, dt_max={self.dt_max}.",
+        )
+
+    @property
+    def causal(self) -> bool:
+        """False for the bidirectional layer."""
+        return not self.bidirectional
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        dim, states = self.dim, self.state_dim // 2
+        out_states = 2 * states if self.bidirectional else states
+        state_axis = ("state",)
+        return {
+            "log_A_real": Param((states,), state_axis, "recurrence", _log_half),
+            "A_imag": Param((states,), state_axis, "recurrence", self._draw_imag),
+            "log_step": Param(
+                (states,),
+                state_axis,
+                "recurrence",
+                _init.uniform(math.log(self.dt_min), math.log(self.dt_max)),
+            ),
+            "B": Param((2, dim, states), (None, "embed", "state"), "recurrence", self._draw_input),
+            "C": Param((2, out_states, dim), (None, "state", "embed"), "weight", self._draw_output),
+            "D": Param((dim,), ("embed",), "bias", _init.normal(1.0)),
+        }
+
+    def _draw_imag(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        imag, _ = _hippo_eigen(self.state_dim // self.blocks)
+        return jnp.asarray(np.tile(imag, self.blocks), dtype)
+
+    def _draw_input(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """V^H B for a real B, as [2, dim, N]."""
+        _, vectors = _hippo_eigen(self.state_dim // self.blocks)
+        real = jax.random.normal(
+            key, (self.blocks, self.state_dim // self.blocks, self.dim), dtype
+        ) * (self.dim**-0.5)
+        return jnp.stack(
+            [
+                jnp.einsum("pn,jpd->djn", jnp.asarray(part, dtype), real).reshape(shape[1:])
+                for part in (vectors.real, -vectors.imag)
+            ]
+        )
+
+    def _draw_output(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """C V for a real C, as [2, N, dim], the directions one after the other."""
+        _, vectors = _hippo_eigen(self.state_dim // self.blocks)
+        sets = self.blocks * (2 if self.bidirectional else 1)
+        real = jax.random.normal(key, (sets, self.state_dim // self.blocks, self.dim), dtype) * (
+            self.state_dim**-0.5
+        )
+        return jnp.stack(
+            [
+                jnp.einsum("pn,jpd->jnd", jnp.asarray(part, dtype), real).reshape(shape[1:])
+                for part in (vectors.real, vectors.imag)
+            ]
+        )
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        if self.bidirectional:
+            return ()
+        return jnp.zeros((batch_size, self.state_dim // 2), complex_dtype(dtype))
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        wide = state_dtype(x.dtype)
+        eigenvalues = jax.lax.complex(
+            -jnp.exp(params["log_A_real"].astype(wide)), params["A_imag"].astype(wide)
+        )
+        step = jnp.exp(params["log_step"].astype(wide))
+        exponent = eigenvalues * jax.lax.complex(step, jnp.zeros_like(step))
+        # The factor 2 of y = 2 Re(C h) is for the conjugate half of the states.
+        driven = jax.lax.complex(*complex_dense(x, params["B"])) * (
+            jnp.expm1(exponent) / eigenvalues
+        )
+        decay = jnp.exp(exponent)
+        if self.bidirectional:
+            forward, _ = linear_scan(decay, driven, reset=reset)
+            backward, _ = linear_scan(decay, driven, reset=_segment_ends(reset), reverse=True)
+            hidden = jnp.concatenate([forward, backward], axis=-1)
+        else:
+            hidden, state = linear_scan(decay, driven, state, reset=reset)
+        y = 2 * real_of_dense(hidden, params["C"], x.dtype) + params["D"].astype(x.dtype) * x
+        return y, state
+
+
+def _log_half(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jnp.full(shape, math.log(0.5), dtype)
+
+
+def _segment_ends(reset: jax.Array | None) -> jax.Array | None:
+    """Where a segment ends: the scan from right to left must start afresh there."""
+    if reset is None:
+        return None
+    return jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))

@@ -1,0 +1,176 @@
+"""Backbone: a pre-norm residual stack of any layers, itself a layer."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from seqjax.layers import _checks
+from seqjax.layers._base import Layer, Param, Params, State
+from seqjax.layers.mlp import GatedMLP
+from seqjax.layers.norm import RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Block(Layer):
+    """One residual block: a mixer over time, then, if there is one, an MLP per position.
+
+        x = x + mixer(norm(x))
+        x = x + mlp(norm(x))
+
+    The state is the mixer's.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from seqjax.layers import LRU
+      >>> block = Block(LRU(dim=4))
+      >>> y, state = block.apply(block.init(jax.random.key(0)), jnp.ones((2, 5, 4)))
+      >>> y.shape, state.shape
+      ((2, 5, 4), (2, 4))
+
+    Attributes:
+      mixer: the layer that mixes over time.
+      mlp_dim: hidden features of the MLP; None for no MLP.
+      norm_eps: see `RMSNorm`.
+      dim: features, those of the mixer.
+    """
+
+    mixer: Layer
+    mlp_dim: int | None = None
+    norm_eps: float = 1e-6
+    dim: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        _checks.require(
+            self,
+            isinstance(self.mixer, Layer),
+            f"mixer must be a seqjax layer, given {self.mixer!r}.",
+        )
+        object.__setattr__(self, "dim", self.mixer.dim)
+
+    @property
+    def causal(self) -> bool:
+        """Whether the mixer is."""
+        return self.mixer.causal
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        norm = RMSNorm(self.dim, self.norm_eps)
+        params: dict[str, Param | Layer] = {"mixer_norm": norm, "mixer": self.mixer}
+        if self.mlp_dim is not None:
+            params |= {"mlp_norm": norm, "mlp": GatedMLP(self.dim, self.mlp_dim)}
+        return params
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        return self.mixer._initial_state(batch_size, dtype)
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        norm = RMSNorm(self.dim, self.norm_eps)
+        mixed, _ = norm._apply(params["mixer_norm"], x, (), None)
+        mixed, state = self.mixer._apply(params["mixer"], mixed, state, reset)
+        x = x + mixed
+        if self.mlp_dim is None:
+            return x, state
+        mixed, _ = norm._apply(params["mlp_norm"], x, (), None)
+        mixed, _ = GatedMLP(self.dim, self.mlp_dim)._apply(params["mlp"], mixed, (), None)
+        return x + mixed, state
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone(Layer):
+    """A stack of residual blocks and a final norm.
+
+    `mixers` is one layer, or a sequence of layers, which may differ (a hybrid); the sequence is
+    repeated until there are `depth` blocks. The state is a tuple with the state of each block.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from seqjax.layers import LRU, SlidingWindowAttention
+      >>> hybrid = Backbone([LRU(8), LRU(8), SlidingWindowAttention(8, heads=2, window=4)], depth=6)
+      >>> y, state = hybrid.apply(hybrid.init(jax.random.key(0)), jnp.ones((2, 5, 8)))
+      >>> y.shape, len(state)
+      ((2, 5, 8), 6)
+
+    Attributes:
+      mixers: the layers that mix over time; kept as a tuple of `depth` layers.
+      depth: number of blocks, a multiple of the number of mixers; None takes the mixers once.
+      mlp_ratio: hidden features of each MLP per feature, rounded up to a multiple of 8; 0 for
+        no MLPs.
+      norm_eps: see `RMSNorm`.
+      remat: recompute each block in the backward pass instead of storing what is inside it.
+      dim: features, those of the mixers.
+    """
+
+    mixers: Layer | Sequence[Layer]
+    depth: int | None = None
+    mlp_ratio: float = 8 / 3
+    norm_eps: float = 1e-6
+    remat: bool = False
+    dim: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        _checks.require(
+            self,
+            isinstance(self.mixers, Layer | Sequence),
+            f"mixers must be a seqjax layer or a sequence of them, given {self.mixers!r}.",
+        )
+        mixers = (self.mixers,) if isinstance(self.mixers, Layer) else tuple(self.mixers)
+        _checks.require(self, len(mixers) > 0, "mixers must hold at least one layer, given none.")
+        for mixer in mixers:
+            _checks.require(
+                self,
+                isinstance(mixer, Layer),
+                f"mixers must be seqjax layers, given {mixer!r}.",
+            )
+            _checks.require(
+                self,
+                mixer.dim == mixers[0].dim,
+                "all mixers must have the same dim, given"
+                f" {', '.join(f'{type(m).__name__}(dim={m.dim})' for m in mixers)}.",
+            )
+        depth = len(mixers) if self.depth is None else self.depth
+        _checks.positive(self, depth=depth)
+        _checks.require(
+            self,
+            depth % len(mixers) == 0,
+            f"depth must be a multiple of the number of mixers, {len(mixers)}, given {depth};"
+            " pass as many mixers as blocks, or leave depth out.",
+        )
+        _checks.require(
+            self, self.mlp_ratio >= 0, f"mlp_ratio must be >= 0, given {self.mlp_ratio}."
+        )
+        object.__setattr__(self, "mixers", mixers * (depth // len(mixers)))
+        object.__setattr__(self, "depth", depth)
+        object.__setattr__(self, "dim", mixers[0].dim)
+
+    @property
+    def causal(self) -> bool:
+        """Whether all mixers are."""
+        return all(block.causal for block in self._blocks().values())
+
+    def _blocks(self) -> dict[str, Block]:
+        assert isinstance(self.mixers, tuple)
+        mlp_dim = -int(-self.mlp_ratio * self.dim // 8) * 8 or None
+        return {
+            f"block_{i}": Block(mixer, mlp_dim, self.norm_eps)
+            for i, mixer in enumerate(self.mixers)
+        }
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        return {**self._blocks(), "final_norm": RMSNorm(self.dim, self.norm_eps)}
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        return tuple(block._initial_state(batch_size, dtype) for block in self._blocks().values())
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        new_state = []
+        for (name, block), block_state in zip(self._blocks().items(), state, strict=True):
+            run = jax.checkpoint(block._apply) if self.remat else block._apply
+            x, block_state = run(params[name], x, block_state, reset)
+            new_state.append(block_state)
+        y, _ = RMSNorm(self.dim, self.norm_eps)._apply(params["final_norm"], x, (), None)
+        return y, tuple(new_state)

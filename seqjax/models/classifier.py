@@ -1,0 +1,241 @@
+"""Classifier: one label per sequence."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.layers import _checks, _init
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers._math import dense
+from seqjax.models._inputs import check_model, embed, embedding
+from seqjax.models.backbone import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier(Layer):
+    """One label per sequence.
+
+        logits = pool(backbone(inputs)) W + b
+
+    Inputs are tokens [B, T] (give `vocab_size`) or features [B, T, input_dim] (give `input_dim`);
+    logits are [B, num_classes] in float32 or better. The protocol of a layer, except that `apply`
+    and `step` return the logits of everything seen since the last reset: the pool is part of the
+    state, so a sequence may come in pieces, and a reset clears it as well.
+
+    `mask` [B, T] bool marks real positions. The others are selected away: they enter the backbone
+    as zeros, never enter the pool, and the backbone starts afresh at the first real position (a
+    bidirectional one also wherever real positions end), so padding on either side leaves no trace.
+    A sequence without any real position pools to zeros.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from seqjax.layers import S5
+      >>> from seqjax.models import Backbone
+      >>> model = Classifier(num_classes=3, backbone=Backbone(S5(dim=8), depth=2), input_dim=1)
+      >>> params = model.init(jax.random.key(0))
+      >>> logits, state = model.apply(params, jnp.ones((2, 5, 1)))
+      >>> logits.shape
+      (2, 3)
+
+    Attributes:
+      num_classes: number of labels.
+      backbone: the stack in the middle.
+      vocab_size: number of tokens, for token inputs.
+      input_dim: features per position, for feature inputs.
+      pool: 'mean' over positions, or 'last' position.
+      dtype: dtype the model computes in.
+      dim: features of the backbone.
+    """
+
+    num_classes: int
+    backbone: Backbone
+    vocab_size: int | None = None
+    input_dim: int | None = None
+    pool: Literal["mean", "last"] = "mean"
+    dtype: str = "float32"
+    dim: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        _checks.positive(self, num_classes=self.num_classes)
+        check_model(self, self.backbone, self.dtype)
+        _checks.require(
+            self,
+            (self.vocab_size is None) != (self.input_dim is None),
+            "give vocab_size for token inputs or input_dim for feature inputs, one of them; given"
+            f" vocab_size={self.vocab_size}, input_dim={self.input_dim}.",
+        )
+        if self.vocab_size is not None:
+            _checks.positive(self, vocab_size=self.vocab_size)
+        if self.input_dim is not None:
+            _checks.positive(self, input_dim=self.input_dim)
+        _checks.require(
+            self,
+            self.pool in ("mean", "last"),
+            f"pool must be 'mean' or 'last', given {self.pool!r}.",
+        )
+
+    @property
+    def causal(self) -> bool:
+        """Whether the backbone is."""
+        return self.backbone.causal
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        params: dict[str, Param | Layer] = {"backbone": self.backbone}
+        if self.vocab_size is not None:
+            params["embedding"] = embedding(self.vocab_size, self.dim)
+        if self.input_dim is not None:
+            params["input_proj"] = Param(
+                (self.input_dim, self.dim), (None, "embed"), "weight", _init.fan_in_normal
+            )
+            params["input_bias"] = Param((self.dim,), ("embed",), "bias", _init.zeros)
+        params["head"] = Param(
+            (self.dim, self.num_classes), ("embed", None), "weight", _init.fan_in_normal
+        )
+        params["head_bias"] = Param((self.num_classes,), (None,), "bias", _init.zeros)
+        return params
+
+    def initial_state(self, batch_size: int, dtype: Any = None) -> State:
+        """The state before the first position; see `Layer.initial_state`.
+
+        Args:
+          batch_size: number of sequences.
+          dtype: None, or the model's own `dtype`.
+        """
+        return super().initial_state(batch_size, self.dtype if dtype is None else dtype)
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        if not self.causal:
+            return ()
+        return {
+            "backbone": self.backbone._initial_state(batch_size, dtype),
+            "pool": self._empty_pool(batch_size, dtype),
+        }
+
+    def _empty_pool(self, batch_size: int, dtype: Any) -> dict[str, jax.Array]:
+        """The sum of the pooled positions (the last one alone if pool='last') and their number."""
+        return {
+            "sum": jnp.zeros((batch_size, self.dim), dtype),
+            "count": jnp.zeros((batch_size,), jnp.int32),
+        }
+
+    def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
+        if self.input_dim is None:
+            _checks.tokens(self, x, one_step)
+        else:
+            _checks.features(self, x, self.input_dim, one_step)
+        return jnp.dtype(self.dtype)
+
+    def apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State = None,
+        reset: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, State]:
+        """Classifies sequences; see `Layer.apply`.
+
+        Args:
+          params: what `init` returned.
+          x: tokens [B, T] or features [B, T, input_dim].
+          state: the state an earlier call returned, to continue from it.
+          reset: [B, T] bool, True where backbone and pool are cleared before that step.
+          mask: [B, T] bool, True at real positions; None takes all as real.
+
+        Returns:
+          `(logits, state)`: logits [B, num_classes].
+
+        Raises:
+          ValueError: an argument has the wrong structure, shape or dtype.
+          NotImplementedError: `state` is given and the backbone is bidirectional.
+        """
+        x = jnp.asarray(x)
+        state, reset = self._check_call(params, x, state, reset, one_step=False)
+        if mask is not None:
+            mask = jnp.asarray(mask)
+            _checks.boolean(self, "mask", mask, x.shape[:2])
+        return self._apply(params, x, state, reset, mask)
+
+    def _apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, State]:
+        batch, length = x.shape[:2]
+        wide = state_dtype(self.dtype)
+        if self.causal:
+            backbone_state, pool = state["backbone"], state["pool"]
+        else:
+            backbone_state = self.backbone._initial_state(batch, wide)
+            pool = self._empty_pool(batch, wide)
+        if reset is None:
+            reset = jnp.zeros((batch, length), jnp.bool_)
+        inputs = self._embed(params, x, mask)
+        hidden, backbone_state = self.backbone._apply(
+            params["backbone"],
+            inputs,
+            backbone_state,
+            reset if mask is None else reset | self._borders(mask, reset, pool["count"]),
+        )
+        pool = self._update(pool, hidden.astype(wide), mask, reset)
+        pooled = pool["sum"]
+        if self.pool == "mean":
+            pooled = pooled / jnp.maximum(pool["count"], 1).astype(wide)[:, None]
+        logits = pooled @ params["head"].astype(wide) + params["head_bias"].astype(wide)
+        return logits, {"backbone": backbone_state, "pool": pool} if self.causal else ()
+
+    def _step(
+        self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        return self._apply(params, x_t[:, None], state, None if reset is None else reset[:, None])
+
+    def _embed(self, params: Params, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """The backbone's inputs, zero at masked positions whatever stands there."""
+        if mask is not None:
+            x = jnp.where(mask if x.ndim == 2 else mask[..., None], x, 0)
+        if self.vocab_size is not None:
+            inputs = embed(params, x, self.dtype)
+        else:
+            inputs = dense(x.astype(self.dtype), params["input_proj"])
+            inputs = inputs + params["input_bias"].astype(self.dtype)
+        return inputs if mask is None else jnp.where(mask[..., None], inputs, 0)
+
+    def _borders(self, mask: jax.Array, reset: jax.Array, count: jax.Array) -> jax.Array:
+        """Where padding must not reach the real positions beside it."""
+        before = count[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
+        # `before` never falls, so this is its value at the last reset.
+        at_reset = jax.lax.cummax(jnp.where(reset, before, 0), axis=1)
+        first_real = mask & (before == at_reset)
+        if self.causal:
+            return first_real
+        ends = jnp.pad(mask[:, :-1] & ~mask[:, 1:], ((0, 0), (1, 0)))
+        return first_real | ends
+
+    def _update(
+        self,
+        pool: dict[str, jax.Array],
+        hidden: jax.Array,
+        mask: jax.Array | None,
+        reset: jax.Array,
+    ) -> dict[str, jax.Array]:
+        segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
+        keep = segment == segment[:, -1:]
+        if mask is not None:
+            keep = keep & mask
+        carried = segment[:, -1] == 0
+        count = jnp.where(carried, pool["count"], 0)
+        total = jnp.where(carried[:, None], pool["sum"], 0)
+        if self.pool == "mean":
+            total = total + jnp.sum(jnp.where(keep[..., None], hidden, 0), axis=1)
+        else:
+            last = jnp.max(jnp.where(keep, jnp.arange(keep.shape[1]), -1), axis=1)
+            chosen = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+            total = jnp.where((last >= 0)[:, None], chosen, total)
+        return {"sum": total, "count": count + jnp.sum(keep, axis=1, dtype=jnp.int32)}

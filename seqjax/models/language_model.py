@@ -1,0 +1,99 @@
+"""LanguageModel: tokens in, next-token logits out."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.layers import _checks, _init
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.models._inputs import check_model, embed, embedding
+from seqjax.models.backbone import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Layer):
+    """Next-token logits from a causal backbone.
+
+        logits = backbone(E[tokens] * sqrt(dim)) W,     W = E^T if tie_embeddings
+
+    The protocol of a layer, except that inputs are integer tokens, [B, T] for `apply` and [B] for
+    `step`, and outputs are logits, [B, T, vocab_size] and [B, vocab_size], in float32 or better.
+    E starts normal with variance 1/dim. A token outside the vocabulary gives NaN.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from seqjax.layers import LRU
+      >>> from seqjax.models import Backbone
+      >>> model = LanguageModel(vocab_size=10, backbone=Backbone(LRU(dim=8), depth=2))
+      >>> params = model.init(jax.random.key(0))
+      >>> logits, state = model.apply(params, jnp.zeros((2, 5), jnp.int32))
+      >>> next_logits, state = model.step(params, jnp.zeros(2, jnp.int32), state)
+      >>> logits.shape, next_logits.shape
+      ((2, 5, 10), (2, 10))
+
+    Attributes:
+      vocab_size: number of tokens.
+      backbone: the stack in the middle.
+      tie_embeddings: whether output weights are the embedding's.
+      dtype: dtype the model computes in.
+      dim: features of the backbone.
+    """
+
+    vocab_size: int
+    backbone: Backbone
+    tie_embeddings: bool = True
+    dtype: str = "float32"
+    dim: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        _checks.positive(self, vocab_size=self.vocab_size)
+        check_model(self, self.backbone, self.dtype)
+        _checks.require(
+            self,
+            self.backbone.causal,
+            "the backbone must be causal, but one of its mixers is bidirectional.",
+        )
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        params: dict[str, Param | Layer] = {
+            "embedding": embedding(self.vocab_size, self.dim),
+            "backbone": self.backbone,
+        }
+        if not self.tie_embeddings:
+            params["head"] = Param(
+                (self.dim, self.vocab_size), ("embed", "vocab"), "weight", _init.fan_in_normal
+            )
+        return params
+
+    def initial_state(self, batch_size: int, dtype: Any = None) -> State:
+        """The state before the first token; see `Layer.initial_state`.
+
+        Args:
+          batch_size: number of sequences.
+          dtype: None, or the model's own `dtype`.
+        """
+        return super().initial_state(batch_size, self.dtype if dtype is None else dtype)
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        return self.backbone._initial_state(batch_size, dtype)
+
+    def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
+        _checks.tokens(self, x, one_step)
+        return jnp.dtype(self.dtype)
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        hidden, state = self.backbone._apply(
+            params["backbone"], embed(params, x, self.dtype), state, reset
+        )
+        weight = params["embedding"].T if self.tie_embeddings else params["head"]
+        logits = jnp.matmul(
+            hidden,
+            weight.astype(hidden.dtype),
+            preferred_element_type=state_dtype(hidden.dtype),
+        )
+        return logits, state

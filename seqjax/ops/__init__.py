@@ -1,0 +1,6 @@
+from seqjax.ops.delta_rule import delta_rule as delta_rule
+from seqjax.ops.linear_attention import linear_attention as linear_attention
+from seqjax.ops.linear_scan import linear_scan as linear_scan
+from seqjax.ops.monoid_scan import monoid_scan as monoid_scan
+from seqjax.ops.segments import segment_starts as segment_starts
+from seqjax.ops.selective_scan import selective_scan as selective_scan

@@ -1,0 +1,102 @@
+"""Checks that every op makes on its arguments, and the dtype rules that all ops share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Arrays = Mapping[str, jax.Array | None]
+
+
+def check_shapes(op: str, wanted: Mapping[str, str], given: Arrays) -> dict[str, int]:
+    """Match shapes against patterns such as ``"B T H | B T H K"`` and return the axis sizes.
+
+    ``|`` separates alternatives. Arrays that are ``None`` are skipped.
+
+    Raises:
+      ValueError: naming the op, the argument, the shape wanted and the shape given.
+    """
+    sizes: dict[str, int] = {}
+    for name, pattern in wanted.items():
+        array = given[name]
+        if array is None:
+            continue
+        options = [option.split() for option in pattern.split("|")]
+        for axes in options:
+            if len(axes) == array.ndim and all(
+                sizes.get(axis, size) == size for axis, size in zip(axes, array.shape, strict=True)
+            ):
+                sizes.update(zip(axes, array.shape, strict=True))
+                break
+        else:
+            text = " or ".join(
+                "[" + ", ".join(f"{a}={sizes[a]}" if a in sizes else a for a in axes) + "]"
+                for axes in options
+            )
+            raise ValueError(f"{op}: `{name}` must have shape {text}, got {list(array.shape)}.")
+        empty = [axis for axis in axes if sizes[axis] == 0]
+        if empty:
+            raise ValueError(
+                f"{op}: `{name}` must have at least one element along {', '.join(empty)}, "
+                f"got shape {list(array.shape)}; skip the call for empty input."
+            )
+    return sizes
+
+
+def check_dtypes(op: str, given: Arrays, *, complex_ok: bool) -> None:
+    """Refuse integers and booleans, and complex numbers where the op has no complex form."""
+    for name, array in given.items():
+        if array is None:
+            continue
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            kind = "floating point or complex" if complex_ok else "floating point"
+            raise ValueError(f"{op}: `{name}` must be {kind}, got {array.dtype}; cast it first.")
+        if not complex_ok and jnp.issubdtype(array.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"{op}: `{name}` must be real, got {array.dtype}; this op has no complex form."
+            )
+
+
+def check_reset(op: str, reset: Any, batch: int, length: int) -> jax.Array | None:
+    """The reset as an array; refuse one that is not boolean [B, T]."""
+    if reset is None:
+        return None
+    reset = jnp.asarray(reset)
+    if reset.shape != (batch, length):
+        raise ValueError(
+            f"{op}: `reset` must have shape [B={batch}, T={length}], got {list(reset.shape)}."
+        )
+    if reset.dtype != jnp.bool_:
+        raise ValueError(
+            f"{op}: `reset` must be boolean, got {reset.dtype}; "
+            "seqjax.segment_starts makes one from segment ids."
+        )
+    return reset
+
+
+def check_positive(op: str, **given: int | None) -> None:
+    """Refuse sizes that are not positive integers; None is the op's own choice."""
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{op}: `{name}` must be a positive integer or None, got {value!r}.")
+
+
+def as_arrays(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments as jax arrays, by name."""
+    return {name: None if a is None else jnp.asarray(a) for name, a in given.items()}
+
+
+def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
+    """The dtype of states and sums: float32, or float64 if any array is; complex alike."""
+    dtypes = [a.dtype for a in arrays if a is not None]
+    wide = any(jnp.finfo(d).bits == 64 for d in dtypes)
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
+        return jnp.dtype(jnp.complex128 if wide else jnp.complex64)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def output_dtype(like: jax.Array, *others: jax.Array | None) -> jnp.dtype:
+    """The dtype of outputs: that of `like`, or the state's if anything is complex."""
+    state = state_dtype(like, *others)
+    return state if jnp.issubdtype(state, jnp.complexfloating) else like.dtype

@@ -1,0 +1,68 @@
+"""What differs between jax versions, or is reached through names jax may still move.
+
+The library runs on jax 0.10.2 and newer; everything that would break first sits here.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+__all__ = ["Primitive", "Zero", "ad", "batching", "make_primitive", "match_varying"]
+
+Zero = ad.Zero
+
+
+def match_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """Give all arrays the same varying mesh axes inside `jax.shard_map`; elsewhere do nothing.
+
+    Loop carries and primitives need operands that agree on them, and a weight shared by all
+    devices does not vary where the data do.
+    """
+    axes: frozenset[Any] = frozenset()
+    for array in arrays:
+        if array is not None:
+            axes |= jax.typeof(array).mat.varying
+    if not axes:
+        return arrays
+    return tuple(
+        None
+        if a is None
+        else lax.pcast(a, tuple(sorted(axes - jax.typeof(a).mat.varying)), to="varying")
+        for a in arrays
+    )
+
+
+def make_primitive(
+    name: str,
+    implementation: Callable[..., Sequence[jax.Array]],
+    abstract: Callable[..., Sequence[Any]],
+) -> Primitive:
+    """A primitive with several results, compiled from `implementation(platform, *args, **params)`.
+
+    The platform is the one being compiled for, which under ahead-of-time compilation is not the
+    host's.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(abstract)
+
+    @functools.lru_cache(maxsize=None)
+    def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+        return jax.jit(functools.partial(primitive.bind, **dict(params)))
+
+    def eager(*args: jax.Array, **params: Any) -> Sequence[jax.Array]:
+        return compiled(tuple(sorted(params.items())))(*args)
+
+    primitive.def_impl(eager)
+    for platform in ("cpu", "tpu", "cuda", "rocm"):
+        rule = mlir.lower_fun(functools.partial(implementation, platform), multiple_results=True)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    mlir.register_lowering(
+        primitive, mlir.lower_fun(functools.partial(implementation, "other"), multiple_results=True)
+    )
+    return primitive

@@ -1,0 +1,154 @@
+"""The elementwise linear recurrence as a primitive, closed under differentiation.
+
+Two forms, each running over time forwards or backwards:
+
+    pre:   h <- a_t h + x_t;   y_t = h          (post=False)
+    post:  y_t = c + x_t;      c <- a_t y_t     (post=True)
+
+They are each other's transpose with time reversed: the cotangent of `pre` obeys
+lambda_t = g_t + a_{t+1} lambda_{t+1}, which is `post` run backwards with the same `a`, no array
+shifted or copied. Both are linear in (x, initial state), and their derivative with respect to
+`a` is the same recurrence fed with da_t h_{t-1}; so forward mode, reverse mode and every higher
+order are again these two forms, and the backward pass stores `a` and `y` only.
+
+At a step with `reset` the product with `a_t` is replaced by zero (selected, not multiplied).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops import _compat
+from seqjax.ops._recurrence_xla import Form, run
+
+
+def _abstract(a: Any, x: Any, h0: Any, *reset: Any, out_dtype: Any, **_: Any) -> tuple[Any, Any]:
+    return x.update(dtype=jnp.dtype(out_dtype), weak_type=False), h0.update(weak_type=False)
+
+
+def _implementation(
+    platform: str, *operands: jax.Array, post: bool, reverse: bool, out_dtype: Any, **params: Any
+) -> tuple[jax.Array, jax.Array]:
+    a, x, h0, reset = (*operands, None)[:4]
+    return run(a, x, h0, reset, Form(post, reverse, out_dtype), platform=platform, **params)
+
+
+recurrence_p = _compat.make_primitive("seqjax_linear_recurrence", _implementation, _abstract)
+
+
+def recurrence(
+    a: jax.Array,
+    x: jax.Array,
+    h0: jax.Array,
+    reset: jax.Array | None,
+    *,
+    post: bool = False,
+    reverse: bool = False,
+    out_dtype: Any,
+    algorithm: str | None = None,
+    chunk_size: int | None = None,
+    unroll: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Run one of the two forms: a [B|1, T|1, D], x [B, T, D], h0 [B, D], reset [B, T] or None."""
+    operands = (a, x, h0) if reset is None else (a, x, h0, reset)
+    y, final = recurrence_p.bind(
+        *_compat.match_varying(*operands),
+        post=post,
+        reverse=reverse,
+        out_dtype=jnp.dtype(out_dtype),
+        algorithm=algorithm,
+        chunk_size=chunk_size,
+        unroll=unroll,
+    )
+    return y, final
+
+
+def shift(h: jax.Array, y: jax.Array, reverse: bool) -> jax.Array:
+    """[h, y_1, ..., y_{T-1}] in the direction of time: what each step found."""
+    if reverse:
+        return jnp.concatenate([y[:, 1:], h[:, None]], axis=1)
+    return jnp.concatenate([h[:, None], y[:, :-1]], axis=1)
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
+    a, x, h0, *reset = primals
+    da, dx, dh0 = tangents[:3]
+    y, final = recurrence_p.bind(*primals, **params)
+    zero = _compat.Zero
+    if all(type(t) is zero for t in (da, dx, dh0)):
+        return (y, final), (zero.from_primal_value(y), zero.from_primal_value(final))
+    dtype = h0.dtype
+    dx = None if type(dx) is zero else dx
+    dh0 = jnp.zeros_like(h0) if type(dh0) is zero else dh0
+    dfinal = None
+    if type(da) is not zero:
+        if params["post"]:  # c_{t+1} = a_t y_t: the term enters one step later
+            extra = _select(reset, da.astype(dtype) * y.astype(dtype))
+            last = 0 if params["reverse"] else -1
+            dfinal = extra[:, last]
+            extra = shift(jnp.zeros_like(h0), extra, params["reverse"])
+        else:
+            found = shift(h0, y.astype(dtype), params["reverse"])
+            extra = _select(reset, da.astype(dtype) * found)
+        dx = extra if dx is None else extra + dx.astype(dtype)
+    if dx is None:
+        dx = jnp.zeros_like(x)
+    dy, df = recurrence_p.bind(*_compat.match_varying(a, dx, dh0, *reset), **params)
+    return (y, final), (dy, df if dfinal is None else df + dfinal)
+
+
+def _select(reset: list[jax.Array], value: jax.Array) -> jax.Array:
+    if not reset:
+        return value
+    return jnp.where(reset[0][..., None], jnp.zeros_like(value), value)
+
+
+def _transpose(cotangents: Any, a: Any, x: Any, h0: Any, *reset: Any, **params: Any) -> Any:
+    ct_y, ct_final = cotangents
+    zero = _compat.Zero
+    x_aval = x.aval if _compat.ad.is_undefined_primal(x) else jax.typeof(x)
+    h_aval = h0.aval if _compat.ad.is_undefined_primal(h0) else jax.typeof(h0)
+    ct_y = jnp.zeros(x_aval.shape, params["out_dtype"]) if type(ct_y) is zero else ct_y
+    ct_final = jnp.zeros(h_aval.shape, h_aval.dtype) if type(ct_final) is zero else ct_final
+    params = dict(
+        params, post=not params["post"], reverse=not params["reverse"], out_dtype=x_aval.dtype
+    )
+    ct_x, ct_h0 = recurrence_p.bind(*_compat.match_varying(a, ct_y, ct_final, *reset), **params)
+    return (
+        None,
+        ct_x if _compat.ad.is_undefined_primal(x) else None,
+        ct_h0 if _compat.ad.is_undefined_primal(h0) else None,
+        *(None for _ in reset),
+    )
+
+
+def _batch(args: Any, dims: Any, **params: Any) -> Any:
+    """vmap: the mapped axis joins the batch."""
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    batch = next(
+        x.shape[0 if d is None else (1 if d == 0 else 0)]
+        for x, d in zip(args[1:2], dims[1:2], strict=True)
+    )
+    folded = []
+    for position, (array, dim) in enumerate(zip(args, dims, strict=True)):
+        if dim is None and position == 0 and array.shape[0] == 1:
+            folded.append(array)  # shared by the whole batch, mapped or not
+            continue
+        if dim is None:
+            array = jnp.broadcast_to(array[None], (size, *array.shape))
+        else:
+            array = jnp.moveaxis(array, dim, 0)
+        if array.shape[1] != batch:
+            array = jnp.broadcast_to(array, (size, batch, *array.shape[2:]))
+        folded.append(array.reshape(size * batch, *array.shape[2:]))
+    y, final = recurrence_p.bind(*folded, **params)
+    return (y.reshape(size, batch, *y.shape[1:]), final.reshape(size, batch, *final.shape[1:])), (
+        0,
+        0,
+    )
+
+
+_compat.ad.primitive_jvps[recurrence_p] = _jvp
+_compat.ad.primitive_transposes[recurrence_p] = _transpose
+_compat.batching.primitive_batchers[recurrence_p] = _batch

@@ -1,0 +1,124 @@
+"""Sequence parallelism: what devices tell each other when T is split over a mesh axis.
+
+Each device summarises its part of the sequence in one state-sized piece. A prefix combination
+over the devices, ceil(log2 n) exchanges of one summary each, gives every device the summary of
+all that came before it, and from that the state that enters its part.
+
+For the linear recurrences a summary is the affine map of the state that the part amounts to,
+
+    S_out = M S_in + X,     or the constant X if a reset lies in the part.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+T = TypeVar("T")
+
+
+def _place(axis_name: str, reverse: bool) -> tuple[int, jax.Array]:
+    """How many devices share the sequence, and this one's place in the direction of time."""
+    size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    return size, size - 1 - index if reverse else index
+
+
+def is_first(axis_name: str, reverse: bool = False) -> jax.Array:
+    """Whether time starts on this device."""
+    return _place(axis_name, reverse)[1] == 0
+
+
+def combine_before(
+    summary: T, compose: Callable[[T, T], T], axis_name: str, reverse: bool = False
+) -> T:
+    """The composition of the summaries of all earlier devices; meaningless on the first device."""
+    size, place = _place(axis_name, reverse)
+
+    def receive(value: T, distance: int) -> T:
+        links = [(i, i + distance) for i in range(size - distance)]
+        return lax.ppermute(value, axis_name, [(j, i) for i, j in links] if reverse else links)
+
+    distance = 1
+    while distance < size:
+        combined = compose(receive(summary, distance), summary)
+        has_earlier = place >= distance
+        summary = jax.tree.map(
+            lambda new, old, keep=has_earlier: jnp.where(keep, new, old), combined, summary
+        )
+        distance *= 2
+    return receive(summary, 1)
+
+
+class Affine(NamedTuple):
+    """S -> where(cut, X, M S + X)."""
+
+    transition: jax.Array  # M
+    offset: jax.Array  # X
+    cut: jax.Array  # bool, broadcastable to X
+
+
+def run_split(
+    local: Callable[[jax.Array], tuple[Any, jax.Array]],
+    transition: jax.Array,
+    initial_state: jax.Array,
+    reset: jax.Array | None,
+    axis_name: str,
+    *,
+    reverse: bool = False,
+    apply: Callable[[jax.Array, jax.Array], jax.Array] = jnp.multiply,
+) -> tuple[Any, jax.Array]:
+    """Run a recurrence whose T is split over the mesh axis `axis_name`.
+
+    Args:
+      local: maps the state entering this device's part to (outputs, state leaving it).
+      transition: M of this device's part; anything where a reset lies in the part.
+      initial_state: [B, ...], before the whole sequence; the same on every device.
+      reset: [B, T] of this device's part.
+      axis_name: a mesh axis, in the order of time.
+      reverse: time runs from the last device to the first.
+      apply: M S, where S is a state or another M.
+
+    Returns:
+      This device's outputs, and the final state of the whole sequence, on every device.
+    """
+    _, offset = local(jnp.zeros_like(initial_state))
+    batch = initial_state.shape[0]
+    cut = jnp.zeros(batch, bool) if reset is None else reset.any(axis=1)
+    cut = cut.reshape(batch, *(1 for _ in initial_state.shape[1:]))
+
+    def compose(early: Affine, late: Affine) -> Affine:
+        through = apply(late.transition, early.offset) + late.offset
+        return Affine(
+            apply(late.transition, early.transition),
+            jnp.where(late.cut, late.offset, through),
+            early.cut | late.cut,
+        )
+
+    before = combine_before(Affine(transition, offset, cut), compose, axis_name, reverse)
+    through = apply(before.transition, initial_state) + before.offset
+    entered = jnp.where(before.cut, before.offset, through)
+    entered = jnp.where(is_first(axis_name, reverse), initial_state, entered)
+    outputs, final = local(entered)
+    return outputs, from_last(final, axis_name, reverse)
+
+
+def whole_part(values: jax.Array, reset: jax.Array | None) -> jax.Array:
+    """Per-step exponents [B, T, ...], zero in sequences whose part holds a reset.
+
+    Their transition is never used, and summed as they are, non-finite values would come back in
+    the gradients of steps after the reset.
+    """
+    if reset is None:
+        return values
+    cut = reset.any(axis=1).reshape(-1, *(1 for _ in values.shape[1:]))
+    return jnp.where(cut, jnp.zeros_like(values), values)
+
+
+def from_last(state: T, axis_name: str, reverse: bool = False) -> T:
+    """The value on the device where time ends, on every device."""
+    size, place = _place(axis_name, reverse)
+    return jax.tree.map(
+        lambda s: lax.psum(jnp.where(place == size - 1, s, jnp.zeros_like(s)), axis_name), state
+    )

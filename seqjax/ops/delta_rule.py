@@ -1,0 +1,139 @@
+"""The delta rule: a matrix state that replaces what it holds under a key."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops._time_scan import time_scan
+from seqjax.types import Array, Float, Reset
+
+
+def delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    *,
+    scale: float | None = None,
+    reset: Reset | None = None,
+    chunk_size: int | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    sequence_axis: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The (gated) delta rule.
+
+        S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_{t-1} + beta_t k_t v_t^T      g = log_decay
+        o_t = scale * S_t^T q_t                                                    S [K, V]
+
+    that is, S is decayed, and then what it holds under k_t moves by beta_t towards v_t. Where
+    `reset` is true, S_{t-1} is cleared first. DeltaNet: arXiv 2406.06484; one decay per head:
+    Gated DeltaNet, 2412.06464; per key channel: Kimi Delta Attention, 2510.26692; beta up to 2
+    gives negative eigenvalues, 2411.12537. The state is stable for beta |k|^2 in [0, 2]; keys are
+    taken as they come, so normalise them in the layer.
+
+    Args:
+      q, k: [B, T, H, K].
+      v: [B, T, H, V].
+      beta: [B, T, H], the write strength.
+      log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
+      initial_state: [B, H, K, V], zeros if None.
+      scale: of the queries; K**-0.5 if None.
+      reset: [B, T] bool.
+      chunk_size: one state per chunk is kept for the backward pass; 64 steps if None.
+      algorithm: "sequential" or None.
+      implementation: "xla", "pallas" or None.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+
+    Returns:
+      (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
+      argument is).
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, complex input among them.
+      NotImplementedError: for an algorithm or implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> k = jnp.ones((1, 2, 1, 1))
+      >>> v = jnp.array([3.0, 5.0]).reshape(1, 2, 1, 1)
+      >>> o, S = seqjax.delta_rule(k, k, v, beta=jnp.ones((1, 2, 1)))  # the new value replaces
+      >>> o.ravel().tolist()
+      [3.0, 5.0]
+    """
+    op = "delta_rule"
+    given = _checks.as_arrays(
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "beta": beta,
+            "log_decay": log_decay,
+            "initial_state": initial_state,
+        }
+    )
+    wanted = {
+        "q": "B T H K",
+        "k": "B T H K",
+        "v": "B T H V",
+        "beta": "B T H",
+        "log_decay": "B T H | B T H K",
+        "initial_state": "B H K V",
+    }
+    sizes = _checks.check_shapes(op, wanted, given)
+    _checks.check_dtypes(op, given, complex_ok=False)
+    reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    _checks.check_positive(op, chunk_size=chunk_size)
+    _dispatch.resolve(op, algorithm, implementation, algorithms=("sequential",))
+    if initial_state is None:
+        shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
+        given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
+    return _run(
+        *given.values(),
+        reset,
+        sizes["K"] ** -0.5 if scale is None else scale,
+        chunk_size=chunk_size or 64,
+        sequence_axis=sequence_axis,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
+def _run(*arrays: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+    *arrays, scale = arrays
+    q, k, v, beta, log_decay, S0, reset = _compat.match_varying(*arrays)
+    out, state = v.dtype, _checks.state_dtype(q, k, v, beta, log_decay, S0)
+    scale = jnp.asarray(scale, state)
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = log_decay[..., None]
+
+    def read(S: Array, k: Array) -> Array:
+        return jnp.sum(S * k[..., None], axis=-2)
+
+    def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
+        q, k, v, beta, g, cut = inputs
+        q, k, v, beta = (value.astype(state) for value in (q, k, v, beta))
+        if cut is not None:
+            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
+        if g is not None:
+            S = jnp.exp(g.astype(state))[..., None] * S
+        write = beta[..., None] * (v - read(S, k))
+        S = S + k[..., None] * write[..., None, :]
+        return S, read(S, scale * q).astype(out)
+
+    def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
+        return time_scan(step, S0, (q, k, v, beta, log_decay, reset), chunk_size)
+
+    S0 = S0.astype(state)
+    if sequence_axis is None:
+        return local(S0)
+    # The part's transition is a matrix: what it makes of the identity when nothing is written.
+    size = S0.shape[2]
+    identity = jnp.zeros_like(S0, shape=(*S0.shape[:3], size)) + jnp.eye(size, dtype=state)
+    _, transition = local(_compat.match_varying(identity, S0)[0], jnp.zeros_like(k))
+    matmul = functools.partial(jnp.matmul, precision="highest")
+    return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=matmul)

@@ -1,0 +1,124 @@
+"""Linear attention: a matrix state, decayed and written to at every step."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops._time_scan import time_scan
+from seqjax.types import Array, Inexact, Reset
+
+
+def linear_attention(
+    q: Inexact[Array, "B T H K"],
+    k: Inexact[Array, "B T H K"],
+    v: Inexact[Array, "B T H V"],
+    log_decay: Inexact[Array, "B T H"] | Inexact[Array, "B T H K"] | None = None,
+    initial_state: Inexact[Array, "B H K V"] | None = None,
+    *,
+    scale: float | None = None,
+    reset: Reset | None = None,
+    chunk_size: int | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    sequence_axis: str | None = None,
+) -> tuple[Inexact[Array, "B T H V"], Inexact[Array, "B H K V"]]:
+    """Linear attention with decay.
+
+        S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        S [K, V],   g = log_decay
+        o_t = scale * S_t^T q_t
+
+    Where `reset` is true, S_{t-1} is cleared first. Without decay this is Katharopoulos et al.,
+    arXiv 2006.16236 (without its normaliser); with one decay per head RetNet (arXiv 2307.08621)
+    and Mamba-2 (2405.21060); per key channel GLA (2312.06635), RWKV-6 and HGRN2; complex GateLoop
+    (2311.01927). Nothing is conjugated: pass the conjugate of `q` where a paper does.
+
+    Args:
+      q, k: [B, T, H, K], real or complex.
+      v: [B, T, H, V].
+      log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
+      initial_state: [B, H, K, V], zeros if None.
+      scale: of the queries; K**-0.5 if None.
+      reset: [B, T] bool.
+      chunk_size: one state per chunk is kept for the backward pass; 64 steps if None.
+      algorithm: "sequential" or None.
+      implementation: "xla", "pallas" or None.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+
+    Returns:
+      (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
+      argument is); both complex if any argument is.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit.
+      NotImplementedError: for an algorithm or implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> one = jnp.ones((1, 3, 1, 1))
+      >>> o, S = seqjax.linear_attention(one, one, one, jnp.log(one / 2))
+      >>> [round(float(value), 4) for value in o.ravel()]
+      [1.0, 1.5, 1.75]
+    """
+    op = "linear_attention"
+    given = _checks.as_arrays(
+        {"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state}
+    )
+    wanted = {
+        "q": "B T H K",
+        "k": "B T H K",
+        "v": "B T H V",
+        "log_decay": "B T H | B T H K",
+        "initial_state": "B H K V",
+    }
+    sizes = _checks.check_shapes(op, wanted, given)
+    _checks.check_dtypes(op, given, complex_ok=True)
+    reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    _checks.check_positive(op, chunk_size=chunk_size)
+    _dispatch.resolve(op, algorithm, implementation, algorithms=("sequential",))
+    if initial_state is None:
+        shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
+        given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
+    return _run(
+        *given.values(),
+        reset,
+        sizes["K"] ** -0.5 if scale is None else scale,
+        chunk_size=chunk_size or 64,
+        sequence_axis=sequence_axis,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
+def _run(*arrays: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+    *arrays, scale = arrays
+    q, k, v, log_decay, S0, reset = _compat.match_varying(*arrays)
+    state = _checks.state_dtype(q, k, v, log_decay, S0)
+    out = _checks.output_dtype(v, q, k, log_decay, S0)
+    scale = jnp.asarray(scale, state)
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = log_decay[..., None]
+
+    def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
+        q, k, v, g, cut = inputs
+        q, k, v = (value.astype(state) for value in (q, k, v))
+        if cut is not None:
+            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
+        if g is not None:
+            S = jnp.exp(g.astype(state))[..., None] * S
+        S = S + k[..., None] * v[..., None, :]
+        return S, jnp.sum(S * (scale * q)[..., None], axis=-2).astype(out)
+
+    def local(S0: Array) -> tuple[Array, Array]:
+        return time_scan(step, S0, (q, k, v, log_decay, reset), chunk_size)
+
+    S0 = S0.astype(state)
+    if sequence_axis is None:
+        return local(S0)
+    if log_decay is None:
+        transition = jnp.ones_like(S0[..., :1])
+    else:
+        total = jnp.sum(_sequence.whole_part(log_decay.astype(state), reset), axis=1)
+        transition = jnp.exp(total)[..., None]
+    return _sequence.run_split(local, transition, S0, reset, sequence_axis)

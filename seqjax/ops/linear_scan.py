@@ -1,0 +1,126 @@
+"""The elementwise linear recurrence, h_t = a_t h_{t-1} + x_t."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops._recurrence import recurrence
+from seqjax.types import Array, Inexact, Reset
+
+
+def linear_scan(
+    decay: Inexact[Array, "B T D"] | Inexact[Array, "T D"] | Inexact[Array, "D"],
+    x: Inexact[Array, "B T D"],
+    initial_state: Inexact[Array, "B D"] | None = None,
+    *,
+    reset: Reset | None = None,
+    reverse: bool = False,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+    unroll: int | None = None,
+    sequence_axis: str | None = None,
+) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
+    """Elementwise linear recurrence over time.
+
+        h_t = a_t * h_{t-1} + x_t          h_0 = initial_state,   a = decay
+
+    Where `reset` is true the state is cleared first: h_t = x_t, whatever a_t and h_{t-1} hold.
+    With `reverse` time runs from the last step to the first, initial state and resets included.
+
+    LRU, S5, S4D, RG-LRU, HGRN, minGRU and moving averages are this recurrence. It parallelises
+    over time because the maps h -> a h + x compose to maps of the same form (Blelloch, Prefix
+    sums and their applications, 1990; Martin and Cundy, arXiv 1709.04057). Both derivative modes
+    of every order are again linear scans: nothing is stored but `decay` and the outputs.
+
+    Args:
+      decay: [B, T, D], or [T, D] or [D] where it is shared; real or complex, in any range.
+      x: [B, T, D], real or complex.
+      initial_state: [B, D], zeros if None; the final state of an earlier call.
+      reset: [B, T] bool.
+      reverse: run backwards in time.
+      algorithm: "sequential" (one step after the other), "associative" (log depth, with
+        temporaries of the size of `x`), "chunked" (log depth inside chunks, chunks one after the
+        other), or None: sequential when compiled for CPU; elsewhere associative, or chunked for
+        long sequences.
+      implementation: "xla", "pallas" or None.
+      chunk_size: steps in a chunk of the chunked algorithm; 256 if None.
+      unroll: steps in an iteration of the sequential algorithm's loop; 1 if None.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split. `initial_state`
+        and the final state are then those of the whole sequence, the same on every device.
+
+    Returns:
+      (h [B, T, D], final state [B, D]). The first has the dtype of `x`, the second float32 for
+      float32 and narrower input, float64 for float64; both are complex if any input is.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, or an unknown algorithm.
+      NotImplementedError: for an implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> h, last = seqjax.linear_scan(jnp.array([0.5]), jnp.ones((1, 3, 1)))
+      >>> h[0, :, 0].tolist(), last.tolist()
+      ([1.0, 1.5, 1.75], [[1.75]])
+    """
+    op = "linear_scan"
+    given = _checks.as_arrays({"x": x, "decay": decay, "initial_state": initial_state})
+    wanted = {"x": "B T D", "decay": "B T D | T D | D", "initial_state": "B D"}
+    sizes = _checks.check_shapes(op, wanted, given)
+    _checks.check_dtypes(op, given, complex_ok=True)
+    reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    _checks.check_positive(op, chunk_size=chunk_size, unroll=unroll)
+    algorithm = _dispatch.resolve(
+        op, algorithm, implementation, algorithms=("sequential", "associative", "chunked")
+    )
+    state, out = _checks.state_dtype(*given.values()), _checks.output_dtype(*given.values())
+    h0 = given["initial_state"]
+    h0 = jnp.zeros((sizes["B"], sizes["D"]), state) if h0 is None else h0.astype(state)
+    decay = given["decay"].reshape((1,) * (3 - given["decay"].ndim) + given["decay"].shape)
+    return _run(
+        decay,
+        given["x"],
+        h0,
+        reset,
+        reverse=reverse,
+        out_dtype=out,
+        algorithm=algorithm,
+        chunk_size=chunk_size,
+        unroll=unroll,
+        sequence_axis=sequence_axis,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "reverse",
+        "out_dtype",
+        "algorithm",
+        "chunk_size",
+        "unroll",
+        "sequence_axis",
+    ),
+)
+def _run(
+    a: Array,
+    x: Array,
+    h0: Array,
+    reset: Array | None,
+    *,
+    reverse: bool,
+    sequence_axis: str | None,
+    **params: Any,
+) -> tuple[Array, Array]:
+    a, x, h0, reset = _compat.match_varying(a, x, h0, reset)
+
+    def local(h0: Array, x: Array = x) -> tuple[Array, Array]:
+        return recurrence(a, x, h0, reset, reverse=reverse, **params)
+
+    if sequence_axis is None:
+        return local(h0)
+    _, transition = local(jnp.ones_like(h0), jnp.zeros_like(x))
+    return _sequence.run_split(local, transition, h0, reset, sequence_axis, reverse=reverse)

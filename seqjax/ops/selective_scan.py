@@ -1,0 +1,111 @@
+"""Mamba's selective scan: a diagonal state space whose step size, input and output vary in time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops._time_scan import time_scan
+from seqjax.types import Array, Float, Reset
+
+
+def selective_scan(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, "D"] | None = None,
+    initial_state: Float[Array, "B D N"] | None = None,
+    *,
+    reset: Reset | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+    sequence_axis: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """Selective state space recurrence (S6).
+
+        h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T        h [D, N]
+        y_t = h_t C_t + D * x_t
+
+    Where `reset` is true, h_{t-1} is cleared first. Source: Mamba, arXiv 2312.00752, equation 2
+    with its discretisation (zero-order hold for A, Euler for B).
+
+    Args:
+      x: [B, T, D].
+      dt: [B, T, D], the step sizes (after softplus).
+      A: [D, N], real; negative for a decaying state.
+      B: [B, T, N].
+      C: [B, T, N].
+      D: [D], the skip connection, or None for none.
+      initial_state: [B, D, N], zeros if None.
+      reset: [B, T] bool.
+      algorithm: "sequential" or None.
+      implementation: "xla", "pallas" or None.
+      chunk_size: one state per chunk is kept for the backward pass; 64 steps if None.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+
+    Returns:
+      (y [B, T, D] in the dtype of `x`, final state [B, D, N] in float32, or float64 if any
+      argument is).
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, complex input among them.
+      NotImplementedError: for an algorithm or implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> one = jnp.ones((1, 2, 1))
+      >>> y, h = seqjax.selective_scan(one, one, jnp.log(jnp.full((1, 1), 0.5)), one, one)
+      >>> y.ravel().tolist()
+      [1.0, 1.5]
+    """
+    op = "selective_scan"
+    given = _checks.as_arrays(
+        {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
+    )
+    wanted = {
+        "x": "B T D",
+        "dt": "B T D",
+        "A": "D N",
+        "B": "B T N",
+        "C": "B T N",
+        "D": "D",
+        "initial_state": "B D N",
+    }
+    sizes = _checks.check_shapes(op, wanted, given)
+    _checks.check_dtypes(op, given, complex_ok=False)
+    reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    _checks.check_positive(op, chunk_size=chunk_size)
+    _dispatch.resolve(op, algorithm, implementation, algorithms=("sequential",))
+    if initial_state is None:
+        state = _checks.state_dtype(*given.values())
+        given["initial_state"] = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
+    return _run(*given.values(), reset, chunk_size=chunk_size or 64, sequence_axis=sequence_axis)
+
+
+@functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
+def _run(*arrays: Array | None, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+    x, dt, A, B, C, D, h0, reset = _compat.match_varying(*arrays)
+    out, state = x.dtype, _checks.state_dtype(x, dt, A, B, C, D, h0)
+    A, h0 = A.astype(state), h0.astype(state)
+
+    def step(h: Array, inputs: tuple) -> tuple[Array, Array]:
+        *values, cut = inputs
+        x, dt, B, C = (value.astype(state) for value in values)
+        if cut is not None:
+            h = jnp.where(cut[:, None, None], jnp.zeros_like(h), h)
+        h = jnp.exp(dt[..., None] * A) * h + (dt * x)[..., None] * B[:, None, :]
+        y = jnp.sum(h * C[:, None, :], axis=-1)
+        return h, (y if D is None else y + D.astype(state) * x).astype(out)
+
+    def local(h0: Array) -> tuple[Array, Array]:
+        return time_scan(step, h0, (x, dt, B, C, reset), chunk_size)
+
+    if sequence_axis is None:
+        return local(h0)
+    total = jnp.sum(_sequence.whole_part(dt.astype(state), reset), axis=1)
+    transition = jnp.exp(total[..., None] * A)
+    return _sequence.run_split(local, transition, h0, reset, sequence_axis)

@@ -1,0 +1,287 @@
+"""One row per op and per layer: what the contract tests run through.
+
+A row knows how to make inputs, how to call the thing, and a float64 loop written straight from
+the equations. Adding a recurrence means adding a row; every contract test then runs on it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import seqjax
+from tests import layer_oracles, op_oracles
+
+Arrays = dict[str, Any]
+H, K, V, D, N = 2, 3, 4, 3, 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A row.
+
+    Attributes:
+      name: of the row.
+      inputs: (rng, B, T) -> named float64 arrays (or, for "params", a tree of them).
+      run: (inputs, state, reset, **keywords) -> (outputs, final state).
+      oracle: (inputs, state, reset) -> (outputs, final state or None where it is not judged).
+      state: (rng, B) -> a random initial state; None for layers, whose states are made by running.
+      algorithms: to hold against the oracle.
+      timed: names of the inputs [B, T, ...].
+      shared: names of the inputs [T, ...], the same for the whole batch.
+      decays: name of an input to be set to extreme decays, and how: "linear" or "log".
+      tolerance: largest error by dtype, relative to the largest magnitude of the result.
+      split_axis: whether the op takes `sequence_axis`.
+    """
+
+    name: str
+    inputs: Callable[..., Arrays]
+    run: Callable[..., tuple[Any, Any]]
+    oracle: Callable[..., tuple[Any, Any]]
+    state: Callable[..., Any] | None = None
+    algorithms: tuple[str, ...] = ("sequential",)
+    timed: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+    decays: tuple[str, str] | None = None
+    reverse: bool = False
+    split_axis: bool = True
+    layer: Any = None
+    tolerance: dict[str, float] = dataclasses.field(
+        # float64: rounding over a few dozen steps. float32: the contract's 1e-4 at T = 1000, met
+        # with room. bfloat16: outputs are rounded to 8 bits, inputs arrive rounded.
+        default_factory=lambda: {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2}
+    )
+
+    def in_time(self, name: str, value: Any, steps: slice) -> Any:
+        """Some steps of the input `name`: a view, or all of it where it does not vary in time."""
+        if name in self.timed:
+            return value[:, steps]
+        return value[steps] if name in self.shared else value
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def normal(rng: np.random.Generator, *shape: int, complex_: bool = False) -> np.ndarray:
+    real = rng.standard_normal(shape)
+    return real + 1j * rng.standard_normal(shape) if complex_ else real
+
+
+def unit(array: np.ndarray) -> np.ndarray:
+    return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def _op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> Callable[..., Any]:
+    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+        arrays = {name: inputs[name] for name in names if name in inputs}
+        return function(**arrays, initial_state=state, reset=reset, **fixed, **keywords)
+
+    return run
+
+
+def _linear_inputs(decay_axes: str, complex_: bool) -> Callable[..., Arrays]:
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        shape = tuple({"B": batch, "T": length, "D": D}[axis] for axis in decay_axes)
+        decay = rng.uniform(0.5, 1.0, shape)
+        if complex_:
+            decay = decay * np.exp(1j * rng.uniform(0, 3, shape))
+        return {"decay": decay, "x": normal(rng, batch, length, D, complex_=complex_)}
+
+    return make
+
+
+def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False) -> Case:
+    return Case(
+        name=name,
+        inputs=_linear_inputs(axes, complex_),
+        run=_op(seqjax.linear_scan, ("decay", "x"), reverse=reverse),
+        oracle=functools.partial(op_oracles.linear_scan, reverse=reverse),
+        state=lambda rng, batch: normal(rng, batch, D, complex_=complex_),
+        algorithms=("sequential", "associative", "chunked"),
+        timed=("decay", "x") if axes == "BTD" else ("x",),
+        shared=("decay",) if axes == "TD" else (),
+        decays=("decay", "linear"),
+        reverse=reverse,
+    )
+
+
+def _selective_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+    return {
+        "x": normal(rng, batch, length, D),
+        "dt": rng.uniform(0.05, 1.0, (batch, length, D)),
+        "A": -rng.uniform(0.2, 2.0, (D, N)),
+        "B": normal(rng, batch, length, N),
+        "C": normal(rng, batch, length, N),
+        "D": normal(rng, D),
+    }
+
+
+def _attention_inputs(decay: str | None, complex_: bool = False) -> Callable[..., Arrays]:
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        made = {
+            "q": normal(rng, batch, length, H, K, complex_=complex_),
+            "k": normal(rng, batch, length, H, K, complex_=complex_),
+            "v": normal(rng, batch, length, H, V, complex_=complex_),
+        }
+        if decay is not None:
+            shape = (batch, length, H) if decay == "scalar" else (batch, length, H, K)
+            made["log_decay"] = -rng.uniform(0.0, 1.0, shape)
+            if complex_:
+                made["log_decay"] = made["log_decay"] + 1j * rng.uniform(-3, 3, shape)
+        return made
+
+    return make
+
+
+def _attention(name: str, decay: str | None, complex_: bool = False) -> Case:
+    names = ("q", "k", "v") if decay is None else ("q", "k", "v", "log_decay")
+    return Case(
+        name=name,
+        inputs=_attention_inputs(decay, complex_),
+        run=_op(seqjax.linear_attention, ("q", "k", "v", "log_decay")),
+        oracle=op_oracles.linear_attention,
+        state=lambda rng, batch: normal(rng, batch, H, K, V, complex_=complex_),
+        timed=names,
+        decays=None if decay is None else ("log_decay", "log"),
+    )
+
+
+def _delta_inputs(decay: str | None, top: float) -> Callable[..., Arrays]:
+    attention = _attention_inputs(decay)
+
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        made = attention(rng, batch, length)
+        # Unnormalised keys: beta |k|^2 anywhere up to `top`.
+        made["k"] = unit(made["k"]) * rng.uniform(0.3, 2.0, (batch, length, H, 1))
+        made["beta"] = rng.uniform(0, top, (batch, length, H)) / np.sum(made["k"] ** 2, axis=-1)
+        return made
+
+    return make
+
+
+def _delta(name: str, decay: str | None, top: float = 1.0) -> Case:
+    names = ("q", "k", "v", "beta", *(() if decay is None else ("log_decay",)))
+    return Case(
+        name=name,
+        inputs=_delta_inputs(decay, top),
+        run=_op(seqjax.delta_rule, ("q", "k", "v", "beta", "log_decay")),
+        oracle=op_oracles.delta_rule,
+        state=lambda rng, batch: normal(rng, batch, H, K, V),
+        timed=names,
+        decays=None if decay is None else ("log_decay", "log"),
+    )
+
+
+def softmax_combine(early: Arrays, late: Arrays) -> Arrays:
+    top = jnp.maximum(early["score"], late["score"])
+    old, new = jnp.exp(early["score"] - top), jnp.exp(late["score"] - top)
+    return {
+        "score": top,
+        "weight": old * early["weight"] + new * late["weight"],
+        "value": old * early["value"] + new * late["value"],
+    }
+
+
+def _softmax_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+    return {
+        "score": normal(rng, batch, length),
+        "weight": rng.uniform(0.5, 1.5, (batch, length)),
+        "value": normal(rng, batch, length, V),
+    }
+
+
+def _run_softmax(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+    return seqjax.monoid_scan(softmax_combine, inputs, initial_state=state, reset=reset, **keywords)
+
+
+OPS = [
+    _linear("linear_scan", "BTD"),
+    _linear("linear_scan-shared_over_batch", "TD"),
+    _linear("linear_scan-time_invariant", "D"),
+    _linear("linear_scan-complex", "BTD", complex_=True),
+    _linear("linear_scan-reverse", "BTD", reverse=True),
+    Case(
+        name="selective_scan",
+        inputs=_selective_inputs,
+        run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D")),
+        oracle=op_oracles.selective_scan,
+        state=lambda rng, batch: normal(rng, batch, D, N),
+        timed=("x", "dt", "B", "C"),
+    ),
+    _attention("linear_attention", None),
+    _attention("linear_attention-scalar", "scalar"),
+    _attention("linear_attention-channel", "channel"),
+    _attention("linear_attention-complex", "channel", complex_=True),
+    _delta("delta_rule", None),
+    _delta("delta_rule-negative", None, top=2.0),
+    _delta("delta_rule-scalar", "scalar", top=2.0),
+    _delta("delta_rule-channel", "channel", top=2.0),
+    Case(
+        name="monoid_scan-softmax",
+        inputs=_softmax_inputs,
+        run=_run_softmax,
+        oracle=op_oracles.running_softmax,
+        state=lambda rng, batch: jax.tree.map(lambda e: e[:, 0], _softmax_inputs(rng, batch, 1)),
+        algorithms=("sequential", "associative", "chunked"),
+        timed=("score", "weight", "value"),
+    ),
+]
+
+
+def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        with jax.enable_x64(True):
+            params = layer.init(jax.random.key(rng.integers(2**31)), jnp.float64)
+        params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape), params)
+        return {"params": params, "x": normal(rng, batch, length, layer.dim)}
+
+    def run(inputs: Arrays, state: Any, reset: Any) -> Any:
+        return layer.apply(inputs["params"], inputs["x"], state, reset)
+
+    def judge(inputs: Arrays, state: None, reset: Any) -> tuple[Any, None]:
+        return oracle(layer, inputs["params"], inputs["x"], reset), None
+
+    return Case(
+        name=name or type(layer).__name__,
+        inputs=make,
+        run=run,
+        oracle=judge,
+        algorithms=(None,),
+        timed=("x",),
+        split_axis=False,
+        layer=layer,
+    )
+
+
+LAYERS = [
+    _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
+    _layer(seqjax.layers.S5(dim=4, state_dim=8, blocks=2), layer_oracles.s5),
+    _layer(
+        seqjax.layers.S5(dim=4, state_dim=4, blocks=1, bidirectional=True),
+        layer_oracles.s5,
+        "S5-bidirectional",
+    ),
+    _layer(seqjax.layers.GateLoop(dim=4, heads=2), layer_oracles.gateloop),
+    _layer(seqjax.layers.Mamba(dim=4, state_dim=3), layer_oracles.mamba),
+    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
+        layer_oracles.deltanet,
+        "DeltaNet-gated",
+    ),
+    _layer(
+        seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
+        layer_oracles.sliding_window_attention,
+    ),
+    _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
+    _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
+    _layer(seqjax.layers.GatedMLP(dim=4), layer_oracles.gated_mlp),
+]
+
+ROWS = OPS + LAYERS
+# Every row with every algorithm that can run it.
+VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]

@@ -1,0 +1,133 @@
+"""What the contract tests share: inputs by dtype, compiled runs, and how errors are judged."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.cases import VARIANTS, Case
+
+B, T = 2, 13
+variants = [
+    (case, algorithm, f"{case}-{algorithm}" if algorithm else str(case))
+    for case, algorithm in VARIANTS
+]
+
+
+def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:
+    """Float64 (inputs, initial state, reset); about one step in five resets."""
+    rng = np.random.default_rng([seed, length])
+    inputs = case.inputs(rng, batch, length)
+    state = None if case.state is None else case.state(rng, batch)
+    return inputs, state, rng.random((batch, length)) < 0.2
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """The tree in a dtype; complex leaves in the complex one of that width (bfloat16: none)."""
+    wide = np.complex128 if dtype == "float64" else np.complex64
+
+    def leaf(value: np.ndarray) -> jax.Array:
+        return jnp.asarray(value, wide if np.iscomplexobj(value) else dtype)
+
+    return jax.tree.map(leaf, tree)
+
+
+def cast_inputs(case: Case, inputs: Any, dtype: str) -> Any:
+    """Like `cast`; a layer's parameters stay float32 when its input is narrower."""
+    if case.layer is None or dtype != "bfloat16":
+        return cast(inputs, dtype)
+    return {k: cast(v, "float32" if k == "params" else dtype) for k, v in inputs.items()}
+
+
+def keywords(algorithm: str | None, chunk_size: int = 4) -> dict[str, Any]:
+    if algorithm is None:
+        return {}
+    chunk = {"chunk_size": chunk_size} if algorithm == "chunked" else {}
+    return {"algorithm": algorithm, **chunk}
+
+
+@functools.cache
+def runner(case: Case, algorithm: str | None, chunk_size: int = 4) -> Any:
+    """The compiled (inputs, state, reset) -> (outputs, final state)."""
+    return jax.jit(functools.partial(case.run, **keywords(algorithm, chunk_size)))
+
+
+def pair(x: jax.Array, weight: Any) -> jax.Array:
+    return jnp.sum(jnp.real(x * weight))
+
+
+def weights(tree: Any, seed: int = 7) -> Any:
+    """A fixed random weight for every element of a tree."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: (
+            rng.standard_normal(x.shape)
+            + (1j * rng.standard_normal(x.shape) if np.iscomplexobj(x) else 0)
+        ),
+        tree,
+    )
+
+
+def contract(tree: Any, w: Any) -> Any:
+    """sum Re(tree * w): a scalar that every element of the tree enters."""
+    return sum(jax.tree.leaves(jax.tree.map(pair, tree, w)))
+
+
+@functools.cache
+def runner_with_gradients(case: Case, algorithm: str | None) -> Any:
+    """The compiled (inputs, state, reset, output weights, state weights) -> gradients."""
+    run = functools.partial(case.run, **keywords(algorithm))
+
+    def loss(inputs: Any, state: Any, reset: Any, w_out: Any, w_state: Any) -> jax.Array:
+        out, final = run(inputs, state, reset)
+        # Selected, not multiplied: outputs without weight may be NaN.
+        out = jax.tree.map(lambda y, w: jnp.where(w == 0, jnp.zeros_like(y), y), out, w_out)
+        total = contract(out, w_out)
+        return total if w_state is None else total + contract(final, w_state)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))
+
+
+def error(actual: Any, expected: Any) -> tuple[float, str]:
+    """The largest error of any element relative to its array's largest magnitude, and where."""
+    worst, place = 0.0, ""
+    actual_leaves = jax.tree_util.tree_leaves_with_path(actual)
+    expected_leaves = jax.tree.leaves(expected)
+    assert len(actual_leaves) == len(expected_leaves), "the trees differ"
+    for (path, a), e in zip(actual_leaves, expected_leaves, strict=True):
+        wide = np.complex128 if np.iscomplexobj(e) else np.float64
+        a, e = np.asarray(a).astype(wide), np.asarray(e).astype(wide)
+        assert a.shape == e.shape, f"{jax.tree_util.keystr(path)}: {a.shape} != {e.shape}"
+        scale = max(float(np.abs(e).max(initial=0)), 1e-30)
+        errors = np.abs(a - e) / scale
+        index = np.unravel_index(np.argmax(np.where(np.isnan(errors), np.inf, errors)), e.shape)
+        largest = float(errors[index])
+        if not largest <= worst:
+            worst = largest
+            place = (
+                f"{jax.tree_util.keystr(path)}{list(map(int, index))}: {a[index]} for {e[index]}"
+            )
+    return worst, place
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    worst, place = error(actual, expected)
+    assert worst <= tolerance, f"error {worst:.2e} > {tolerance:.0e} of the scale at {place}"
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def cut(case: Case, inputs: Any, start: int, stop: int) -> Any:
+    """Steps start..stop of the inputs."""
+    return {k: case.in_time(k, v, slice(start, stop)) for k, v in inputs.items()}
+
+
+def copied(case: Case, inputs: Any) -> Any:
+    """The inputs, with copies of those that vary in time."""
+    names = case.timed + case.shared
+    return {k: v.copy() if k in names else v for k, v in inputs.items()}

@@ -1,0 +1,229 @@
+"""Layers as float64 NumPy loops over single positions, written from the papers' equations.
+
+Each function takes `(layer, params, x, reset=None)`, with `x` [B, T, dim] and `reset` [B, T] bool,
+and returns y [B, T, dim]. `layer` is read for its hyperparameters and `params` by name only:
+nothing here comes from seqjax.
+"""
+
+import numpy as np
+
+
+def _f64(tree):
+    if isinstance(tree, dict):
+        return {name: _f64(value) for name, value in tree.items()}
+    return np.asarray(tree, np.float64)
+
+
+def _resets(x, reset):
+    return np.zeros(x.shape[:2], bool) if reset is None else np.asarray(reset, bool)
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def _silu(x):
+    return x * _sigmoid(x)
+
+
+def _softplus(x):
+    return np.logaddexp(0, x)
+
+
+def _complex(pair):
+    return pair[0] + 1j * pair[1]
+
+
+def lru(layer, params, x, reset=None):
+    """h = lambda h + gamma B x; y = Re(C h) + D x (arXiv 2303.06349)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    lam = np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"]))
+    gamma = np.exp(p["gamma_log"])
+    B, C = _complex(p["B"]), _complex(p["C"])
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        h = np.zeros(lam.shape, complex)
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                h = np.zeros(lam.shape, complex)
+            h = lam * h + gamma * (x[b, t] @ B)
+            y[b, t] = (h @ C).real + p["D"] * x[b, t]
+    return y
+
+
+def s5(layer, params, x, reset=None):
+    """Zero-order hold of h' = Lambda h + B x; y = 2 Re(C h) + D x (arXiv 2208.04933)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    lam = -np.exp(p["log_A_real"]) + 1j * p["A_imag"]
+    a_bar = np.exp(lam * np.exp(p["log_step"]))
+    b_bar = _complex(p["B"]) * ((a_bar - 1) / lam)
+    states = lam.shape[0]
+    C = _complex(p["C"])
+    y = p["D"] * x
+    batch, length, _ = x.shape
+    for b in range(batch):
+        h = np.zeros(states, complex)
+        for t in range(length):
+            if reset[b, t]:
+                h = np.zeros(states, complex)
+            h = a_bar * h + x[b, t] @ b_bar
+            y[b, t] += 2 * (h @ C[:states]).real
+        if not layer.bidirectional:
+            continue
+        h = np.zeros(states, complex)
+        for t in reversed(range(length)):
+            if t + 1 < length and reset[b, t + 1]:
+                h = np.zeros(states, complex)
+            h = a_bar * h + x[b, t] @ b_bar
+            y[b, t] += 2 * (h @ C[states:]).real
+    return y
+
+
+def gateloop(layer, params, x, reset=None):
+    """S = diag(a) S + k v^T with a = sigmoid(m) exp(i phase) from x (arXiv 2311.01927)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size = layer.heads, layer.head_dim
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        memory = np.zeros((heads, size, size), complex)
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                memory = np.zeros((heads, size, size), complex)
+            x_t = x[b, t]
+            q, k, v = (
+                (x_t @ p[name]).reshape(heads, size) for name in ("q_proj", "k_proj", "v_proj")
+            )
+            magnitude = _sigmoid(x_t @ p["magnitude_proj"] + p["magnitude_bias"])
+            phase = x_t @ p["phase_proj"] + p["phase_bias"]
+            a = (magnitude * np.exp(1j * phase)).reshape(heads, size)
+            out = np.zeros((heads, size))
+            for h in range(heads):
+                memory[h] = a[h][:, None] * memory[h] + np.outer(k[h], v[h])
+                out[h] = (q[h] @ memory[h]).real / np.sqrt(size)
+            y[b, t] = (_silu(x_t @ p["gate_proj"]) * out.reshape(-1)) @ p["out_proj"]
+    return y
+
+
+def short_conv(layer, params, x, reset=None):
+    """y_t = sum_j w_j x_{t-j}, no further back than the last reset."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        start = 0
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                start = t
+            for j in range(layer.size):
+                if t - j >= start:
+                    y[b, t] += p["weight"][j] * x[b, t - j]
+    if layer.bias:
+        y = y + p["bias"]
+    return _silu(y) if layer.activation == "silu" else y
+
+
+class _Conv:
+    """The hyperparameters of a short convolution inside another layer."""
+
+    def __init__(self, size, bias):
+        self.size, self.bias, self.activation = size, bias, "silu"
+
+
+def mamba(layer, params, x, reset=None):
+    """h = exp(dt A) h + dt B u; y = C h + D u, all of it chosen by the input (arXiv 2312.00752)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    u = short_conv(_Conv(layer.conv_size, bias=True), p["conv"], x @ p["in_proj"], reset)
+    A = -np.exp(p["A_log"])
+    rank, states = layer.dt_rank, layer.state_dim
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        h = np.zeros(A.shape)
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                h = np.zeros(A.shape)
+            u_t = u[b, t]
+            projected = u_t @ p["x_proj"]
+            r, B, C = projected[:rank], projected[rank : rank + states], projected[rank + states :]
+            dt = _softplus(r @ p["dt_proj"] + p["dt_bias"])
+            h = np.exp(dt[:, None] * A) * h + np.outer(dt * u_t, B)
+            out = (h @ C + p["D"] * u_t) * _silu(x[b, t] @ p["gate_proj"])
+            y[b, t] = out @ p["out_proj"]
+    return y
+
+
+def deltanet(layer, params, x, reset=None):
+    """S = (I - beta k k^T) alpha S + beta k v^T (arXiv 2406.06484, 2412.06464, 2411.12537)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size = layer.heads, layer.head_dim
+    q, k, v = (
+        short_conv(
+            _Conv(layer.conv_size, bias=False), p[f"{name}_conv"], x @ p[f"{name}_proj"], reset
+        )
+        for name in "qkv"
+    )
+    values = v.shape[-1] // heads
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        memory = np.zeros((heads, size, values))
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                memory = np.zeros((heads, size, values))
+            x_t = x[b, t]
+            beta = _sigmoid(x_t @ p["beta_proj"]) * (2 if layer.negative_eigenvalues else 1)
+            alpha = np.ones(heads)
+            if layer.gated:
+                alpha = np.exp(-np.exp(p["A_log"]) * _softplus(x_t @ p["a_proj"] + p["dt_bias"]))
+            out = np.zeros((heads, values))
+            for h in range(heads):
+                q_h, k_h = (z[b, t].reshape(heads, size)[h] for z in (q, k))
+                q_h, k_h = (z / np.sqrt(z @ z + 1e-6) for z in (q_h, k_h))
+                v_h = v[b, t].reshape(heads, values)[h]
+                keep = np.eye(size) - beta[h] * np.outer(k_h, k_h)
+                memory[h] = keep @ (alpha[h] * memory[h]) + beta[h] * np.outer(k_h, v_h)
+                o = memory[h].T @ q_h / np.sqrt(size)
+                out[h] = o / np.sqrt(np.mean(o * o) + 1e-6) * p["norm"]
+            flat = out.reshape(-1)
+            if layer.output_gate:
+                flat = flat * _silu(x_t @ p["gate_proj"])
+            y[b, t] = flat @ p["out_proj"]
+    return y
+
+
+def sliding_window_attention(layer, params, x, reset=None):
+    """Softmax over the last `window` positions, rotary by absolute position (arXiv 2104.09864)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size = layer.heads, layer.head_dim
+    frequency = layer.rope_base ** (-2.0 * np.arange(size // 2) / size)
+
+    def rotate(z, t):
+        turned = (z[..., : size // 2] + 1j * z[..., size // 2 :]) * np.exp(1j * t * frequency)
+        return np.concatenate([turned.real, turned.imag], axis=-1)
+
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        start = 0
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                start = t
+            seen = range(max(start, t - layer.window + 1), t + 1)
+            q = rotate((x[b, t] @ p["q_proj"]).reshape(heads, size), t)
+            k = np.stack([rotate((x[b, s] @ p["k_proj"]).reshape(heads, size), s) for s in seen])
+            v = np.stack([(x[b, s] @ p["v_proj"]).reshape(heads, size) for s in seen])
+            scores = np.einsum("hd,shd->hs", q, k) / np.sqrt(size)
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            weights = weights / weights.sum(axis=1, keepdims=True)
+            y[b, t] = np.einsum("hs,shd->hd", weights, v).reshape(-1) @ p["out_proj"]
+    return y
+
+
+def rms_norm(layer, params, x, reset=None):
+    """x / rms(x) * scale."""
+    del reset
+    p, x = _f64(params), _f64(x)
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + layer.eps) * p["scale"]
+
+
+def gated_mlp(layer, params, x, reset=None):
+    """(silu(x W_gate) * (x W_up)) W_down."""
+    del layer, reset
+    p, x = _f64(params), _f64(x)
+    return (_silu(x @ p["gate_proj"]) * (x @ p["up_proj"])) @ p["down_proj"]

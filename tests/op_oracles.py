@@ -1,0 +1,83 @@
+"""Float64 NumPy loops, written from the equations: what every op is held against.
+
+Each takes the op's arrays, the initial state and the reset, and returns (outputs, final state).
+"""
+
+import numpy as np
+
+
+def linear_scan(inputs, h, reset, reverse=False):
+    a, x = inputs["decay"], inputs["x"]
+    a = np.broadcast_to(a, (*x.shape[: 3 - a.ndim], *a.shape))
+    a = np.broadcast_to(a, x.shape)
+    y = np.zeros(x.shape, np.result_type(a, x))
+    for b in range(x.shape[0]):
+        state = h[b]
+        steps = range(x.shape[1])
+        for t in reversed(steps) if reverse else steps:
+            state = x[b, t] if reset[b, t] else a[b, t] * state + x[b, t]
+            y[b, t] = state
+    final = y[:, 0] if reverse else y[:, -1]
+    return y, final
+
+
+def selective_scan(inputs, h, reset):
+    x, dt, A, B, C, D = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D"))
+    y, h = np.zeros(x.shape), h.copy()
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            for d in range(x.shape[2]):
+                if reset[b, t]:
+                    h[b, d] = 0
+                h[b, d] = np.exp(dt[b, t, d] * A[d]) * h[b, d] + dt[b, t, d] * B[b, t] * x[b, t, d]
+                y[b, t, d] = C[b, t] @ h[b, d] + D[d] * x[b, t, d]
+    return y, h
+
+
+def linear_attention(inputs, S, reset):
+    q, k, v = (inputs[name] for name in "qkv")
+    g = inputs.get("log_decay")
+    o = np.zeros(v.shape, np.result_type(q, v) if g is None else np.result_type(q, v, g))
+    S = S.astype(o.dtype)
+    for b, t, h in np.ndindex(q.shape[:3]):
+        if reset[b, t]:
+            S[b, h] = 0
+        if g is not None:
+            S[b, h] = np.exp(np.atleast_1d(g[b, t, h]))[:, None] * S[b, h]
+        S[b, h] = S[b, h] + np.outer(k[b, t, h], v[b, t, h])
+        o[b, t, h] = S[b, h].T @ q[b, t, h] / np.sqrt(q.shape[-1])
+    return o, S
+
+
+def delta_rule(inputs, S, reset):
+    q, k, v, beta = (inputs[name] for name in ("q", "k", "v", "beta"))
+    g = inputs.get("log_decay")
+    o, S = np.zeros(v.shape), S.copy()
+    identity = np.eye(q.shape[-1])
+    for b, t, h in np.ndindex(q.shape[:3]):
+        key, strength = k[b, t, h], beta[b, t, h]
+        if reset[b, t]:
+            S[b, h] = 0
+        decay = np.ones(1) if g is None else np.exp(np.atleast_1d(g[b, t, h]))
+        transition = (identity - strength * np.outer(key, key)) * decay
+        S[b, h] = transition @ S[b, h] + strength * np.outer(key, v[b, t, h])
+        o[b, t, h] = S[b, h].T @ q[b, t, h] / np.sqrt(q.shape[-1])
+    return o, S
+
+
+def running_softmax(inputs, state, reset):
+    """o_t = sum_i exp(s_i) v_i / sum_i exp(s_i), as (maximum, normaliser, weighted sum)."""
+    score, weight, value = (inputs[name] for name in ("score", "weight", "value"))
+    ys = {name: np.zeros(array.shape) for name, array in inputs.items()}
+    for b in range(score.shape[0]):
+        s, w, v = state["score"][b], state["weight"][b], state["value"][b]
+        for t in range(score.shape[1]):
+            if reset[b, t]:
+                s, w, v = score[b, t], weight[b, t], value[b, t]
+            else:
+                top = max(s, score[b, t])
+                old, new = np.exp(s - top), np.exp(score[b, t] - top)
+                s, w = top, old * w + new * weight[b, t]
+                v = old * v + new * value[b, t]
+            ys["score"][b, t], ys["weight"][b, t], ys["value"][b, t] = s, w, v
+    return ys, {name: y[:, -1] for name, y in ys.items()}
