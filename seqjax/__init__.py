@@ -1,9 +1,12 @@
-from seqjax import layers as layers, models as models
-from seqjax.ops import (
-    delta_rule as delta_rule,
-    linear_attention as linear_attention,
-    linear_scan as linear_scan,
-    monoid_scan as monoid_scan,
-    segment_starts as segment_starts,
-    selective_scan as selective_scan,
-)
+"""seqjax: recurrences that run in parallel over time."""
+
+from seqjax import layers as layers
+from seqjax import models as models
+from seqjax.ops import delta_rule as delta_rule
+from seqjax.ops import linear_attention as linear_attention
+from seqjax.ops import linear_scan as linear_scan
+from seqjax.ops import monoid_scan as monoid_scan
+from seqjax.ops import segment_starts as segment_starts
+from seqjax.ops import selective_scan as selective_scan
+
+__version__ = "0.1.0"

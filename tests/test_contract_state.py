@@ -1,6 +1,9 @@
 """Contract: state, reset, causality. What is carried on, what is cleared, what must not leak."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -92,6 +95,27 @@ def test_nothing_crosses_a_reset(case, algorithm, poison, x64, strict):
         gradients.append({k: case.in_time(k, grads[k], after) for k in case.timed + case.shared})
     assert_close(results[1], results[0], 1e-12)
     assert_close(gradients[1], gradients[0], 1e-12)
+
+
+@by_variant
+def test_a_cleared_state_leaves_no_trace(case, algorithm, x64, strict):
+    """A NaN state, reset before the first step: every gradient is that of a clean state."""
+    inputs, state, reset = make(case)
+    inputs = cast(inputs, "float64")
+    reset[:, -1 if case.reverse else 0] = True
+    if case.layer is None:
+        state = cast(state, "float64")
+    else:
+        state = case.layer.initial_state(reset.shape[0], "float64")
+    spoiled = jax.tree.map(
+        lambda s: jnp.full_like(s, np.nan) if jnp.issubdtype(s.dtype, jnp.inexact) else s, state
+    )
+    run = runner(case, algorithm)
+    clean = run(inputs, state, reset)
+    assert_same_bits(run(inputs, spoiled, reset), clean)
+    gradient = functools.partial(runner_with_gradients(case, algorithm), inputs)
+    w = weights(clean[0])
+    assert_same_bits(gradient(spoiled, reset, w, None)[0], gradient(state, reset, w, None)[0])
 
 
 @by_variant

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
+import jax
 import orbax.checkpoint as ocp
 
 from experiments import checkpoints, cli, evaluate, generate, logs, train
@@ -19,6 +20,15 @@ from experiments.errors import UserError, is_disk_full, nearest
 
 CONFIG = "experiments/configs/lm.py"
 REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)

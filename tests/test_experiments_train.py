@@ -28,6 +28,15 @@ from experiments.interrupt import Interrupt
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A small folder of text, so that no test reads the whole standard library."""
@@ -181,7 +190,9 @@ def test_kill_and_resume_is_a_run_never_stopped(reference, text, tmp_path):
         f"--config.data.path={text}",
         f"--workdir={tmp_path}",
     ]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    # Compiled as the reference is: the losses are compared to the bit.
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | settings
     killed = subprocess.run(
         [sys.executable, "-c", _KILLED, *arguments],
         cwd=REPOSITORY,

@@ -50,7 +50,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "mlp_ratio": 2,
             "options": {
                 "lru": {"state_dim": 128, "r_min": 0.0, "r_max": 1.0},
-                "s5": {"state_dim": 128},
+                # The paper's largest step, 0.1, is for signals far longer than words.
+                "s5": {"state_dim": 256, "blocks": 1, "dt_min": 1e-3, "dt_max": 1.0},
                 "gateloop": {"heads": 4},
                 "mamba": {"state_dim": 16, "expand": 2, "conv_size": 4},
                 "deltanet": {

@@ -14,14 +14,14 @@ from jax.interpreters import ad, batching, mlir
 
 __all__ = ["Primitive", "Zero", "ad", "batching", "make_primitive", "match_varying"]
 
-Zero = ad.Zero
+Zero: Any = ad.Zero
 
 
-def match_varying(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
+def match_varying(*arrays: Any) -> tuple[Any, ...]:
     """Give all arrays the same varying mesh axes inside `jax.shard_map`; elsewhere do nothing.
 
-    Loop carries and primitives need operands that agree on them, and a weight shared by all
-    devices does not vary where the data do.
+    None stays None. Loop carries and primitives need operands that agree on them, and a weight
+    shared by all devices does not vary where the data do.
     """
     axes: frozenset[Any] = frozenset()
     for array in arrays:
@@ -51,7 +51,7 @@ def make_primitive(
     primitive.multiple_results = True
     primitive.def_abstract_eval(abstract)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
         return jax.jit(functools.partial(primitive.bind, **dict(params)))
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 IMPLEMENTATIONS = ("xla", "pallas")
 
-# (op, algorithm) pairs that have a Pallas kernel, and where. Filled as kernels land.
-KERNELS: dict[tuple[str, str], str] = {}
+# The ops that have a Pallas kernel; a kernel that lands adds its op.
+KERNELS: frozenset[str] = frozenset()
 
 
 def resolve(
@@ -38,7 +38,7 @@ def resolve(
         raise NotImplementedError(
             f"{op}: there is no {algorithm!r} algorithm for this op; use {' or '.join(algorithms)}."
         )
-    if implementation == "pallas" and not any(name == op for name, _ in KERNELS):
+    if implementation == "pallas" and op not in KERNELS:
         raise NotImplementedError(
             f"{op}: there is no Pallas kernel for this op yet; use implementation='xla' or None."
         )

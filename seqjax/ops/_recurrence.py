@@ -30,8 +30,16 @@ def _abstract(a: Any, x: Any, h0: Any, *reset: Any, out_dtype: Any, **_: Any) ->
 def _implementation(
     platform: str, *operands: jax.Array, post: bool, reverse: bool, out_dtype: Any, **params: Any
 ) -> tuple[jax.Array, jax.Array]:
-    a, x, h0, reset = (*operands, None)[:4]
-    return run(a, x, h0, reset, Form(post, reverse, out_dtype), platform=platform, **params)
+    a, x, h0, *rest = operands
+    return run(
+        a,
+        x,
+        h0,
+        rest[0] if rest else None,
+        Form(post, reverse, out_dtype),
+        platform=platform,
+        **params,
+    )
 
 
 recurrence_p = _compat.make_primitive("seqjax_linear_recurrence", _implementation, _abstract)
@@ -82,15 +90,17 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
     dx = None if type(dx) is zero else dx
     dh0 = jnp.zeros_like(h0) if type(dh0) is zero else dh0
     dfinal = None
+    # What a reset discards is discarded before it is multiplied: it may be NaN, and da's cotangent
+    # would be zero times that.
     if type(da) is not zero:
         if params["post"]:  # c_{t+1} = a_t y_t: the term enters one step later
-            extra = _select(reset, da.astype(dtype) * y.astype(dtype))
+            extra = da.astype(dtype) * _select(reset, y.astype(dtype))
             last = 0 if params["reverse"] else -1
             dfinal = extra[:, last]
             extra = shift(jnp.zeros_like(h0), extra, params["reverse"])
         else:
             found = shift(h0, y.astype(dtype), params["reverse"])
-            extra = _select(reset, da.astype(dtype) * found)
+            extra = da.astype(dtype) * _select(reset, found)
         dx = extra if dx is None else extra + dx.astype(dtype)
     if dx is None:
         dx = jnp.zeros_like(x)

@@ -103,8 +103,8 @@ def delta_rule(
 
 
 @functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
-def _run(*arrays: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
-    *arrays, scale = arrays
+def _run(*operands: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+    *arrays, scale = operands
     q, k, v, beta, log_decay, S0, reset = _compat.match_varying(*arrays)
     out, state = v.dtype, _checks.state_dtype(q, k, v, beta, log_decay, S0)
     scale = jnp.asarray(scale, state)

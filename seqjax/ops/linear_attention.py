@@ -91,8 +91,8 @@ def linear_attention(
 
 
 @functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
-def _run(*arrays: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
-    *arrays, scale = arrays
+def _run(*operands: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+    *arrays, scale = operands
     q, k, v, log_decay, S0, reset = _compat.match_varying(*arrays)
     state = _checks.state_dtype(q, k, v, log_decay, S0)
     out = _checks.output_dtype(v, q, k, log_decay, S0)

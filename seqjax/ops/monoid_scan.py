@@ -127,9 +127,9 @@ def _with_cuts(combine: Combine) -> Combine:
     def merge(early: tuple[PyTree, Array], late: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
         (early, early_cut), (late, late_cut) = early, late
         # `combine` never sees what is dropped, else its NaNs would come back as gradients.
-        seen = jax.tree.map(lambda e, l: jnp.where(late_cut, l, e), early, late)
+        seen = jax.tree.map(lambda old, new: jnp.where(late_cut, new, old), early, late)
         merged = combine(seen, late)
-        merged = jax.tree.map(lambda m, l: jnp.where(late_cut, l, m), merged, late)
+        merged = jax.tree.map(lambda both, new: jnp.where(late_cut, new, both), merged, late)
         return merged, early_cut | late_cut
 
     return merge
@@ -174,10 +174,11 @@ def _check_elems(op: str, elems: PyTree) -> tuple[int, int]:
 
 def _check_state(op: str, state: PyTree, elems: PyTree) -> PyTree:
     state = jax.tree.map(jnp.asarray, state)
-    if jax.tree.structure(state) != jax.tree.structure(elems):
+    wanted_tree: PyTree = jax.tree.structure(elems)
+    tree: PyTree = jax.tree.structure(state)
+    if tree != wanted_tree:
         raise ValueError(
-            f"{op}: `initial_state` must have the structure of `elems`, "
-            f"{jax.tree.structure(elems)}, got {jax.tree.structure(state)}."
+            f"{op}: `initial_state` must have the structure of `elems`, {wanted_tree}, got {tree}."
         )
     wanted = [[e.shape[0], *e.shape[2:]] for e in jax.tree.leaves(elems)]
     got = [list(s.shape) for s in jax.tree.leaves(state)]

@@ -1,0 +1,126 @@
+"""Benchmarks: ratios between ways of computing the same thing, measured in one run.
+
+    python -m experiments.bench            # the elementwise scan
+    python -m experiments.bench scan
+
+Every row is one shape; every candidate is timed once per round, in turn, and what is printed is
+the median over the rounds of its time divided by the reference's time in the same round. Lone
+times say more about the machine and its neighbours than about the code.
+"""
+
+import functools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax import lax
+
+import seqjax
+
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
+
+Candidates = dict[str, Callable[..., Any]]
+SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
+
+
+def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, float]:
+    """The median over rounds of each candidate's time over the reference's."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():  # compile
+        jax.block_until_ready(run())
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            result = jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+            del result
+    return {
+        name: statistics.median(t / r for t, r in zip(ts, times[reference], strict=True))
+        for name, ts in times.items()
+    }
+
+
+def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """A Markdown table of ratios."""
+    names = list(next(iter(rows.values())))
+    print(f"\n{title}\n")
+    print("| shape | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 1) + "|")
+    for label, row in rows.items():
+        print(f"| {label} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |", flush=True)
+
+
+def by_lax_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
+    """What one writes without a library: `lax.scan` over time."""
+
+    def step(h: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h = inputs[0] * h + inputs[1]
+        return h, h
+
+    _, y = lax.scan(step, x[:, 0] * 0, (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(x, 1, 0)))
+    return jnp.moveaxis(y, 0, 1)
+
+
+def by_associative_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
+    """The same by `lax.associative_scan`."""
+
+    def combine(early: Any, late: Any) -> Any:
+        return early[0] * late[0], late[0] * early[1] + late[1]
+
+    return lax.associative_scan(combine, (decay, x), axis=1)[1]
+
+
+def forward_and_backward(run: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The outputs of `run` and the gradients of both arguments."""
+
+    def both(decay: jax.Array, x: jax.Array, weights: jax.Array) -> Any:
+        y, pull = jax.vjp(run, decay, x)
+        return y, pull(weights)
+
+    return both
+
+
+def bench_scan(rounds: int) -> None:
+    """linear_scan against `decay + x` on the same arrays, and against JAX's own scans."""
+    runs = {
+        "seqjax": lambda decay, x: seqjax.linear_scan(decay, x)[0],
+        "lax.scan": by_lax_scan,
+        "associative_scan": by_associative_scan,
+    }
+    rows = {}
+    for shape in SCAN_SHAPES:
+        keys = jax.random.split(jax.random.key(0), 3)
+        decay = jax.random.uniform(keys[0], shape)
+        x, weights = (jax.random.normal(key, shape) for key in keys[1:])
+        candidates: Candidates = {"decay + x": functools.partial(jax.jit(jnp.add), decay, x)}
+        for name, run in runs.items():
+            candidates[name] = functools.partial(jax.jit(run), decay, x)
+        for name, run in runs.items():
+            both = jax.jit(forward_and_backward(run))
+            candidates[f"{name}, with gradients"] = functools.partial(both, decay, x, weights)
+        rows[str(list(shape))] = ratios(candidates, "decay + x", rounds)
+    print_table("Elementwise scan, float32: time over that of `decay + x`", rows)
+
+
+SUITES = {"scan": bench_scan}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the suites named on the command line, all if none is."""
+    names = list(argv[1:]) or list(SUITES)
+    unknown = [name for name in names if name not in SUITES]
+    if unknown:
+        sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}.")
+    device = jax.devices()[0]
+    print(f"jax {jax.__version__}, {device.platform}, {device.device_kind}, {ROUNDS.value} rounds")
+    for name in names:
+        SUITES[name](ROUNDS.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,189 @@
+"""Contract: vmap, scan, checkpoint, sharding, and one compilation for many calls."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.cases import OPS, ROWS, VARIANTS
+from tests.harness import (
+    assert_close,
+    cast,
+    contract,
+    keywords,
+    make,
+    runner,
+    runner_with_gradients,
+    variants,
+    weights,
+)
+
+by_variant = pytest.mark.parametrize(
+    ("case", "algorithm"), [v[:2] for v in variants], ids=[v[2] for v in variants]
+)
+
+
+def stack(*trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@by_variant
+def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
+    """Mapped over everything, and over one argument with the rest shared."""
+    made = [make(case, seed=seed) for seed in (0, 1)]
+    inputs = [cast(m[0], "float64") for m in made]
+    states = [cast(m[1], "float64") for m in made]
+    resets = [jnp.asarray(m[2]) for m in made]
+    run = functools.partial(case.run, **keywords(algorithm))
+    single = runner(case, algorithm)
+    every = jax.jit(jax.vmap(run))(stack(*inputs), stack(*states), stack(*resets))
+    loop = stack(*(single(*args) for args in zip(inputs, states, resets, strict=True)))
+    assert_close(every, loop, 1e-12)
+
+    name = case.timed[-1]
+    axes = dict.fromkeys(inputs[0]) | {name: 1}
+    mixed = inputs[0] | {name: jnp.stack([i[name] for i in inputs], axis=1)}
+    some = jax.jit(jax.vmap(run, in_axes=(axes, None, None)))(mixed, states[0], resets[0])
+    loop = stack(*(single(inputs[0] | {name: i[name]}, states[0], resets[0]) for i in inputs))
+    assert_close(some, loop, 1e-12)
+
+
+@by_variant
+def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
+    """The op in the body of a `lax.scan`, rematerialised, differentiated through the carry."""
+    inputs, state, reset = make(case)
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    run = functools.partial(case.run, **keywords(algorithm))
+    w = weights(jax.eval_shape(run, inputs, state, reset)[0])
+
+    def once(scale, _):
+        scaled = jax.tree.map(lambda x: x * scale.astype(x.dtype), inputs)
+        return scale * 0.9, contract(run(scaled, state, reset)[0], w)
+
+    def looped(scale):
+        return jax.lax.scan(jax.checkpoint(once), scale, None, length=2)[1].sum()
+
+    def plain(scale):
+        return once(scale, None)[1] + once(scale * 0.9, None)[1]
+
+    one = jnp.float64(1.0)
+    assert_close(jax.jit(jax.grad(looped))(one), jax.jit(jax.grad(plain))(one), 1e-10)
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_batch_sharded_over_eight_devices(case, x64, strict):
+    inputs, state, reset = make(case, batch=8, length=8)
+    args = (cast(inputs, "float64"), cast(state, "float64"), jnp.asarray(reset))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def place(value, sharded):
+        spec = P("data") if sharded else P()
+        return jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, spec)), value)
+
+    placed = (
+        {name: place(value, name in case.timed) for name, value in args[0].items()},
+        place(args[1], True),
+        place(args[2], True),
+    )
+    run = runner(case, None)
+    assert_close(run(*placed), run(*args), 1e-12)
+    w = weights(run(*args)[0])
+    grads = runner_with_gradients(case, None)
+    assert_close(grads(*placed, w, None), grads(*args, w, None), 1e-12)
+    compiled = run.lower(*placed).compile().as_text()
+    for collective in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("):
+        assert collective not in compiled, f"{collective} in a program whose batch is split"
+
+
+SPLIT = [(case, algorithm) for case, algorithm in VARIANTS if case.split_axis]
+
+
+@pytest.mark.parametrize(("case", "algorithm"), SPLIT, ids=[f"{c}-{a}" for c, a in SPLIT])
+@pytest.mark.parametrize("with_state", [True, False], ids=["state", "no_state"])
+def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, strict):
+    """`sequence_axis`: values, final state and every shard's gradients, states crossing shards."""
+    inputs, state, reset = make(case, length=24)
+    if not with_state:
+        reset, state = None, None
+    else:
+        reset[:, 5:] = False  # a state that travels over several devices
+        reset[1, 17] = True
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
+    specs = {
+        name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
+        for name in inputs
+    }
+    run = functools.partial(case.run, **keywords(algorithm))
+    split = jax.shard_map(
+        functools.partial(run, sequence_axis="time"),
+        mesh=mesh,
+        in_specs=(specs, P(), P(None, "time")),
+        out_specs=(P(None, "time"), P()),
+    )
+    whole = run(inputs, state, reset)
+    assert_close(jax.jit(split)(inputs, state, reset), whole, 1e-11)
+    w_out, w_state = weights(whole[0]), weights(whole[1], 8)
+
+    def loss(run, inputs, state):
+        out, final = run(inputs, state, reset)
+        return contract(out, w_out) + contract(final, w_state)
+
+    argnums = (1, 2) if with_state else (1,)
+    gradient = jax.jit(jax.grad(loss, argnums=argnums), static_argnums=0)
+    got, expected = gradient(split, inputs, state), gradient(run, inputs, state)
+    assert_close(got, expected, 1e-10)
+    for name in case.timed:  # each shard by itself, against its own scale
+        for i in range(8):
+            steps = slice(3 * i, 3 * i + 3)
+            assert_close(got[0][name][:, steps], expected[0][name][:, steps], 1e-8)
+
+
+@by_variant
+def test_second_call_does_not_compile(case, algorithm, strict):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(inputs, state, reset):
+        return case.run(inputs, state, reset, **keywords(algorithm))
+
+    for seed in (0, 1):
+        inputs, state, reset = make(case, seed=seed)
+        jax.block_until_ready(run(cast(inputs, "float32"), cast(state, "float32"), reset))
+
+
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_second_eager_call_does_not_compile(case):
+    compilations = []
+
+    def listen(event, *args, **keywords):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    data = [make(case, seed=seed) for seed in (0, 1)]
+    data = [(cast(i, "float32"), cast(s, "float32"), jnp.asarray(r)) for i, s, r in data]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(case.run(*data[0]))
+        before = len(compilations)
+        jax.block_until_ready(case.run(*data[1]))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compilations) == before
+
+
+def test_numpy_input_is_accepted(strict):
+    for case in OPS:
+        inputs, state, reset = make(case)
+        narrow = jax.tree.map(
+            lambda v: v.astype(np.complex64 if np.iscomplexobj(v) else np.float32), (inputs, state)
+        )
+        jax.eval_shape(functools.partial(case.run, reset=reset), *narrow)
+        out, _ = case.run(*narrow, reset)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(out))

@@ -1,0 +1,137 @@
+"""Contract: bad input gets one clear line that names the op, the argument and what was wanted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqjax
+from tests.cases import OPS, ROWS
+from tests.harness import cast, make
+
+BY_OP = {str(case).split("-")[0]: case for case in reversed(OPS)}
+
+
+def op_arguments(case):
+    inputs, state, reset = make(case)
+    return cast(inputs, "float32"), cast(state, "float32"), reset
+
+
+@pytest.mark.parametrize("name", sorted(set(BY_OP) - {"monoid_scan"}))
+def test_every_argument_is_checked(name):
+    case = BY_OP[name]
+    inputs, state, reset = op_arguments(case)
+    for argument, value in inputs.items():
+        wrong = dict(inputs, **{argument: jnp.concatenate([value, value], axis=-1)[None, None]})
+        with pytest.raises(ValueError, match=rf"^{name}: `\w+` must have shape .* got \["):
+            case.run(wrong, state, reset)
+        wrong = dict(inputs, **{argument: jnp.ones(value.shape, int)})
+        with pytest.raises(ValueError, match=rf"^{name}: `{argument}` must be .* cast it first"):
+            case.run(wrong, state, reset)
+    with pytest.raises(ValueError, match=f"^{name}: `initial_state` must have shape"):
+        case.run(inputs, state[:1], reset)
+    with pytest.raises(ValueError, match=rf"^{name}: `reset` must have shape \[B=2, T=13\]"):
+        case.run(inputs, state, reset[:, :3])
+    with pytest.raises(ValueError, match=rf"^{name}: `reset` must be boolean.*segment_starts"):
+        case.run(inputs, state, reset.astype(int))
+
+
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_empty_time_is_refused(case):
+    inputs, state, reset = op_arguments(case)
+    empty = {
+        k: v[:, :0] if k in case.timed else v[:0] if k in case.shared else v
+        for k, v in inputs.items()
+    }
+    with pytest.raises(ValueError, match=r"at least one element|T >= 1"):
+        case.run(empty, state, reset[:, :0])
+
+
+@pytest.mark.parametrize("case", BY_OP.values(), ids=str)
+def test_named_choices_are_honoured_or_refused(case):
+    args = op_arguments(case)
+    name = str(case).split("-")[0]
+    with pytest.raises(ValueError, match=f"^{name}: `algorithm` must be one of .*got 'fastest'"):
+        case.run(*args, algorithm="fastest")
+    with pytest.raises(NotImplementedError, match=f"^{name}: there is no 'newton' algorithm"):
+        case.run(*args, algorithm="newton")
+    with pytest.raises(ValueError, match=f"^{name}: `implementation` must be"):
+        case.run(*args, implementation="cuda")
+    with pytest.raises(NotImplementedError, match=f"^{name}: there is no Pallas kernel"):
+        case.run(*args, implementation="pallas")
+    with pytest.raises(ValueError, match=f"^{name}: `chunk_size` must be a positive integer"):
+        case.run(*args, chunk_size=0)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        case.run(*args, chunksize=3)
+    case.run(*args, implementation="xla")
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "delta_rule"])
+def test_real_ops_refuse_complex_input(name):
+    case = BY_OP[name]
+    inputs, state, reset = op_arguments(case)
+    first = case.timed[0]
+    with pytest.raises(ValueError, match=f"^{name}: `{first}` must be real|must be floating"):
+        case.run(inputs | {first: inputs[first] * 1j}, state, reset)
+
+
+def test_monoid_scan_checks_its_trees():
+    ones = jnp.ones((2, 5, 3))
+    with pytest.raises(ValueError, match="at least one"):
+        seqjax.monoid_scan(jnp.add, {})
+    with pytest.raises(ValueError, match="same B and T"):
+        seqjax.monoid_scan(jnp.add, (ones, ones[:, :4]))
+    with pytest.raises(ValueError, match="structure of `elems`"):
+        seqjax.monoid_scan(jnp.add, ones, (ones[:, 0],))
+    with pytest.raises(ValueError, match="must have shapes"):
+        seqjax.monoid_scan(jnp.add, ones, ones[:, 0, :2])
+
+
+def test_segment_starts():
+    ids = np.array([[1, 1, 2, 2, 0], [3, 1, 1, 1, 1]])
+    expected = [[True, False, True, False, True], [True, True, False, False, False]]
+    assert seqjax.segment_starts(ids).tolist() == expected
+    for wrong in (ids[0], ids.astype(float)):
+        with pytest.raises(ValueError, match="segment_starts: `segment_ids` must be integers"):
+            seqjax.segment_starts(wrong)
+
+
+@pytest.mark.parametrize("case", [c for c in ROWS if c.layer is not None], ids=str)
+def test_layers_check_their_arguments(case):
+    layer, name = case.layer, type(case.layer).__name__
+    inputs, _, reset = make(case)
+    params, x = cast(inputs["params"], "float32"), cast(inputs["x"], "float32")
+    with pytest.raises(ValueError, match=f"{name}.*x"):
+        layer.apply(params, x[..., :2])
+    with pytest.raises(ValueError, match=f"{name}.*x"):
+        layer.apply(params, x[:, :0])
+    with pytest.raises(ValueError, match=f"{name}.*x"):
+        layer.apply(params, jnp.ones(x.shape, int))
+    with pytest.raises(ValueError, match=f"{name}.*reset"):
+        layer.apply(params, x, None, reset[:, :2])
+    with pytest.raises(ValueError, match=f"{name}.*params"):
+        layer.apply({"other": x}, x)
+    if layer.causal:
+        with pytest.raises(ValueError, match=f"{name}.*state"):
+            layer.apply(params, x, {"other": x})
+        with pytest.raises(ValueError, match=f"{name}.*x"):
+            layer.step(params, x, layer.initial_state(2))
+    with pytest.raises(ValueError, match=f"{name}.*dim"):
+        type(layer)(
+            **{**{f: getattr(layer, f) for f in ("heads", "window") if hasattr(layer, f)}, "dim": 0}
+        )
+
+
+@pytest.mark.parametrize("case", [c for c in ROWS if c.layer is not None], ids=str)
+def test_param_trees_agree(case):
+    layer = case.layer
+    params = layer.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
+    axes = jax.tree.leaves(layer.param_axes(), is_leaf=is_axes)
+    assert jax.tree.structure(layer.param_axes(), is_leaf=is_axes) == tree
+    assert jax.tree.structure(layer.param_roles()) == tree
+    assert [leaf.ndim for leaf in leaves] == [len(a) for a in axes]
+    roles = {"weight", "bias", "norm", "embedding", "recurrence"}
+    assert set(jax.tree.leaves(layer.param_roles())) <= roles
+    assert hash(layer) == hash(layer)

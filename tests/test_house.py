@@ -1,0 +1,126 @@
+"""The house itself: which way imports flow, how long files are, that examples are true."""
+
+import ast
+import doctest
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import re
+
+import beartype
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+
+import seqjax
+from tests.cases import OPS
+from tests.harness import cast, make
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Each may import those before it; `seqjax.types` belongs to the ops.
+FLOORS = [
+    ("pallas_kernels",),
+    ("seqjax.types", "seqjax.ops"),
+    ("seqjax.layers",),
+    ("seqjax.models",),
+    ("experiments", "notebooks"),
+]
+SOURCES = [
+    path
+    for folder in ("pallas_kernels", "seqjax", "experiments", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+MODULES = sorted(m.name for m in pkgutil.walk_packages(seqjax.__path__, "seqjax."))
+
+
+def floor(module: str) -> int | None:
+    for number, names in enumerate(FLOORS):
+        if any(module == name or module.startswith(name + ".") for name in names):
+            return number
+    return None
+
+
+def imported(source: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide which way they go"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def upward(module: str, source: str) -> list[str]:
+    here = floor(module)
+    if here is None:
+        return []
+    wrong = [name for name in imported(source) if (floor(name) or 0) > here]
+    if here == 0:
+        wrong += [name for name in imported(source) if not name.startswith(("jax", "functools"))]
+    return wrong
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_flow_one_way(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert upward(module, path.read_text()) == []
+
+
+def test_an_upward_import_is_seen():
+    assert upward("seqjax.ops.x", "from seqjax.layers import LRU") == ["seqjax.layers.LRU"]
+    assert upward("seqjax.layers.x", "import seqjax.models.backbone") == ["seqjax.models.backbone"]
+    assert upward("pallas_kernels.x", "from seqjax.ops import linear_scan")
+    assert not upward("seqjax.models.x", "from seqjax.layers import LRU")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_short(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module).failed == 0
+
+
+@pytest.mark.parametrize("name", [n for n in dir(seqjax) if callable(getattr(seqjax, n))])
+def test_public_functions_are_documented(name):
+    function = getattr(seqjax, name)
+    for part in ("Args:", "Returns:", "Raises:", "Example:", ">>>"):
+        assert part in function.__doc__, f"{name} has no {part}"
+    for argument in inspect.signature(function).parameters:
+        assert re.search(rf"^\s+(\w+, )*{argument}(, \w+)*:", function.__doc__, re.M), argument
+
+
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_annotations_are_true(case):
+    inputs, state, reset = make(case)
+    function = getattr(seqjax, str(case).split("-")[0])
+    if function is seqjax.monoid_scan:
+        pytest.skip("its arrays are trees of any shape")
+    typed = jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
+    arrays = cast(inputs, "float32")
+    typed(**arrays, initial_state=cast(state, "float32"), reset=jnp.asarray(reset))
+
+
+def test_readme_code_runs():
+    """The ten lines, as they stand."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_readme_names_what_exists():
+    """Every backticked path in the architecture map and every public op in the table."""
+    readme = (ROOT / "README.md").read_text()
+    for name in re.findall(r"^\| `(\w+)` \|", readme, re.M):
+        assert hasattr(seqjax, name)
+    ops = {p.name for p in (ROOT / "seqjax" / "ops").glob("*.py")} - {"__init__.py"}
+    assert ops <= set(re.findall(r"\b[\w]+\.py\b", readme))
+    for layer in seqjax.layers.__all__:
+        assert layer in readme or layer in ("Layer", "Param")
