@@ -31,13 +31,19 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     )
     if heldout:
         points = [row["heldout_bits_per_byte"] for row in heldout]
-        top.plot([row["step"] for row in heldout], points, "o-", color=_HELDOUT, label="held-out")
+        top.plot(
+            [row["step"] for row in heldout],
+            points,
+            "o-",
+            color=_HELDOUT,
+            label=f"held-out, {heldout[-1]['heldout_bytes']:,} bytes",
+        )
         top.annotate(
             f"{points[-1]:.3f}",
             (heldout[-1]["step"], points[-1]),
             textcoords="offset points",
-            xytext=(0, 9),
-            ha="right",
+            xytext=(0, -16),
+            ha="center",
             color=_HELDOUT,
         )
     top.set_ylabel("bits per byte")

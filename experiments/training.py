@@ -208,9 +208,10 @@ class Run:
         bits = self.evaluate(self.state["params"], documents)
         if not math.isfinite(bits):
             self._diverged("held-out loss", bits, self.step)
-        self._log.write([{"step": self.step, "heldout_bits_per_byte": bits}])
-        self._log.board(self.step, {"heldout/bits_per_byte": bits})
         size = sum(map(len, documents))
+        row = {"step": self.step, "heldout_bits_per_byte": bits, "heldout_bytes": size}
+        self._log.write([row])
+        self._log.board(self.step, {"heldout/bits_per_byte": bits})
         self._progress.note(f"step {self.step}: held-out bits per byte {bits:.3f} ({size:,} bytes)")
         self._clock = time.perf_counter()
         better = bits < self._best
