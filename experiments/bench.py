@@ -1,14 +1,18 @@
 """Benchmarks: ratios between ways of computing the same thing, measured in one run.
 
-    python -m experiments.bench            # the elementwise scan
-    python -m experiments.bench scan
+    python -m experiments.bench            # all of it, half an hour on two cores
+    python -m experiments.bench scan       # the elementwise scan
+    python -m experiments.bench ops        # the chunked forms
+    python -m experiments.bench choice     # what algorithm=None picks
 
 Every row is one shape; every candidate is timed once per round, in turn, and what is printed is
 the median over the rounds of its time divided by the reference's time in the same round. Lone
-times say more about the machine and its neighbours than about the code.
+times say more about the machine and its neighbours than about the code. A call that is not timed
+goes before each that is, so that nobody finds memory that another candidate left behind.
 """
 
 import functools
+import itertools
 import statistics
 import sys
 import time
@@ -21,6 +25,7 @@ from absl import app, flags
 from jax import lax
 
 import seqjax
+from experiments import bench_cases
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
@@ -35,6 +40,7 @@ def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, flo
         jax.block_until_ready(run())
     for _ in range(rounds):
         for name, run in candidates.items():
+            jax.block_until_ready(run())
             start = time.perf_counter()
             result = jax.block_until_ready(run())
             times[name].append(time.perf_counter() - start)
@@ -107,7 +113,50 @@ def bench_scan(rounds: int) -> None:
     print_table("Elementwise scan, float32: time over that of `decay + x`", rows)
 
 
-SUITES = {"scan": bench_scan}
+def bench_ops(rounds: int) -> None:
+    """The chunked forms against the sequential ones differentiated by JAX: time and memory."""
+    rows = {}
+    for name, length, batch in itertools.product(bench_cases.NAMES, (2048, 8192), (1, 4)):
+        arrays = bench_cases.arrays(name, batch, length)
+        row = {}
+        for suffix, wrap in (
+            ("", lambda run: run),
+            (" with gradients", bench_cases.with_gradients),
+        ):
+            chunked = jax.jit(wrap(bench_cases.chunked(name))).lower(*arrays).compile()
+            plain = jax.jit(wrap(bench_cases.plain(name))).lower(*arrays).compile()
+            candidates: Candidates = {
+                "chunked": functools.partial(chunked, *arrays),
+                "plain": functools.partial(plain, *arrays),
+            }
+            row[f"speed-up{suffix}"] = 1 / ratios(candidates, "plain", rounds)["chunked"]
+            row[f"memory{suffix}"] = (
+                chunked.memory_analysis().temp_size_in_bytes
+                / plain.memory_analysis().temp_size_in_bytes
+            )
+        rows[f"{name}, B={batch}, T={length}"] = row
+    title = (
+        "Chunked forms, float32, over step by step differentiated by JAX: speed-up, memory ratio"
+    )
+    print_table(title, rows)
+
+
+def bench_choice(rounds: int) -> None:
+    """What `algorithm=None` picks against the best of the named algorithms, with gradients."""
+    rows = {}
+    for name, length, batch in itertools.product(bench_cases.NAMES, (4, 16, 64, 512), (1, 8)):
+        arrays = bench_cases.arrays(name, batch, length)
+        candidates: Candidates = {}
+        for algorithm in (None, *bench_cases.ALGORITHMS[name]):
+            run = bench_cases.with_gradients(bench_cases.chunked(name, algorithm))
+            candidates[str(algorithm)] = functools.partial(jax.jit(run), *arrays)
+        times = ratios(candidates, "None", rounds)
+        best = min(times[a] for a in bench_cases.ALGORITHMS[name])
+        rows[f"{name}, B={batch}, T={length}"] = {"None over the best": 1 / best}
+    print_table("Time of `algorithm=None`, with gradients, over that of the best algorithm", rows)
+
+
+SUITES = {"scan": bench_scan, "ops": bench_ops, "choice": bench_choice}
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from seqjax import layers as layers
 from seqjax import models as models
 from seqjax.ops import delta_rule as delta_rule
+from seqjax.ops import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops import linear_attention as linear_attention
 from seqjax.ops import linear_scan as linear_scan
 from seqjax.ops import monoid_scan as monoid_scan

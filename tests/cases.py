@@ -43,7 +43,7 @@ class Case:
     run: Callable[..., tuple[Any, Any]]
     oracle: Callable[..., tuple[Any, Any]]
     state: Callable[..., Any] | None = None
-    algorithms: tuple[str, ...] = ("sequential",)
+    algorithms: tuple[Any, ...] = ("sequential",)
     timed: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     decays: tuple[str, str] | None = None
@@ -145,6 +145,7 @@ def _attention(name: str, decay: str | None, complex_: bool = False) -> Case:
         run=_op(seqjax.linear_attention, ("q", "k", "v", "log_decay")),
         oracle=op_oracles.linear_attention,
         state=lambda rng, batch: normal(rng, batch, H, K, V, complex_=complex_),
+        algorithms=("sequential", "chunked", "associative"),
         timed=names,
         decays=None if decay is None else ("log_decay", "log"),
     )
@@ -171,9 +172,19 @@ def _delta(name: str, decay: str | None, top: float = 1.0) -> Case:
         run=_op(seqjax.delta_rule, ("q", "k", "v", "beta", "log_decay")),
         oracle=op_oracles.delta_rule,
         state=lambda rng, batch: normal(rng, batch, H, K, V),
+        algorithms=("sequential", "chunked", "associative"),
         timed=names,
         decays=None if decay is None else ("log_decay", "log"),
     )
+
+
+def _generalized_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+    """RWKV-7's transition, diag(w) - k (e k)^T with |k| = 1 and e in [0, 1]."""
+    made = _attention_inputs("channel")(rng, batch, length)
+    direction = unit(normal(rng, batch, length, H, K))
+    made["a"] = direction
+    made["b"] = -direction * rng.uniform(0, 1, (batch, length, H, K))
+    return made
 
 
 def softmax_combine(early: Arrays, late: Arrays) -> Arrays:
@@ -210,6 +221,7 @@ OPS = [
         run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D")),
         oracle=op_oracles.selective_scan,
         state=lambda rng, batch: normal(rng, batch, D, N),
+        algorithms=("sequential", "chunked"),
         timed=("x", "dt", "B", "C"),
     ),
     _attention("linear_attention", None),
@@ -220,6 +232,15 @@ OPS = [
     _delta("delta_rule-negative", None, top=2.0),
     _delta("delta_rule-scalar", "scalar", top=2.0),
     _delta("delta_rule-channel", "channel", top=2.0),
+    Case(
+        name="generalized_delta_rule",
+        inputs=_generalized_inputs,
+        run=_op(seqjax.generalized_delta_rule, ("q", "k", "v", "a", "b", "log_decay")),
+        oracle=op_oracles.generalized_delta_rule,
+        state=lambda rng, batch: normal(rng, batch, H, K, V),
+        algorithms=("sequential", "chunked", "associative"),
+        timed=("q", "k", "v", "a", "b", "log_decay"),
+    ),
     Case(
         name="monoid_scan-softmax",
         inputs=_softmax_inputs,

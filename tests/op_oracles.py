@@ -65,6 +65,20 @@ def delta_rule(inputs, S, reset):
     return o, S
 
 
+def generalized_delta_rule(inputs, S, reset):
+    q, k, v, a, b = (inputs[name] for name in "qkvab")
+    g = inputs.get("log_decay")
+    o, S = np.zeros(v.shape), S.copy()
+    for i, t, h in np.ndindex(q.shape[:3]):
+        if reset[i, t]:
+            S[i, h] = 0
+        decay = np.ones(q.shape[-1]) if g is None else np.exp(g[i, t, h]) * np.ones(q.shape[-1])
+        transition = np.diag(decay) + np.outer(b[i, t, h], a[i, t, h])
+        S[i, h] = transition @ S[i, h] + np.outer(k[i, t, h], v[i, t, h])
+        o[i, t, h] = S[i, h].T @ q[i, t, h] / np.sqrt(q.shape[-1])
+    return o, S
+
+
 def running_softmax(inputs, state, reset):
     """o_t = sum_i exp(s_i) v_i / sum_i exp(s_i), as (maximum, normaliser, weighted sum)."""
     score, weight, value = (inputs[name] for name in ("score", "weight", "value"))

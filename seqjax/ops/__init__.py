@@ -1,6 +1,7 @@
 """Recurrences as pure functions of arrays: no parameters, no modules."""
 
 from seqjax.ops.delta_rule import delta_rule as delta_rule
+from seqjax.ops.generalized_delta_rule import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops.linear_attention import linear_attention as linear_attention
 from seqjax.ops.linear_scan import linear_scan as linear_scan
 from seqjax.ops.monoid_scan import monoid_scan as monoid_scan

@@ -35,7 +35,7 @@ def run(
     if algorithm is None:
         algorithm = choose(x.shape, platform)
     if algorithm == "sequential":
-        return _sequential(a, x, h0, reset, form, unroll or 4)
+        return _sequential(a, x, h0, reset, form, unroll or (1 if form.post else 4))
     if algorithm == "associative":
         return _associative(a, x, h0, reset, form)
     return _chunked(a, x, h0, reset, form, chunk_size or 256)
@@ -58,8 +58,9 @@ def _sequential(
 ) -> tuple[jax.Array, jax.Array]:
     """A loop over time on the arrays as they lie: no transposes, `unroll` rows an iteration.
 
-    Several rows an iteration become one fused kernel and one write. More than about four make
-    XLA's CPU fusion recompute the chain too often.
+    On CPU each row is a kernel call and each iteration a write. Four rows an iteration share the
+    write; more than that, or more than one in the `post` form with its two results a row, and
+    XLA's executor spends longer on scheduling the calls than on running them.
     """
     length = x.shape[1]
     unroll = min(unroll, length)
@@ -81,11 +82,20 @@ def _sequential(
         # An unsigned index spares XLA the handling of negative ones, a kernel call a step.
         return advance(i.astype(jnp.uint32) * jnp.uint32(unroll), unroll, *carry)
 
-    h, y = lax.fori_loop(0, length // unroll, body, (h0, jnp.zeros_like(x, form.out_dtype)))
+    h, y = lax.fori_loop(0, length // unroll, body, (h0, _buffer(x, form)))
     rest = length % unroll
     if rest:
         h, y = advance(jnp.uint32(length - rest), rest, h, y)
     return y, h
+
+
+def _buffer(x: jax.Array, form: Form) -> jax.Array:
+    """Where the outputs go; its content is overwritten.
+
+    A forward and a backward loop fill theirs with different numbers: XLA would merge two equal
+    buffers into one, and copy it for each loop.
+    """
+    return jnp.full_like(x, 1 if form.post else 0, form.out_dtype)
 
 
 def _step(
@@ -176,7 +186,7 @@ def _chunked(
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return advance(i.astype(jnp.uint32) * jnp.uint32(chunk_size), chunk_size, *carry)
 
-    h, y = lax.fori_loop(0, length // chunk_size, body, (h0, jnp.zeros_like(x, form.out_dtype)))
+    h, y = lax.fori_loop(0, length // chunk_size, body, (h0, _buffer(x, form)))
     rest = length % chunk_size
     if rest:
         h, y = advance(jnp.uint32(length - rest), rest, h, y)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops import _checks, _chunked, _compat, _dispatch, _sequence
 from seqjax.ops._time_scan import time_scan
 from seqjax.types import Array, Float, Reset
 
@@ -45,8 +45,11 @@ def delta_rule(
       initial_state: [B, H, K, V], zeros if None.
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
-      chunk_size: one state per chunk is kept for the backward pass; 64 steps if None.
-      algorithm: "sequential" or None.
+      chunk_size: steps in a chunk, 64 if None; best a multiple of 16. The backward pass keeps at
+        most one state per chunk.
+      algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
+        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
+        chunked except for a handful of steps.
       implementation: "xla", "pallas" or None.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -89,7 +92,7 @@ def delta_rule(
     _checks.check_dtypes(op, given, complex_ok=False)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size)
-    _dispatch.resolve(op, algorithm, implementation, algorithms=("sequential",))
+    algorithm = _dispatch.resolve(op, algorithm, implementation, algorithms=_chunked.ALGORITHMS)
     if initial_state is None:
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
@@ -97,13 +100,16 @@ def delta_rule(
         *given.values(),
         reset,
         sizes["K"] ** -0.5 if scale is None else scale,
+        algorithm=_chunked.choose(algorithm, sizes["T"]),
         chunk_size=chunk_size or 64,
         sequence_axis=sequence_axis,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
-def _run(*operands: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("algorithm", "chunk_size", "sequence_axis"))
+def _run(
+    *operands: Any, algorithm: str, chunk_size: int, sequence_axis: str | None
+) -> tuple[Array, Array]:
     *arrays, scale = operands
     q, k, v, beta, log_decay, S0, reset = _compat.match_varying(*arrays)
     out, state = v.dtype, _checks.state_dtype(q, k, v, beta, log_decay, S0)
@@ -126,14 +132,48 @@ def _run(*operands: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Ar
         return S, read(S, scale * q).astype(out)
 
     def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
-        return time_scan(step, S0, (q, k, v, beta, log_decay, reset), chunk_size)
+        if algorithm == "sequential":
+            return time_scan(step, S0, (q, k, v, beta, log_decay, reset), chunk_size)
+        arrays = {"q": q * scale.astype(q.dtype), "k": k, "v": v, "beta": beta[..., None]}
+        return _chunked.scan_chunks(
+            _prepare,
+            arrays | {"g": _chunked.log_decay_of(log_decay, q)},
+            S0,
+            reset,
+            out_dtype=out,
+            chunk_size=chunk_size,
+            log_depth=algorithm == "associative",
+        )
 
     S0 = S0.astype(state)
     if sequence_axis is None:
         return local(S0)
-    # The part's transition is a matrix: what it makes of the identity when nothing is written.
-    size = S0.shape[2]
-    identity = jnp.zeros_like(S0, shape=(*S0.shape[:3], size)) + jnp.eye(size, dtype=state)
-    _, transition = local(_compat.match_varying(identity, S0)[0], jnp.zeros_like(k))
-    matmul = functools.partial(jnp.matmul, precision="highest")
-    return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=matmul)
+    transition = _chunked.whole_transition(local, S0, v)
+    return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=_chunked.matmul)
+
+
+def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
+    """A chunk of the delta rule, by what each step writes: S_t = D_t S_{t-1} + k_t u_t^T.
+
+    With G_t = exp(g_1 + ... + g_t), G_{t,j} = G_t / G_j and S the state that enters,
+
+        S_t = G_t S + sum_{j <= t} G_{t,j} k_j u_j^T
+        u_t = beta_t (v_t - (D_t S_{t-1})^T k_t)
+            = beta_t (v_t - S^T G_t k_t - sum_{j < t} (k_t^T G_{t,j} k_j) u_j)
+
+    so (I + N) U = beta V - beta (G K) S, N the strictly lower part of beta_t k_t^T G_{t,j} k_j, and
+    with (I + N)^-1 applied to both terms, U = U_c - W S. Reading S_t with q_t gives the outputs.
+    """
+    q, k, v, beta, g = (chunk[name] for name in ("q", "k", "v", "beta", "g"))
+    matmul = _chunked.matmul
+    scores, overlaps = _chunked.decayed_products((q, k), k, g)
+    inverse = _chunked.inverse_unit_lower(beta * jnp.tril(overlaps, -1))
+    decay = jnp.exp(_chunked.cumulative(g))
+    written, w = matmul(inverse, beta * v), matmul(inverse, beta * (k * decay))
+    left = (k * jnp.exp(_chunked.remaining(g))).mT
+    return _chunked.ChunkMap(
+        outputs=matmul(scores, written),
+        reads=q * decay - matmul(scores, w),
+        offset=matmul(left, written),
+        transition=decay[..., -1, :, None] * jnp.eye(k.shape[-1], dtype=k.dtype) - matmul(left, w),
+    )

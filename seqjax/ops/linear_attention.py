@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops import _checks, _chunked, _compat, _dispatch, _sequence
 from seqjax.ops._time_scan import time_scan
 from seqjax.types import Array, Inexact, Reset
 
@@ -42,8 +42,11 @@ def linear_attention(
       initial_state: [B, H, K, V], zeros if None.
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
-      chunk_size: one state per chunk is kept for the backward pass; 64 steps if None.
-      algorithm: "sequential" or None.
+      chunk_size: steps in a chunk, 64 if None; best a multiple of 16. The backward pass keeps at
+        most one state per chunk.
+      algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
+        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
+        chunked except for a handful of steps.
       implementation: "xla", "pallas" or None.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -77,7 +80,7 @@ def linear_attention(
     _checks.check_dtypes(op, given, complex_ok=True)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size)
-    _dispatch.resolve(op, algorithm, implementation, algorithms=("sequential",))
+    algorithm = _dispatch.resolve(op, algorithm, implementation, algorithms=_chunked.ALGORITHMS)
     if initial_state is None:
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
@@ -85,13 +88,16 @@ def linear_attention(
         *given.values(),
         reset,
         sizes["K"] ** -0.5 if scale is None else scale,
+        algorithm=_chunked.choose(algorithm, sizes["T"]),
         chunk_size=chunk_size or 64,
         sequence_axis=sequence_axis,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
-def _run(*operands: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("algorithm", "chunk_size", "sequence_axis"))
+def _run(
+    *operands: Any, algorithm: str, chunk_size: int, sequence_axis: str | None
+) -> tuple[Array, Array]:
     *arrays, scale = operands
     q, k, v, log_decay, S0, reset = _compat.match_varying(*arrays)
     state = _checks.state_dtype(q, k, v, log_decay, S0)
@@ -111,7 +117,22 @@ def _run(*operands: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Ar
         return S, jnp.sum(S * (scale * q)[..., None], axis=-2).astype(out)
 
     def local(S0: Array) -> tuple[Array, Array]:
-        return time_scan(step, S0, (q, k, v, log_decay, reset), chunk_size)
+        if algorithm == "sequential":
+            return time_scan(step, S0, (q, k, v, log_decay, reset), chunk_size)
+        return _chunked.scan_chunks(
+            _prepare,
+            {
+                "q": q * scale.astype(q.dtype),
+                "k": k,
+                "v": v,
+                "g": _chunked.log_decay_of(log_decay, q),
+            },
+            S0,
+            reset,
+            out_dtype=out,
+            chunk_size=chunk_size,
+            log_depth=algorithm == "associative",
+        )
 
     S0 = S0.astype(state)
     if sequence_axis is None:
@@ -122,3 +143,19 @@ def _run(*operands: Any, chunk_size: int, sequence_axis: str | None) -> tuple[Ar
         total = jnp.sum(_sequence.whole_part(log_decay.astype(state), reset), axis=1)
         transition = jnp.exp(total)[..., None]
     return _sequence.run_split(local, transition, S0, reset, sequence_axis)
+
+
+def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
+    """A chunk of linear attention, with G_t = exp(g_1 + ... + g_t) and G_{t,j} = G_t / G_j:
+
+    S_t = G_t S + sum_{j <= t} G_{t,j} k_j v_j^T    and    o_t = S_t^T q_t
+    """
+    q, k, v, g = (chunk[name] for name in ("q", "k", "v", "g"))
+    (scores,) = _chunked.decayed_products((q,), k, g)
+    decay = jnp.exp(_chunked.cumulative(g))
+    return _chunked.ChunkMap(
+        outputs=_chunked.matmul(scores, v),
+        reads=q * decay,
+        offset=_chunked.matmul((k * jnp.exp(_chunked.remaining(g))).mT, v),
+        transition=decay[..., -1, :, None],
+    )

@@ -48,7 +48,8 @@ def linear_scan(
         long sequences.
       implementation: "xla", "pallas" or None.
       chunk_size: steps in a chunk of the chunked algorithm; 256 if None.
-      unroll: steps in an iteration of the sequential algorithm's loop; 1 if None.
+      unroll: steps in an iteration of the sequential algorithm's loop; 4 if None (1 in the
+        backward pass).
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split. `initial_state`
         and the final state are then those of the whole sequence, the same on every device.
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops import _checks, _compat, _dispatch, _sequence
-from seqjax.ops._time_scan import time_scan
+from seqjax.ops._recurrence import recurrence
+from seqjax.ops._time_scan import chunk_scan, time_scan
 from seqjax.types import Array, Float, Reset
 
 
@@ -42,9 +43,12 @@ def selective_scan(
       D: [D], the skip connection, or None for none.
       initial_state: [B, D, N], zeros if None.
       reset: [B, T] bool.
-      algorithm: "sequential" or None.
+      algorithm: "sequential" (step after step), "chunked" (an elementwise scan of all states of a
+        chunk, which exist only while the chunk is at work) or None, which is chunked except for a
+        handful of steps.
       implementation: "xla", "pallas" or None.
-      chunk_size: one state per chunk is kept for the backward pass; 64 steps if None.
+      chunk_size: steps in a chunk, 32 if None. One state per chunk is kept for the backward pass,
+        which computes the others again; states [B, T, D, N] never exist.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -79,15 +83,25 @@ def selective_scan(
     _checks.check_dtypes(op, given, complex_ok=False)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size)
-    _dispatch.resolve(op, algorithm, implementation, algorithms=("sequential",))
+    algorithm = _dispatch.resolve(
+        op, algorithm, implementation, algorithms=("sequential", "chunked")
+    )
     if initial_state is None:
         state = _checks.state_dtype(*given.values())
         given["initial_state"] = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
-    return _run(*given.values(), reset, chunk_size=chunk_size or 64, sequence_axis=sequence_axis)
+    return _run(
+        *given.values(),
+        reset,
+        algorithm=algorithm or ("sequential" if sizes["T"] < 4 else "chunked"),
+        chunk_size=chunk_size or 32,
+        sequence_axis=sequence_axis,
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("chunk_size", "sequence_axis"))
-def _run(*arrays: Array | None, chunk_size: int, sequence_axis: str | None) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnames=("algorithm", "chunk_size", "sequence_axis"))
+def _run(
+    *arrays: Array | None, algorithm: str, chunk_size: int, sequence_axis: str | None
+) -> tuple[Array, Array]:
     x, dt, A, B, C, D, h0, reset = _compat.match_varying(*arrays)
     out, state = x.dtype, _checks.state_dtype(x, dt, A, B, C, D, h0)
     A, h0 = A.astype(state), h0.astype(state)
@@ -101,7 +115,21 @@ def _run(*arrays: Array | None, chunk_size: int, sequence_axis: str | None) -> t
         y = jnp.sum(h * C[:, None, :], axis=-1)
         return h, (y if D is None else y + D.astype(state) * x).astype(out)
 
+    def chunk(h: Array, block: tuple) -> tuple[Array, Array]:
+        *values, cut = block
+        x, dt, B, C = (jnp.moveaxis(value, 0, 1).astype(state) for value in values)
+        cut = None if cut is None else cut.T
+        shape = (*x.shape, A.shape[1])  # [B, chunk, D, N]
+        decay = jnp.exp(dt[..., None] * A).reshape(*shape[:2], -1)
+        write = ((dt * x)[..., None] * B[:, :, None, :]).reshape(*shape[:2], -1)
+        hs, last = recurrence(decay, write, h.reshape(shape[0], -1), cut, out_dtype=state)
+        y = jnp.sum(hs.reshape(shape) * C[:, :, None, :], axis=-1)
+        y = (y if D is None else y + D.astype(state) * x).astype(out)
+        return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
+
     def local(h0: Array) -> tuple[Array, Array]:
+        if algorithm == "chunked":
+            return chunk_scan(chunk, h0, (x, dt, B, C, reset), chunk_size)
         return time_scan(step, h0, (x, dt, B, C, reset), chunk_size)
 
     if sequence_axis is None:

@@ -1,0 +1,104 @@
+"""What `experiments.bench` times: inputs, the library's ops, the same step by step in plain JAX."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import seqjax
+
+H, K, D, N = 4, 64, 512, 16
+MATRIX = ("sequential", "chunked", "associative")
+ALGORITHMS = {
+    "linear_attention": MATRIX,
+    "linear_attention, scalar": MATRIX,
+    "linear_attention, channel": MATRIX,
+    "delta_rule": MATRIX,
+    "delta_rule, scalar": MATRIX,
+    "delta_rule, channel": MATRIX,
+    "generalized_delta_rule": MATRIX,
+    "selective_scan": ("sequential", "chunked"),
+}
+NAMES = tuple(ALGORITHMS)
+Run = Callable[..., jax.Array]
+
+
+def arrays(name: str, batch: int, length: int) -> tuple[jax.Array, ...]:
+    """Random inputs of the op, in the order of its arguments."""
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+
+    def normal(*shape: int) -> jax.Array:
+        return jax.random.normal(next(keys), (batch, length, *shape))
+
+    def unit(*shape: int) -> jax.Array:
+        x = normal(*shape)
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    if name == "selective_scan":
+        A = -jnp.exp(jax.random.normal(next(keys), (D, N)))
+        return normal(D), jax.nn.softplus(normal(D)), A, normal(N), normal(N)
+    made = [normal(H, K), unit(H, K), normal(H, K)]
+    if name.startswith("delta_rule"):
+        made.append(jax.nn.sigmoid(normal(H)))
+    if name == "generalized_delta_rule":
+        direction = unit(H, K)
+        made += [direction, -direction * jax.nn.sigmoid(normal(H, K))]
+    if name.endswith("scalar"):
+        made.append(-jax.nn.softplus(normal(H)))
+    if name.endswith("channel") or name == "generalized_delta_rule":
+        made.append(-jax.nn.softplus(normal(H, K)))
+    return tuple(made)
+
+
+def chunked(name: str, algorithm: str | None = "chunked") -> Run:
+    """The library's op, outputs only."""
+    op = getattr(seqjax, name.split(",")[0])
+    return lambda *args: op(*args, algorithm=algorithm)[0]
+
+
+def plain(name: str) -> Run:
+    """The recurrence as `lax.scan` over one step, with nothing done about memory."""
+    step = _selective if name == "selective_scan" else functools.partial(_matrix, name)
+
+    def run(*args: jax.Array) -> jax.Array:
+        shared, timed = ([args[2]], [*args[:2], *args[3:]]) if step is _selective else ([], args)
+        batch = args[0].shape[0]
+        state = jnp.zeros((batch, D, N) if step is _selective else (batch, H, K, K))
+        xs = tuple(jnp.moveaxis(x, 1, 0) for x in timed)
+        _, ys = lax.scan(lambda state, x: step(state, *shared, *x), state, xs)
+        return jnp.moveaxis(ys, 0, 1)
+
+    return run
+
+
+def _selective(h: jax.Array, A: jax.Array, *x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_t, dt, B, C = x
+    h = jnp.exp(dt[..., None] * A) * h + (dt * x_t)[..., None] * B[:, None, :]
+    return h, jnp.einsum("bdn,bn->bd", h, C)
+
+
+def _matrix(name: str, S: jax.Array, *x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    q, k, v, *rest = x
+    found = jnp.einsum("bhkv,bhk->bhv", S, rest[0]) if name == "generalized_delta_rule" else None
+    if name.endswith(("scalar", "channel")) or found is not None:
+        g = rest[-1]
+        S = jnp.exp(g if g.ndim == 3 else g[..., None])[..., None] * S
+    if name.startswith("delta_rule"):
+        v = rest[0][..., None] * (v - jnp.einsum("bhkv,bhk->bhv", S, k))
+    S = S + jnp.einsum("bhk,bhv->bhkv", k, v)
+    if found is not None:
+        S = S + jnp.einsum("bhk,bhv->bhkv", rest[1], found)
+    return S, jnp.einsum("bhkv,bhk->bhv", S, q) * K**-0.5
+
+
+def with_gradients(run: Run) -> Callable[..., Any]:
+    """The outputs of `run` and the gradients of all arguments."""
+
+    def both(*args: jax.Array) -> Any:
+        y, pull = jax.vjp(run, *args)
+        return y, pull(y)
+
+    return both
