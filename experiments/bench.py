@@ -51,14 +51,21 @@ def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, flo
     }
 
 
-def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """A Markdown table of ratios."""
-    names = list(next(iter(rows.values())))
-    print(f"\n{title}\n")
-    print("| shape | " + " | ".join(names) + " |")
-    print("|---" * (len(names) + 1) + "|")
-    for label, row in rows.items():
-        print(f"| {label} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |", flush=True)
+class Table:
+    """A Markdown table of ratios, printed row by row."""
+
+    def __init__(self, title: str) -> None:
+        print(f"\n{title}\n", flush=True)
+        self._names: list[str] = []
+
+    def row(self, label: str, values: dict[str, float]) -> None:
+        """Print a row, and the header before the first."""
+        if not self._names:
+            self._names = list(values)
+            print("| | " + " | ".join(self._names) + " |")
+            print("|---" * (len(self._names) + 1) + "|")
+        cells = (f"{values[name]:.2f}" if name in values else "" for name in self._names)
+        print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
 
 
 def by_lax_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
@@ -93,12 +100,12 @@ def forward_and_backward(run: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def bench_scan(rounds: int) -> None:
     """linear_scan against `decay + x` on the same arrays, and against JAX's own scans."""
+    table = Table("Elementwise scan, float32: time over that of `decay + x`")
     runs = {
         "seqjax": lambda decay, x: seqjax.linear_scan(decay, x)[0],
         "lax.scan": by_lax_scan,
         "associative_scan": by_associative_scan,
     }
-    rows = {}
     for shape in SCAN_SHAPES:
         keys = jax.random.split(jax.random.key(0), 3)
         decay = jax.random.uniform(keys[0], shape)
@@ -109,13 +116,12 @@ def bench_scan(rounds: int) -> None:
         for name, run in runs.items():
             both = jax.jit(forward_and_backward(run))
             candidates[f"{name}, with gradients"] = functools.partial(both, decay, x, weights)
-        rows[str(list(shape))] = ratios(candidates, "decay + x", rounds)
-    print_table("Elementwise scan, float32: time over that of `decay + x`", rows)
+        table.row(str(list(shape)), ratios(candidates, "decay + x", rounds))
 
 
 def bench_ops(rounds: int) -> None:
     """The chunked forms against the sequential ones differentiated by JAX: time and memory."""
-    rows = {}
+    table = Table("Chunked forms against plain `lax.scan`, float32: speed-up, ratio of memory")
     for name, length, batch in itertools.product(bench_cases.NAMES, (2048, 8192), (1, 4)):
         arrays = bench_cases.arrays(name, batch, length)
         row = {}
@@ -130,20 +136,18 @@ def bench_ops(rounds: int) -> None:
                 "plain": functools.partial(plain, *arrays),
             }
             row[f"speed-up{suffix}"] = 1 / ratios(candidates, "plain", rounds)["chunked"]
-            row[f"memory{suffix}"] = (
-                chunked.memory_analysis().temp_size_in_bytes
-                / plain.memory_analysis().temp_size_in_bytes
-            )
-        rows[f"{name}, B={batch}, T={length}"] = row
-    title = (
-        "Chunked forms, float32, over step by step differentiated by JAX: speed-up, memory ratio"
-    )
-    print_table(title, rows)
+            row[f"memory{suffix}"] = temporary_bytes(chunked) / temporary_bytes(plain)
+        table.row(f"{name}, B={batch}, T={length}", row)
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """What a compiled program allocates besides its arguments and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def bench_choice(rounds: int) -> None:
     """What `algorithm=None` picks against the best of the named algorithms, with gradients."""
-    rows = {}
+    table = Table("Time of each algorithm over that of `algorithm=None`, with gradients")
     for name, length, batch in itertools.product(bench_cases.NAMES, (4, 16, 64, 512), (1, 8)):
         arrays = bench_cases.arrays(name, batch, length)
         candidates: Candidates = {}
@@ -151,9 +155,8 @@ def bench_choice(rounds: int) -> None:
             run = bench_cases.with_gradients(bench_cases.chunked(name, algorithm))
             candidates[str(algorithm)] = functools.partial(jax.jit(run), *arrays)
         times = ratios(candidates, "None", rounds)
-        best = min(times[a] for a in bench_cases.ALGORITHMS[name])
-        rows[f"{name}, B={batch}, T={length}"] = {"None over the best": 1 / best}
-    print_table("Time of `algorithm=None`, with gradients, over that of the best algorithm", rows)
+        best = min(times[algorithm] for algorithm in bench_cases.ALGORITHMS[name])
+        table.row(f"{name}, B={batch}, T={length}", {"None over the best": 1 / best} | times)
 
 
 SUITES = {"scan": bench_scan, "ops": bench_ops, "choice": bench_choice}
