@@ -69,25 +69,55 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
+def read(state: jax.Array, key: jax.Array) -> jax.Array:
+    """S^T k, for a single step: [..., K, V] and [..., K] -> [..., V]."""
+    return jnp.einsum("...kv,...k->...v", state, key, precision=lax.Precision.HIGHEST)
+
+
+def _sums(g: jax.Array, include: jax.Array) -> jax.Array:
+    """sum_i include[t, i] g_i over axis -2, -inf where a -inf is included.
+
+    A product with zeros and ones adds exactly the terms that belong to a sum. The -inf would turn
+    the zeros into NaN, so they are counted apart.
+    """
+    include = include.astype(g.dtype)
+    lowest = jnp.isneginf(jnp.real(g))
+    total = matmul(include, jnp.where(lowest, jnp.zeros_like(g), g))
+    hit = matmul(jnp.real(include), lowest.astype(jnp.real(include).dtype)) > 0
+    return jnp.where(hit, jnp.full_like(total, -jnp.inf), total)
+
+
+def _order(size: int) -> tuple[jax.Array, jax.Array]:
+    steps = jnp.arange(size)
+    return steps[:, None], steps[None, :]
+
+
 def cumulative(g: jax.Array) -> jax.Array:
     """sum_{i <= t} g_i over axis -2."""
-    return lax.cumsum(g, axis=g.ndim - 2)
+    t, i = _order(g.shape[-2])
+    return _sums(g, i <= t)
 
 
 def remaining(g: jax.Array) -> jax.Array:
     """sum_{i > t} g_i over axis -2."""
-    later = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], axis=-2)
-    return lax.cumsum(later, axis=g.ndim - 2, reverse=True)
+    t, i = _order(g.shape[-2])
+    return _sums(g, i > t)
 
 
 def between(g: jax.Array) -> jax.Array:
     """sum_{j < i <= t} g_i, and -inf for t < j: [..., C, K] -> [..., C (t), C (j), K]."""
-    steps = jnp.arange(g.shape[-2])
-    after = steps[:, None] > steps[None, :]  # [i, j]
-    terms = jnp.where(after[..., None], g[..., :, None, :], jnp.zeros_like(g[..., :, None, :]))
-    sums = lax.cumsum(terms, axis=terms.ndim - 3)
-    future = steps[:, None] < steps[None, :]
-    return jnp.where(future[..., None], jnp.full_like(sums, -jnp.inf), sums)
+    size, channels = g.shape[-2:]
+    t, j = _order(size)
+    lowest = jnp.isneginf(jnp.real(g))
+    finite = jnp.where(lowest, jnp.zeros_like(g), g)
+    after = (t > j)[..., None]
+    terms = jnp.where(after, finite[..., :, None, :], jnp.zeros_like(finite[..., None, :]))
+    upto = (j <= t).astype(g.dtype)
+    sums = matmul(upto, terms.reshape(*g.shape[:-1], size * channels))
+    sums = sums.reshape(*g.shape[:-2], size, size, channels)
+    count = matmul(jnp.real(upto), lowest.astype(jnp.real(upto).dtype))
+    hit = count[..., :, None, :] != count[..., None, :, :]  # a -inf after j, up to t
+    return jnp.where(hit | (t < j)[..., None], jnp.full_like(sums, -jnp.inf), sums)
 
 
 def decayed_products(
@@ -248,7 +278,7 @@ def scan_chunks(
         values, spoiled, unread = _take_out_non_finite(values, cut)
         values["g"] = jnp.where(cut[..., None], jnp.full_like(values["g"], -jnp.inf), values["g"])
         maps = prepare(values)
-        alive = ~lax.cummax(cut.astype(jnp.int8), axis=3).astype(bool)[..., None]
+        alive = ~_reached(cut, jnp.zeros_like(cut))[..., None]
         nan = jnp.full((), jnp.nan, dtype)
         offset = jnp.where(spoiled[..., -1:, None], nan, maps.offset)
         states, final = _carry(maps._replace(offset=offset), alive[..., -1:, :], state, log_depth)
@@ -280,11 +310,15 @@ def _take_out_non_finite(
         name: jnp.where((asks if name == "q" else writes)[..., None], x, jnp.zeros_like(x))
         for name, x in values.items()
     }
-    steps = jnp.arange(cut.shape[-1], dtype=jnp.int32)
-    none = jnp.full((), -1, jnp.int32)
-    last_bad = lax.cummax(jnp.where(writes, none, steps), axis=writes.ndim - 1)
-    last_cut = lax.cummax(jnp.where(cut, steps, none), axis=cut.ndim - 1)
-    return kept, (last_bad >= 0) & (last_bad >= last_cut), ~asks
+    return kept, _reached(~writes, cut), ~asks
+
+
+def _reached(events: jax.Array, cut: jax.Array) -> jax.Array:
+    """Whether an event [..., C] has happened at or before each step, and no cut since."""
+    t, i = _order(cut.shape[-1])
+    count = jnp.sum(jnp.where(i <= t, cut[..., None, :], False), axis=-1, dtype=jnp.int32)
+    same = count[..., :, None] == count[..., None, :]
+    return jnp.any(events[..., None, :] & same & (i <= t), axis=-1)
 
 
 def _carry(

@@ -117,9 +117,6 @@ def _run(
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
 
-    def read(S: Array, k: Array) -> Array:
-        return jnp.sum(S * k[..., None], axis=-2)
-
     def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
         q, k, v, beta, g, cut = inputs
         q, k, v, beta = (value.astype(state) for value in (q, k, v, beta))
@@ -127,9 +124,9 @@ def _run(
             S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
         if g is not None:
             S = jnp.exp(g.astype(state))[..., None] * S
-        write = beta[..., None] * (v - read(S, k))
+        write = beta[..., None] * (v - _chunked.read(S, k))
         S = S + k[..., None] * write[..., None, :]
-        return S, read(S, scale * q).astype(out)
+        return S, _chunked.read(S, scale * q).astype(out)
 
     def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
         if algorithm == "sequential":

@@ -145,9 +145,9 @@ def _step(state: Any, out: Any) -> Any:
         q, k, v, a, b, g = (arrays[name].astype(state) for name in ("q", "k", "v", "a", "b", "g"))
         if cut is not None:
             S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        found = jnp.sum(a[..., None] * S, axis=-2, keepdims=True)
+        found = _chunked.read(S, a)[..., None, :]
         S = jnp.exp(g)[..., None] * S + b[..., None] * found + k[..., None] * v[..., None, :]
-        return S, jnp.sum(S * q[..., None], axis=-2).astype(out)
+        return S, _chunked.read(S, q).astype(out)
 
     return step
 

@@ -114,7 +114,7 @@ def _run(
         if g is not None:
             S = jnp.exp(g.astype(state))[..., None] * S
         S = S + k[..., None] * v[..., None, :]
-        return S, jnp.sum(S * (scale * q)[..., None], axis=-2).astype(out)
+        return S, _chunked.read(S, scale * q).astype(out)
 
     def local(S0: Array) -> tuple[Array, Array]:
         if algorithm == "sequential":
