@@ -30,7 +30,7 @@ class Case:
       run: (inputs, state, reset, **keywords) -> (outputs, final state).
       oracle: (inputs, state, reset) -> (outputs, final state or None where it is not judged).
       state: (rng, B) -> a random initial state; None for layers, whose states are made by running.
-      algorithms: to hold against the oracle.
+      algorithms: to hold against the oracle, the one that runs by default on CPU first.
       timed: names of the inputs [B, T, ...].
       shared: names of the inputs [T, ...], the same for the whole batch.
       decays: name of an input to be set to extreme decays, and how: "linear" or "log".
@@ -145,7 +145,7 @@ def _attention(name: str, decay: str | None, complex_: bool = False) -> Case:
         run=_op(seqjax.linear_attention, ("q", "k", "v", "log_decay")),
         oracle=op_oracles.linear_attention,
         state=lambda rng, batch: normal(rng, batch, H, K, V, complex_=complex_),
-        algorithms=("sequential", "chunked", "associative"),
+        algorithms=("chunked", "sequential", "associative"),
         timed=names,
         decays=None if decay is None else ("log_decay", "log"),
     )
@@ -172,7 +172,7 @@ def _delta(name: str, decay: str | None, top: float = 1.0) -> Case:
         run=_op(seqjax.delta_rule, ("q", "k", "v", "beta", "log_decay")),
         oracle=op_oracles.delta_rule,
         state=lambda rng, batch: normal(rng, batch, H, K, V),
-        algorithms=("sequential", "chunked", "associative"),
+        algorithms=("chunked", "sequential", "associative"),
         timed=names,
         decays=None if decay is None else ("log_decay", "log"),
     )
@@ -238,7 +238,7 @@ OPS = [
         run=_op(seqjax.generalized_delta_rule, ("q", "k", "v", "a", "b", "log_decay")),
         oracle=op_oracles.generalized_delta_rule,
         state=lambda rng, batch: normal(rng, batch, H, K, V),
-        algorithms=("sequential", "chunked", "associative"),
+        algorithms=("chunked", "sequential", "associative"),
         timed=("q", "k", "v", "a", "b", "log_decay"),
     ),
     Case(
@@ -247,7 +247,7 @@ OPS = [
         run=_run_softmax,
         oracle=op_oracles.running_softmax,
         state=lambda rng, batch: jax.tree.map(lambda e: e[:, 0], _softmax_inputs(rng, batch, 1)),
-        algorithms=("sequential", "associative", "chunked"),
+        algorithms=("chunked", "sequential", "associative"),
         timed=("score", "weight", "value"),
     ),
 ]

@@ -6,14 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.cases import VARIANTS, Case
 
 B, T = 2, 13
-variants = [
-    (case, algorithm, f"{case}-{algorithm}" if algorithm else str(case))
-    for case, algorithm in VARIANTS
-]
+
+
+def by_variant(keep: Any = lambda case: True) -> Any:
+    """Parametrises a test by (case, algorithm); what does not run by default on CPU is slow."""
+    return pytest.mark.parametrize(
+        ("case", "algorithm"),
+        [
+            pytest.param(
+                case,
+                algorithm,
+                id=f"{case}-{algorithm}" if algorithm else str(case),
+                marks=[] if algorithm == case.algorithms[0] else [pytest.mark.slow],
+            )
+            for case, algorithm in VARIANTS
+            if keep(case)
+        ],
+    )
 
 
 def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:

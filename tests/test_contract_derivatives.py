@@ -6,22 +6,19 @@ import jax
 import numpy as np
 import pytest
 
-from tests.cases import VARIANTS
 from tests.harness import (
     assert_close,
+    by_variant,
     cast,
     contract,
     keywords,
     make,
     runner,
     runner_with_gradients,
-    variants,
     weights,
 )
 
-by_variant = pytest.mark.parametrize(
-    ("case", "algorithm"), [v[:2] for v in variants], ids=[v[2] for v in variants]
-)
+EACH = by_variant()
 
 
 def direction(tree, seed=3):
@@ -32,7 +29,7 @@ def moved(tree, along, distance):
     return jax.tree.map(lambda x, d: x + distance * d, tree, along)
 
 
-@by_variant
+@EACH
 def test_gradients_match_the_loop(case, algorithm, x64, strict):
     """Each argument's gradient, the state's included, along a random direction."""
     inputs, state, reset = make(case)
@@ -66,7 +63,7 @@ def test_gradients_match_the_loop(case, algorithm, x64, strict):
         assert_close(contract(state_grad, along), np.float64(expected), 1e-6)
 
 
-@by_variant
+@EACH
 def test_float32_gradients(case, algorithm, strict):
     inputs, state, reset = make(case)
     with jax.enable_x64(True):
@@ -82,7 +79,7 @@ def test_float32_gradients(case, algorithm, strict):
     assert_close(narrow, wide, 1e-4)
 
 
-@by_variant
+@EACH
 def test_forward_mode_is_the_transpose_of_reverse_mode(case, algorithm, x64, strict):
     inputs, state, reset = make(case)
     primals = (cast(inputs, "float64"), cast(state, "float64"))
@@ -104,7 +101,8 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(case, algorithm, x64, str
     assert_close(forwards, contract(grads, tangents), 1e-10)
 
 
-@by_variant
+@pytest.mark.slow
+@EACH
 def test_second_derivatives(case, algorithm, x64, strict):
     """A Hessian-vector product against differences of gradients."""
     inputs, state, reset = make(case)
@@ -130,7 +128,3 @@ def test_second_derivatives(case, algorithm, x64, strict):
 
     hvp, differences = both(primals, tangents)
     assert_close(hvp, differences, 1e-6)
-
-
-def test_every_variant_is_differentiated():
-    assert len(variants) == len(VARIANTS)

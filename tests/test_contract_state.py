@@ -12,20 +12,17 @@ from tests.harness import (
     T,
     assert_close,
     assert_same_bits,
+    by_variant,
     cast,
     copied,
     cut,
     make,
     runner,
     runner_with_gradients,
-    variants,
     weights,
 )
 
-causal = [v for v in variants if getattr(v[0].layer, "causal", True)]
-by_variant = pytest.mark.parametrize(
-    ("case", "algorithm"), [v[:2] for v in causal], ids=[v[2] for v in causal]
-)
+EACH = by_variant(lambda case: getattr(case.layer, "causal", True))
 CAUSAL_ROWS = [case for case in ROWS if getattr(case.layer, "causal", True)]
 
 
@@ -36,7 +33,7 @@ def in_time(case, tree, start, stop):
     return jax.tree.map(lambda y: y[:, start:stop], tree)
 
 
-@by_variant
+@EACH
 @pytest.mark.parametrize("where", [1, 5, T - 1])
 def test_split_and_resume(case, algorithm, where, x64, strict):
     inputs, state, reset = make(case)
@@ -67,7 +64,7 @@ def test_step_agrees_with_apply(case, x64, strict):
     assert_close((np.stack(outputs, axis=1), state), (whole, final), 1e-11)
 
 
-@by_variant
+@EACH
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["nan", "inf"])
 def test_nothing_crosses_a_reset(case, algorithm, poison, x64, strict):
     """Values and gradients after a reset are those of a run whose past was clean."""
@@ -97,7 +94,7 @@ def test_nothing_crosses_a_reset(case, algorithm, poison, x64, strict):
     assert_close(gradients[1], gradients[0], 1e-12)
 
 
-@by_variant
+@EACH
 def test_a_cleared_state_leaves_no_trace(case, algorithm, x64, strict):
     """A NaN state, reset before the first step: every gradient is that of a clean state."""
     inputs, state, reset = make(case)
@@ -118,7 +115,7 @@ def test_a_cleared_state_leaves_no_trace(case, algorithm, x64, strict):
     assert_same_bits(gradient(spoiled, reset, w, None)[0], gradient(state, reset, w, None)[0])
 
 
-@by_variant
+@EACH
 def test_causal_to_the_bit(case, algorithm, x64, strict):
     inputs, state, reset = make(case)
     state = cast(state, "float64")
@@ -144,7 +141,7 @@ def test_causal_to_the_bit(case, algorithm, x64, strict):
         )
 
 
-@by_variant
+@EACH
 def test_batch_rows_do_not_meet(case, algorithm, x64, strict):
     inputs, state, reset = make(case)
     run = runner(case, algorithm)

@@ -10,29 +10,27 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.cases import OPS, ROWS, VARIANTS
+from tests.cases import OPS, ROWS
 from tests.harness import (
     assert_close,
+    by_variant,
     cast,
     contract,
     keywords,
     make,
     runner,
     runner_with_gradients,
-    variants,
     weights,
 )
 
-by_variant = pytest.mark.parametrize(
-    ("case", "algorithm"), [v[:2] for v in variants], ids=[v[2] for v in variants]
-)
+EACH = by_variant()
 
 
 def stack(*trees):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-@by_variant
+@EACH
 def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
     """Mapped over everything, and over one argument with the rest shared."""
     made = [make(case, seed=seed) for seed in (0, 1)]
@@ -53,7 +51,8 @@ def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
     assert_close(some, loop, 1e-12)
 
 
-@by_variant
+@pytest.mark.slow
+@EACH
 def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
     """The op in the body of a `lax.scan`, rematerialised, differentiated through the carry."""
     inputs, state, reset = make(case)
@@ -100,11 +99,8 @@ def test_batch_sharded_over_eight_devices(case, x64, strict):
         assert collective not in compiled, f"{collective} in a program whose batch is split"
 
 
-SPLIT = [(case, algorithm) for case, algorithm in VARIANTS if case.split_axis]
-
-
-@pytest.mark.parametrize(("case", "algorithm"), SPLIT, ids=[f"{c}-{a}" for c, a in SPLIT])
-@pytest.mark.parametrize("with_state", [True, False], ids=["state", "no_state"])
+@by_variant(lambda case: case.split_axis)
+@pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, strict):
     """`sequence_axis`: values, final state and every shard's gradients, states crossing shards."""
     inputs, state, reset = make(case, length=24)
@@ -144,7 +140,7 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
             assert_close(got[0][name][:, steps], expected[0][name][:, steps], 1e-8)
 
 
-@by_variant
+@EACH
 def test_second_call_does_not_compile(case, algorithm, strict):
     chex.clear_trace_counter()
 

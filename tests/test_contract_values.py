@@ -8,18 +8,16 @@ import pytest
 from tests.cases import OPS, ROWS
 from tests.harness import (
     assert_close,
+    by_variant,
     cast,
     cast_inputs,
     error,
     keywords,
     make,
     runner,
-    variants,
 )
 
-by_variant = pytest.mark.parametrize(
-    ("case", "algorithm"), [v[:2] for v in variants], ids=[v[2] for v in variants]
-)
+EACH = by_variant()
 
 
 def judged(result, expected):
@@ -29,14 +27,14 @@ def judged(result, expected):
     )
 
 
-@by_variant
+@EACH
 def test_float64_matches_the_loop(case, algorithm, x64, strict):
     inputs, state, reset = make(case)
     result = runner(case, algorithm)(cast(inputs, "float64"), cast(state, "float64"), reset)
     assert_close(*judged(result, case.oracle(inputs, state, reset)), case.tolerance["float64"])
 
 
-@by_variant
+@EACH
 def test_without_state_and_reset(case, algorithm, x64, strict):
     inputs, state, reset = make(case)
     run = jax.jit(lambda inputs: case.run(inputs, None, None, **keywords(algorithm)))
@@ -53,7 +51,7 @@ LENGTHS = [1, 2, 65] + [pytest.param(n, marks=pytest.mark.slow) for n in (63, 64
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@by_variant
+@EACH
 def test_float32_at_any_length(case, algorithm, length, strict):
     inputs, state, reset = make(case, length=length)
     run = runner(case, algorithm, chunk_size=16)
@@ -61,7 +59,7 @@ def test_float32_at_any_length(case, algorithm, length, strict):
     assert_close(*judged(result, case.oracle(inputs, state, reset)), case.tolerance["float32"])
 
 
-@by_variant
+@EACH
 def test_bfloat16_keeps_its_state_in_float32(case, algorithm, strict):
     inputs, state, reset = make(case)
     if any(np.iscomplexobj(leaf) for leaf in jax.tree.leaves(inputs)):
@@ -103,7 +101,7 @@ def extreme(kind, shape, rng):
 @pytest.mark.parametrize(
     ("case", "algorithm"),
     [(c, a) for c in OPS if c.decays for a in c.algorithms],
-    ids=[f"{c}-{a}" for c in OPS if c.decays for a in c.algorithms],
+    ids=lambda value: str(value),
 )
 def test_extreme_decays(case, algorithm, length, strict):
     inputs, state, reset = make(case, length=length)
