@@ -10,6 +10,23 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+_tests_run = 0
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Drop compiled programs now and then.
+
+    Each holds memory maps, a process may have 65,530 of them, and the compiler crashes on the
+    next one.
+    """
+    yield
+    global _tests_run
+    _tests_run += 1
+    if _tests_run % 200 == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 enabled: how the library is held against float64 loops."""
