@@ -36,9 +36,6 @@ def temporary_bytes(op, shapes, **keywords):
 
 
 @pytest.mark.parametrize("name", matrix_shapes(1))
-@pytest.mark.parametrize(
-    "algorithm", ["chunked", pytest.param("sequential", marks=pytest.mark.slow)]
-)
 def test_matrix_states_are_not_stored(name):
     op = getattr(seqjax, name.split(",")[0])
     sizes = {t: temporary_bytes(op, matrix_shapes(t)[name]) for t in (4096, 16384)}
