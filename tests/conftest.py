@@ -39,3 +39,12 @@ def strict():
     """No silent promotion between dtypes inside the library."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
-import jax
 import orbax.checkpoint as ocp
 
 from experiments import checkpoints, cli, evaluate, generate, logs, train
@@ -22,13 +21,7 @@ CONFIG = "experiments/configs/lm.py"
 REPOSITORY = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

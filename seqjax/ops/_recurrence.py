@@ -136,10 +136,8 @@ def _transpose(cotangents: Any, a: Any, x: Any, h0: Any, *reset: Any, **params: 
 def _batch(args: Any, dims: Any, **params: Any) -> Any:
     """vmap: the mapped axis joins the batch."""
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    batch = next(
-        x.shape[0 if d is None else (1 if d == 0 else 0)]
-        for x, d in zip(args[1:2], dims[1:2], strict=True)
-    )
+    x, dim = args[1], dims[1]
+    batch = x.shape[0 if dim is None or dim > 0 else 1]
     folded = []
     for position, (array, dim) in enumerate(zip(args, dims, strict=True)):
         if dim is None and position == 0 and array.shape[0] == 1:

@@ -113,25 +113,25 @@ def _run(
     *arrays, scale = operands
     q, k, v, beta, log_decay, S0, reset = _compat.match_varying(*arrays)
     out, state = v.dtype, _checks.state_dtype(q, k, v, beta, log_decay, S0)
-    scale = jnp.asarray(scale, state)
+    q = q.astype(state) * jnp.asarray(scale, state)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
 
     def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
         q, k, v, beta, g, cut = inputs
-        q, k, v, beta = (value.astype(state) for value in (q, k, v, beta))
+        k, v, beta = (value.astype(state) for value in (k, v, beta))
         if cut is not None:
             S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
         if g is not None:
             S = jnp.exp(g.astype(state))[..., None] * S
         write = beta[..., None] * (v - _chunked.read(S, k))
         S = S + k[..., None] * write[..., None, :]
-        return S, _chunked.read(S, scale * q).astype(out)
+        return S, _chunked.read(S, q).astype(out)
 
     def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
         if algorithm == "sequential":
             return time_scan(step, S0, (q, k, v, beta, log_decay, reset), chunk_size)
-        arrays = {"q": q * scale.astype(q.dtype), "k": k, "v": v, "beta": beta[..., None]}
+        arrays = {"q": q, "k": k, "v": v, "beta": beta[..., None]}
         return _chunked.scan_chunks(
             _prepare,
             arrays | {"g": _chunked.log_decay_of(log_decay, q)},

@@ -102,31 +102,26 @@ def _run(
     q, k, v, log_decay, S0, reset = _compat.match_varying(*arrays)
     state = _checks.state_dtype(q, k, v, log_decay, S0)
     out = _checks.output_dtype(v, q, k, log_decay, S0)
-    scale = jnp.asarray(scale, state)
+    q = q.astype(state) * jnp.asarray(scale, state)
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
 
     def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
         q, k, v, g, cut = inputs
-        q, k, v = (value.astype(state) for value in (q, k, v))
+        k, v = k.astype(state), v.astype(state)
         if cut is not None:
             S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
         if g is not None:
             S = jnp.exp(g.astype(state))[..., None] * S
         S = S + k[..., None] * v[..., None, :]
-        return S, _chunked.read(S, scale * q).astype(out)
+        return S, _chunked.read(S, q).astype(out)
 
     def local(S0: Array) -> tuple[Array, Array]:
         if algorithm == "sequential":
             return time_scan(step, S0, (q, k, v, log_decay, reset), chunk_size)
         return _chunked.scan_chunks(
             _prepare,
-            {
-                "q": q * scale.astype(q.dtype),
-                "k": k,
-                "v": v,
-                "g": _chunked.log_decay_of(log_decay, q),
-            },
+            {"q": q, "k": k, "v": v, "g": _chunked.log_decay_of(log_decay, q)},
             S0,
             reset,
             out_dtype=out,
