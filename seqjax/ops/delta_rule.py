@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _chunked, _compat, _dispatch, _sequence
+from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
 from seqjax.ops._time_scan import time_scan
 from seqjax.types import Array, Float, Reset
 
@@ -69,8 +69,9 @@ def delta_rule(
       >>> o.ravel().tolist()
       [3.0, 5.0]
     """
-    op = "delta_rule"
-    given = _checks.as_arrays(
+    return _matrix_op.call(
+        "delta_rule",
+        _run,
         {
             "q": q,
             "k": k,
@@ -78,30 +79,13 @@ def delta_rule(
             "beta": beta,
             "log_decay": log_decay,
             "initial_state": initial_state,
-        }
-    )
-    wanted = {
-        "q": "B T H K",
-        "k": "B T H K",
-        "v": "B T H V",
-        "beta": "B T H",
-        "log_decay": "B T H | B T H K",
-        "initial_state": "B H K V",
-    }
-    sizes = _checks.check_shapes(op, wanted, given)
-    _checks.check_dtypes(op, given, complex_ok=False)
-    reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
-    _checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = _dispatch.resolve(op, algorithm, implementation, algorithms=_chunked.ALGORITHMS)
-    if initial_state is None:
-        shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
-        given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
-    return _run(
-        *given.values(),
-        reset,
-        sizes["K"] ** -0.5 if scale is None else scale,
-        algorithm=_chunked.choose(algorithm, sizes["T"]),
-        chunk_size=chunk_size or 64,
+        },
+        complex_ok=False,
+        scale=scale,
+        reset=reset,
+        chunk_size=chunk_size,
+        algorithm=algorithm,
+        implementation=implementation,
         sequence_axis=sequence_axis,
     )
 

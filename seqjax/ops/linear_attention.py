@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _chunked, _compat, _dispatch, _sequence
+from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
 from seqjax.ops._time_scan import time_scan
 from seqjax.types import Array, Inexact, Reset
 
@@ -65,31 +65,22 @@ def linear_attention(
       >>> [round(float(value), 4) for value in o.ravel()]
       [1.0, 1.5, 1.75]
     """
-    op = "linear_attention"
-    given = _checks.as_arrays(
-        {"q": q, "k": k, "v": v, "log_decay": log_decay, "initial_state": initial_state}
-    )
-    wanted = {
-        "q": "B T H K",
-        "k": "B T H K",
-        "v": "B T H V",
-        "log_decay": "B T H | B T H K",
-        "initial_state": "B H K V",
-    }
-    sizes = _checks.check_shapes(op, wanted, given)
-    _checks.check_dtypes(op, given, complex_ok=True)
-    reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
-    _checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = _dispatch.resolve(op, algorithm, implementation, algorithms=_chunked.ALGORITHMS)
-    if initial_state is None:
-        shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
-        given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
-    return _run(
-        *given.values(),
-        reset,
-        sizes["K"] ** -0.5 if scale is None else scale,
-        algorithm=_chunked.choose(algorithm, sizes["T"]),
-        chunk_size=chunk_size or 64,
+    return _matrix_op.call(
+        "linear_attention",
+        _run,
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "log_decay": log_decay,
+            "initial_state": initial_state,
+        },
+        complex_ok=True,
+        scale=scale,
+        reset=reset,
+        chunk_size=chunk_size,
+        algorithm=algorithm,
+        implementation=implementation,
         sequence_axis=sequence_axis,
     )
 
