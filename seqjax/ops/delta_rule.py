@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
+from seqjax.ops._broadcast import along_rows
 from seqjax.ops._time_scan import time_scan
 from seqjax.types import Array, Float, Reset
 
@@ -98,23 +99,22 @@ def _run(
     q, k, v, beta, log_decay, S0, reset = _compat.match_varying(*arrays)
     out, state = v.dtype, _checks.state_dtype(q, k, v, beta, log_decay, S0)
     q = q.astype(state) * jnp.asarray(scale, state)
-    if log_decay is not None and log_decay.ndim == 3:
-        log_decay = log_decay[..., None]
 
     def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
-        q, k, v, beta, g, cut = inputs
+        q, k, v, beta, decay, cut = inputs
         k, v, beta = (value.astype(state) for value in (k, v, beta))
         if cut is not None:
             S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        if g is not None:
-            S = jnp.exp(g.astype(state))[..., None] * S
+        if decay is not None:
+            S = along_rows(decay, S.shape[-1]) * S
         write = beta[..., None] * (v - _chunked.read(S, k))
-        S = S + k[..., None] * write[..., None, :]
+        S = S + _chunked.outer(k, write)
         return S, _chunked.read(S, q).astype(out)
 
     def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
         if algorithm == "sequential":
-            return time_scan(step, S0, (q, k, v, beta, log_decay, reset), chunk_size)
+            decay = _chunked.decay_by_step(log_decay, q)
+            return time_scan(step, S0, (q, k, v, beta, decay, reset), chunk_size)
         arrays = {"q": q, "k": k, "v": v, "beta": beta[..., None]}
         return _chunked.scan_chunks(
             _prepare,
@@ -147,14 +147,15 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     """
     q, k, v, beta, g = (chunk[name] for name in ("q", "k", "v", "beta", "g"))
     matmul = _chunked.matmul
-    scores, overlaps = _chunked.decayed_products((q, k), k, g)
+    [[scores], [overlaps]] = _chunked.decayed_products((q, k), (k,), g)
     inverse = _chunked.inverse_unit_lower(beta * jnp.tril(overlaps, -1))
-    decay = jnp.exp(_chunked.cumulative(g))
+    decay, rest = _chunked.decay_through(g)
+    last = jnp.broadcast_to(decay[..., -1, :], (*k.shape[:-2], k.shape[-1]))
     written, w = matmul(inverse, beta * v), matmul(inverse, beta * (k * decay))
-    left = (k * jnp.exp(_chunked.remaining(g))).mT
+    left = (k * rest).mT
     return _chunked.ChunkMap(
         outputs=matmul(scores, written),
         reads=q * decay - matmul(scores, w),
         offset=matmul(left, written),
-        transition=decay[..., -1, :, None] * jnp.eye(k.shape[-1], dtype=k.dtype) - matmul(left, w),
+        transition=_chunked.diagonal(last) - matmul(left, w),
     )

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
+from seqjax.ops._broadcast import along_rows
 from seqjax.ops._time_scan import time_scan
 from seqjax.types import Array, Float, Reset
 
@@ -96,22 +97,34 @@ def _run(
 ) -> tuple[Array, Array]:
     *arrays, scale = operands
     q, k, v, a, b, log_decay, S0, reset = _compat.match_varying(*arrays)
-    state = _checks.state_dtype(q, k, v, a, b, log_decay, S0)
+    out, state = v.dtype, _checks.state_dtype(q, k, v, a, b, log_decay, S0)
     S0 = S0.astype(state)
     q = q.astype(state) * jnp.asarray(scale, state)
     if reset is not None:  # a cleared state is not read either
         a = jnp.where(reset[..., None, None], jnp.zeros_like(a), a)
 
+    def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
+        *values, decay, cut = inputs
+        q, k, v, a, b = (value.astype(state) for value in values)
+        if cut is not None:
+            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
+        found = _chunked.read(S, a)
+        if decay is not None:
+            S = along_rows(decay, S.shape[-1]) * S
+        S = S + _chunked.outer(b, found) + _chunked.outer(k, v)
+        return S, _chunked.read(S, q).astype(out)
+
     def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
-        arrays = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": _chunked.log_decay_of(log_decay, q)}
         if algorithm == "sequential":
-            return time_scan(_step(state, v.dtype), S0, (arrays, reset), chunk_size)
+            decay = _chunked.decay_by_step(log_decay, q)
+            return time_scan(step, S0, (q, k, v, a, b, decay, reset), chunk_size)
+        arrays = {"q": q, "k": k, "v": v, "a": a, "b": b}
         return _chunked.scan_chunks(
             _prepare,
-            arrays,
+            arrays | {"g": _chunked.log_decay_of(log_decay, q)},
             S0,
             reset,
-            out_dtype=v.dtype,
+            out_dtype=out,
             chunk_size=chunk_size,
             log_depth=algorithm == "associative",
         )
@@ -120,19 +133,6 @@ def _run(
         return local(S0)
     transition = _chunked.whole_transition(local, S0, v)
     return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=_chunked.matmul)
-
-
-def _step(state: Any, out: Any) -> Any:
-    def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
-        arrays, cut = inputs
-        q, k, v, a, b, g = (arrays[name].astype(state) for name in ("q", "k", "v", "a", "b", "g"))
-        if cut is not None:
-            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        found = _chunked.read(S, a)[..., None, :]
-        S = jnp.exp(g)[..., None] * S + b[..., None] * found + k[..., None] * v[..., None, :]
-        return S, _chunked.read(S, q).astype(out)
-
-    return step
 
 
 def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
@@ -150,21 +150,20 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     matmul = _chunked.matmul
     # a_t meets the state before step t: as the row of step t - 1, moved back afterwards.
     ahead = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
-    scores_b, ahead_b = _chunked.decayed_products((q, ahead), b, g)
-    scores_k, ahead_k = _chunked.decayed_products((q, ahead), k, g)
-    sums = _chunked.cumulative(g)
+    products = _chunked.decayed_products((q, ahead), (b, k), g)
+    (scores_b, scores_k), (ahead_b, ahead_k) = products
+    decay, rest = _chunked.decay_through(g)
+    last = jnp.broadcast_to(decay[..., -1, :], (*k.shape[:-2], k.shape[-1]))
+    before = jnp.concatenate([jnp.ones_like(decay[..., :1, :]), decay[..., :-1, :]], axis=-2)
     inverse = _chunked.inverse_unit_lower(-_down(ahead_b))
     found = matmul(inverse, matmul(_down(ahead_k), v))
-    w = matmul(inverse, a * jnp.exp(_down(sums)))
-    rest = jnp.exp(_chunked.remaining(g))
-    decay = jnp.exp(sums)
+    w = matmul(inverse, a * before)
     left_b, left_k = (b * rest).mT, (k * rest).mT
     return _chunked.ChunkMap(
         outputs=matmul(scores_b, found) + matmul(scores_k, v),
         reads=q * decay + matmul(scores_b, w),
         offset=matmul(left_b, found) + matmul(left_k, v),
-        transition=decay[..., -1, :, None] * jnp.eye(k.shape[-1], dtype=k.dtype)
-        + matmul(left_b, w),
+        transition=_chunked.diagonal(last) + matmul(left_b, w),
     )
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
+from seqjax.ops._broadcast import along_rows
 from seqjax.ops._time_scan import time_scan
 from seqjax.types import Array, Inexact, Reset
 
@@ -94,22 +95,21 @@ def _run(
     state = _checks.state_dtype(q, k, v, log_decay, S0)
     out = _checks.output_dtype(v, q, k, log_decay, S0)
     q = q.astype(state) * jnp.asarray(scale, state)
-    if log_decay is not None and log_decay.ndim == 3:
-        log_decay = log_decay[..., None]
 
     def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
-        q, k, v, g, cut = inputs
+        q, k, v, decay, cut = inputs
         k, v = k.astype(state), v.astype(state)
         if cut is not None:
             S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        if g is not None:
-            S = jnp.exp(g.astype(state))[..., None] * S
-        S = S + k[..., None] * v[..., None, :]
+        if decay is not None:
+            S = along_rows(decay, S.shape[-1]) * S
+        S = S + _chunked.outer(k, v)
         return S, _chunked.read(S, q).astype(out)
 
     def local(S0: Array) -> tuple[Array, Array]:
         if algorithm == "sequential":
-            return time_scan(step, S0, (q, k, v, log_decay, reset), chunk_size)
+            decay = _chunked.decay_by_step(log_decay, q)
+            return time_scan(step, S0, (q, k, v, decay, reset), chunk_size)
         return _chunked.scan_chunks(
             _prepare,
             {"q": q, "k": k, "v": v, "g": _chunked.log_decay_of(log_decay, q)},
@@ -127,7 +127,7 @@ def _run(
         transition = jnp.ones_like(S0[..., :1])
     else:
         total = jnp.sum(_sequence.whole_part(log_decay.astype(state), reset), axis=1)
-        transition = jnp.exp(total)[..., None]
+        transition = jnp.exp(total if total.ndim == 3 else total[..., None])[..., None]
     return _sequence.run_split(local, transition, S0, reset, sequence_axis)
 
 
@@ -137,11 +137,11 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     S_t = G_t S + sum_{j <= t} G_{t,j} k_j v_j^T    and    o_t = S_t^T q_t
     """
     q, k, v, g = (chunk[name] for name in ("q", "k", "v", "g"))
-    (scores,) = _chunked.decayed_products((q,), k, g)
-    decay = jnp.exp(_chunked.cumulative(g))
+    [[scores]] = _chunked.decayed_products((q,), (k,), g)
+    decay, rest = _chunked.decay_through(g)
     return _chunked.ChunkMap(
         outputs=_chunked.matmul(scores, v),
         reads=q * decay,
-        offset=_chunked.matmul((k * jnp.exp(_chunked.remaining(g))).mT, v),
+        offset=_chunked.matmul((k * rest).mT, v),
         transition=decay[..., -1, :, None],
     )

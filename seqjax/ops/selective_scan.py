@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops._broadcast import down_columns, everywhere
 from seqjax.ops._recurrence import recurrence
 from seqjax.ops._time_scan import chunk_scan, time_scan
 from seqjax.types import Array, Float, Reset
@@ -103,36 +104,53 @@ def _run(
 ) -> tuple[Array, Array]:
     x, dt, A, B, C, D, h0, reset = _compat.match_varying(*arrays)
     out, state = x.dtype, _checks.state_dtype(x, dt, A, B, C, D, h0)
-    A, h0 = A.astype(state), h0.astype(state)
+    if D is None:
+        D = jnp.zeros_like(A[:, 0])
+    # Inside, states are [B, N, D]: what is summed over is then never the minor axis. And every
+    # sequence has weights of its own, whose gradients are summed once, at the end.
+    A, D = (everywhere(weight.astype(state), x.shape[:1]) for weight in (A.T, D))
 
-    def step(h: Array, inputs: tuple) -> tuple[Array, Array]:
+    def factors(x: Array, dt: Array, B: Array, A: Array) -> tuple[Array, Array]:
+        """exp(dt A) and dt B x, from [..., D] and [..., N] to [..., N, D]."""
+        decay = jnp.exp(down_columns(dt, A.shape[-2]) * A)
+        return decay, jnp.einsum("...n,...d->...nd", B, dt * x)
+
+    def outputs(h: Array, x: Array, C: Array, D: Array) -> Array:
+        y = jnp.einsum("...nd,...n->...d", h, C, precision="highest")
+        return (y + D * x).astype(out)
+
+    def step(h: Array, inputs: tuple, A: Array, D: Array) -> tuple[Array, Array]:
         *values, cut = inputs
         x, dt, B, C = (value.astype(state) for value in values)
         if cut is not None:
             h = jnp.where(cut[:, None, None], jnp.zeros_like(h), h)
-        h = jnp.exp(dt[..., None] * A) * h + (dt * x)[..., None] * B[:, None, :]
-        y = jnp.einsum("bdn,bn->bd", h, C, precision="highest")
-        return h, (y if D is None else y + D.astype(state) * x).astype(out)
+        decay, write = factors(x, dt, B, A)
+        h = decay * h + write
+        return h, outputs(h, x, C, D)
 
     def chunk(h: Array, block: tuple) -> tuple[Array, Array]:
         *values, cut = block
         x, dt, B, C = (jnp.moveaxis(value, 0, 1).astype(state) for value in values)
         cut = None if cut is None else cut.T
-        shape = (*x.shape, A.shape[1])  # [B, chunk, D, N]
-        decay = jnp.exp(dt[..., None] * A).reshape(*shape[:2], -1)
-        write = ((dt * x)[..., None] * B[:, :, None, :]).reshape(*shape[:2], -1)
-        hs, last = recurrence(decay, write, h.reshape(shape[0], -1), cut, out_dtype=state)
-        y = jnp.einsum("btdn,btn->btd", hs.reshape(shape), C, precision="highest")
-        y = (y if D is None else y + D.astype(state) * x).astype(out)
+        A_t, D_t = (jax.vmap(lambda w: everywhere(w, x.shape[1:2]))(w) for w in (A, D))
+        decay, write = factors(x, dt, B, A_t)  # [B, chunk, N, D]
+        flat = (*x.shape[:2], -1)
+        hs, last = recurrence(
+            decay.reshape(flat), write.reshape(flat), h.reshape(len(h), -1), cut, out_dtype=state
+        )
+        y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
 
     def local(h0: Array) -> tuple[Array, Array]:
+        h0, xs = h0.astype(state).mT, (x, dt, B, C, reset)
         if algorithm == "chunked":
-            return chunk_scan(chunk, h0, (x, dt, B, C, reset), chunk_size)
-        return time_scan(step, h0, (x, dt, B, C, reset), chunk_size)
+            y, h = chunk_scan(chunk, h0, xs, chunk_size)
+        else:
+            y, h = time_scan(step, h0, xs, chunk_size, shared=(A, D))
+        return y, h.mT
 
     if sequence_axis is None:
         return local(h0)
     total = jnp.sum(_sequence.whole_part(dt.astype(state), reset), axis=1)
-    transition = jnp.exp(total[..., None] * A)
+    transition = jnp.exp(total[..., None] * A.mT)
     return _sequence.run_split(local, transition, h0, reset, sequence_axis)

@@ -1,0 +1,136 @@
+"""Functions with a reverse rule of their own that keep forward mode and higher derivatives.
+
+`jax.custom_vjp` gives up forward mode. Here the tangent of a function is a primitive: evaluated,
+it is the function's own `jvp`; transposed, it is the given adjoint; differentiated once more, it
+is again plain JAX. So only the first reverse pass is replaced, and everything else is JAX's.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops import _compat
+from seqjax.types import PyTree
+
+Flat = Callable[..., Sequence[jax.Array]]
+
+
+def reverse_rule(
+    function: Callable[..., PyTree], adjoint: Callable[[tuple[PyTree, ...], PyTree], PyTree]
+) -> Callable[..., PyTree]:
+    """`function(*args)`, whose reverse pass is `adjoint(args, cotangents)`.
+
+    Args:
+      function: of pytrees of arrays; returns a pytree of floating-point arrays. It must not close
+        over arrays that are differentiated.
+      adjoint: returns the cotangents of the floating-point leaves of `args`, in a list in their
+        order.
+    """
+
+    @jax.custom_jvp
+    def run(*args: PyTree) -> PyTree:
+        return function(*args)
+
+    @run.defjvp
+    def _jvp(primals: Any, tangents: Any) -> Any:
+        leaves, tree = jax.tree.flatten(primals)
+        moving = [
+            t
+            for x, t in zip(leaves, jax.tree.leaves(tangents), strict=True)
+            if jnp.issubdtype(x.dtype, jnp.inexact)
+        ]
+        out, out_tree = jax.tree.flatten(run(*primals))
+
+        def flat(*leaves: jax.Array) -> Sequence[jax.Array]:
+            return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
+
+        def flat_adjoint(leaves: Sequence[jax.Array], cts: Sequence[jax.Array]) -> Any:
+            return adjoint(jax.tree.unflatten(tree, leaves), jax.tree.unflatten(out_tree, cts))
+
+        changes = tangent_p.bind(
+            *_compat.match_varying(*leaves, *moving),
+            function=flat,
+            adjoint=flat_adjoint,
+            primals=len(leaves),
+            avals=tuple(jax.typeof(y) for y in out),
+        )
+        return jax.tree.unflatten(out_tree, out), jax.tree.unflatten(out_tree, changes)
+
+    return run
+
+
+def _push(*operands: jax.Array, function: Flat, primals: int, **_: Any) -> Sequence[jax.Array]:
+    """The tangent as JAX computes it, from the primals and the tangents of the inexact ones."""
+    leaves, tangents = list(operands[:primals]), operands[primals:]
+    moving = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    def of_moving(*values: jax.Array) -> Sequence[jax.Array]:
+        for i, value in zip(moving, values, strict=True):
+            leaves[i] = value
+        return function(*leaves)
+
+    return jax.jvp(of_moving, tuple(leaves[i] for i in moving), tangents)[1]
+
+
+def _implementation(platform: str, *operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
+    del platform
+    return _push(*operands, **params)
+
+
+def _abstract(*_: Any, avals: tuple[Any, ...], **__: Any) -> Sequence[Any]:
+    return list(avals)
+
+
+def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    moving = [i for i, t in enumerate(tangents) if type(t) is not _compat.Zero]
+
+    def of_moving(*values: jax.Array) -> Sequence[jax.Array]:
+        operands = list(primals)
+        for i, value in zip(moving, values, strict=True):
+            operands[i] = value
+        return _push(*operands, **params)
+
+    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
+
+def _transpose(
+    cotangents: Any, *operands: Any, adjoint: Any, primals: int, avals: Any, **_: Any
+) -> Any:
+    cts = [
+        jnp.zeros(aval.shape, aval.dtype) if type(ct) is _compat.Zero else ct
+        for ct, aval in zip(cotangents, avals, strict=True)
+    ]
+    leaves = operands[:primals]
+    *cts, _unused = _compat.match_varying(*cts, leaves[0])
+    given = adjoint(leaves, cts)
+    tangents = operands[primals:]
+    wanted = [
+        ct if _compat.ad.is_undefined_primal(t) else None
+        for ct, t in zip(given, tangents, strict=True)
+    ]
+    return [None] * primals + wanted
+
+
+def _batch(args: Any, dims: Any, *, function: Any, adjoint: Any, avals: Any, **params: Any) -> Any:
+    """vmap: of the function and of its adjoint."""
+    size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+    mapped = [
+        jnp.broadcast_to(x[None], (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
+        for x, d in zip(args, dims, strict=True)
+    ]
+    out = tangent_p.bind(
+        *mapped,
+        function=jax.vmap(function),
+        adjoint=jax.vmap(adjoint),
+        avals=tuple(aval.update(shape=(size, *aval.shape)) for aval in avals),
+        **params,
+    )
+    return out, [0] * len(out)
+
+
+tangent_p = _compat.make_primitive("seqjax_tangent", _implementation, _abstract)
+_compat.ad.primitive_jvps[tangent_p] = _jvp
+_compat.ad.primitive_transposes[tangent_p] = _transpose
+_compat.batching.primitive_batchers[tangent_p] = _batch
