@@ -4,7 +4,11 @@ Two separate choices: `algorithm` (what is computed in which order) and `impleme
 runs it). A named choice is honoured or refused, never replaced.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
 
 IMPLEMENTATIONS = ("xla", "pallas")
 
@@ -43,3 +47,18 @@ def resolve(
             f"{op}: there is no Pallas kernel for this op yet; use implementation='xla' or None."
         )
     return algorithm
+
+
+def by_platform(run: Callable[..., Any], on_cpu: str, elsewhere: str, *operands: jax.Array) -> Any:
+    """`run(algorithm, *operands)`, with the algorithm for the platform that is compiled for.
+
+    Which one that is, is known when the program is lowered and not before: under ahead-of-time
+    compilation it is not the one of the machine at hand.
+    """
+    if on_cpu == elsewhere:
+        return run(on_cpu, *operands)
+    return lax.platform_dependent(
+        *operands,
+        cpu=lambda *operands: run(on_cpu, *operands),
+        default=lambda *operands: run(elsewhere, *operands),
+    )

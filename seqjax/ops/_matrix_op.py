@@ -1,13 +1,18 @@
-"""What the matrix-state ops do alike before they compute: checks, defaults, choice of algorithm."""
+"""What the matrix-state ops do alike: all but their equation and its form in chunks."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _chunked, _dispatch
+from seqjax.ops import _checks, _chunked, _compat, _decays, _dispatch, _linalg, _sequence
+from seqjax.ops._broadcast import along_rows
+from seqjax.ops._time_scan import time_scan
 
+ALGORITHMS = ("sequential", "chunked", "associative")
 PATTERNS = {
     "q": "B T H K",
     "k": "B T H K",
@@ -20,12 +25,57 @@ PATTERNS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Recurrence:
+    """A recurrence S_t = f(S_{t-1}, D_t S_{t-1}, x_t), D_t = diag(exp g_t), and o_t = S_t^T q_t.
+
+    Attributes:
+      name: of the op.
+      step: f, from S and D S [B, H, K, V] and the inputs of a step by name [B, H, features].
+      prepare: chunks of it as affine maps of the state.
+      complex_ok: whether arguments may be complex.
+      diagonal: whether f adds to D S something that does not depend on S.
+      reads: the inputs that read S_{t-1}, which a reset clears.
+      cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU.
+    """
+
+    name: str
+    step: Callable[[jax.Array, jax.Array, _chunked.Arrays], jax.Array]
+    prepare: _chunked.Prepare
+    cpu_chunks_from: int
+    complex_ok: bool = False
+    diagonal: bool = False
+    reads: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The algorithm on CPU and on other backends, and the caller's chunk size."""
+
+    on_cpu: str
+    elsewhere: str
+    chunk_size: int | None
+
+
+def choose(recurrence: Recurrence, length: int, elements: int) -> tuple[str, str]:
+    """The algorithms on CPU and elsewhere, for T steps and so many elements in a state.
+
+    A handful of steps does not fill a chunk. On a CPU, a step on a small state costs little more
+    than one kernel call, and matmuls of small chunks run far below their peak: with gradients,
+    steps are up to four times faster for 16x16 states, chunks up to five times for 64x64
+    (`experiments.bench choice`; only forward, steps are the faster up to larger states). Elsewhere
+    steps wait for each other and matmuls are what the machine is made for; not measured there.
+    """
+    if length < 8:
+        return "sequential", "sequential"
+    small = elements < recurrence.cpu_chunks_from
+    return "sequential" if small else "chunked", "chunked"
+
+
 def call(
-    op: str,
-    run: Callable[..., tuple[jax.Array, jax.Array]],
+    recurrence: Recurrence,
     arrays: Mapping[str, Any],
     *,
-    complex_ok: bool,
     scale: Any,
     reset: Any,
     chunk_size: int | None,
@@ -33,24 +83,82 @@ def call(
     implementation: str | None,
     sequence_axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Check the arguments of a public op and `run(*arrays, reset, scale, **static)` it.
-
-    `arrays` are those of the op, in the order `run` takes them, `initial_state` last.
-    """
+    """Check the arguments of a public op and run it; `arrays` by the names in `PATTERNS`."""
+    op = recurrence.name
     given = _checks.as_arrays(arrays)
     sizes = _checks.check_shapes(op, {name: PATTERNS[name] for name in given}, given)
-    _checks.check_dtypes(op, given, complex_ok=complex_ok)
+    _checks.check_dtypes(op, given, complex_ok=recurrence.complex_ok)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = _dispatch.resolve(op, algorithm, implementation, algorithms=_chunked.ALGORITHMS)
+    algorithm = _dispatch.resolve(op, algorithm, implementation, algorithms=ALGORITHMS)
     if given["initial_state"] is None:
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
-    return run(
-        *given.values(),
-        reset,
-        sizes["K"] ** -0.5 if scale is None else scale,
-        algorithm=_chunked.choose(algorithm, sizes["T"]),
-        chunk_size=chunk_size or 64,
-        sequence_axis=sequence_axis,
-    )
+    chosen = choose(recurrence, sizes["T"], sizes["K"] * sizes["V"])
+    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size)
+    scale = sizes["K"] ** -0.5 if scale is None else scale
+    return _run(given, reset, scale, recurrence=recurrence, plan=plan, sequence_axis=sequence_axis)
+
+
+@functools.partial(jax.jit, static_argnames=("recurrence", "plan", "sequence_axis"))
+def _run(
+    given: dict[str, jax.Array | None],
+    reset: jax.Array | None,
+    scale: Any,
+    *,
+    recurrence: Recurrence,
+    plan: Plan,
+    sequence_axis: str | None,
+) -> tuple[jax.Array, jax.Array]:
+    names = list(given)
+    *values, reset = _compat.match_varying(*given.values(), reset)
+    arrays = dict(zip(names, values, strict=True))
+    state, out = _checks.state_dtype(*values), _checks.output_dtype(arrays["v"], *values)
+    S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
+    arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
+    arrays["q"] = arrays["q"].astype(state) * jnp.asarray(scale, state)
+    if reset is not None:  # a cleared state is not read either
+        for name in recurrence.reads:
+            x = arrays[name]
+            arrays[name] = jnp.where(reset[..., None, None], jnp.zeros_like(x), x)
+
+    def step(S: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        x, decay, cut = inputs
+        x = {name: value.astype(state) for name, value in x.items()}
+        if cut is not None:
+            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
+        decayed = S if decay is None else along_rows(decay, S.shape[-1]) * S
+        S = recurrence.step(S, decayed, x)
+        return S, _linalg.read(S, x["q"]).astype(out)
+
+    def by(algorithm: str, S0: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs = arrays | {"v": v}
+        if algorithm == "sequential":
+            decay = _decays.by_step(log_decay, inputs["q"])
+            # The adjoint keeps the states of a chunk at hand: few enough for a cache.
+            return time_scan(step, S0, (inputs, decay, reset), plan.chunk_size or 16)
+        return _chunked.scan_chunks(
+            recurrence.prepare,
+            inputs | {"g": _decays.by_channel(log_decay, inputs["q"])},
+            S0,
+            reset,
+            out_dtype=out,
+            chunk_size=plan.chunk_size or 64,
+            log_depth=algorithm == "associative",
+        )
+
+    def local(S0: jax.Array, v: jax.Array = arrays["v"]) -> tuple[jax.Array, jax.Array]:
+        return _dispatch.by_platform(by, plan.on_cpu, plan.elsewhere, S0, v)
+
+    if sequence_axis is None:
+        return local(S0)
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
+    if not recurrence.diagonal:
+        # What becomes of the identity when nothing is written.
+        size = S0.shape[-2]
+        identity = jnp.eye(size, dtype=state) + jnp.zeros_like(S0[..., :1])
+        nothing = jnp.zeros_like(arrays["v"], shape=(*arrays["v"].shape[:-1], size))
+        transition, apply = local(identity, nothing)[1], _linalg.matmul
+    else:
+        transition, apply = _decays.of_part(log_decay, S0, reset), jnp.multiply
+    return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=apply)

@@ -1,14 +1,8 @@
 """The delta rule: a matrix state that replaces what it holds under a key."""
 
-import functools
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
-from seqjax.ops._broadcast import along_rows
-from seqjax.ops._time_scan import time_scan
+from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
 from seqjax.types import Array, Float, Reset
 
 
@@ -46,11 +40,11 @@ def delta_rule(
       initial_state: [B, H, K, V], zeros if None.
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
-      chunk_size: steps in a chunk, 64 if None; best a multiple of 16. The backward pass keeps at
-        most one state per chunk.
+      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
+        The backward pass keeps at most one state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
         chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps.
+        chunked except for a handful of steps, and for small states on CPU.
       implementation: "xla", "pallas" or None.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -71,8 +65,7 @@ def delta_rule(
       [3.0, 5.0]
     """
     return _matrix_op.call(
-        "delta_rule",
-        _run,
+        _RECURRENCE,
         {
             "q": q,
             "k": k,
@@ -81,7 +74,6 @@ def delta_rule(
             "log_decay": log_decay,
             "initial_state": initial_state,
         },
-        complex_ok=False,
         scale=scale,
         reset=reset,
         chunk_size=chunk_size,
@@ -91,46 +83,10 @@ def delta_rule(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("algorithm", "chunk_size", "sequence_axis"))
-def _run(
-    *operands: Any, algorithm: str, chunk_size: int, sequence_axis: str | None
-) -> tuple[Array, Array]:
-    *arrays, scale = operands
-    q, k, v, beta, log_decay, S0, reset = _compat.match_varying(*arrays)
-    out, state = v.dtype, _checks.state_dtype(q, k, v, beta, log_decay, S0)
-    q = q.astype(state) * jnp.asarray(scale, state)
-
-    def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
-        q, k, v, beta, decay, cut = inputs
-        k, v, beta = (value.astype(state) for value in (k, v, beta))
-        if cut is not None:
-            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        if decay is not None:
-            S = along_rows(decay, S.shape[-1]) * S
-        write = beta[..., None] * (v - _chunked.read(S, k))
-        S = S + _chunked.outer(k, write)
-        return S, _chunked.read(S, q).astype(out)
-
-    def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
-        if algorithm == "sequential":
-            decay = _chunked.decay_by_step(log_decay, q)
-            return time_scan(step, S0, (q, k, v, beta, decay, reset), chunk_size)
-        arrays = {"q": q, "k": k, "v": v, "beta": beta[..., None]}
-        return _chunked.scan_chunks(
-            _prepare,
-            arrays | {"g": _chunked.log_decay_of(log_decay, q)},
-            S0,
-            reset,
-            out_dtype=out,
-            chunk_size=chunk_size,
-            log_depth=algorithm == "associative",
-        )
-
-    S0 = S0.astype(state)
-    if sequence_axis is None:
-        return local(S0)
-    transition = _chunked.whole_transition(local, S0, v)
-    return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=_chunked.matmul)
+def _step(S: Array, decayed: Array, x: _chunked.Arrays) -> Array:
+    del S
+    error = x["v"] - _linalg.read(decayed, x["k"])
+    return decayed + _linalg.outer(x["k"], x["beta"] * error)
 
 
 def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
@@ -146,10 +102,10 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     with (I + N)^-1 applied to both terms, U = U_c - W S. Reading S_t with q_t gives the outputs.
     """
     q, k, v, beta, g = (chunk[name] for name in ("q", "k", "v", "beta", "g"))
-    matmul = _chunked.matmul
-    [[scores], [overlaps]] = _chunked.decayed_products((q, k), (k,), g)
-    inverse = _chunked.inverse_unit_lower(beta * jnp.tril(overlaps, -1))
-    decay, rest = _chunked.decay_through(g)
+    matmul = _linalg.matmul
+    [[scores], [overlaps]] = _decays.decayed_products((q, k), (k,), g)
+    inverse = _linalg.inverse_unit_lower(beta * jnp.tril(overlaps, -1))
+    decay, rest = _decays.decay_through(g)
     last = jnp.broadcast_to(decay[..., -1, :], (*k.shape[:-2], k.shape[-1]))
     written, w = matmul(inverse, beta * v), matmul(inverse, beta * (k * decay))
     left = (k * rest).mT
@@ -157,5 +113,8 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
         outputs=matmul(scores, written),
         reads=q * decay - matmul(scores, w),
         offset=matmul(left, written),
-        transition=_chunked.diagonal(last) - matmul(left, w),
+        transition=_linalg.diagonal(last) - matmul(left, w),
     )
+
+
+_RECURRENCE = _matrix_op.Recurrence("delta_rule", _step, _prepare, cpu_chunks_from=48 * 48)

@@ -1,14 +1,8 @@
 """The delta rule with any rank-one update: the state is read and written under different keys."""
 
-import functools
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
-from seqjax.ops._broadcast import along_rows
-from seqjax.ops._time_scan import time_scan
+from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
 from seqjax.types import Array, Float, Reset
 
 
@@ -45,11 +39,11 @@ def generalized_delta_rule(
       initial_state: [B, H, K, V], zeros if None.
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
-      chunk_size: steps in a chunk, 64 if None; best a multiple of 16. The backward pass keeps at
-        most one state per chunk.
+      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
+        The backward pass keeps at most one state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
         chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps.
+        chunked except for a handful of steps, and for small states on CPU.
       implementation: "xla", "pallas" or None.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -70,8 +64,7 @@ def generalized_delta_rule(
       [3.0, 5.0]
     """
     return _matrix_op.call(
-        "generalized_delta_rule",
-        _run,
+        _RECURRENCE,
         {
             "q": q,
             "k": k,
@@ -81,7 +74,6 @@ def generalized_delta_rule(
             "log_decay": log_decay,
             "initial_state": initial_state,
         },
-        complex_ok=False,
         scale=scale,
         reset=reset,
         chunk_size=chunk_size,
@@ -91,48 +83,9 @@ def generalized_delta_rule(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("algorithm", "chunk_size", "sequence_axis"))
-def _run(
-    *operands: Any, algorithm: str, chunk_size: int, sequence_axis: str | None
-) -> tuple[Array, Array]:
-    *arrays, scale = operands
-    q, k, v, a, b, log_decay, S0, reset = _compat.match_varying(*arrays)
-    out, state = v.dtype, _checks.state_dtype(q, k, v, a, b, log_decay, S0)
-    S0 = S0.astype(state)
-    q = q.astype(state) * jnp.asarray(scale, state)
-    if reset is not None:  # a cleared state is not read either
-        a = jnp.where(reset[..., None, None], jnp.zeros_like(a), a)
-
-    def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
-        *values, decay, cut = inputs
-        q, k, v, a, b = (value.astype(state) for value in values)
-        if cut is not None:
-            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        found = _chunked.read(S, a)
-        if decay is not None:
-            S = along_rows(decay, S.shape[-1]) * S
-        S = S + _chunked.outer(b, found) + _chunked.outer(k, v)
-        return S, _chunked.read(S, q).astype(out)
-
-    def local(S0: Array, v: Array = v) -> tuple[Array, Array]:
-        if algorithm == "sequential":
-            decay = _chunked.decay_by_step(log_decay, q)
-            return time_scan(step, S0, (q, k, v, a, b, decay, reset), chunk_size)
-        arrays = {"q": q, "k": k, "v": v, "a": a, "b": b}
-        return _chunked.scan_chunks(
-            _prepare,
-            arrays | {"g": _chunked.log_decay_of(log_decay, q)},
-            S0,
-            reset,
-            out_dtype=out,
-            chunk_size=chunk_size,
-            log_depth=algorithm == "associative",
-        )
-
-    if sequence_axis is None:
-        return local(S0)
-    transition = _chunked.whole_transition(local, S0, v)
-    return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=_chunked.matmul)
+def _step(S: Array, decayed: Array, x: _chunked.Arrays) -> Array:
+    found = _linalg.read(S, x["a"])
+    return decayed + _linalg.outer(x["b"], found) + _linalg.outer(x["k"], x["v"])
 
 
 def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
@@ -147,15 +100,15 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     applied to both terms, Z = Z_c + W S. Reading S_t with q_t gives the outputs.
     """
     q, k, v, a, b, g = (chunk[name] for name in ("q", "k", "v", "a", "b", "g"))
-    matmul = _chunked.matmul
+    matmul = _linalg.matmul
     # a_t meets the state before step t: as the row of step t - 1, moved back afterwards.
     ahead = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
-    products = _chunked.decayed_products((q, ahead), (b, k), g)
+    products = _decays.decayed_products((q, ahead), (b, k), g)
     (scores_b, scores_k), (ahead_b, ahead_k) = products
-    decay, rest = _chunked.decay_through(g)
+    decay, rest = _decays.decay_through(g)
     last = jnp.broadcast_to(decay[..., -1, :], (*k.shape[:-2], k.shape[-1]))
     before = jnp.concatenate([jnp.ones_like(decay[..., :1, :]), decay[..., :-1, :]], axis=-2)
-    inverse = _chunked.inverse_unit_lower(-_down(ahead_b))
+    inverse = _linalg.inverse_unit_lower(-_down(ahead_b))
     found = matmul(inverse, matmul(_down(ahead_k), v))
     w = matmul(inverse, a * before)
     left_b, left_k = (b * rest).mT, (k * rest).mT
@@ -163,10 +116,15 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
         outputs=matmul(scores_b, found) + matmul(scores_k, v),
         reads=q * decay + matmul(scores_b, w),
         offset=matmul(left_b, found) + matmul(left_k, v),
-        transition=_chunked.diagonal(last) + matmul(left_b, w),
+        transition=_linalg.diagonal(last) + matmul(left_b, w),
     )
 
 
 def _down(rows: Array) -> Array:
     """Every row one step later, zeros first."""
     return jnp.concatenate([jnp.zeros_like(rows[..., :1, :]), rows[..., :-1, :]], axis=-2)
+
+
+_RECURRENCE = _matrix_op.Recurrence(
+    "generalized_delta_rule", _step, _prepare, cpu_chunks_from=96 * 96, reads=("a",)
+)

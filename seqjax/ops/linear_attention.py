@@ -1,14 +1,6 @@
 """Linear attention: a matrix state, decayed and written to at every step."""
 
-import functools
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-
-from seqjax.ops import _checks, _chunked, _compat, _matrix_op, _sequence
-from seqjax.ops._broadcast import along_rows
-from seqjax.ops._time_scan import time_scan
+from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
 from seqjax.types import Array, Inexact, Reset
 
 
@@ -43,11 +35,11 @@ def linear_attention(
       initial_state: [B, H, K, V], zeros if None.
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
-      chunk_size: steps in a chunk, 64 if None; best a multiple of 16. The backward pass keeps at
-        most one state per chunk.
+      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
+        The backward pass keeps at most one state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
         chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps.
+        chunked except for a handful of steps, and for small states on CPU.
       implementation: "xla", "pallas" or None.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -67,8 +59,7 @@ def linear_attention(
       [1.0, 1.5, 1.75]
     """
     return _matrix_op.call(
-        "linear_attention",
-        _run,
+        _RECURRENCE,
         {
             "q": q,
             "k": k,
@@ -76,7 +67,6 @@ def linear_attention(
             "log_decay": log_decay,
             "initial_state": initial_state,
         },
-        complex_ok=True,
         scale=scale,
         reset=reset,
         chunk_size=chunk_size,
@@ -86,49 +76,9 @@ def linear_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("algorithm", "chunk_size", "sequence_axis"))
-def _run(
-    *operands: Any, algorithm: str, chunk_size: int, sequence_axis: str | None
-) -> tuple[Array, Array]:
-    *arrays, scale = operands
-    q, k, v, log_decay, S0, reset = _compat.match_varying(*arrays)
-    state = _checks.state_dtype(q, k, v, log_decay, S0)
-    out = _checks.output_dtype(v, q, k, log_decay, S0)
-    q = q.astype(state) * jnp.asarray(scale, state)
-
-    def step(S: Array, inputs: tuple) -> tuple[Array, Array]:
-        q, k, v, decay, cut = inputs
-        k, v = k.astype(state), v.astype(state)
-        if cut is not None:
-            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        if decay is not None:
-            S = along_rows(decay, S.shape[-1]) * S
-        S = S + _chunked.outer(k, v)
-        return S, _chunked.read(S, q).astype(out)
-
-    def local(S0: Array) -> tuple[Array, Array]:
-        if algorithm == "sequential":
-            decay = _chunked.decay_by_step(log_decay, q)
-            return time_scan(step, S0, (q, k, v, decay, reset), chunk_size)
-        return _chunked.scan_chunks(
-            _prepare,
-            {"q": q, "k": k, "v": v, "g": _chunked.log_decay_of(log_decay, q)},
-            S0,
-            reset,
-            out_dtype=out,
-            chunk_size=chunk_size,
-            log_depth=algorithm == "associative",
-        )
-
-    S0 = S0.astype(state)
-    if sequence_axis is None:
-        return local(S0)
-    if log_decay is None:
-        transition = jnp.ones_like(S0[..., :1])
-    else:
-        total = jnp.sum(_sequence.whole_part(log_decay.astype(state), reset), axis=1)
-        transition = jnp.exp(total if total.ndim == 3 else total[..., None])[..., None]
-    return _sequence.run_split(local, transition, S0, reset, sequence_axis)
+def _step(S: Array, decayed: Array, x: _chunked.Arrays) -> Array:
+    del S
+    return decayed + _linalg.outer(x["k"], x["v"])
 
 
 def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
@@ -137,11 +87,21 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     S_t = G_t S + sum_{j <= t} G_{t,j} k_j v_j^T    and    o_t = S_t^T q_t
     """
     q, k, v, g = (chunk[name] for name in ("q", "k", "v", "g"))
-    [[scores]] = _chunked.decayed_products((q,), (k,), g)
-    decay, rest = _chunked.decay_through(g)
+    [[scores]] = _decays.decayed_products((q,), (k,), g)
+    decay, rest = _decays.decay_through(g)
     return _chunked.ChunkMap(
-        outputs=_chunked.matmul(scores, v),
+        outputs=_linalg.matmul(scores, v),
         reads=q * decay,
-        offset=_chunked.matmul((k * rest).mT, v),
+        offset=_linalg.matmul((k * rest).mT, v),
         transition=decay[..., -1, :, None],
     )
+
+
+_RECURRENCE = _matrix_op.Recurrence(
+    "linear_attention",
+    _step,
+    _prepare,
+    cpu_chunks_from=32 * 32,
+    complex_ok=True,
+    diagonal=True,
+)

@@ -45,9 +45,10 @@ def selective_scan(
       initial_state: [B, D, N], zeros if None.
       reset: [B, T] bool.
       algorithm: "sequential" (step after step), "chunked" (an elementwise scan of all states of a
-        chunk, which exist only while the chunk is at work) or None, which is sequential.
+        chunk, which exist only while the chunk is at work) or None, which is sequential on CPU
+        and chunked elsewhere.
       implementation: "xla", "pallas" or None.
-      chunk_size: steps in a chunk, 32 if None. One state per chunk is kept for the backward pass,
+      chunk_size: steps in a chunk, 16 if None. One state per chunk is kept for the backward pass,
         which computes the others again; states [B, T, D, N] never exist.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -92,15 +93,18 @@ def selective_scan(
     return _run(
         *given.values(),
         reset,
-        algorithm=algorithm or "sequential",  # the faster one on CPU; measured nowhere else yet
-        chunk_size=chunk_size or 32,
+        # Steps in order need the least work, and on a CPU nothing else counts; elsewhere every one
+        # of them costs a launch or a round of the loop (measured on CPU only).
+        on_cpu=algorithm or "sequential",
+        elsewhere=algorithm or ("sequential" if sizes["T"] < 8 else "chunked"),
+        chunk_size=chunk_size or 16,
         sequence_axis=sequence_axis,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("algorithm", "chunk_size", "sequence_axis"))
+@functools.partial(jax.jit, static_argnames=("on_cpu", "elsewhere", "chunk_size", "sequence_axis"))
 def _run(
-    *arrays: Array | None, algorithm: str, chunk_size: int, sequence_axis: str | None
+    *arrays: Array | None, on_cpu: str, elsewhere: str, chunk_size: int, sequence_axis: str | None
 ) -> tuple[Array, Array]:
     x, dt, A, B, C, D, h0, reset = _compat.match_varying(*arrays)
     out, state = x.dtype, _checks.state_dtype(x, dt, A, B, C, D, h0)
@@ -141,13 +145,16 @@ def _run(
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
 
-    def local(h0: Array) -> tuple[Array, Array]:
+    def by(algorithm: str, h0: Array) -> tuple[Array, Array]:
         h0, xs = h0.astype(state).mT, (x, dt, B, C, reset)
         if algorithm == "chunked":
             y, h = chunk_scan(chunk, h0, xs, chunk_size)
         else:
             y, h = time_scan(step, h0, xs, chunk_size, shared=(A, D))
         return y, h.mT
+
+    def local(h0: Array) -> tuple[Array, Array]:
+        return _dispatch.by_platform(by, on_cpu, elsewhere, h0)
 
     if sequence_axis is None:
         return local(h0)
