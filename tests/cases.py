@@ -30,10 +30,10 @@ class Case:
       run: (inputs, state, reset, **keywords) -> (outputs, final state).
       oracle: (inputs, state, reset) -> (outputs, final state or None where it is not judged).
       state: (rng, B) -> a random initial state; None for layers, whose states are made by running.
-      algorithms: to hold against the oracle, the one that runs by default on CPU first.
+      algorithms: to hold against the oracle, the one that the quick tests take first.
       timed: names of the inputs [B, T, ...].
       shared: names of the inputs [T, ...], the same for the whole batch.
-      decays: name of an input to be set to extreme decays, and how: "linear" or "log".
+      hard: (rng, inputs) -> the same with numbers from the edge of what the op promises.
       tolerance: largest error by dtype, relative to the largest magnitude of the result.
       split_axis: whether the op takes `sequence_axis`.
     """
@@ -46,7 +46,7 @@ class Case:
     algorithms: tuple[Any, ...] = ("sequential",)
     timed: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
-    decays: tuple[str, str] | None = None
+    hard: Callable[..., Arrays] | None = None
     reverse: bool = False
     split_axis: bool = True
     layer: Any = None
@@ -83,6 +83,35 @@ def _op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> C
     return run
 
 
+def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
+    """0, 1, exp(-30), 1 - 1e-7 and everyday values, in any mix; no decay stays none."""
+
+    def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
+        if name not in inputs:
+            return inputs
+        values = np.array([0.0, 1.0, np.exp(-30.0), 1 - 1e-7, 0.9])
+        with np.errstate(divide="ignore"):
+            values = np.log(values) if kind == "log" else values
+        hard = rng.choice(values, inputs[name].shape)
+        return inputs | {name: hard.astype(inputs[name].dtype)}
+
+    return harden
+
+
+def _hard_keys(rng: np.random.Generator, inputs: Arrays) -> Arrays:
+    """Keys of any length, beta |k|^2 anywhere from 0 to 2 with both ends, and hard decays."""
+    norms = 10 ** rng.uniform(-2, 2, inputs["beta"].shape)
+    k = unit(inputs["k"]) * norms[..., None]
+    strength = rng.choice([0.0, 0.3, 1.0, 1.7, 2.0], norms.shape)
+    made = inputs | {"k": k, "beta": strength / np.sum(k**2, axis=-1)}
+    return _hard_decays("log_decay", "log")(rng, made)
+
+
+def _hard_steps(rng: np.random.Generator, inputs: Arrays) -> Arrays:
+    """Steps that forget all, nothing, and anything in between."""
+    return inputs | {"dt": rng.choice([0.0, 1e-6, 0.1, 1.0, 1e4], inputs["dt"].shape)}
+
+
 def _linear_inputs(decay_axes: str, complex_: bool) -> Callable[..., Arrays]:
     def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
         shape = tuple({"B": batch, "T": length, "D": D}[axis] for axis in decay_axes)
@@ -104,7 +133,7 @@ def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False)
         algorithms=("sequential", "associative", "chunked"),
         timed=("decay", "x") if axes == "BTD" else ("x",),
         shared=("decay",) if axes == "TD" else (),
-        decays=("decay", "linear"),
+        hard=_hard_decays("decay", "linear"),
         reverse=reverse,
     )
 
@@ -147,7 +176,7 @@ def _attention(name: str, decay: str | None, complex_: bool = False) -> Case:
         state=lambda rng, batch: normal(rng, batch, H, K, V, complex_=complex_),
         algorithms=("chunked", "sequential", "associative"),
         timed=names,
-        decays=None if decay is None else ("log_decay", "log"),
+        hard=_hard_decays("log_decay", "log"),
     )
 
 
@@ -174,7 +203,7 @@ def _delta(name: str, decay: str | None, top: float = 1.0) -> Case:
         state=lambda rng, batch: normal(rng, batch, H, K, V),
         algorithms=("chunked", "sequential", "associative"),
         timed=names,
-        decays=None if decay is None else ("log_decay", "log"),
+        hard=_hard_keys,
     )
 
 
@@ -223,6 +252,7 @@ OPS = [
         state=lambda rng, batch: normal(rng, batch, D, N),
         algorithms=("sequential", "chunked"),
         timed=("x", "dt", "B", "C"),
+        hard=_hard_steps,
     ),
     _attention("linear_attention", None),
     _attention("linear_attention-scalar", "scalar"),
@@ -240,6 +270,7 @@ OPS = [
         state=lambda rng, batch: normal(rng, batch, H, K, V),
         algorithms=("chunked", "sequential", "associative"),
         timed=("q", "k", "v", "a", "b", "log_decay"),
+        hard=_hard_decays("log_decay", "log"),
     ),
     Case(
         name="monoid_scan-softmax",
