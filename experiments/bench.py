@@ -120,23 +120,30 @@ def bench_scan(rounds: int) -> None:
 
 
 def bench_ops(rounds: int) -> None:
-    """The chunked forms against the sequential ones differentiated by JAX: time and memory."""
-    table = Table("Chunked forms against plain `lax.scan`, float32: speed-up, ratio of memory")
+    """Chunked forms, and what runs by default, against `lax.scan` differentiated by JAX."""
+    table = Table("Matrix and selective states, float32, against plain `lax.scan`")
     for name, length, batch in itertools.product(bench_cases.NAMES, (2048, 8192), (1, 4)):
         arrays = bench_cases.arrays(name, batch, length)
-        row = {}
+        runs = {
+            "plain": bench_cases.plain(name),
+            "chunked": bench_cases.by("chunked", name),
+            "default": bench_cases.by(None, name),
+        }
+        row: dict[str, float] = {}
         for suffix, wrap in (
             ("", lambda run: run),
             (" with gradients", bench_cases.with_gradients),
         ):
-            chunked = jax.jit(wrap(bench_cases.chunked(name))).lower(*arrays).compile()
-            plain = jax.jit(wrap(bench_cases.plain(name))).lower(*arrays).compile()
-            candidates: Candidates = {
-                "chunked": functools.partial(chunked, *arrays),
-                "plain": functools.partial(plain, *arrays),
-            }
-            row[f"speed-up{suffix}"] = 1 / ratios(candidates, "plain", rounds)["chunked"]
-            row[f"memory{suffix}"] = temporary_bytes(chunked) / temporary_bytes(plain)
+            compiled = {n: jax.jit(wrap(run)).lower(*arrays).compile() for n, run in runs.items()}
+            times = ratios(
+                {n: functools.partial(run, *arrays) for n, run in compiled.items()},
+                "plain",
+                rounds,
+            )
+            memory = {n: temporary_bytes(run) for n, run in compiled.items()}
+            for n in ("chunked", "default"):
+                row[f"{n}{suffix}: speed-up"] = 1 / times[n]
+                row[f"{n}{suffix}: memory"] = memory[n] / memory["plain"]
         table.row(f"{name}, B={batch}, T={length}", row)
 
 
@@ -148,15 +155,19 @@ def temporary_bytes(compiled: Any) -> int:
 def bench_choice(rounds: int) -> None:
     """What `algorithm=None` picks against the best of the named algorithms, with gradients."""
     table = Table("Time of each algorithm over that of `algorithm=None`, with gradients")
-    for name, length, batch in itertools.product(bench_cases.NAMES, (4, 16, 64, 512), (1, 8)):
-        arrays = bench_cases.arrays(name, batch, length)
+    grid = itertools.product(bench_cases.NAMES, (16, 64), (4, 64, 512), (1, 8))
+    for name, width, length, batch in grid:
+        if name == "selective_scan" and width != 64:
+            continue  # it has no such width
+        arrays = bench_cases.arrays(name, batch, length, width)
         candidates: Candidates = {}
         for algorithm in (None, *bench_cases.ALGORITHMS[name]):
-            run = bench_cases.with_gradients(bench_cases.chunked(name, algorithm))
+            run = bench_cases.with_gradients(bench_cases.by(algorithm, name))
             candidates[str(algorithm)] = functools.partial(jax.jit(run), *arrays)
         times = ratios(candidates, "None", rounds)
         best = min(times[algorithm] for algorithm in bench_cases.ALGORITHMS[name])
-        table.row(f"{name}, B={batch}, T={length}", {"None over the best": 1 / best} | times)
+        shape = f"B={batch}, T={length}" + ("" if name == "selective_scan" else f", K={width}")
+        table.row(f"{name}, {shape}", {"None over the best": 1 / best} | times)
 
 
 SUITES = {"scan": bench_scan, "ops": bench_ops, "choice": bench_choice}

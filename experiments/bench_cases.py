@@ -10,7 +10,7 @@ from jax import lax
 
 import seqjax
 
-H, K, D, N = 4, 64, 512, 16
+H, K, D, N = 4, 64, 512, 16  # K = V unless a caller says otherwise
 MATRIX = ("sequential", "chunked", "associative")
 ALGORITHMS = {
     "linear_attention": MATRIX,
@@ -26,8 +26,8 @@ NAMES = tuple(ALGORITHMS)
 Run = Callable[..., jax.Array]
 
 
-def arrays(name: str, batch: int, length: int) -> tuple[jax.Array, ...]:
-    """Random inputs of the op, in the order of its arguments."""
+def arrays(name: str, batch: int, length: int, width: int = K) -> tuple[jax.Array, ...]:
+    """Random inputs of the op, in the order of its arguments; `width` is K and V."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
     def normal(*shape: int) -> jax.Array:
@@ -40,20 +40,20 @@ def arrays(name: str, batch: int, length: int) -> tuple[jax.Array, ...]:
     if name == "selective_scan":
         A = -jnp.exp(jax.random.normal(next(keys), (D, N)))
         return normal(D), jax.nn.softplus(normal(D)), A, normal(N), normal(N)
-    made = [normal(H, K), unit(H, K), normal(H, K)]
+    made = [normal(H, width), unit(H, width), normal(H, width)]
     if name.startswith("delta_rule"):
         made.append(jax.nn.sigmoid(normal(H)))
     if name == "generalized_delta_rule":
-        direction = unit(H, K)
-        made += [direction, -direction * jax.nn.sigmoid(normal(H, K))]
+        direction = unit(H, width)
+        made += [direction, -direction * jax.nn.sigmoid(normal(H, width))]
     if name.endswith("scalar"):
         made.append(-jax.nn.softplus(normal(H)))
     if name.endswith("channel") or name == "generalized_delta_rule":
-        made.append(-jax.nn.softplus(normal(H, K)))
+        made.append(-jax.nn.softplus(normal(H, width)))
     return tuple(made)
 
 
-def chunked(name: str, algorithm: str | None = "chunked") -> Run:
+def by(algorithm: str | None, name: str) -> Run:
     """The library's op, outputs only."""
     op = getattr(seqjax, name.split(",")[0])
     return lambda *args: op(*args, algorithm=algorithm)[0]
@@ -66,7 +66,8 @@ def plain(name: str) -> Run:
     def run(*args: jax.Array) -> jax.Array:
         shared, timed = ([args[2]], [*args[:2], *args[3:]]) if step is _selective else ([], args)
         batch = args[0].shape[0]
-        state = jnp.zeros((batch, D, N) if step is _selective else (batch, H, K, K))
+        width = args[0].shape[-1]
+        state = jnp.zeros((batch, D, N) if step is _selective else (batch, H, width, width))
         xs = tuple(jnp.moveaxis(x, 1, 0) for x in timed)
         _, ys = lax.scan(lambda state, x: step(state, *shared, *x), state, xs)
         return jnp.moveaxis(ys, 0, 1)
@@ -91,7 +92,7 @@ def _matrix(name: str, S: jax.Array, *x: jax.Array) -> tuple[jax.Array, jax.Arra
     S = S + jnp.einsum("bhk,bhv->bhkv", k, v)
     if found is not None:
         S = S + jnp.einsum("bhk,bhv->bhkv", rest[1], found)
-    return S, jnp.einsum("bhkv,bhk->bhv", S, q) * K**-0.5
+    return S, jnp.einsum("bhkv,bhk->bhv", S, q) * q.shape[-1] ** -0.5
 
 
 def with_gradients(run: Run) -> Callable[..., Any]:

