@@ -69,8 +69,9 @@ def scan_chunks(
 
     Args:
       prepare: makes the `ChunkMap` of chunks, from arrays [..., C, features].
-      arrays: [B, T, H, features] by name; "g", the log decay, and "q", which writes nothing, have
-        a role here, and a step in which all but "g" are zero must leave the state to its decay.
+      arrays: [B, T, H, features] by name; "g", the log decay if there is one (`_decays` says what
+        becomes of it), and "q", which writes nothing, have a role here, and a step in which all
+        but "g" are zero must leave the state to its decay.
       state: [B, H, K, V].
       reset: [B, T] or None.
       out_dtype: of the outputs.
@@ -102,7 +103,10 @@ def scan_chunks(
         arrays, cut = block
         values = {name: x.astype(dtype) for name, x in arrays.items()}
         values, spoiled, unread = _take_out_non_finite(values, cut)
-        values["g"] = jnp.where(cut[..., None], jnp.full_like(values["g"], -jnp.inf), values["g"])
+        clear = cut[..., None]
+        if "g" in values:
+            clear = jnp.where(clear, jnp.full_like(values["g"], -jnp.inf), values["g"])
+        values["g"] = clear
         maps = prepare(values)
         alive = ~_reached(cut, jnp.zeros_like(cut))[..., None]
         nan = jnp.full((), jnp.nan, dtype)
@@ -129,8 +133,9 @@ def _take_out_non_finite(
     steps whose own query is such a number.
     """
     finite = {name: jnp.all(jnp.isfinite(x), axis=-1) for name, x in values.items()}
-    g = jnp.real(values["g"])
-    finite["g"] = jnp.all(jnp.isneginf(g) | jnp.isfinite(values["g"]), axis=-1)
+    if "g" in values:  # where -inf has a meaning
+        decayed = jnp.isfinite(values["g"]) | jnp.isneginf(jnp.real(values["g"]))
+        finite["g"] = jnp.all(decayed, axis=-1)
     asks = finite.pop("q")
     writes = functools.reduce(jnp.logical_and, finite.values())
     kept = {

@@ -4,6 +4,9 @@ Such a product is never the exponential of a difference of two sums: g may be -i
 as just that), and differences of large sums have no correct digits left. Products are made in
 blocks of 1, 2, 4, ... steps instead, each from the two of half its width. None exceeds one, and
 none is divided by.
+
+Without decay there is still what a reset clears. Then `g` is boolean, true where the state is
+cleared before the step.
 """
 
 import functools
@@ -14,17 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops import _sequence
+from seqjax.ops._broadcast import along_rows, down_columns
 from seqjax.ops._linalg import matmul, matmul_nt
 from seqjax.ops._reverse_rule import reverse_rule
 
 SUB = 16  # steps in the blocks inside which pairs are selected by a mask
-
-
-def by_channel(g: jax.Array | None, like: jax.Array) -> jax.Array:
-    """The log decay as [B, T, 1 or H, 1 or K]: none is zero."""
-    if g is None:
-        return jnp.zeros((*like.shape[:2], 1, 1), jnp.float32)
-    return g if g.ndim == 4 else g[..., None]
 
 
 def by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
@@ -65,16 +62,23 @@ def _products(g: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     return upto, after
 
 
-@jax.custom_jvp
-def decay_through(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def decay_through(g: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """a_1 ... a_t and a_{t+1} ... a_C for a_i = exp(g_i): [..., C, K] each."""
+    if g.dtype != bool:
+        return _decay_through(g)
+    count = _count(g[..., 0])[..., None]
+    return (count == 0).astype(dtype), (count == count[..., -1:, :]).astype(dtype)
+
+
+@jax.custom_jvp
+def _decay_through(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     upto, after = _products(g)
     return upto[-1], after[-1]
 
 
-@decay_through.defjvp
+@_decay_through.defjvp
 def _decay_through_jvp(primals: Any, tangents: Any) -> Any:
-    upto, after = decay_through(*primals)
+    upto, after = _decay_through(*primals)
     (dg,) = tangents
     return (upto, after), (upto * sums_through(dg), after * sums_after(dg))
 
@@ -108,7 +112,35 @@ def _join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Ar
     return jnp.concatenate([first, second], axis=-2).reshape(shape)
 
 
-@jax.custom_jvp
+def widen(x: jax.Array, channels: int) -> jax.Array:
+    """[..., 1 or K] as [..., K]."""
+    return x if x.shape[-1] == channels else along_rows(x[..., 0], channels)
+
+
+def _count(events: jax.Array) -> jax.Array:
+    """How many events there have been at or before each step; equal where none lies between."""
+    return jnp.cumsum(events, axis=-1, dtype=jnp.int32)
+
+
+def _same(events: jax.Array) -> jax.Array:
+    """Whether j <= t and no event lies after j and up to t: [..., C] -> [..., C, C]."""
+    count, (t, j) = _count(events), order(events.shape[-1])
+    return (count[..., :, None] == count[..., None, :]) & (j <= t)
+
+
+def _between(g: jax.Array) -> jax.Array:
+    """a_{j+1} ... a_t for j <= t, else 0; a = exp(g): [..., C] -> [..., C, C].
+
+    Every sum of g is made by itself, as a product with zeros and ones.
+    """
+    size = g.shape[-1]
+    t, i = order(size)
+    none = jnp.isneginf(jnp.real(g))
+    upto = jnp.where(i <= t, down_columns(jnp.where(none, jnp.zeros_like(g), g), size), 0)
+    after = jnp.broadcast_to((t > i).astype(g.dtype), upto.shape)
+    return jnp.where(_same(none), jnp.exp(matmul(upto, after)), 0)
+
+
 def decayed_products(
     lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], g: jax.Array
 ) -> list[list[jax.Array]]:
@@ -119,22 +151,35 @@ def decayed_products(
     Args:
       lefts: arrays [..., C, K].
       rights: arrays [..., C, K].
-      g: [..., C, 1] or [..., C, K].
+      g: [..., C, 1] or [..., C, K], or boolean [..., C, 1].
 
     Returns:
       P of every left and right [..., C, C]; what they share becomes one matmul.
 
-    One decay for all channels comes out of the product. Decays per channel do not, but they
-    factorise at any step between j and t. For every t and j < t there is one width at which j is
-    in the first and t in the second half of the same block: the middle is such a step, and all
-    pairs of that width are one matmul per block. Nothing is divided, no factor exceeds one, and
-    no decay after t enters.
+    One decay for all channels comes out of the product; decays per channel do not.
+    """
+    if g.shape[-1] == rights[0].shape[-1] and g.dtype != bool:
+        return _by_channel(lefts, rights, g)
+    products = [[matmul_nt(left, right) for right in rights] for left in lefts]
+    if g.dtype == bool:
+        same = _same(g[..., 0])
+        return jax.tree.map(lambda p: jnp.where(same, p, jnp.zeros_like(p)), products)
+    factor = _between(g[..., 0])
+    return jax.tree.map(lambda p: p * factor, products)
+
+
+@jax.custom_jvp
+def _by_channel(
+    lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], g: jax.Array
+) -> list[list[jax.Array]]:
+    """`decayed_products` for decays per channel.
+
+    They factorise at any step between j and t. For every t and j < t there is one width at which
+    j is in the first and t in the second half of the same block: the middle is such a step, and
+    all pairs of that width are one matmul per block. Nothing is divided, no factor exceeds one,
+    and no decay after t enters.
     """
     size, channels = rights[0].shape[-2:]
-    if g.shape[-1] == 1 and channels > 1:
-        one = jnp.ones_like(g)
-        [[factor]] = decayed_products((one,), (one,), g)
-        return [[matmul_nt(left, right) * factor for right in rights] for left in lefts]
     base = min(size, SUB)
     upto, after = _products(g)
 
@@ -171,8 +216,8 @@ def decayed_products(
     return [[made[..., n, :, m, :] for m in range(len(rights))] for n in range(len(lefts))]
 
 
-@decayed_products.defjvp
-def _decayed_products_jvp(primals: Any, tangents: Any) -> Any:
+@_by_channel.defjvp
+def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
     """With c_t = g_1 + ... + g_t, P[t, j] depends on g through c_t - c_j alone.
 
     So dc enters as if left[t] changed by left[t] dc_t and right[j] by -right[j] dc_j, and in
@@ -180,12 +225,12 @@ def _decayed_products_jvp(primals: Any, tangents: Any) -> Any:
     j and t is zero, so is the product that dc would have to change.
     """
     (lefts, rights, g), (d_lefts, d_rights, dg) = primals, tangents
-    made = decayed_products(lefts, rights, g)
+    made = _by_channel(lefts, rights, g)
     dc = sums_through(dg)
     d_lefts = tuple(dx + x * dc for x, dx in zip(lefts, d_lefts, strict=True))
     d_rights = tuple(dx - x * dc for x, dx in zip(rights, d_rights, strict=True))
-    by_left = decayed_products(d_lefts, rights, g)
-    by_right = decayed_products(lefts, d_rights, g)
+    by_left = _by_channel(d_lefts, rights, g)
+    by_right = _by_channel(lefts, d_rights, g)
     return made, jax.tree.map(jnp.add, by_left, by_right)
 
 

@@ -137,9 +137,11 @@ def _run(
             decay = _decays.by_step(log_decay, inputs["q"])
             # The adjoint keeps the states of a chunk at hand: few enough for a cache.
             return time_scan(step, S0, (inputs, decay, reset), plan.chunk_size or 16)
+        if log_decay is not None:
+            inputs["g"] = log_decay if log_decay.ndim == 4 else log_decay[..., None]
         return _chunked.scan_chunks(
             recurrence.prepare,
-            inputs | {"g": _decays.by_channel(log_decay, inputs["q"])},
+            inputs,
             S0,
             reset,
             out_dtype=out,

@@ -104,16 +104,16 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     q, k, v, beta, g = (chunk[name] for name in ("q", "k", "v", "beta", "g"))
     matmul = _linalg.matmul
     [[scores], [overlaps]] = _decays.decayed_products((q, k), (k,), g)
-    inverse = _linalg.inverse_unit_lower(beta * jnp.tril(overlaps, -1))
-    decay, rest = _decays.decay_through(g)
-    last = jnp.broadcast_to(decay[..., -1, :], (*k.shape[:-2], k.shape[-1]))
-    written, w = matmul(inverse, beta * v), matmul(inverse, beta * (k * decay))
+    inverse = _linalg.inverse_unit_lower(_decays.widen(beta, k.shape[-2]) * jnp.tril(overlaps, -1))
+    decay, rest = (_decays.widen(x, k.shape[-1]) for x in _decays.decay_through(g, k.dtype))
+    beta_v, beta_k = (_decays.widen(beta, x.shape[-1]) * x for x in (v, k * decay))
+    written, w = matmul(inverse, beta_v), matmul(inverse, beta_k)
     left = (k * rest).mT
     return _chunked.ChunkMap(
         outputs=matmul(scores, written),
         reads=q * decay - matmul(scores, w),
         offset=matmul(left, written),
-        transition=_linalg.diagonal(last) - matmul(left, w),
+        transition=_linalg.diagonal(decay[..., -1, :]) - matmul(left, w),
     )
 
 

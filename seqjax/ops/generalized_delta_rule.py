@@ -105,8 +105,7 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     ahead = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
     products = _decays.decayed_products((q, ahead), (b, k), g)
     (scores_b, scores_k), (ahead_b, ahead_k) = products
-    decay, rest = _decays.decay_through(g)
-    last = jnp.broadcast_to(decay[..., -1, :], (*k.shape[:-2], k.shape[-1]))
+    decay, rest = (_decays.widen(x, k.shape[-1]) for x in _decays.decay_through(g, k.dtype))
     before = jnp.concatenate([jnp.ones_like(decay[..., :1, :]), decay[..., :-1, :]], axis=-2)
     inverse = _linalg.inverse_unit_lower(-_down(ahead_b))
     found = matmul(inverse, matmul(_down(ahead_k), v))
@@ -116,7 +115,7 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
         outputs=matmul(scores_b, found) + matmul(scores_k, v),
         reads=q * decay + matmul(scores_b, w),
         offset=matmul(left_b, found) + matmul(left_k, v),
-        transition=_linalg.diagonal(last) + matmul(left_b, w),
+        transition=_linalg.diagonal(decay[..., -1, :]) + matmul(left_b, w),
     )
 
 

@@ -88,11 +88,11 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     """
     q, k, v, g = (chunk[name] for name in ("q", "k", "v", "g"))
     [[scores]] = _decays.decayed_products((q,), (k,), g)
-    decay, rest = _decays.decay_through(g)
+    decay, rest = _decays.decay_through(g, q.dtype)
     return _chunked.ChunkMap(
         outputs=_linalg.matmul(scores, v),
-        reads=q * decay,
-        offset=_linalg.matmul((k * rest).mT, v),
+        reads=q * _decays.widen(decay, q.shape[-1]),
+        offset=_linalg.matmul((k * _decays.widen(rest, k.shape[-1])).mT, v),
         transition=decay[..., -1, :, None],
     )
 
