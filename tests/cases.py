@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import seqjax
-from tests import layer_oracles, op_oracles
+from tests import layer_oracles, op_oracles, rnn_oracles
 
 Arrays = dict[str, Any]
 H, K, V, D, N = 2, 3, 4, 3, 2
@@ -238,6 +238,38 @@ def _run_softmax(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any
     return seqjax.monoid_scan(softmax_combine, inputs, initial_state=state, reset=reset, **keywords)
 
 
+def _nonlinear(structure: str, cell: Any) -> Case:
+    """A cell of each Jacobian structure; the layers are rows of their own."""
+
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        params = {
+            name: normal(rng, *((D,) if kind == "vector" else (D, D)))
+            for name, kind in cell.recurrent.items()
+        }
+        return {"params": params, "x": normal(rng, batch, length, cell.gates, D)}
+
+    def state(rng: np.random.Generator, batch: int) -> np.ndarray:
+        return rng.uniform(-0.9, 0.9, (batch, D, cell.width) if cell.width > 1 else (batch, D))
+
+    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+        if state is None:
+            state = jnp.zeros((len(inputs["x"]), D, cell.width)[: 3 if cell.width > 1 else 2])
+        hs, final, _ = seqjax.nonlinear_scan(
+            cell, inputs["params"], inputs["x"], state, reset=reset, **keywords
+        )
+        return hs, final
+
+    return Case(
+        name=f"nonlinear_scan-{structure}",
+        inputs=make,
+        run=run,
+        oracle=functools.partial(rnn_oracles.nonlinear_scan, cell),
+        state=state,
+        algorithms=("newton", "sequential"),
+        timed=("x",),
+    )
+
+
 OPS = [
     _linear("linear_scan", "BTD"),
     _linear("linear_scan-shared_over_batch", "TD"),
@@ -281,6 +313,9 @@ OPS = [
         algorithms=("chunked", "sequential", "associative"),
         timed=("score", "weight", "value"),
     ),
+    _nonlinear("diagonal", seqjax.cells.ParaGRU(D)),
+    _nonlinear("block", seqjax.cells.ParaLSTM(D)),
+    _nonlinear("dense", seqjax.cells.GRU(D)),
 ]
 
 
@@ -329,6 +364,14 @@ LAYERS = [
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
     ),
+    _layer(seqjax.layers.Elman(dim=4, state_dim=3), rnn_oracles.elman),
+    _layer(seqjax.layers.GRU(dim=4, state_dim=3), rnn_oracles.gru),
+    _layer(seqjax.layers.LSTM(dim=4, state_dim=3), rnn_oracles.lstm),
+    _layer(seqjax.layers.ParaGRU(dim=4, state_dim=3), rnn_oracles.paragru),
+    _layer(seqjax.layers.ParaLSTM(dim=4, state_dim=3), rnn_oracles.paralstm),
+    _layer(seqjax.layers.SLSTM(dim=4, state_dim=3), rnn_oracles.slstm),
+    _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
+    _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
     _layer(seqjax.layers.GatedMLP(dim=4), layer_oracles.gated_mlp),

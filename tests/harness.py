@@ -58,7 +58,7 @@ def cast_inputs(case: Case, inputs: Any, dtype: str) -> Any:
 def keywords(algorithm: str | None, chunk_size: int = 4) -> dict[str, Any]:
     if algorithm is None:
         return {}
-    chunk = {} if algorithm == "sequential" else {"chunk_size": chunk_size}
+    chunk = {} if algorithm in ("sequential", "newton") else {"chunk_size": chunk_size}
     return {"algorithm": algorithm, **chunk}
 
 

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ("pallas_kernels",),
     ("seqjax.types", "seqjax.ops"),
+    ("seqjax.cells",),
     ("seqjax.layers",),
     ("seqjax.models",),
     ("experiments", "notebooks"),

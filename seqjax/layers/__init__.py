@@ -10,16 +10,32 @@ from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import RMSNorm as RMSNorm
+from seqjax.layers.rnn import GRU as GRU
+from seqjax.layers.rnn import LEM as LEM
+from seqjax.layers.rnn import LSTM as LSTM
+from seqjax.layers.rnn import LTC as LTC
+from seqjax.layers.rnn import SLSTM as SLSTM
+from seqjax.layers.rnn import Elman as Elman
+from seqjax.layers.rnn import ParaGRU as ParaGRU
+from seqjax.layers.rnn import ParaLSTM as ParaLSTM
 from seqjax.layers.s5 import S5 as S5
 
 __all__ = [
+    "GRU",
+    "LEM",
     "LRU",
+    "LSTM",
+    "LTC",
     "S5",
+    "SLSTM",
     "DeltaNet",
+    "Elman",
     "GateLoop",
     "GatedMLP",
     "Layer",
     "Mamba",
+    "ParaGRU",
+    "ParaLSTM",
     "Param",
     "RMSNorm",
     "ShortConv",

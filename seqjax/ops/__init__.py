@@ -5,5 +5,8 @@ from seqjax.ops.generalized_delta_rule import generalized_delta_rule as generali
 from seqjax.ops.linear_attention import linear_attention as linear_attention
 from seqjax.ops.linear_scan import linear_scan as linear_scan
 from seqjax.ops.monoid_scan import monoid_scan as monoid_scan
+from seqjax.ops.nonlinear_scan import Newton as Newton
+from seqjax.ops.nonlinear_scan import SolveInfo as SolveInfo
+from seqjax.ops.nonlinear_scan import nonlinear_scan as nonlinear_scan
 from seqjax.ops.segments import segment_starts as segment_starts
 from seqjax.ops.selective_scan import selective_scan as selective_scan

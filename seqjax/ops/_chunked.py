@@ -24,6 +24,9 @@ from jax import lax
 from seqjax.ops._decays import order
 from seqjax.ops._linalg import matmul
 
+# Matmuls of a kind that are done side by side: enough for two cores, few enough for their caches.
+PRODUCTS = 16
+
 Arrays = Mapping[str, jax.Array]
 
 
@@ -77,8 +80,8 @@ def scan_chunks(
       out_dtype: of the outputs.
       chunk_size: C; rounded up to a power of two.
       log_depth: prepare all chunks side by side and combine them in log depth. Otherwise as many
-        are prepared at once as make 16 products of a kind, and the others wait, so that the
-        memory is that of a few chunks.
+        are prepared at once as make `PRODUCTS` matmuls of a kind, and the others wait, so that
+        the memory is that of a few chunks.
 
     Returns:
       (outputs [B, T, H, V], final state).
@@ -87,7 +90,8 @@ def scan_chunks(
     dtype = state.dtype
     size = 1 << (min(chunk_size, length) - 1).bit_length()
     count = -(-length // size)
-    blocks = 1 if log_depth else -(-count // max(1, 16 // (batch * heads)))
+    few = batch * heads * count <= 2 * PRODUCTS
+    blocks = 1 if log_depth or few else -(-count // max(1, PRODUCTS // (batch * heads)))
     at_once = -(-count // blocks)
 
     def chunks(x: jax.Array) -> jax.Array:  # [B, T, H, F] -> [blocks, at_once, B, H, C, F]

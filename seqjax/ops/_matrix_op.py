@@ -36,13 +36,14 @@ class Recurrence:
       complex_ok: whether arguments may be complex.
       diagonal: whether f adds to D S something that does not depend on S.
       reads: the inputs that read S_{t-1}, which a reset clears.
-      cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU.
+      cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU, without
+        decay or with one per head, and with decays per channel.
     """
 
     name: str
     step: Callable[[jax.Array, jax.Array, _chunked.Arrays], jax.Array]
     prepare: _chunked.Prepare
-    cpu_chunks_from: int
+    cpu_chunks_from: tuple[int, int]
     complex_ok: bool = False
     diagonal: bool = False
     reads: tuple[str, ...] = ()
@@ -57,19 +58,20 @@ class Plan:
     chunk_size: int | None
 
 
-def choose(recurrence: Recurrence, length: int, elements: int) -> tuple[str, str]:
+def choose(
+    recurrence: Recurrence, length: int, elements: int, per_channel: bool
+) -> tuple[str, str]:
     """The algorithms on CPU and elsewhere, for T steps and so many elements in a state.
 
-    A handful of steps does not fill a chunk. On a CPU, a step on a small state costs little more
-    than one kernel call, and matmuls of small chunks run far below their peak: with gradients,
-    steps are up to four times faster for 16x16 states, chunks up to five times for 64x64
-    (`experiments.bench choice`; only forward, steps are the faster up to larger states). Elsewhere
-    steps wait for each other and matmuls are what the machine is made for; not measured there.
+    On a CPU, a step on a small state costs little more than a kernel call, and small matmuls run
+    far below their peak: what a state must hold for chunks to pay depends on how many matmuls
+    a chunk takes. With gradients; only forward, steps stay the faster for longer
+    (`experiments.bench choice`). Elsewhere steps wait for each other and matmuls are what the
+    machine is made for, but for a handful of steps; not measured there.
     """
-    if length < 8:
-        return "sequential", "sequential"
-    small = elements < recurrence.cpu_chunks_from
-    return "sequential" if small else "chunked", "chunked"
+    small = elements < recurrence.cpu_chunks_from[per_channel] or length * elements < 8192
+    on_cpu = "sequential" if small or length < 4 else "chunked"
+    return on_cpu, "sequential" if length < 8 else "chunked"
 
 
 def call(
@@ -94,7 +96,8 @@ def call(
     if given["initial_state"] is None:
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
-    chosen = choose(recurrence, sizes["T"], sizes["K"] * sizes["V"])
+    per_channel = given["log_decay"] is not None and given["log_decay"].ndim == 4
+    chosen = choose(recurrence, sizes["T"], sizes["K"] * sizes["V"], per_channel)
     plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size)
     scale = sizes["K"] ** -0.5 if scale is None else scale
     return _run(given, reset, scale, recurrence=recurrence, plan=plan, sequence_axis=sequence_axis)

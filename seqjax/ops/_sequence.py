@@ -122,3 +122,18 @@ def from_last(state: T, axis_name: str, reverse: bool = False) -> T:
     return jax.tree.map(
         lambda s: lax.psum(jnp.where(place == size - 1, s, jnp.zeros_like(s)), axis_name), state
     )
+
+
+def previous(
+    h0: jax.Array, states: jax.Array, reset: jax.Array, axis_name: str | None = None
+) -> jax.Array:
+    """The state that each step [B, T] finds: the one before it, zero after a reset."""
+    if axis_name is not None:
+        size = lax.axis_size(axis_name)
+        links = [(i, i + 1) for i in range(size - 1)]
+        received = lax.ppermute(states[:, -1], axis_name, links)
+        h0 = jnp.where(is_first(axis_name), h0, received)
+    found = jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
+    return jnp.where(
+        reset.reshape(*reset.shape, *(1 for _ in found.shape[2:])), jnp.zeros_like(found), found
+    )

@@ -117,4 +117,6 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     )
 
 
-_RECURRENCE = _matrix_op.Recurrence("delta_rule", _step, _prepare, cpu_chunks_from=48 * 48)
+_RECURRENCE = _matrix_op.Recurrence(
+    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48, 48 * 48)
+)

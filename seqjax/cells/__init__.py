@@ -1,0 +1,13 @@
+"""Nonlinear RNN cells: a step, the structure of its Jacobian, and the box it never leaves."""
+
+from seqjax.cells._base import Cell as Cell
+from seqjax.cells.elman import Elman as Elman
+from seqjax.cells.gru import GRU as GRU
+from seqjax.cells.lem import LEM as LEM
+from seqjax.cells.lstm import LSTM as LSTM
+from seqjax.cells.ltc import LTC as LTC
+from seqjax.cells.paragru import ParaGRU as ParaGRU
+from seqjax.cells.paralstm import ParaLSTM as ParaLSTM
+from seqjax.cells.slstm import SLSTM as SLSTM
+
+__all__ = ["GRU", "LEM", "LSTM", "LTC", "SLSTM", "Cell", "Elman", "ParaGRU", "ParaLSTM"]

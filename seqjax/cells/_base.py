@@ -1,0 +1,58 @@
+"""What every cell is: one step of a nonlinear RNN that also knows its derivative's structure."""
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+
+Structure = Literal["diagonal", "block", "dense"]
+Recurrent = Mapping[str, Literal["vector", "matrix"]]
+Params = Mapping[str, jax.Array]
+Bounds = tuple[Any, Any]
+
+
+class Cell(abc.ABC):
+    """One unbatched step h_t = f(h_{t-1}, u_t) of an RNN over `dim` channels.
+
+    A subclass is a frozen dataclass. u_t [gates, dim] are the cell's pre-activations without the
+    recurrent part, B x_t + b in the papers: a layer makes them for all t in one product, so that a
+    cell holds the recurrent parameters only.
+
+    Attributes:
+      dim: channels D.
+      gates: pre-activations per channel.
+      width: coupled numbers per channel k; a state is [D], or [D, k] where k > 1.
+      structure: of dh_t / dh_{t-1}: "diagonal" ([D], elementwise), "block" (k x k per channel) or
+        "dense".
+      recurrent: the parameters by name and what each is: "vector" [D] or "matrix" [D, D].
+    """
+
+    dim: int
+    gates: ClassVar[int]
+    width: ClassVar[int] = 1
+    structure: ClassVar[Structure]
+    recurrent: ClassVar[Recurrent]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dim, bool) or not isinstance(self.dim, int) or self.dim < 1:
+            raise ValueError(
+                f"{type(self).__name__}: `dim` must be a positive integer, got {self.dim!r}."
+            )
+
+    @abc.abstractmethod
+    def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
+        """The next state, from the state [D] or [D, k] and u [gates, D]."""
+
+    def bounds(self, params: Params) -> Bounds | None:
+        """Lowest and highest state, broadcastable to it, that no step from within leaves.
+
+        None if there are none; infinite where a number has none. The state before the first step,
+        zero, lies within.
+        """
+        del params
+        return None
+
+    def output(self, h: jax.Array) -> jax.Array:
+        """What a layer reads of states [..., D] or [..., D, k]: [..., D]."""
+        return h

@@ -1,0 +1,77 @@
+"""sLSTM: the LSTM with an exponential input gate and a normaliser."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
+
+
+@dataclasses.dataclass(frozen=True)
+class SLSTM(Cell):
+    """The sLSTM of xLSTM (arXiv 2405.04517), with its stabiliser m.
+
+        log i = u_i + R_i * h
+        log f = log(sigmoid(u_f + R_f * h))
+        z = tanh(u_z + R_z * h)
+        o = sigmoid(u_o + R_o * h)
+        m' = max(log f + m, log i)
+        c' = exp(log f + m - m') * c + exp(log i - m') * z
+        n' = exp(log f + m - m') * n + exp(log i - m')
+        h' = o * c' / n'
+
+    c and n are true sums times exp(-m), so that no exponential overflows; h does not depend on m.
+    Where n = 0 nothing has been summed yet, and m' = log i whatever m holds, as in the authors'
+    code: the zero state is the beginning. From then on n >= 1 and |c| <= n.
+
+    Departures: R is a vector, each channel its own head, where the paper has one full matrix per
+    head; this is what makes the Jacobian blocks. Of the paper's two forget gates, exp and sigmoid,
+    it is the sigmoid, as in the authors' code. The block around the cell (convolution, group norm,
+    gated projection) is not part of it.
+
+    Parameters: R_i, R_f, R_z, R_o [D]. u [4, D] in the order i, f, z, o. State: (c, n, h, m) as
+    [D, 4]; a layer reads h. Jacobian: blocks of 4 x 4. Bounds: n >= 0; |h| <= 1, which holds after
+    any step from a state with |c| <= n, hence from the zero state on. c and m have none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cell = SLSTM(dim=3)
+      >>> params = dict.fromkeys(("R_i", "R_f", "R_z", "R_o"), jnp.ones(3))
+      >>> cell(params, jnp.zeros((3, 4)), jnp.ones((4, 3))).shape
+      (3, 4)
+
+    Attributes:
+      dim: channels D.
+    """
+
+    dim: int
+    gates: ClassVar[int] = 4
+    width: ClassVar[int] = 4
+    structure: ClassVar[Structure] = "block"
+    recurrent: ClassVar[Recurrent] = dict.fromkeys(("R_i", "R_f", "R_z", "R_o"), "vector")
+
+    def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
+        """The next state, from (c, n, h, m) [D, 4] and u [4, D]."""
+        c, n, h, m = (h[:, j] for j in range(4))
+        log_i = u[0] + params["R_i"] * h
+        log_f = jax.nn.log_sigmoid(u[1] + params["R_f"] * h)
+        z = jnp.tanh(u[2] + params["R_z"] * h)
+        o = jax.nn.sigmoid(u[3] + params["R_o"] * h)
+        # The logarithm of the weight that the sums so far keep: none where there are no sums.
+        kept = jnp.where(n == 0, -jnp.inf, log_f + m)
+        m = jnp.maximum(kept, log_i)
+        keep, add = jnp.exp(kept - m), jnp.exp(log_i - m)
+        c, n = keep * c + add * z, keep * n + add
+        return jnp.stack([c, n, o * c / n, m], axis=-1)
+
+    def bounds(self, params: Params) -> Bounds:
+        """n >= 0, h in [-1, 1], none for c and m."""
+        inf = jnp.inf
+        dtype = params["R_i"].dtype
+        return jnp.array([-inf, 0, -1, -inf], dtype), jnp.array([inf, inf, 1, inf], dtype)
+
+    def output(self, h: jax.Array) -> jax.Array:
+        """The h of (c, n, h, m)."""
+        return h[..., 2]

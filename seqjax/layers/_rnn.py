@@ -1,0 +1,151 @@
+"""What all layers around a nonlinear RNN cell share."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.cells import Cell
+from seqjax.layers import _checks, _init
+from seqjax.layers._base import (
+    DERIVED,
+    Initializer,
+    Layer,
+    Param,
+    Params,
+    State,
+    state_dtype,
+)
+from seqjax.layers._math import dense
+from seqjax.ops.nonlinear_scan import Newton, SolveInfo, nonlinear_scan
+
+
+@dataclasses.dataclass(frozen=True)
+class RNN(Layer):
+    """A cell between an input and an output projection.
+
+        u_t = x_t W_in + bias                       [gates, N], in the cell's order of gates
+        s_t = cell(s_{t-1}, u_t)
+        y_t = output(s_t) W_out
+
+    The projections start normal with variance 1/fan_in. Unless the layer says otherwise the
+    cell's matrices start uniform in +-1/sqrt(N), as in PyTorch, its vectors normal with standard
+    deviation 2/sqrt(5 N), as in ParaRNN's code, and all biases at 0.
+
+    Parameters: in_proj [dim, gates * N], bias [gates * N], the cell's own by name (vectors [N],
+    matrices [N, N]), out_proj [N, dim]. State: the cell's, [B, N] or [B, N, k].
+
+    Attributes:
+      dim: features of input and output.
+      state_dim: channels of the cell N; None takes dim.
+      algorithm: "newton" (all steps at once), "sequential" (one after the other) or None, the
+        faster one here; see `seqjax.nonlinear_scan`.
+      solver: a `seqjax.Newton`; None takes its defaults.
+    """
+
+    dim: int
+    state_dim: int = DERIVED
+    algorithm: str | None = None
+    solver: Newton | None = None
+
+    # Gate -> bias of its first and its last channel at initialisation, evenly spaced between.
+    _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {}
+    # How the recurrent parameters start that do not start like the others.
+    _recurrent_start: ClassVar[Mapping[str, Initializer]] = {}
+
+    def __post_init__(self) -> None:
+        if self.state_dim is None:
+            object.__setattr__(self, "state_dim", self.dim)
+        _checks.positive(self, dim=self.dim, state_dim=self.state_dim)
+        _checks.require(
+            self,
+            self.algorithm in (None, "newton", "sequential"),
+            f"algorithm must be 'newton', 'sequential' or None, given {self.algorithm!r}.",
+        )
+        _ = self.cell  # checks the cell's own fields
+
+    @property
+    @abc.abstractmethod
+    def cell(self) -> Cell:
+        """The cell, over `state_dim` channels."""
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        cell, states = self.cell, self.state_dim
+        width = cell.gates * states
+        start = {
+            "vector": _init.normal(2 / (5 * states) ** 0.5),
+            "matrix": _init.uniform(-(states**-0.5), states**-0.5),
+        }
+        recurrent = {
+            name: Param(
+                (states,) if kind == "vector" else (states, states),
+                ("state",) if kind == "vector" else (None, "state"),
+                "recurrence",
+                self._recurrent_start.get(name, start[kind]),
+            )
+            for name, kind in cell.recurrent.items()
+        }
+        return {
+            "in_proj": Param((self.dim, width), ("embed", "state"), "weight", _init.fan_in_normal),
+            "bias": Param((width,), ("state",), "recurrence", self._draw_bias),
+            **recurrent,
+            "out_proj": Param(
+                (states, self.dim), ("state", "embed"), "weight", _init.fan_in_normal
+            ),
+        }
+
+    def _draw_bias(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        del key
+        bias = jnp.zeros((self.cell.gates, self.state_dim), dtype)
+        for gate, (first, last) in self._bias_start.items():
+            bias = bias.at[gate].set(jnp.linspace(first, last, self.state_dim, dtype=dtype))
+        return bias.reshape(shape)
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        width = self.cell.width
+        return jnp.zeros((batch_size, self.state_dim, *([width] if width > 1 else [])), dtype)
+
+    def _solve(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State, SolveInfo]:
+        """The states after each step, the last one, and how they were found."""
+        wide, cell = state_dtype(x.dtype), self.cell
+        u = dense(x, params["in_proj"]).astype(wide) + params["bias"].astype(wide)
+        return nonlinear_scan(
+            cell,
+            {name: params[name].astype(wide) for name in cell.recurrent},
+            u.reshape(*u.shape[:2], cell.gates, self.state_dim),
+            state,
+            reset=reset,
+            algorithm=self.algorithm,
+            solver=self.solver,
+        )
+
+    def _apply(
+        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+    ) -> tuple[jax.Array, State]:
+        states, state, _ = self._solve(params, x, state, reset)
+        return dense(self.cell.output(states).astype(x.dtype), params["out_proj"]), state
+
+    def solve_info(
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State = None,
+        reset: jax.Array | None = None,
+    ) -> SolveInfo:
+        """How the solver fares where `apply` is given the same arguments.
+
+        Returns:
+          The `SolveInfo` of `seqjax.nonlinear_scan`: iterations, residual, converged and
+          sequential_steps, each [B].
+
+        Raises:
+          ValueError: an argument has the wrong structure, shape or dtype.
+        """
+        x = jnp.asarray(x)
+        state, reset = self._check_call(params, x, state, reset, one_step=False)
+        return self._solve(params, x, state, reset)[2]

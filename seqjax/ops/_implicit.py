@@ -1,0 +1,119 @@
+"""The derivatives of a solved nonlinear recurrence, whoever solved it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from seqjax.ops import _dispatch, _sequence, _structure
+from seqjax.ops._affine_scan import correction
+from seqjax.ops._newton import as_state
+from seqjax.ops._reverse_rule import reverse_rule
+from seqjax.types import Array, PyTree
+
+
+def derivatives(
+    cell: Callable[..., Array],
+    structure: str,
+    on_cpu: str,
+    elsewhere: str,
+    sequence_axis: str | None,
+) -> Callable[..., Array]:
+    """(params, xs, h0, reset, states) -> states, with the derivatives of the recurrence.
+
+    By the implicit function theorem, dh_t = J_t dh_{t-1} + df_t with df_t what f changes by itself;
+    backwards, lambda_t = ct_t + J_{t+1}^T lambda_{t+1} and the rest is the derivative of f at all t
+    side by side. The Jacobians are computed where they are needed, and never kept.
+    """
+
+    def evaluate(params: PyTree, xs: PyTree, found: Array) -> Array:
+        return jax.vmap(jax.vmap(functools.partial(cell, params)))(found, xs)
+
+    def jacobians(params: PyTree, xs: PyTree, found: Array) -> Array:
+        def at(h: Array, x: PyTree) -> Array:
+            return _structure.jacobian(lambda h: cell(params, h, x), h, structure)[1]
+
+        return jax.vmap(jax.vmap(at))(found, xs)
+
+    def found_by(h0: Array, states: Array, reset: Array) -> Array:
+        return _sequence.previous(h0, states, reset, sequence_axis)
+
+    @jax.custom_jvp
+    def states_of(params: PyTree, xs: PyTree, h0: Array, reset: Array, states: Array) -> Array:
+        del params, xs, h0, reset
+        return states
+
+    @states_of.defjvp
+    def _states_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+        params, xs, h0, reset, _ = primals
+        hs = states_of(*primals)
+        changed, tree, which = _moving((params, xs))
+        d_changed = [jax.tree.leaves(tangents[:2])[i] for i in which]
+
+        def alone(changed: list[Array], h0: Array) -> Array:
+            params, xs = _put((params_xs, tree), which, changed)
+            return evaluate(params, xs, found_by(h0, hs, reset))
+
+        params_xs = jax.tree.leaves((params, xs))
+        d_f = jax.jvp(alone, (changed, h0), (d_changed, tangents[2]))[1]
+        J = jacobians(params, xs, found_by(h0, hs, reset))
+        return hs, correction(J, d_f, reset, sequence_axis)
+
+    def adjoint(args: tuple[PyTree, ...], ct: Array) -> list[Array]:
+        params, xs, h0, reset, states = args
+        hs = follow(*args)
+        found = found_by(h0, hs, reset)
+
+        def by(algorithm: str, ct: Array) -> Array:
+            if algorithm == "sequential" and sequence_axis is None:
+                return _step_back(functools.partial(evaluate, params), xs, found, reset, ct)
+            J = jacobians(params, xs, found)
+            forward = functools.partial(correction, J, reset=reset, sequence_axis=sequence_axis)
+            return jax.vjp(forward, jnp.zeros_like(ct))[1](ct)[0]
+
+        weights = _dispatch.by_platform(by, on_cpu, elsewhere, ct)
+        changed, tree, which = _moving((params, xs))
+        leaves = jax.tree.leaves((params, xs))
+
+        def alone(changed: list[Array], h0: Array) -> Array:
+            params, xs = _put((leaves, tree), which, changed)
+            return evaluate(params, xs, found_by(h0, hs, reset))
+
+        d_changed, d_h0 = jax.vjp(alone, changed, h0)[1](weights)
+        return [*d_changed, d_h0, jnp.zeros_like(states)]
+
+    follow = reverse_rule(states_of, adjoint)
+    return follow
+
+
+def _step_back(
+    evaluate: Callable[..., Array], xs: PyTree, found: Array, reset: Array, ct: Array
+) -> Array:
+    """lambda_t = ct_t + J_{t+1}^T lambda_{t+1}, without a Jacobian."""
+
+    def step(carried: Array, inputs: Any) -> tuple[Array, Array]:
+        x, h, cut, ct = jax.tree.map(lambda v: v[:, None], inputs)
+        weight = ct + carried
+        back = jax.vjp(lambda h: evaluate(x, h), h)[1](weight)[0]
+        return jnp.where(as_state(cut, back), jnp.zeros_like(back), back), weight[:, 0]
+
+    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, found, reset, ct))
+    _, weights = lax.scan(step, jnp.zeros_like(ct[:, :1]), inputs, reverse=True)
+    return jnp.moveaxis(weights, 0, 1)
+
+
+def _moving(tree: PyTree) -> tuple[list[Array], Any, list[int]]:
+    """The leaves that can be differentiated, the tree, and where in it they are."""
+    leaves, structure = jax.tree.flatten(tree)
+    which = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return [leaves[i] for i in which], structure, which
+
+
+def _put(flat: tuple[list[Array], Any], which: list[int], changed: list[Array]) -> PyTree:
+    leaves = list(flat[0])
+    for i, x in zip(which, changed, strict=True):
+        leaves[i] = x
+    return jax.tree.unflatten(flat[1], leaves)

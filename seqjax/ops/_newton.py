@@ -1,0 +1,321 @@
+"""Newton's method for all steps of h_t = f(h_{t-1}, x_t) at once, kept from going astray.
+
+With a guess g of all states, a step solves the linear recurrence that the Jacobians J_t at g give,
+
+    d_t = J_t d_{t-1} + (f(g_{t-1}, x_t) - g_t),        g <- g + d
+
+After i steps the first i states are exact whatever the Jacobians are, so it always ends; on cells
+that use their nonlinearity it may take as many steps as there are states, and diverge on the way.
+So, from the cheapest measure to the dearest:
+
+1. every state is put back into the cell's bounds and then through the cell once more, which never
+   makes a contracting cell worse and undoes what overflowed;
+2. sequences that have not converged over the whole of T after a few steps go on in windows, from
+   the first window that holds an unconverged state: a window enters with an exact state, and
+   errors cannot grow over more than its length;
+3. a window that has not converged either is finished step by step.
+
+In the end all states are put through the cell once more, and what is reported is how far apart
+two neighbours are then, not what any iteration believed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from seqjax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Newton:
+    """How `nonlinear_scan` solves.
+
+    Attributes:
+      tol: a state has converged when |h_t - f(h_{t-1}, x_t)| <= tol * max(1, |h_t|) in all its
+        numbers; None is 128 times the resolution of the state's dtype.
+      whole_iterations: Newton steps on all of T before windows are tried.
+      max_iterations: Newton steps in a window.
+      window: steps in a window. Smaller ones need fewer iterations each and less memory.
+      projection: put iterates back into the cell's bounds, and through the cell once more.
+      damping: Jacobians are multiplied by 1 - damping: 0 is Newton, 1 fixed-point iteration.
+      jacobian_clip: largest magnitude of an entry of a Jacobian, None for any. Like damping it
+        changes the way to the solution and not the solution.
+      scan_dtype: dtype of the linear recurrence of a step (not of what is checked); None is the
+        state's.
+    """
+
+    tol: float | None = None
+    whole_iterations: int = 12
+    max_iterations: int = 32
+    window: int = 64
+    projection: bool = True
+    damping: float = 0.0
+    jacobian_clip: float | None = None
+    scan_dtype: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("whole_iterations", "max_iterations", "window"):
+            value, least = getattr(self, name), 0 if name == "whole_iterations" else 1
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Newton: `{name}` must be an integer >= {least}, got {value!r}.")
+        if self.tol is not None and not self.tol > 0:
+            raise ValueError(f"Newton: `tol` must be positive or None, got {self.tol!r}.")
+        if not 0 <= self.damping <= 1:
+            raise ValueError(f"Newton: `damping` must be in [0, 1], got {self.damping!r}.")
+        if self.jacobian_clip is not None and not self.jacobian_clip > 0:
+            raise ValueError(
+                f"Newton: `jacobian_clip` must be positive or None, got {self.jacobian_clip!r}."
+            )
+
+
+class SolveInfo(NamedTuple):
+    """What a solve reports, for every sequence: arrays [B].
+
+    Attributes:
+      iterations: Newton steps, those of all windows added up. Zero where states were stepped.
+      residual: the largest |h_t - f(h_{t-1}, x_t)| of what is returned; NaN if any state is.
+      converged: whether every state met the tolerance in what is returned.
+      sequential_steps: states that had to be computed one after the other.
+    """
+
+    iterations: jax.Array
+    residual: jax.Array
+    converged: jax.Array
+    sequential_steps: jax.Array
+
+
+class Problem(NamedTuple):
+    """A cell and its inputs, batched. States are [B, W, ...] over any range of steps.
+
+    Attributes:
+      evaluate: (states before, x) -> next states.
+      linearise: (states before, x) -> (next states, Jacobians).
+      correct: (Jacobians, gaps, reset) -> the d of a Newton step.
+      previous: (state before the range, states, reset) -> states before each step.
+      anywhere: an [B] bool that holds on any device that has a part of the sequence.
+      bounds: lowest and highest state, or None.
+    """
+
+    evaluate: Callable[[jax.Array, PyTree], jax.Array]
+    linearise: Callable[[jax.Array, PyTree], tuple[jax.Array, jax.Array]]
+    correct: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    previous: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    anywhere: Callable[[jax.Array], jax.Array]
+    bounds: tuple[Any, Any] | None
+
+
+def tolerance(solver: Newton, dtype: Any) -> float:
+    """The solver's tolerance, or the default for a dtype.
+
+    A state is a function of sums, whose rounding errors are some multiple of the resolution.
+    """
+    return 128 * float(jnp.finfo(dtype).eps) if solver.tol is None else solver.tol
+
+
+def over_state(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """[B, T, ...] -> [B, T]."""
+    return reduce(x, axis=tuple(range(2, x.ndim)))
+
+
+def unconverged(gap: jax.Array, state: jax.Array, tol: float) -> jax.Array:
+    """The steps [B, T] with a number that is off by more than the tolerance; NaN is off."""
+    return over_state(~(jnp.abs(gap) <= tol * jnp.maximum(1, jnp.abs(state))), jnp.any)
+
+
+def iterate(
+    problem: Problem,
+    solver: Newton,
+    h0: jax.Array,
+    xs: PyTree,
+    reset: jax.Array,
+    guess: jax.Array,
+    limit: int,
+    done: jax.Array,
+    *,
+    split: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Newton steps on a range of states: the states, Newton steps by sequence, what has converged.
+
+    A state stays as it is from the moment that it and all before it have converged. So neither
+    what comes later nor another sequence of the batch can change its last digit.
+    """
+    # A quarter of what is promised: the final check rounds differently.
+    aim = tolerance(solver, guess.dtype) / 4
+
+    def clip(h: jax.Array) -> jax.Array:
+        return h if problem.bounds is None else jnp.clip(h, *problem.bounds)
+
+    def newton_step(gap: jax.Array, J: jax.Array) -> jax.Array:
+        if solver.damping:
+            J = (1 - solver.damping) * J
+        if solver.jacobian_clip is not None:
+            J = jnp.clip(J, -solver.jacobian_clip, solver.jacobian_clip)
+        narrow = solver.scan_dtype or gap.dtype
+        return problem.correct(J.astype(narrow), gap.astype(narrow), reset).astype(gap.dtype)
+
+    def better(g: jax.Array, f: jax.Array, d: jax.Array, ready: jax.Array) -> jax.Array:
+        new = g + d
+        if solver.projection:
+            # An iterate that overflowed is no use to anyone: the cell's own value instead of it.
+            new = clip(jnp.where(jnp.isfinite(new), new, f))
+            new = problem.evaluate(problem.previous(h0, new, reset), xs)
+        if split:  # the state that enters this part is not known to be exact
+            return new
+        # The first state that is off follows an exact one.
+        first = ready if ready.shape[1] == 1 else jnp.pad(ready[:, :-1], [(0, 0), (1, 0)])
+        return jnp.where(as_state(first.at[:, 0].set(True), g), f, new)
+
+    def polished(g: jax.Array, d: jax.Array) -> jax.Array:
+        # From here a small step squares the error. A large one says that errors grow along the
+        # sequence, and would not be an improvement.
+        large = over_state(~(jnp.abs(d) <= aim**0.5 * jnp.maximum(1, jnp.abs(g))), jnp.any)
+        return jnp.where(as_state(jnp.cumsum(large, axis=1) > 0, g), g, g + d)
+
+    def body(carry: Any) -> Any:
+        i, g, taken, done = carry
+        f, J = problem.linearise(problem.previous(h0, g, reset), xs)
+        gap = jnp.where(as_state(done, g), jnp.zeros_like(g), f - g)
+        off = unconverged(gap, f, aim) & ~done
+        if split:
+            ready = jnp.broadcast_to(~problem.anywhere(off.any(axis=1))[:, None], off.shape)
+        else:
+            ready = jnp.cumsum(off, axis=1) == 0
+        active = problem.anywhere(~ready.all(axis=1))
+        d = newton_step(gap, J)
+        new = jnp.where(as_state(ready, g), polished(g, d), better(g, f, d, ready))
+        stay = done | (~ready & (i == limit))
+        g = jnp.where(as_state(stay, g), g, new)
+        return i + 1, g, taken + (active & (i < limit)).astype(taken.dtype), done | ready
+
+    def go_on(carry: Any) -> jax.Array:
+        i, _, _, done = carry
+        return (i <= limit) & jnp.any(problem.anywhere(~done.all(axis=1)))
+
+    start = jnp.where(as_state(done, guess), guess, clip(guess) if solver.projection else guess)
+    # The loop's carry varies over a mesh where the states do.
+    done = done & ~jnp.isnan(over_state(jnp.zeros_like(guess), jnp.sum))
+    taken = jnp.zeros_like(done[:, 0], jnp.int32)
+    _, g, taken, done = lax.while_loop(go_on, body, (0, start, taken, done))
+    return g, taken, done
+
+
+def as_state(mask: jax.Array, like: jax.Array) -> jax.Array:
+    """A mask [B, T], or [B, 1], that broadcasts against states."""
+    return mask.reshape(*mask.shape, *(1 for _ in like.shape[2:]))
+
+
+def in_windows(
+    problem: Problem,
+    solver: Newton,
+    h0: jax.Array,
+    xs: PyTree,
+    reset: jax.Array,
+    guess: jax.Array,
+    done: jax.Array,
+    finish: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """From the first unconverged window on: states, Newton steps, and steps taken one by one."""
+    length = guess.shape[1]
+    size = min(solver.window, length)
+    count = -(-length // size)
+
+    def padded(x: jax.Array, value: Any = 0) -> jax.Array:
+        after = [(0, 0), (0, count * size - length), *((0, 0) for _ in x.shape[2:])]
+        return jnp.pad(x, after, constant_values=value)
+
+    def window(x: jax.Array, start: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+    first = jnp.min(jnp.sum(jnp.cumsum(~done, axis=1) == 0, axis=1)) // size
+    xs, reset, states = jax.tree.map(padded, xs), padded(reset), padded(guess)
+    done = padded(done, value=True)
+
+    def body(carry: Any) -> Any:
+        w, h, states, taken, stepped = carry
+        start = w * size
+        x, cuts = jax.tree.map(lambda x: window(x, start), xs), window(reset, start)
+        g, more, known = iterate(
+            problem,
+            solver,
+            h,
+            x,
+            cuts,
+            window(states, start),
+            solver.max_iterations,
+            window(done, start),
+        )
+        if finish:
+            g = lax.cond(
+                jnp.all(known),
+                lambda g: g,
+                lambda g: step_through(problem, h, x, cuts, g, ~known),
+                g,
+            )
+            stepped = stepped + jnp.sum(~known, axis=1, dtype=stepped.dtype)
+        states = lax.dynamic_update_slice_in_dim(states, g, start, axis=1)
+        return w + 1, g[:, -1], states, taken + more, stepped
+
+    before = lax.dynamic_index_in_dim(states, jnp.maximum(first * size - 1, 0), 1, keepdims=False)
+    h = jnp.where(first == 0, h0, before)
+    zeros = jnp.zeros_like(done[:, 0], jnp.int32)
+    _, _, states, taken, stepped = lax.while_loop(
+        lambda carry: carry[0] < count, body, (first, h, states, zeros, zeros)
+    )
+    return states[:, :length], taken, stepped
+
+
+def step_through(
+    problem: Problem, h: jax.Array, xs: PyTree, reset: jax.Array, g: jax.Array, left: jax.Array
+) -> jax.Array:
+    """The states of `g`, those that are `left` computed one after the other."""
+
+    def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        x, cut, known, todo = jax.tree.map(lambda v: v[:, None], inputs)
+        new = problem.evaluate(problem.previous(h, known, cut), x)
+        h = jnp.where(as_state(todo, known), new, known)[:, 0]
+        return h, h
+
+    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, reset, g, left))
+    return jnp.moveaxis(lax.scan(step, h, inputs)[1], 0, 1)
+
+
+def solve(
+    problem: Problem,
+    solver: Newton,
+    h0: jax.Array,
+    xs: PyTree,
+    reset: jax.Array,
+    guess: jax.Array,
+    *,
+    finish: bool,
+    rescue: Callable[[], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """All states, and the Newton steps and single steps that each sequence took.
+
+    `rescue` stands in for the windows where they cannot be: when T is split over devices.
+    """
+    done = jnp.zeros(guess.shape[:2], bool)
+    g, taken = guess, jnp.zeros(guess.shape[0], jnp.int32)
+    if solver.whole_iterations or rescue is not None:
+        limit = solver.whole_iterations or solver.max_iterations
+        split = rescue is not None
+        g, taken, done = iterate(problem, solver, h0, xs, reset, g, limit, done, split=split)
+    lost = problem.anywhere(~done.all(axis=1))
+    zeros = jnp.zeros_like(taken)
+    if rescue is None:
+        states, more, stepped = lax.cond(
+            jnp.any(lost),
+            lambda: in_windows(problem, solver, h0, xs, reset, g, done, finish),
+            lambda: (g, zeros, zeros),
+        )
+        return states, taken + more, stepped
+    if not finish:
+        return g, taken, zeros
+    saved = lax.cond(
+        jnp.any(lost), lambda: jnp.where(as_state(lost[:, None], g), rescue(), g), lambda: g
+    )
+    return saved, taken, jnp.where(lost, guess.shape[1], 0).astype(taken.dtype)

@@ -1,0 +1,318 @@
+"""Nonlinear RNNs: h_t = f(h_{t-1}, x_t) for all t, solved in parallel by Newton or stepped."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from seqjax.ops import _checks, _compat, _dispatch, _newton, _sequence, _structure
+from seqjax.ops._affine_scan import correction
+from seqjax.ops._implicit import derivatives
+from seqjax.ops._newton import Newton, SolveInfo
+from seqjax.types import Array, Float, PyTree, Reset
+
+CellFunction = Callable[[PyTree, Array, PyTree], Array]
+ON_FAILURE = ("sequential", "error", "warn")
+
+
+def nonlinear_scan(
+    cell: CellFunction,
+    params: PyTree,
+    xs: PyTree,
+    initial_state: Float[Array, "B D"] | Float[Array, "B D k"],
+    *,
+    reset: Reset | None = None,
+    jacobian: str = "auto",
+    bounds: tuple[Any, Any] | None = None,
+    guess: Array | None = None,
+    solver: Newton | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    on_failure: str = "sequential",
+    sequence_axis: str | None = None,
+) -> tuple[Array, Array, SolveInfo]:
+    """Nonlinear recurrence over time.
+
+        h_t = f(h_{t-1}, x_t)          h_0 = initial_state,   f = cell(params, h, x)
+
+    Where `reset` is true, h_{t-1} is cleared to zero first. Solved for all t at once by Newton's
+    method, each step of which is a linear recurrence (DEER, arXiv 2309.12252; ELK, 2407.19115;
+    ParaRNN, 2510.21450), or step after step. However it was solved, gradients are those of the
+    recurrence: one linear recurrence backwards with the exact Jacobians at the solution, which is
+    all that is kept.
+
+    Args:
+      cell: f(params, h, x) -> h, one step of one sequence: h [D] or [D, k]. A `seqjax.cells` cell
+        or any function; it must not close over arrays made inside `jit` or `grad`: these belong
+        into `params`.
+      params: pytree of arrays.
+      xs: pytree of [B, T, ...] arrays.
+      initial_state: [B, D], or [B, D, k] for D channels of k coupled numbers.
+      reset: [B, T] bool.
+      jacobian: the structure of df/dh: "diagonal" (channel by channel), "block" (k x k per
+        channel), "dense"; "quasi" solves with the diagonal of a dense one (gradients stay exact);
+        "auto" is the cell's own or is found from the function. What is declared is checked.
+      bounds: (lowest, highest) state, broadcastable to a state: limits that f never leaves from
+        within. None takes the cell's own, if it has some. Wrong ones cost steps, not correctness.
+      guess: [B, T, ...] states to begin from, such as those of an earlier call on similar
+        parameters.
+      solver: a `Newton`.
+      algorithm: "newton", "sequential" or None, which is sequential on CPU.
+      implementation: "xla", "pallas" or None.
+      on_failure: what to do when Newton does not converge: "sequential" finishes step by step,
+        "error" raises, "warn" prints a warning and returns what there is, flagged in `info`.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+
+    Returns:
+      (hs, final state, info): all states in the dtype of `xs`, the last one in float32, or float64
+      if any argument is, and a `SolveInfo` with arrays [B].
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, or a Jacobian that is not as declared.
+      NotImplementedError: for an algorithm or implementation that cannot run here.
+      RuntimeError: with on_failure="error" (under `jit` as the error of a callback).
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> cell = lambda a, h, x: jnp.tanh(a * h + x)
+      >>> xs, h0 = jnp.ones((1, 100, 4)), jnp.zeros((1, 4))
+      >>> hs, last, info = seqjax.nonlinear_scan(cell, jnp.ones(4), xs, h0, algorithm="newton")
+      >>> hs.shape, bool(info.converged[0]), int(info.iterations[0]) < 10
+      ((1, 100, 4), True, True)
+    """
+    op = "nonlinear_scan"
+    params, xs, h0 = jax.tree.map(jnp.asarray, (params, xs, initial_state))
+    batch, length, state = _check_arrays(op, params, xs, h0)
+    reset = _checks.check_reset(op, reset, batch, length)
+    algorithm = _dispatch.resolve(
+        op, algorithm, implementation, algorithms=("newton", "sequential")
+    )
+    if on_failure not in ON_FAILURE:
+        raise ValueError(
+            f"{op}: `on_failure` must be one of {', '.join(ON_FAILURE)}, got {on_failure!r}."
+        )
+    structure = _structure.resolve(op, cell, params, xs, h0, jacobian)
+    own = getattr(cell, "bounds", None)
+    if bounds is None and own is not None:
+        bounds = own(params)
+    wanted = (batch, length, *h0.shape[1:])
+    guess = jnp.zeros(wanted, state) if guess is None else jnp.asarray(guess)
+    if guess.shape != wanted:
+        raise ValueError(f"{op}: `guess` must have shape {list(wanted)}, got {list(guess.shape)}.")
+    return _run(
+        params,
+        xs,
+        h0.astype(state),
+        jnp.zeros((batch, length), bool) if reset is None else reset,
+        lax.stop_gradient(guess.astype(state)),
+        lax.stop_gradient(bounds),
+        cell=cell,
+        structure=structure,
+        solver=solver or Newton(),
+        algorithm=algorithm,
+        on_failure=on_failure,
+        sequence_axis=sequence_axis,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "cell",
+        "structure",
+        "solver",
+        "algorithm",
+        "on_failure",
+        "sequence_axis",
+    ),
+)
+def _run(
+    params: PyTree,
+    xs: PyTree,
+    h0: Array,
+    reset: Array,
+    guess: Array,
+    bounds: Any,
+    *,
+    cell: CellFunction,
+    structure: tuple[str, str],
+    solver: Newton,
+    algorithm: str | None,
+    on_failure: str,
+    sequence_axis: str | None,
+) -> tuple[Array, Array, SolveInfo]:
+    out = _structure.float_leaves(xs)[0].dtype
+    leaves, tree = jax.tree.flatten((params, xs, h0, reset, guess))
+    params, xs, h0, reset, guess = jax.tree.unflatten(tree, _compat.match_varying(*leaves))
+    params, xs = jax.tree.map(lambda x: _widened(x, h0.dtype), (params, xs))
+
+    # What is followed by derivatives is the rule below, not the way to the solution.
+    fixed = jax.tree.map(lax.stop_gradient, (params, xs, h0))
+    problem = _problem(cell, fixed[0], structure[0], bounds, sequence_axis)
+
+    def by(algorithm: str, h0: Array) -> tuple[Array, SolveInfo]:
+        arrays = (h0, fixed[1], reset, guess)
+        if algorithm == "sequential":
+            return _stepped(problem, *arrays, sequence_axis)
+        rescue = None
+        if sequence_axis is not None:
+            rescue = functools.partial(_in_turn, problem, h0, fixed[1], reset, sequence_axis)
+        finish = on_failure == "sequential"
+        states, iterations, steps = _newton.solve(
+            problem, solver, *arrays, finish=finish, rescue=rescue
+        )
+        return states, _judge(
+            problem, solver, *arrays[:3], states, iterations, steps, sequence_axis
+        )
+
+    # On a CPU nothing runs in parallel that would pay for a Newton step: a step of the cell costs
+    # as much as it does inside one, and each is done several times there.
+    on_cpu, elsewhere = (algorithm, algorithm) if algorithm else ("sequential", "newton")
+    states, info = _dispatch.by_platform(by, on_cpu, elsewhere, fixed[2])
+    if on_failure != "sequential":
+        _report(info, on_failure)
+
+    follow = derivatives(cell, structure[1], on_cpu, elsewhere, sequence_axis)
+    hs = follow(params, xs, h0, reset, lax.stop_gradient(states))
+    final = hs[:, -1]
+    if sequence_axis is not None:
+        final = _sequence.from_last(final, sequence_axis)
+    return hs.astype(out), final, jax.tree.map(lax.stop_gradient, info)
+
+
+def _problem(
+    cell: CellFunction, params: PyTree, structure: str, bounds: Any, sequence_axis: str | None
+) -> _newton.Problem:
+    def over_steps(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.vmap(jax.vmap(function))
+
+    def anywhere(mask: Array) -> Array:
+        if sequence_axis is None:
+            return mask
+        return lax.psum(mask.astype(jnp.int32), sequence_axis) > 0
+
+    return _newton.Problem(
+        evaluate=over_steps(lambda h, x: cell(params, h, x)),
+        linearise=over_steps(
+            lambda h, x: _structure.jacobian(lambda h: cell(params, h, x), h, structure)
+        ),
+        correct=functools.partial(correction, sequence_axis=sequence_axis),
+        previous=functools.partial(_sequence.previous, axis_name=sequence_axis),
+        anywhere=anywhere,
+        bounds=bounds,
+    )
+
+
+def _in_turn(
+    problem: _newton.Problem, h0: Array, xs: PyTree, reset: Array, sequence_axis: str
+) -> Array:
+    """All states step by step, one device after the other."""
+    local = problem._replace(previous=_sequence.previous)
+    size = lax.axis_size(sequence_axis)
+    every, states = jnp.ones_like(reset), jnp.zeros((*reset.shape, *h0.shape[1:]), h0.dtype)
+    entered, states = _compat.match_varying(h0, states + jnp.zeros_like(h0[:, None]))
+    for turn in range(size):
+        states = _newton.step_through(local, entered, xs, reset, states, every)
+        links = [(i, i + 1) for i in range(size - 1)]
+        received = lax.ppermute(states[:, -1], sequence_axis, links)
+        entered = jnp.where(_sequence.is_first(sequence_axis), h0, received)
+        del turn
+    return states
+
+
+def _stepped(
+    problem: _newton.Problem,
+    h0: Array,
+    xs: PyTree,
+    reset: Array,
+    guess: Array,
+    sequence_axis: str | None,
+) -> tuple[Array, SolveInfo]:
+    """All states step by step. They are what they are said to be, unless they are not numbers."""
+    if sequence_axis is None:
+        states = _newton.step_through(problem, h0, xs, reset, guess, jnp.ones_like(reset))
+    else:
+        states = _in_turn(problem, h0, xs, reset, sequence_axis)
+    off = ~problem.anywhere(~_newton.over_state(jnp.isfinite(states), jnp.all).all(axis=1))
+    none = jnp.zeros_like(off, jnp.int32)
+    steps = none + reset.shape[1] * _parts(sequence_axis)
+    residual = jnp.where(off, 0.0, jnp.nan).astype(states.dtype)
+    return states, SolveInfo(none, residual, off, steps)
+
+
+def _parts(sequence_axis: str | None) -> int:
+    return 1 if sequence_axis is None else lax.axis_size(sequence_axis)
+
+
+def _judge(
+    problem: _newton.Problem,
+    solver: Newton,
+    h0: Array,
+    xs: PyTree,
+    reset: Array,
+    states: Array,
+    iterations: Array,
+    steps: Array,
+    sequence_axis: str | None,
+) -> SolveInfo:
+    """What is true of the states that are returned."""
+    gap = problem.evaluate(problem.previous(h0, states, reset), xs) - states
+    off = _newton.unconverged(gap, states, _newton.tolerance(solver, states.dtype))
+    worst = jnp.max(_newton.over_state(jnp.abs(gap), jnp.max), axis=1)
+    if sequence_axis is not None:
+        worst = lax.pmax(worst, sequence_axis)
+    return SolveInfo(iterations, worst, ~problem.anywhere(off.any(axis=1)), steps)
+
+
+def _report(info: SolveInfo, on_failure: str) -> None:
+    """Raise or warn at run time, when a sequence has not converged."""
+
+    def tell(converged: Any, residual: Any) -> None:
+        if converged.all():
+            return
+        text = (
+            f"nonlinear_scan: {int((~converged).sum())} of {converged.size} sequences did not"
+            f" converge (largest residual {residual.max():.1e}); allow more `max_iterations` or"
+            " a smaller `window` in `solver`, or take on_failure='sequential'."
+        )
+        if on_failure == "error":
+            raise RuntimeError(text)
+        warnings.warn(text, stacklevel=2)
+
+    jax.debug.callback(tell, info.converged, info.residual)
+
+
+def _widened(x: Array, dtype: Any) -> Array:
+    """Floating-point numbers in the dtype of the state: residuals are never rounded to 8 bits."""
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _check_arrays(op: str, params: PyTree, xs: PyTree, h0: Array) -> tuple[int, int, Any]:
+    leaves = jax.tree.leaves(xs)
+    if h0.ndim not in (2, 3) or 0 in h0.shape:
+        raise ValueError(
+            f"{op}: `initial_state` must have shape [B, D] or [B, D, k], got {list(h0.shape)}."
+        )
+    lead: tuple[int, ...] = leaves[0].shape[:2] if leaves else ()
+    if any(x.ndim < 2 or x.shape[:2] != lead or 0 in x.shape[:2] for x in leaves) or len(lead) < 2:
+        shapes = ", ".join(str(list(x.shape)) for x in leaves)
+        raise ValueError(
+            f"{op}: every leaf of `xs` must have shape [B, T, ...] with the same B and T >= 1,"
+            f" got {shapes or 'none'}."
+        )
+    if lead[0] != h0.shape[0]:
+        raise ValueError(
+            f"{op}: `initial_state` must have shape [B={lead[0]}, ...], got {list(h0.shape)}."
+        )
+    floats = {"initial_state": h0} | {
+        f"xs[{i}]": x for i, x in enumerate(_structure.float_leaves(xs))
+    }
+    floats |= {f"params[{i}]": x for i, x in enumerate(_structure.float_leaves(params))}
+    _checks.check_dtypes(op, floats, complex_ok=False)
+    if not _structure.float_leaves(xs):
+        raise ValueError(f"{op}: `xs` must hold at least one floating-point array.")
+    return lead[0], lead[1], _checks.state_dtype(*floats.values())

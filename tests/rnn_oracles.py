@@ -1,0 +1,129 @@
+"""RNN cells and their layers as float64 NumPy loops, written from the papers' equations.
+
+The layers' functions take `(layer, params, x, reset=None)` as those of `layer_oracles` do. Each
+rests on one step `(hyper, p, state, u)`: `state` is a list of vectors [N], `u` [gates, N], and
+`hyper` anything with the cell's hyperparameters. Nothing here comes from seqjax.
+"""
+
+import functools
+
+import numpy as np
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
+def elman_step(hyper, p, state, u):
+    (h,) = state
+    return [np.tanh(u[0] + h @ p["W"])]
+
+
+def gru_step(hyper, p, state, u):
+    (h,) = state
+    reset_gate = _sigmoid(u[0] + h @ p["W_r"])
+    update = _sigmoid(u[1] + h @ p["W_z"])
+    new = np.tanh(u[2] + reset_gate * (h @ p["W_n"] + p["n_bias"]))
+    return [(1 - update) * new + update * h]
+
+
+def lstm_step(hyper, p, state, u):
+    c, h = state
+    i, f, o = (_sigmoid(u[j] + h @ p[name]) for j, name in ((0, "W_i"), (1, "W_f"), (3, "W_o")))
+    c = f * c + i * np.tanh(u[2] + h @ p["W_g"])
+    return [c, o * np.tanh(c)]
+
+
+def paragru_step(hyper, p, state, u):
+    (h,) = state
+    z = _sigmoid(p["A_z"] * h + u[0])
+    r = _sigmoid(p["A_r"] * h + u[1])
+    n = np.tanh(p["A_n"] * (h * r) + u[2])
+    return [(1 - z) * h + z * n]
+
+
+def paralstm_step(hyper, p, state, u):
+    c, h = state
+    f = _sigmoid(p["A_f"] * h + u[0] + p["C_f"] * c)
+    c = f * c + (1 - f) * np.tanh(p["A_g"] * h + u[1])
+    o = _sigmoid(p["A_o"] * h + u[2] + p["C_o"] * c)
+    return [c, o * np.tanh(c)]
+
+
+def slstm_step(hyper, p, state, u):
+    """The sums themselves, with no stabiliser: the state is (c, n, h)."""
+    c, n, h = state
+    i = np.exp(u[0] + p["R_i"] * h)
+    f = _sigmoid(u[1] + p["R_f"] * h)
+    z = np.tanh(u[2] + p["R_z"] * h)
+    o = _sigmoid(u[3] + p["R_o"] * h)
+    c, n = f * c + i * z, f * n + i
+    return [c, n, o * c / n]
+
+
+def lem_step(hyper, p, state, u):
+    y, z = state
+    step_z = hyper.dt * _sigmoid(u[0] + y @ p["W_1"])
+    step_y = hyper.dt * _sigmoid(u[1] + y @ p["W_2"])
+    z = (1 - step_z) * z + step_z * np.tanh(u[2] + y @ p["W_z"])
+    y = (1 - step_y) * y + step_y * np.tanh(u[3] + z @ p["W_y"])
+    return [y, z]
+
+
+def ltc_step(hyper, p, state, u):
+    (h,) = state
+    f = _sigmoid(u[0] + h @ p["W"])
+    tau = np.exp(p["log_tau"])
+    return [(h + hyper.dt * f * p["A"]) / (1 + hyper.dt * (1 / tau + f))]
+
+
+# By class name: the step, how many vectors its state has, and which of them a layer reads.
+STEPS = {
+    "Elman": (elman_step, 1, 0),
+    "GRU": (gru_step, 1, 0),
+    "LSTM": (lstm_step, 2, 1),
+    "ParaGRU": (paragru_step, 1, 0),
+    "ParaLSTM": (paralstm_step, 2, 1),
+    "SLSTM": (slstm_step, 3, 2),
+    "LEM": (lem_step, 2, 0),
+    "LTC": (ltc_step, 1, 0),
+}
+
+
+def _loop(name, layer, params, x, reset=None):
+    step, width, read = STEPS[name]
+    p = {key: np.asarray(value, np.float64) for key, value in params.items()}
+    x = np.asarray(x, np.float64)
+    batch, length, _ = x.shape
+    reset = np.zeros((batch, length), bool) if reset is None else np.asarray(reset, bool)
+    size = layer.state_dim
+    y = np.zeros_like(x)
+    for b in range(batch):
+        state = [np.zeros(size)] * width
+        for t in range(length):
+            if reset[b, t]:
+                state = [np.zeros(size)] * width
+            u = (x[b, t] @ p["in_proj"] + p["bias"]).reshape(-1, size)
+            state = step(layer, p, state, u)
+            y[b, t] = state[read] @ p["out_proj"]
+    return y
+
+
+elman, gru, lstm, paragru, paralstm, slstm, lem, ltc = (
+    functools.partial(_loop, name) for name in STEPS
+)
+
+
+def nonlinear_scan(cell, inputs, state, reset):
+    """The bare cell over its pre-activations: (states, last state), as the op returns them."""
+    step, count, _ = STEPS[type(cell).__name__]
+    x = inputs["x"]
+    states = np.zeros((*x.shape[:2], *state.shape[1:]))
+    h = state.copy()
+    for b, t in np.ndindex(x.shape[:2]):
+        found = np.zeros_like(h[b]) if reset[b, t] else h[b]
+        parts = [found] if count == 1 else list(found.T)
+        new = step(cell, inputs["params"], parts, x[b, t])
+        h[b] = new[0] if count == 1 else np.stack(new, axis=-1)
+        states[b, t] = h[b]
+    return states, h
