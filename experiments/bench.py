@@ -1,9 +1,10 @@
 """Benchmarks: ratios between ways of computing the same thing, measured in one run.
 
-    python -m experiments.bench            # all of it, half an hour on two cores
+    python -m experiments.bench            # all of it, 40 minutes on two cores
     python -m experiments.bench scan       # the elementwise scan
     python -m experiments.bench ops        # the chunked forms
     python -m experiments.bench choice     # what algorithm=None picks
+    python -m experiments.bench newton     # nonlinear RNNs: Newton against step by step
 
 Every row is one shape; every candidate is timed once per round, in turn, and what is printed is
 the median over the rounds of its time divided by the reference's time in the same round. Lone
@@ -13,9 +14,7 @@ goes before each that is, so that nobody finds memory that another candidate lef
 
 import functools
 import itertools
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,47 +24,12 @@ from absl import app, flags
 from jax import lax
 
 import seqjax
-from experiments import bench_cases
+from experiments import bench_cases, bench_newton
+from experiments.bench_tools import Candidates, Table, ratios
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
-Candidates = dict[str, Callable[..., Any]]
 SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
-
-
-def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, float]:
-    """The median over rounds of each candidate's time over the reference's."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():  # compile
-        jax.block_until_ready(run())
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            jax.block_until_ready(run())
-            start = time.perf_counter()
-            result = jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
-            del result
-    return {
-        name: statistics.median(t / r for t, r in zip(ts, times[reference], strict=True))
-        for name, ts in times.items()
-    }
-
-
-class Table:
-    """A Markdown table of ratios, printed row by row."""
-
-    def __init__(self, title: str) -> None:
-        print(f"\n{title}\n", flush=True)
-        self._names: list[str] = []
-
-    def row(self, label: str, values: dict[str, float]) -> None:
-        """Print a row, and the header before the first."""
-        if not self._names:
-            self._names = list(values)
-            print("| | " + " | ".join(self._names) + " |")
-            print("|---" * (len(self._names) + 1) + "|")
-        cells = (f"{values[name]:.2f}" if name in values else "" for name in self._names)
-        print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
 
 
 def by_lax_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
@@ -170,7 +134,12 @@ def bench_choice(rounds: int) -> None:
         table.row(f"{name}, {shape}", {"None over the best": 1 / best} | times)
 
 
-SUITES = {"scan": bench_scan, "ops": bench_ops, "choice": bench_choice}
+SUITES = {
+    "scan": bench_scan,
+    "ops": bench_ops,
+    "choice": bench_choice,
+    "newton": bench_newton.bench_newton,
+}
 
 
 def main(argv: Sequence[str]) -> None:

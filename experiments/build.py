@@ -18,6 +18,14 @@ LAYERS: dict[str, type] = {
     "mamba": layers.Mamba,
     "deltanet": layers.DeltaNet,
     "attention": layers.SlidingWindowAttention,
+    "elman": layers.Elman,
+    "gru": layers.GRU,
+    "lstm": layers.LSTM,
+    "paragru": layers.ParaGRU,
+    "paralstm": layers.ParaLSTM,
+    "slstm": layers.SLSTM,
+    "lem": layers.LEM,
+    "ltc": layers.LTC,
 }
 
 VOCAB_SIZE = 256

@@ -16,7 +16,7 @@ import optax
 from ml_collections import ConfigDict
 
 import seqjax
-from experiments import build, checkpoints, heldout, logs, optimizer
+from experiments import build, checkpoints, heldout, logs, optimizer, solves
 from experiments.data import corpus as corpora
 from experiments.data import pipeline
 from experiments.errors import UserError
@@ -75,6 +75,7 @@ class Run:
             config.optimizer, config.steps, self.model.param_roles()
         )
         self._train_step = make_train_step(self.model, transform, schedule)
+        self._solver_report = solves.make_report(self.model)
         self.evaluate = heldout.make_evaluate(
             self.model, lanes=config.eval.lanes, length=config.data.length
         )
@@ -149,9 +150,8 @@ class Run:
         first = self.step + 1
         with Interrupt() as interrupt:
             while self.step < config.steps:
-                self.state, metrics = self._train_step(
-                    self.state, next(self._batches), np.int32(self.step)
-                )
+                self._batch = next(self._batches)
+                self.state, metrics = self._train_step(self.state, self._batch, np.int32(self.step))
                 self.step += 1
                 self._pending.append((self.step, metrics))
                 self._progress.step()
@@ -186,6 +186,8 @@ class Run:
                     self._diverged(name.replace("_", " "), row[name], step)
             row["bits_per_byte"] = row["loss"] / math.log(2)
             rows.append(row)
+        if self.step % self.config.log_every == 0:
+            rows[-1] |= self._solving()
         if timed:
             # The first step compiles and says nothing about speed.
             self._timed["steps"] += len(rows)
@@ -201,6 +203,18 @@ class Run:
             self.step, {f"train/{name}": x for name, x in rows[-1].items() if name != "step"}
         )
         self._clock = time.perf_counter()
+
+    def _solving(self) -> dict[str, int]:
+        """How Newton fares on the last batch with the parameters that it led to."""
+        if self._solver_report is None:
+            return {}
+        batch = self._batch
+        numbers = self._solver_report(
+            self.state["params"],
+            batch["inputs"].astype(jnp.int32),
+            seqjax.segment_starts(batch["segment_ids"]),
+        )
+        return {name: int(value) for name, value in jax.device_get(numbers).items()}
 
     def _evaluate(self, documents: list[bytes]) -> bool:
         """Evaluates on held-out text; returns whether the result is the best so far."""

@@ -9,6 +9,7 @@ from seqjax.ops import delta_rule as delta_rule
 from seqjax.ops import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops import linear_attention as linear_attention
 from seqjax.ops import linear_scan as linear_scan
+from seqjax.ops import lyapunov as lyapunov
 from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
 from seqjax.ops import segment_starts as segment_starts

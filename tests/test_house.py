@@ -87,7 +87,17 @@ def test_docstring_examples(name):
     assert doctest.testmod(module).failed == 0
 
 
-@pytest.mark.parametrize("name", [n for n in dir(seqjax) if callable(getattr(seqjax, n))])
+@pytest.mark.parametrize("name", [n for n in dir(seqjax) if inspect.isclass(getattr(seqjax, n))])
+def test_public_classes_are_documented(name):
+    made = getattr(seqjax, name)
+    for field in made.__annotations__:
+        assert re.search(rf"^\s+{field}:", made.__doc__, re.M), field
+
+
+FUNCTIONS = [n for n in dir(seqjax) if inspect.isroutine(getattr(seqjax, n))]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_public_functions_are_documented(name):
     function = getattr(seqjax, name)
     for part in ("Args:", "Returns:", "Raises:", "Example:", ">>>"):
@@ -100,7 +110,7 @@ def test_public_functions_are_documented(name):
 def test_annotations_are_true(case):
     inputs, state, reset = make(case)
     function = getattr(seqjax, str(case).split("-")[0])
-    if function is seqjax.monoid_scan:
+    if function in (seqjax.monoid_scan, seqjax.nonlinear_scan):
         pytest.skip("its arrays are trees of any shape")
     typed = jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
     arrays = cast(inputs, "float32")

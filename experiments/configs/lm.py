@@ -6,7 +6,8 @@ Hardware: any; the defaults are for two CPU cores: 500 steps of 16 x 128 bytes w
 width 128, about 0.4 million parameters. Time and result, on two cores: deltanet took a little over
 two minutes, installation included, and ended at 1.92 held-out bits per byte on 524,288 bytes of the
 Python 3.11 standard library (gzip 2.01, xz 1.63). LRU and S5 take less than half of its time, Mamba
-about twice; expect 1.8 to 2.1 from each layer. `summary.json` holds what a run reached.
+about twice; expect 1.8 to 2.1 from each of these. The nonlinear RNNs (elman to ltc) have not been
+measured. `summary.json` holds what a run reached.
 
 `:deltanet,quicktest` (any layer) is a run of a few seconds that learns next to nothing.
 """
@@ -27,6 +28,14 @@ MIXERS = {
     "mamba": "mamba",
     "deltanet": "deltanet",
     "attention": "attention",
+    "elman": "elman",
+    "gru": "gru",
+    "lstm": "lstm",
+    "paragru": "paragru",
+    "paralstm": "paralstm",
+    "slstm": "slstm",
+    "lem": "lem",
+    "ltc": "ltc",
     "hybrid": "deltanet,attention",
 }
 
@@ -73,6 +82,14 @@ def get_config(arg: str = "") -> ConfigDict:
                     "negative_eigenvalues": False,
                 },
                 "attention": {"heads": 4, "window": 64},
+                "elman": {"state_dim": 128},
+                "gru": {"state_dim": 128},
+                "lstm": {"state_dim": 128},
+                "paragru": {"state_dim": 128},
+                "paralstm": {"state_dim": 128},
+                "slstm": {"state_dim": 128},
+                "lem": {"state_dim": 128, "dt": 1.0},
+                "ltc": {"state_dim": 128, "dt": 1.0},
             },
         },
         "data": {
@@ -126,6 +143,14 @@ def _shrink(config: ConfigDict, depth: int) -> None:
                     "mamba": {"state_dim": 4},
                     "deltanet": {"heads": 2},
                     "attention": {"heads": 2, "window": 8},
+                    "elman": {"state_dim": 16},
+                    "gru": {"state_dim": 16},
+                    "lstm": {"state_dim": 16},
+                    "paragru": {"state_dim": 16},
+                    "paralstm": {"state_dim": 16},
+                    "slstm": {"state_dim": 16},
+                    "lem": {"state_dim": 16},
+                    "ltc": {"state_dim": 16},
                 },
             },
             "data": {"length": 32, "batch_size": 4, "shuffle_windows": 64},

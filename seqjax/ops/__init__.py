@@ -4,6 +4,7 @@ from seqjax.ops.delta_rule import delta_rule as delta_rule
 from seqjax.ops.generalized_delta_rule import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops.linear_attention import linear_attention as linear_attention
 from seqjax.ops.linear_scan import linear_scan as linear_scan
+from seqjax.ops.lyapunov import lyapunov as lyapunov
 from seqjax.ops.monoid_scan import monoid_scan as monoid_scan
 from seqjax.ops.nonlinear_scan import Newton as Newton
 from seqjax.ops.nonlinear_scan import SolveInfo as SolveInfo

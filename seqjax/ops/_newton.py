@@ -37,7 +37,8 @@ class Newton:
     Attributes:
       tol: a state has converged when |h_t - f(h_{t-1}, x_t)| <= tol * max(1, |h_t|) in all its
         numbers; None is 128 times the resolution of the state's dtype.
-      whole_iterations: Newton steps on all of T before windows are tried.
+      whole_iterations: Newton steps on all of T before windows are tried; more for a sequence of
+        which each step brings a window's length or more to convergence.
       max_iterations: Newton steps in a window.
       window: steps in a window. Smaller ones need fewer iterations each and less memory.
       projection: put iterates back into the cell's bounds, and through the cell once more.
@@ -169,37 +170,48 @@ def iterate(
         first = ready if ready.shape[1] == 1 else jnp.pad(ready[:, :-1], [(0, 0), (1, 0)])
         return jnp.where(as_state(first.at[:, 0].set(True), g), f, new)
 
-    def polished(g: jax.Array, d: jax.Array) -> jax.Array:
-        # From here a small step squares the error. A large one says that errors grow along the
-        # sequence, and would not be an improvement.
-        large = over_state(~(jnp.abs(d) <= aim**0.5 * jnp.maximum(1, jnp.abs(g))), jnp.any)
-        return jnp.where(as_state(jnp.cumsum(large, axis=1) > 0, g), g, g + d)
+    # None, in an array that varies over a mesh where the states do, as a loop's carry must.
+    varies = jnp.isnan(over_state(jnp.zeros_like(guess), jnp.sum))
 
     def body(carry: Any) -> Any:
-        i, g, taken, done = carry
+        i, g, taken, near, done, given_up = carry
         f, J = problem.linearise(problem.previous(h0, g, reset), xs)
         gap = jnp.where(as_state(done, g), jnp.zeros_like(g), f - g)
-        off = unconverged(gap, f, aim) & ~done
+        d = newton_step(gap, J)
+        # From here a small step squares the error. A large one says that errors grow along the
+        # sequence, and that what looks converged is not.
+        small = jnp.abs(d) <= aim**0.5 / 16 * jnp.maximum(1, jnp.abs(g))
+        off = (unconverged(gap, f, aim) | ~over_state(small, jnp.all)) & ~done
         if split:
             ready = jnp.broadcast_to(~problem.anywhere(off.any(axis=1))[:, None], off.shape)
         else:
             ready = jnp.cumsum(off, axis=1) == 0
-        active = problem.anywhere(~ready.all(axis=1))
-        d = newton_step(gap, J)
-        new = jnp.where(as_state(ready, g), polished(g, d), better(g, f, d, ready))
-        stay = done | (~ready & (i == limit))
+        # What was near a step ago and is still converged is left as it was found to be now;
+        # what is ready for the first time takes this small step before it is looked at again.
+        final = jnp.cumsum(~(ready & near), axis=1) == 0
+        if split:
+            final = jnp.broadcast_to(~problem.anywhere(~final.all(axis=1))[:, None], off.shape)
+        new = jnp.where(as_state(ready, g), g + d, better(g, f, d, ready))
+        # Past the limit a sequence goes on as long as that brings more than a window would.
+        moved = jnp.sum(final, axis=1) - jnp.sum(done, axis=1)
+        slow = jnp.ones_like(given_up) if split else moved < solver.window
+        given_up = given_up | ((i >= limit) & slow)
+        active = problem.anywhere(~final.all(axis=1)) & ~given_up
+        stay = done | final | given_up[:, None]
         g = jnp.where(as_state(stay, g), g, new)
-        return i + 1, g, taken + (active & (i < limit)).astype(taken.dtype), done | ready
+        after = jnp.pad(ready, [(0, 0), (1, 0)], constant_values=True)[:, :-1]
+        near = ready | varies if split else after
+        return i + 1, g, taken + active.astype(taken.dtype), near, done | final, given_up
 
     def go_on(carry: Any) -> jax.Array:
-        i, _, _, done = carry
-        return (i <= limit) & jnp.any(problem.anywhere(~done.all(axis=1)))
+        *_, done, given_up = carry
+        return jnp.any(problem.anywhere(~done.all(axis=1)) & ~given_up)
 
     start = jnp.where(as_state(done, guess), guess, clip(guess) if solver.projection else guess)
-    # The loop's carry varies over a mesh where the states do.
-    done = done & ~jnp.isnan(over_state(jnp.zeros_like(guess), jnp.sum))
-    taken = jnp.zeros_like(done[:, 0], jnp.int32)
-    _, g, taken, done = lax.while_loop(go_on, body, (0, start, taken, done))
+    done, near = done & ~varies, varies
+    taken, given_up = jnp.zeros_like(done[:, 0], jnp.int32), jnp.zeros_like(done[:, 0])
+    carry = (0, start, taken, near, done, problem.anywhere(given_up))
+    _, g, taken, _, done, _ = lax.while_loop(go_on, body, carry)
     return g, taken, done
 
 
@@ -266,6 +278,19 @@ def in_windows(
         lambda carry: carry[0] < count, body, (first, h, states, zeros, zeros)
     )
     return states[:, :length], taken, stepped
+
+
+def step_all(problem: Problem, h: jax.Array, xs: PyTree, reset: jax.Array) -> jax.Array:
+    """All states, one after the other."""
+
+    def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        x, cut = jax.tree.map(lambda v: v[:, None], inputs)
+        found = jnp.where(as_state(cut, h[:, None]), jnp.zeros_like(h[:, None]), h[:, None])
+        h = problem.evaluate(found, x)[:, 0]
+        return h, h
+
+    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, reset))
+    return jnp.moveaxis(lax.scan(step, h, inputs)[1], 0, 1)
 
 
 def step_through(

@@ -157,7 +157,7 @@ def _run(
     def by(algorithm: str, h0: Array) -> tuple[Array, SolveInfo]:
         arrays = (h0, fixed[1], reset, guess)
         if algorithm == "sequential":
-            return _stepped(problem, *arrays, sequence_axis)
+            return _stepped(problem, *arrays[:3], sequence_axis)
         rescue = None
         if sequence_axis is not None:
             rescue = functools.partial(_in_turn, problem, h0, fixed[1], reset, sequence_axis)
@@ -211,16 +211,13 @@ def _in_turn(
     problem: _newton.Problem, h0: Array, xs: PyTree, reset: Array, sequence_axis: str
 ) -> Array:
     """All states step by step, one device after the other."""
-    local = problem._replace(previous=_sequence.previous)
     size = lax.axis_size(sequence_axis)
-    every, states = jnp.ones_like(reset), jnp.zeros((*reset.shape, *h0.shape[1:]), h0.dtype)
-    entered, states = _compat.match_varying(h0, states + jnp.zeros_like(h0[:, None]))
-    for turn in range(size):
-        states = _newton.step_through(local, entered, xs, reset, states, every)
+    entered, states = h0, jnp.zeros(())
+    for _ in range(size):
+        states = _newton.step_all(problem, entered, xs, reset)
         links = [(i, i + 1) for i in range(size - 1)]
         received = lax.ppermute(states[:, -1], sequence_axis, links)
         entered = jnp.where(_sequence.is_first(sequence_axis), h0, received)
-        del turn
     return states
 
 
@@ -229,12 +226,11 @@ def _stepped(
     h0: Array,
     xs: PyTree,
     reset: Array,
-    guess: Array,
     sequence_axis: str | None,
 ) -> tuple[Array, SolveInfo]:
     """All states step by step. They are what they are said to be, unless they are not numbers."""
     if sequence_axis is None:
-        states = _newton.step_through(problem, h0, xs, reset, guess, jnp.ones_like(reset))
+        states = _newton.step_all(problem, h0, xs, reset)
     else:
         states = _in_turn(problem, h0, xs, reset, sequence_axis)
     off = ~problem.anywhere(~_newton.over_state(jnp.isfinite(states), jnp.all).all(axis=1))

@@ -1,0 +1,55 @@
+"""What the suites of `experiments.bench` share: how ratios are measured, how they are printed."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+Candidates = dict[str, Callable[..., Any]]
+
+
+def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, float]:
+    """The median over rounds of each candidate's time over the reference's."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for run in candidates.values():  # compile
+        jax.block_until_ready(run())
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            jax.block_until_ready(run())
+            times[name].append(seconds(run))
+    return {
+        name: statistics.median(t / r for t, r in zip(ts, times[reference], strict=True))
+        for name, ts in times.items()
+    }
+
+
+def seconds(run: Callable[..., Any]) -> float:
+    """How long a call takes now. Says little by itself: to be compared, or to plan by."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(run())
+    taken = time.perf_counter() - start
+    del result
+    return taken
+
+
+class Table:
+    """A Markdown table, printed row by row: ratios, and counts where a value is an integer."""
+
+    def __init__(self, title: str, names: list[str] | None = None) -> None:
+        print(f"\n{title}\n", flush=True)
+        self._given = names or []
+        self._names: list[str] = []
+
+    def row(self, label: str, values: Mapping[str, float | str]) -> None:
+        """Print a row, and the header before the first: the names given, or those of this row."""
+        if not self._names:
+            self._names = self._given or list(values)
+            print("| | " + " | ".join(self._names) + " |")
+            print("|---" * (len(self._names) + 1) + "|")
+        cells = (
+            f"{value:.2f}" if isinstance(value, float) else str(value)
+            for value in (values.get(name, "") for name in self._names)
+        )
+        print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
