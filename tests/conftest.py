@@ -41,10 +41,20 @@ def strict():
         yield
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
+def _unoptimized():
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
+    yield from _unoptimized()
+
+
+@pytest.fixture
+def compiled_quickly():
+    """The same for a single test: of a rule, not of numbers that the compiler could change."""
+    yield from _unoptimized()

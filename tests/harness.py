@@ -14,7 +14,7 @@ B, T = 2, 13
 
 
 def by_variant(keep: Any = lambda case: True) -> Any:
-    """Parametrises a test by (case, algorithm); what does not run by default on CPU is slow."""
+    """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow."""
     return pytest.mark.parametrize(
         ("case", "algorithm"),
         [
@@ -22,7 +22,7 @@ def by_variant(keep: Any = lambda case: True) -> Any:
                 case,
                 algorithm,
                 id=f"{case}-{algorithm}" if algorithm else str(case),
-                marks=[] if algorithm == case.algorithms[0] else [pytest.mark.slow],
+                marks=[] if case.quick and algorithm == case.algorithms[0] else [pytest.mark.slow],
             )
             for case, algorithm in VARIANTS
             if keep(case)

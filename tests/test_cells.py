@@ -15,6 +15,7 @@ import seqjax
 from seqjax import cells, layers
 from tests.rnn_oracles import STEPS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 D = 4
 CELLS = [
     cells.Elman(D),

@@ -80,7 +80,9 @@ def test_float32_gradients(case, algorithm, strict):
 
 
 @EACH
-def test_forward_mode_is_the_transpose_of_reverse_mode(case, algorithm, x64, strict):
+def test_forward_mode_is_the_transpose_of_reverse_mode(
+    case, algorithm, x64, strict, compiled_quickly
+):
     inputs, state, reset = make(case)
     primals = (cast(inputs, "float64"), cast(state, "float64"))
     tangents = cast(direction(primals), "float64")
@@ -103,7 +105,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(case, algorithm, x64, str
 
 @pytest.mark.slow
 @EACH
-def test_second_derivatives(case, algorithm, x64, strict):
+def test_second_derivatives(case, algorithm, x64, strict, compiled_quickly):
     """A Hessian-vector product against differences of gradients."""
     inputs, state, reset = make(case)
     primals = (cast(inputs, "float64"), cast(state, "float64"))

@@ -23,6 +23,7 @@ from tests.harness import (
     weights,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 EACH = by_variant()
 
 

@@ -12,6 +12,7 @@ import seqjax
 from seqjax import cells
 from tests.harness import assert_close, error
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 D = 4
 CELLS = [
     cells.Elman(D),

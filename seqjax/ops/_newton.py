@@ -38,7 +38,8 @@ class Newton:
       tol: a state has converged when |h_t - f(h_{t-1}, x_t)| <= tol * max(1, |h_t|) in all its
         numbers; None is 128 times the resolution of the state's dtype.
       whole_iterations: Newton steps on all of T before windows are tried; more for a sequence of
-        which each step brings a window's length or more to convergence.
+        which each step brings a window's length or more to convergence. 0 keeps the memory of a
+        solve to that of a window.
       max_iterations: Newton steps in a window.
       window: steps in a window. Smaller ones need fewer iterations each and less memory.
       projection: put iterates back into the cell's bounds, and through the cell once more.
@@ -78,7 +79,8 @@ class SolveInfo(NamedTuple):
 
     Attributes:
       iterations: Newton steps, those of all windows added up. Zero where states were stepped.
-      residual: the largest |h_t - f(h_{t-1}, x_t)| of what is returned; NaN if any state is.
+      residual: the largest |h_t - f(h_{t-1}, x_t)| of what is returned; NaN if any state is, and
+        zero by construction where the algorithm was "sequential".
       converged: whether every state met the tolerance in what is returned.
       sequential_steps: states that had to be computed one after the other.
     """

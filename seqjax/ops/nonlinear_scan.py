@@ -95,6 +95,13 @@ def nonlinear_scan(
         raise ValueError(
             f"{op}: `on_failure` must be one of {', '.join(ON_FAILURE)}, got {on_failure!r}."
         )
+    try:
+        hash(cell)
+    except TypeError:
+        raise ValueError(
+            f"{op}: `cell` must be hashable, such as a function or a frozen dataclass,"
+            f" got {type(cell).__name__}."
+        ) from None
     structure = _structure.resolve(op, cell, params, xs, h0, jacobian)
     own = getattr(cell, "bounds", None)
     if bounds is None and own is not None:
