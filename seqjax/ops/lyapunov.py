@@ -47,8 +47,8 @@ def lyapunov(
       >>> import jax.numpy as jnp, seqjax
       >>> hs = jnp.zeros((1, 50, 2))
       >>> halve = lambda a, h, x: a * h + x
-      >>> seqjax.lyapunov(halve, jnp.array([0.5, 0.25]), hs, hs).round(1).tolist()
-      [-0.7]
+      >>> round(float(seqjax.lyapunov(halve, jnp.array([0.5, 0.25]), hs, hs)[0]), 1)
+      -0.7
     """
     op = "lyapunov"
     params, xs, hs = jax.tree.map(jnp.asarray, (params, xs, hs))
