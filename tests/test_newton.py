@@ -75,13 +75,14 @@ def test_values_and_gradients_at_any_weight_scale(cell, length, x64):
             if exponent.max() > -0.05:  # chaotic, or nearly: rounding decides where it goes
                 continue
             # Even where neighbours come together in the end, rounding may grow on the way: then
-            # float32 is judged by what float32 steps reach.
+            # float32 is judged by what float32 steps reach, which round off one resolution each.
+            rounding = max(1.0, float(info.residual.max() / jnp.finfo(dtype).eps))
             stepped = (
                 exact if dtype == "float64" else solved(cell, "sequential", *cast(arrays, dtype))
             )
             for mine, theirs, true in ((got, stepped[0], hs), (got_grads, stepped[2], grads)):
                 true = jax.tree.map(np.asarray, true)
-                assert_close(mine, true, max(tolerance, 10 * error(theirs, true)[0]))
+                assert_close(mine, true, max(tolerance, 10 * rounding * error(theirs, true)[0]))
 
 
 def parity_model(cell, seed=0):

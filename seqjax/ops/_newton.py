@@ -182,15 +182,16 @@ def iterate(
         d = newton_step(gap, J)
         # From here a small step squares the error. A large one says that errors grow along the
         # sequence, and that what looks converged is not.
-        small = jnp.abs(d) <= aim**0.5 / 16 * jnp.maximum(1, jnp.abs(g))
+        small = jnp.abs(d) <= aim**0.5 / 64 * jnp.maximum(1, jnp.abs(g))
         off = (unconverged(gap, f, aim) | ~over_state(small, jnp.all)) & ~done
         if split:
             ready = jnp.broadcast_to(~problem.anywhere(off.any(axis=1))[:, None], off.shape)
         else:
             ready = jnp.cumsum(off, axis=1) == 0
-        # What was near a step ago and is still converged is left as it was found to be now;
-        # what is ready for the first time takes this small step before it is looked at again.
-        final = jnp.cumsum(~(ready & near), axis=1) == 0
+        # What is ready takes this small step before it is looked at again, and up to three of
+        # them for the last digits; then it is left as it was found to be.
+        settled = ready & (near > 0) & ((near >= 3) | ~unconverged(gap, f, aim / 8))
+        final = jnp.cumsum(~(settled | done), axis=1) == 0
         if split:
             final = jnp.broadcast_to(~problem.anywhere(~final.all(axis=1))[:, None], off.shape)
         new = jnp.where(as_state(ready, g), g + d, better(g, f, d, ready))
@@ -201,8 +202,7 @@ def iterate(
         active = problem.anywhere(~final.all(axis=1)) & ~given_up
         stay = done | final | given_up[:, None]
         g = jnp.where(as_state(stay, g), g, new)
-        after = jnp.pad(ready, [(0, 0), (1, 0)], constant_values=True)[:, :-1]
-        near = ready | varies if split else after
+        near = jnp.where(ready | varies, near + 1, 0)
         return i + 1, g, taken + active.astype(taken.dtype), near, done | final, given_up
 
     def go_on(carry: Any) -> jax.Array:
@@ -210,7 +210,7 @@ def iterate(
         return jnp.any(problem.anywhere(~done.all(axis=1)) & ~given_up)
 
     start = jnp.where(as_state(done, guess), guess, clip(guess) if solver.projection else guess)
-    done, near = done & ~varies, varies
+    done, near = done & ~varies, varies.astype(jnp.int32)
     taken, given_up = jnp.zeros_like(done[:, 0], jnp.int32), jnp.zeros_like(done[:, 0])
     carry = (0, start, taken, near, done, problem.anywhere(given_up))
     _, g, taken, _, done, _ = lax.while_loop(go_on, body, carry)
