@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax import SolveInfo
-from seqjax.layers import Layer, Param
-from seqjax.layers._rnn import RNN
+from seqjax.layers import RNN, Layer, Param
 
 Params = dict[str, Any]
 State = Any

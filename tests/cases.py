@@ -242,22 +242,27 @@ def _run_softmax(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any
     return seqjax.monoid_scan(softmax_combine, inputs, initial_state=state, reset=reset, **keywords)
 
 
+def cell_params(rng: np.random.Generator, cell: Any, scale: float = 1.0) -> Arrays:
+    """Recurrent parameters of a cell at a weight scale."""
+    size = cell.dim
+    return {
+        name: scale * rng.standard_normal((size, size) if kind == "matrix" else size)
+        for name, kind in cell.recurrent.items()
+    }
+
+
 def _nonlinear(structure: str, cell: Any) -> Case:
     """A cell of each Jacobian structure; the layers are rows of their own."""
 
     def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        params = {
-            name: normal(rng, *((D,) if kind == "vector" else (D, D)))
-            for name, kind in cell.recurrent.items()
-        }
-        return {"params": params, "x": normal(rng, batch, length, cell.gates, D)}
+        return {"params": cell_params(rng, cell), "x": normal(rng, batch, length, cell.gates, D)}
 
     def state(rng: np.random.Generator, batch: int) -> np.ndarray:
-        return rng.uniform(-0.9, 0.9, (batch, D, cell.width) if cell.width > 1 else (batch, D))
+        return rng.uniform(-0.9, 0.9, cell.initial_state(batch).shape)
 
     def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
         if state is None:
-            state = jnp.zeros((len(inputs["x"]), D, cell.width)[: 3 if cell.width > 1 else 2])
+            state = cell.initial_state(len(inputs["x"]))
         hs, final, _ = seqjax.nonlinear_scan(
             cell, inputs["params"], inputs["x"], state, reset=reset, **keywords
         )

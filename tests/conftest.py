@@ -58,3 +58,13 @@ def quick_compilation():
 def compiled_quickly():
     """The same for a single test: of a rule, not of numbers that the compiler could change."""
     yield from _unoptimized()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A small folder of text, so that no test reads the whole standard library."""
+    folder = tmp_path_factory.mktemp("text")
+    for index in range(12):
+        lines = "".join(f"line {n} of file {index}: {n * n * index}\n" for n in range(60))
+        (folder / f"{index}.txt").write_text(lines)
+    return folder

@@ -13,6 +13,7 @@ import pytest
 
 import seqjax
 from seqjax import cells, layers
+from tests.cases import cell_params
 from tests.rnn_oracles import STEPS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -33,7 +34,7 @@ AT_SCALES = pytest.mark.parametrize("scale", [1.0, 3.0])
 
 def limits(cell, params):
     """The bounds as arrays of the state's shape."""
-    shape = (D, cell.width) if cell.width > 1 else (D,)
+    shape = cell.initial_state(1).shape[1:]
     bounds = cell.bounds(jax.tree.map(jnp.asarray, params))
     return [np.broadcast_to(np.asarray(bound), shape) for bound in bounds]
 
@@ -41,10 +42,7 @@ def limits(cell, params):
 def draw(cell, scale, seed=0):
     """Parameters, a state anywhere within the bounds, and pre-activations, in float64."""
     rng = np.random.default_rng(seed)
-    params = {
-        name: scale * rng.standard_normal((D, D) if kind == "matrix" else D)
-        for name, kind in cell.recurrent.items()
-    }
+    params = cell_params(rng, cell, scale)
     low, high = limits(cell, params)
     within = rng.uniform(np.maximum(low, -5), np.minimum(high, 5))
     if isinstance(cell, cells.SLSTM):
@@ -152,7 +150,10 @@ def test_slstm_does_not_overflow(shift, strict):
     start = jnp.zeros((D, 4))
     shifted = us.at[:, 0].add(shift)
     np.testing.assert_allclose(run(shifted, start), run(us, start), atol=1e-4)
-    value = lambda us, h: jnp.sum(jnp.sin(run(us, h)))  # noqa: E731
+
+    def value(us, h):
+        return jnp.sum(jnp.sin(run(us, h)))
+
     for leaf in jax.jit(jax.grad(value, argnums=(0, 1)))(shifted, start):
         assert np.isfinite(leaf).all()
 

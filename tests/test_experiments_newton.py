@@ -21,15 +21,6 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(12):
-        lines = "".join(f"line {n} of file {index}: {n * n * index}\n" for n in range(60))
-        (folder / f"{index}.txt").write_text(lines)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def rows_of(text, tmp_path_factory):
     """Trains 30 steps, once for each layer and algorithm; returns what was logged of each step."""
 

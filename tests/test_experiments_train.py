@@ -31,16 +31,6 @@ REPOSITORY = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    """A small folder of text, so that no test reads the whole standard library."""
-    folder = tmp_path_factory.mktemp("text")
-    for index in range(12):
-        lines = "".join(f"line {n} of file {index}: {n * n * index}\n" for n in range(60))
-        (folder / f"{index}.txt").write_text(lines)
-    return folder
-
-
 def quick(text, **overrides):
     config = lm.get_config("lru,quicktest")
     config.data.path = str(text)

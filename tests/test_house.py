@@ -94,7 +94,11 @@ def test_public_classes_are_documented(name):
         assert re.search(rf"^\s+{field}:", made.__doc__, re.M), field
 
 
-FUNCTIONS = [n for n in dir(seqjax) if inspect.isroutine(getattr(seqjax, n))]
+FUNCTIONS = [
+    n
+    for n in dir(seqjax)
+    if callable(getattr(seqjax, n)) and not inspect.isclass(getattr(seqjax, n))
+]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -134,4 +138,4 @@ def test_readme_names_what_exists():
     ops = {p.name for p in (ROOT / "seqjax" / "ops").glob("*.py")} - {"__init__.py"}
     assert ops <= set(re.findall(r"\b[\w]+\.py\b", readme))
     for layer in seqjax.layers.__all__:
-        assert layer in readme or layer in ("Layer", "Param")
+        assert layer in readme or layer in ("Layer", "Param", "RNN")

@@ -10,6 +10,7 @@ import pytest
 
 import seqjax
 from seqjax import cells
+from tests.cases import cell_params
 from tests.harness import assert_close, error
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -29,12 +30,8 @@ CELLS = [
 def draw(cell, scale, length, batch=2):
     """Float64 parameters at a weight scale, inputs and the zero state."""
     rng = np.random.default_rng(0)
-    params = {
-        name: scale * rng.standard_normal((D, D) if kind == "matrix" else D)
-        for name, kind in cell.recurrent.items()
-    }
-    state = (batch, D) if cell.width == 1 else (batch, D, cell.width)
-    return params, rng.standard_normal((batch, length, cell.gates, D)), np.zeros(state)
+    params = cell_params(rng, cell, scale)
+    return params, rng.standard_normal((batch, length, cell.gates, D)), cell.initial_state(batch)
 
 
 def cast(tree, dtype):
@@ -103,11 +100,13 @@ def parity_model(cell, seed=0):
     }
 
 
+def solve(cell, params, bits, **keywords):
+    start = cell.initial_state(len(bits))
+    return seqjax.nonlinear_scan(cell, params["cell"], params["table"][bits], start, **keywords)
+
+
 def logits(cell, params, bits, **keywords):
-    state = (len(bits), cell.dim) if cell.width == 1 else (len(bits), cell.dim, cell.width)
-    hs, _, info = seqjax.nonlinear_scan(
-        cell, params["cell"], params["table"][bits], jnp.zeros(state), **keywords
-    )
+    hs, _, info = solve(cell, params, bits, **keywords)
     return cell.output(hs) @ params["readout"] + params["bias"], info
 
 
@@ -158,16 +157,10 @@ def test_models_that_remember(cell):
     assert info.converged.all()
     assert (info.sequential_steps <= 4096 // 8).all()
     assert_close(got, expected, 1e-4)
-    again, warm = logits(cell, params, bits, algorithm="newton", guess=states(cell, params, bits))
+    states = solve(cell, params, bits, algorithm="sequential")[0]
+    again, warm = logits(cell, params, bits, algorithm="newton", guess=states)
     assert (warm.iterations <= 2).all()
     assert_close(again, expected, 1e-4)
-
-
-def states(cell, params, bits):
-    start = (len(bits), cell.dim) if cell.width == 1 else (len(bits), cell.dim, cell.width)
-    return seqjax.nonlinear_scan(
-        cell, params["cell"], params["table"][bits], jnp.zeros(start), algorithm="sequential"
-    )[0]
 
 
 def chaotic(params, h, x):

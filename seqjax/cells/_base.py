@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 
 Structure = Literal["diagonal", "block", "dense"]
 Recurrent = Mapping[str, Literal["vector", "matrix"]]
@@ -43,6 +44,10 @@ class Cell(abc.ABC):
     @abc.abstractmethod
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
         """The next state, from the state [D] or [D, k] and u [gates, D]."""
+
+    def initial_state(self, batch_size: int, dtype: Any = jnp.float32) -> jax.Array:
+        """Zeros [batch_size, D] or [batch_size, D, k]: the state before the first step."""
+        return jnp.zeros((batch_size, self.dim, self.width)[: 2 + (self.width > 1)], dtype)
 
     def bounds(self, params: Params) -> Bounds | None:
         """Lowest and highest state, broadcastable to it, that no step from within leaves.

@@ -2,6 +2,7 @@
 
 from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
+from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
@@ -26,6 +27,7 @@ __all__ = [
     "LRU",
     "LSTM",
     "LTC",
+    "RNN",
     "S5",
     "SLSTM",
     "DeltaNet",

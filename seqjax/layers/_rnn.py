@@ -105,8 +105,7 @@ class RNN(Layer):
         return bias.reshape(shape)
 
     def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        width = self.cell.width
-        return jnp.zeros((batch_size, self.state_dim, *([width] if width > 1 else [])), dtype)
+        return self.cell.initial_state(batch_size, dtype)
 
     def _solve(
         self, params: Params, x: jax.Array, state: State, reset: jax.Array | None

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops._decays import order
+from seqjax.ops._decays import same_segment
 from seqjax.ops._linalg import matmul
 
 # Matmuls of a kind that are done side by side: enough for two cores, few enough for their caches.
@@ -151,10 +151,7 @@ def _take_out_non_finite(
 
 def _reached(events: jax.Array, cut: jax.Array) -> jax.Array:
     """Whether an event [..., C] has happened at or before each step, and no cut since."""
-    t, i = order(cut.shape[-1])
-    count = jnp.sum(jnp.where(i <= t, cut[..., None, :], False), axis=-1, dtype=jnp.int32)
-    same = count[..., :, None] == count[..., None, :]
-    return jnp.any(events[..., None, :] & same & (i <= t), axis=-1)
+    return jnp.any(events[..., None, :] & same_segment(cut), axis=-1)
 
 
 def _carry(

@@ -122,7 +122,7 @@ def _count(events: jax.Array) -> jax.Array:
     return jnp.cumsum(events, axis=-1, dtype=jnp.int32)
 
 
-def _same(events: jax.Array) -> jax.Array:
+def same_segment(events: jax.Array) -> jax.Array:
     """Whether j <= t and no event lies after j and up to t: [..., C] -> [..., C, C]."""
     count, (t, j) = _count(events), order(events.shape[-1])
     return (count[..., :, None] == count[..., None, :]) & (j <= t)
@@ -138,7 +138,7 @@ def _between(g: jax.Array) -> jax.Array:
     none = jnp.isneginf(jnp.real(g))
     upto = jnp.where(i <= t, down_columns(jnp.where(none, jnp.zeros_like(g), g), size), 0)
     after = jnp.broadcast_to((t > i).astype(g.dtype), upto.shape)
-    return jnp.where(_same(none), jnp.exp(matmul(upto, after)), 0)
+    return jnp.where(same_segment(none), jnp.exp(matmul(upto, after)), 0)
 
 
 def decayed_products(
@@ -162,7 +162,7 @@ def decayed_products(
         return _by_channel(lefts, rights, g)
     products = [[matmul_nt(left, right) for right in rights] for left in lefts]
     if g.dtype == bool:
-        same = _same(g[..., 0])
+        same = same_segment(g[..., 0])
         return jax.tree.map(lambda p: jnp.where(same, p, jnp.zeros_like(p)), products)
     factor = _between(g[..., 0])
     return jax.tree.map(lambda p: p * factor, products)

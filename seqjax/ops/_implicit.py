@@ -11,7 +11,7 @@ from jax import lax
 from seqjax.ops import _dispatch, _sequence, _structure
 from seqjax.ops._affine_scan import correction
 from seqjax.ops._newton import as_state
-from seqjax.ops._reverse_rule import reverse_rule
+from seqjax.ops._reverse_rule import inexact, put, reverse_rule
 from seqjax.types import Array, PyTree
 
 
@@ -41,6 +41,17 @@ def derivatives(
     def found_by(h0: Array, states: Array, reset: Array) -> Array:
         return _sequence.previous(h0, states, reset, sequence_axis)
 
+    def moving(params: PyTree, xs: PyTree, reset: Array, hs: Array) -> Any:
+        """The leaves to differentiate, where they are, and f at `hs` as a function of them."""
+        leaves, tree = jax.tree.flatten((params, xs))
+        which = inexact(leaves)
+
+        def alone(changed: list[Array], h0: Array) -> Array:
+            params, xs = jax.tree.unflatten(tree, put(leaves, which, changed))
+            return evaluate(params, xs, found_by(h0, hs, reset))
+
+        return [leaves[i] for i in which], which, alone
+
     @jax.custom_jvp
     def states_of(params: PyTree, xs: PyTree, h0: Array, reset: Array, states: Array) -> Array:
         del params, xs, h0, reset
@@ -50,14 +61,8 @@ def derivatives(
     def _states_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
         params, xs, h0, reset, _ = primals
         hs = states_of(*primals)
-        changed, tree, which = _moving((params, xs))
+        changed, which, alone = moving(params, xs, reset, hs)
         d_changed = [jax.tree.leaves(tangents[:2])[i] for i in which]
-
-        def alone(changed: list[Array], h0: Array) -> Array:
-            params, xs = _put((params_xs, tree), which, changed)
-            return evaluate(params, xs, found_by(h0, hs, reset))
-
-        params_xs = jax.tree.leaves((params, xs))
         d_f = jax.jvp(alone, (changed, h0), (d_changed, tangents[2]))[1]
         J = jacobians(params, xs, found_by(h0, hs, reset))
         return hs, correction(J, d_f, reset, sequence_axis)
@@ -75,13 +80,7 @@ def derivatives(
             return jax.vjp(forward, jnp.zeros_like(ct))[1](ct)[0]
 
         weights = _dispatch.by_platform(by, on_cpu, elsewhere, ct)
-        changed, tree, which = _moving((params, xs))
-        leaves = jax.tree.leaves((params, xs))
-
-        def alone(changed: list[Array], h0: Array) -> Array:
-            params, xs = _put((leaves, tree), which, changed)
-            return evaluate(params, xs, found_by(h0, hs, reset))
-
+        changed, _, alone = moving(params, xs, reset, hs)
         d_changed, d_h0 = jax.vjp(alone, changed, h0)[1](weights)
         return [*d_changed, d_h0, jnp.zeros_like(states)]
 
@@ -103,17 +102,3 @@ def _step_back(
     inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, found, reset, ct))
     _, weights = lax.scan(step, jnp.zeros_like(ct[:, :1]), inputs, reverse=True)
     return jnp.moveaxis(weights, 0, 1)
-
-
-def _moving(tree: PyTree) -> tuple[list[Array], Any, list[int]]:
-    """The leaves that can be differentiated, the tree, and where in it they are."""
-    leaves, structure = jax.tree.flatten(tree)
-    which = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return [leaves[i] for i in which], structure, which
-
-
-def _put(flat: tuple[list[Array], Any], which: list[int], changed: list[Array]) -> PyTree:
-    leaves = list(flat[0])
-    for i, x in zip(which, changed, strict=True):
-        leaves[i] = x
-    return jax.tree.unflatten(flat[1], leaves)

@@ -17,6 +17,21 @@ from seqjax.types import PyTree
 Flat = Callable[..., Sequence[jax.Array]]
 
 
+def inexact(leaves: Sequence[jax.Array]) -> list[int]:
+    """Where the leaves are that can be differentiated."""
+    return [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def put(
+    leaves: Sequence[jax.Array], which: Sequence[int], values: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """The leaves, with other values in these places."""
+    filled = list(leaves)
+    for i, value in zip(which, values, strict=True):
+        filled[i] = value
+    return filled
+
+
 def reverse_rule(
     function: Callable[..., PyTree], adjoint: Callable[[tuple[PyTree, ...], PyTree], PyTree]
 ) -> Callable[..., PyTree]:
@@ -36,11 +51,7 @@ def reverse_rule(
     @run.defjvp
     def _jvp(primals: Any, tangents: Any) -> Any:
         leaves, tree = jax.tree.flatten(primals)
-        moving = [
-            t
-            for x, t in zip(leaves, jax.tree.leaves(tangents), strict=True)
-            if jnp.issubdtype(x.dtype, jnp.inexact)
-        ]
+        moving = [jax.tree.leaves(tangents)[i] for i in inexact(leaves)]
         out, out_tree = jax.tree.flatten(run(*primals))
 
         def flat(*leaves: jax.Array) -> Sequence[jax.Array]:
@@ -64,12 +75,10 @@ def reverse_rule(
 def _push(*operands: jax.Array, function: Flat, primals: int, **_: Any) -> Sequence[jax.Array]:
     """The tangent as JAX computes it, from the primals and the tangents of the inexact ones."""
     leaves, tangents = list(operands[:primals]), operands[primals:]
-    moving = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    moving = inexact(leaves)
 
     def of_moving(*values: jax.Array) -> Sequence[jax.Array]:
-        for i, value in zip(moving, values, strict=True):
-            leaves[i] = value
-        return function(*leaves)
+        return function(*put(leaves, moving, values))
 
     return jax.jvp(of_moving, tuple(leaves[i] for i in moving), tangents)[1]
 
@@ -87,10 +96,7 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     moving = [i for i, t in enumerate(tangents) if type(t) is not _compat.Zero]
 
     def of_moving(*values: jax.Array) -> Sequence[jax.Array]:
-        operands = list(primals)
-        for i, value in zip(moving, values, strict=True):
-            operands[i] = value
-        return _push(*operands, **params)
+        return _push(*put(primals, moving, values), **params)
 
     return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
 

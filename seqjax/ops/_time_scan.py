@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops._reverse_rule import reverse_rule
+from seqjax.ops._reverse_rule import inexact, put, reverse_rule
 from seqjax.types import PyTree
 
 Advance = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -70,16 +70,14 @@ def time_scan(
     def adjoint(args: tuple[PyTree, ...], cotangents: PyTree) -> list[jax.Array]:
         state, block, *shared = args
         leaves, tree = jax.tree.flatten(block)
-        moving = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        moving = inexact(leaves)
 
         def back(carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
             found, leaves, d_out = inputs
 
             def of_moving(state: PyTree, values: list[jax.Array], *shared: jax.Array) -> PyTree:
-                filled = list(leaves)
-                for i, value in zip(moving, values, strict=True):
-                    filled[i] = value
-                return step(state, jax.tree.unflatten(tree, filled), *shared)
+                x = jax.tree.unflatten(tree, put(leaves, moving, values))
+                return step(state, x, *shared)
 
             _, pull = jax.vjp(of_moving, found, [leaves[i] for i in moving], *shared)
             d_state, d_values, *d_shared = pull((carry[0], d_out))

@@ -240,15 +240,11 @@ def _stepped(
         states = _newton.step_all(problem, h0, xs, reset)
     else:
         states = _in_turn(problem, h0, xs, reset, sequence_axis)
-    off = ~problem.anywhere(~_newton.over_state(jnp.isfinite(states), jnp.all).all(axis=1))
-    none = jnp.zeros_like(off, jnp.int32)
-    steps = none + reset.shape[1] * _parts(sequence_axis)
-    residual = jnp.where(off, 0.0, jnp.nan).astype(states.dtype)
-    return states, SolveInfo(none, residual, off, steps)
-
-
-def _parts(sequence_axis: str | None) -> int:
-    return 1 if sequence_axis is None else lax.axis_size(sequence_axis)
+    finite = ~problem.anywhere(~_newton.over_state(jnp.isfinite(states), jnp.all).all(axis=1))
+    none = jnp.zeros_like(finite, jnp.int32)
+    steps = none + reset.shape[1] * (lax.axis_size(sequence_axis) if sequence_axis else 1)
+    residual = jnp.where(finite, 0.0, jnp.nan).astype(states.dtype)
+    return states, SolveInfo(none, residual, finite, steps)
 
 
 def _judge(
