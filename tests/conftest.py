@@ -7,6 +7,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import jax
 import pytest
 
+from tests.harness import unoptimized
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 
@@ -41,23 +43,18 @@ def strict():
         yield
 
 
-def _unoptimized():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
-    yield from _unoptimized()
+    with unoptimized():
+        yield
 
 
 @pytest.fixture
 def compiled_quickly():
     """The same for a single test: of a rule, not of numbers that the compiler could change."""
-    yield from _unoptimized()
+    with unoptimized():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What the contract tests share: inputs by dtype, compiled runs, and how errors are judged."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -14,7 +15,10 @@ B, T = 2, 13
 
 
 def by_variant(keep: Any = lambda case: True) -> Any:
-    """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow."""
+    """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow.
+
+    A variant's tests run one after the other in one worker, and share compiled functions.
+    """
     return pytest.mark.parametrize(
         ("case", "algorithm"),
         [
@@ -22,7 +26,8 @@ def by_variant(keep: Any = lambda case: True) -> Any:
                 case,
                 algorithm,
                 id=f"{case}-{algorithm}" if algorithm else str(case),
-                marks=[] if case.quick and algorithm == case.algorithms[0] else [pytest.mark.slow],
+                marks=[pytest.mark.xdist_group(f"{case}-{algorithm}")]
+                + [pytest.mark.slow] * (not case.quick or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
             if keep(case)
@@ -62,6 +67,17 @@ def keywords(algorithm: str | None, chunk_size: int = 4) -> dict[str, Any]:
     return {"algorithm": algorithm, **chunk}
 
 
+@contextlib.contextmanager
+def unoptimized() -> Any:
+    """Compiles quickly: for a rule, or a reference, not for numbers the compiler could change."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
 @functools.cache
 def runner(case: Case, algorithm: str | None, chunk_size: int = 4) -> Any:
     """The compiled (inputs, state, reset) -> (outputs, final state)."""
@@ -82,6 +98,11 @@ def weights(tree: Any, seed: int = 7) -> Any:
         ),
         tree,
     )
+
+
+def state_weights(case: Case, final: Any) -> Any:
+    """Weights for the final state; layers' states are judged by continuing from them."""
+    return None if case.layer is not None else weights(final, 8)
 
 
 def contract(tree: Any, w: Any) -> Any:

@@ -15,6 +15,8 @@ from tests.harness import (
     make,
     runner,
     runner_with_gradients,
+    state_weights,
+    unoptimized,
     weights,
 )
 
@@ -30,11 +32,11 @@ def moved(tree, along, distance):
 
 
 @EACH
-def test_gradients_match_the_loop(case, algorithm, x64, strict):
+def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly):
     """Each argument's gradient, the state's included, along a random direction."""
     inputs, state, reset = make(case)
     out, final = case.oracle(inputs, state, reset)
-    w_out, w_state = weights(out), None if final is None else weights(final, 8)
+    w_out, w_state = weights(out), state_weights(case, final)
     grads, state_grad = runner_with_gradients(case, algorithm)(
         cast(inputs, "float64"), cast(state, "float64"), reset, w_out, w_state
     )
@@ -66,15 +68,17 @@ def test_gradients_match_the_loop(case, algorithm, x64, strict):
 @EACH
 def test_float32_gradients(case, algorithm, strict):
     inputs, state, reset = make(case)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), unoptimized():
         shapes = jax.eval_shape(case.run, cast(inputs, "float64"), cast(state, "float64"), reset)
-        w_out = weights(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes[0]))
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
+        w_out, w_state = weights(zeros[0]), state_weights(case, zeros[1])
         wide = runner_with_gradients(case, algorithm)(
-            cast(inputs, "float64"), cast(state, "float64"), reset, w_out, None
+            cast(inputs, "float64"), cast(state, "float64"), reset, w_out, w_state
         )
         wide = jax.tree.map(np.asarray, wide)
+    w_out, w_state = cast((w_out, w_state), "float32")
     narrow = runner_with_gradients(case, algorithm)(
-        cast(inputs, "float32"), cast(state, "float32"), reset, cast(w_out, "float32"), None
+        cast(inputs, "float32"), cast(state, "float32"), reset, w_out, w_state
     )
     assert_close(narrow, wide, 1e-4)
 
@@ -95,7 +99,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(
     (out, final), (d_out, d_final) = forward(primals, tangents)
     assert_close((out, final), runner(case, algorithm)(*primals, reset), 1e-12)
     w_out = weights(out)
-    w_state = None if case.layer is not None else weights(final, 8)
+    w_state = state_weights(case, final)
     grads = runner_with_gradients(case, algorithm)(*primals, reset, w_out, w_state)
     forwards = contract(d_out, w_out)
     if w_state is not None:

@@ -16,6 +16,7 @@ from tests.harness import (
     make,
     runner,
     runner_with_gradients,
+    unoptimized,
     weights,
 )
 
@@ -54,7 +55,9 @@ LENGTHS = [1, 2, 65] + [pytest.param(n, marks=pytest.mark.slow) for n in (63, 64
 
 @pytest.mark.parametrize("length", LENGTHS)
 @EACH
-def test_float32_at_any_length(case, algorithm, length, strict):
+def test_float32_at_any_length(case, algorithm, length, strict, request):
+    if length < 1000:  # the long one stands for the compiler's optimizations
+        request.getfixturevalue("compiled_quickly")
     inputs, state, reset = make(case, length=length)
     run = runner(case, algorithm, chunk_size=16)
     result = run(cast(inputs, "float32"), cast(state, "float32"), reset)
@@ -130,7 +133,7 @@ def test_hard_inputs_have_finite_gradients(case, algorithm, strict):
     gradients = runner_with_gradients(case, algorithm)
     narrow = gradients(inputs, cast(state, "float32"), reset, w_out, None)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(narrow))
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), unoptimized():
         wide = gradients(
             cast(inputs, "float64"), cast(state, "float64"), reset, cast(w_out, "float64"), None
         )

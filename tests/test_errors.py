@@ -17,7 +17,10 @@ def op_arguments(case):
     return cast(inputs, "float32"), cast(state, "float32"), reset
 
 
-@pytest.mark.parametrize("name", sorted(set(BY_OP) - {"monoid_scan"}))
+TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have tests of their own
+
+
+@pytest.mark.parametrize("name", sorted(set(BY_OP) - TREES))
 def test_every_argument_is_checked(name):
     case = BY_OP[name]
     inputs, state, reset = op_arguments(case)
@@ -53,14 +56,16 @@ def test_named_choices_are_honoured_or_refused(case):
     name = str(case).split("-")[0]
     with pytest.raises(ValueError, match=f"^{name}: `algorithm` must be one of .*got 'fastest'"):
         case.run(*args, algorithm="fastest")
-    with pytest.raises(NotImplementedError, match=f"^{name}: there is no 'newton' algorithm"):
-        case.run(*args, algorithm="newton")
+    lacking = "newton" if name != "nonlinear_scan" else "chunked"
+    with pytest.raises(NotImplementedError, match=f"^{name}: there is no '{lacking}' algorithm"):
+        case.run(*args, algorithm=lacking)
     with pytest.raises(ValueError, match=f"^{name}: `implementation` must be"):
         case.run(*args, implementation="cuda")
     with pytest.raises(NotImplementedError, match=f"^{name}: there is no Pallas kernel"):
         case.run(*args, implementation="pallas")
-    with pytest.raises(ValueError, match=f"^{name}: `chunk_size` must be a positive integer"):
-        case.run(*args, chunk_size=0)
+    if "chunked" in case.algorithms:
+        with pytest.raises(ValueError, match=f"^{name}: `chunk_size` must be a positive integer"):
+            case.run(*args, chunk_size=0)
     with pytest.raises(TypeError, match="unexpected keyword"):
         case.run(*args, chunksize=3)
     case.run(*args, implementation="xla")
@@ -85,6 +90,33 @@ def test_monoid_scan_checks_its_trees():
         seqjax.monoid_scan(jnp.add, ones, (ones[:, 0],))
     with pytest.raises(ValueError, match="must have shapes"):
         seqjax.monoid_scan(jnp.add, ones, ones[:, 0, :2])
+
+
+def test_nonlinear_scan_checks_its_trees():
+    case = BY_OP["nonlinear_scan"]
+    inputs, state, reset = op_arguments(case)
+    x = inputs["x"]
+    for xs in (x[0, 0, 0], (x, x[:, :4]), x[:, :0], ()):
+        with pytest.raises(
+            ValueError, match=r"^nonlinear_scan: every leaf of `xs` must have shape"
+        ):
+            case.run(inputs | {"x": xs}, state, reset)
+    for wrong in ({"x": x.astype(int)}, {"x": x * 1j}, {"params": inputs["params"] | {"A_z": 1j}}):
+        with pytest.raises(ValueError, match=r"^nonlinear_scan: `(xs|params)"):
+            case.run(inputs | wrong, state, reset)
+    for wrong in (state[0], state[:1], state[None, None]):
+        with pytest.raises(ValueError, match=r"^nonlinear_scan: `initial_state` must have shape"):
+            case.run(inputs, wrong, reset)
+    with pytest.raises(ValueError, match=r"^nonlinear_scan: `guess` must have shape \[2, 13, 3\]"):
+        case.run(inputs, state, reset, guess=x[:, :4])
+    with pytest.raises(ValueError, match=r"^nonlinear_scan: `on_failure` must be one of"):
+        case.run(inputs, state, reset, on_failure="hope")
+    with pytest.raises(ValueError, match=r"^nonlinear_scan: `reset` must have shape"):
+        case.run(inputs, state, reset[:, :3])
+    with pytest.raises(
+        ValueError, match=r"^nonlinear_scan: `reset` must be boolean.*segment_starts"
+    ):
+        case.run(inputs, state, reset.astype(int))
 
 
 def test_segment_starts():
