@@ -40,15 +40,19 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def load_standard_library(heldout_fraction: float) -> Corpus:
+def standard_library_files() -> dict[str, Path]:
     """The standard library's own modules, without its tests: about 12 MB of Python."""
     root = standard_library()
-    files = {
+    return {
         path.relative_to(root).as_posix(): path
         for path in root.rglob("*.py")
         if path.is_file() and not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
     }
-    return _split_by_file("Python standard library", files, heldout_fraction)
+
+
+def load_standard_library(heldout_fraction: float) -> Corpus:
+    """The files of `standard_library_files`, split file by file."""
+    return _split_by_file("Python standard library", standard_library_files(), heldout_fraction)
 
 
 def load_path(path: str, heldout_fraction: float) -> Corpus:
@@ -76,8 +80,8 @@ def _split_by_file(name: str, files: dict[str, Path], heldout_fraction: float) -
     if len(texts) == 1:
         return _split_one(name, next(iter(texts.values())), heldout_fraction)
     # Ordered by hash, so that any bounded part of the held-out files is a fair sample of them.
-    order = sorted(texts, key=_position)
-    heldout = [key for key in order if _position(key) < heldout_fraction] or order[:1]
+    order = sorted(texts, key=position)
+    heldout = [key for key in order if position(key) < heldout_fraction] or order[:1]
     if len(heldout) == len(texts):
         heldout = heldout[:-1]
     train = [texts[key] for key in texts if key not in set(heldout)]
@@ -101,7 +105,7 @@ def _corpus(name: str, train: list[bytes], heldout: list[bytes]) -> Corpus:
     return Corpus(name, train, heldout, digest.hexdigest()[:16])
 
 
-def _position(key: str) -> float:
+def position(key: str) -> float:
     """A number in [0, 1) that depends on the name alone, on every machine and in every run."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,98 @@
+"""Sequences of a task to training batches: packed end to end or padded; resumable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental as grain_experimental
+
+from experiments.errors import UserError
+from experiments.tasks.examples import Source, Task
+from experiments.tasks.labelled import Split
+
+
+def of_task(
+    task: Task, *, batch_size: int, seed: int, packed_length: int = 0
+) -> grain.DatasetIterator:
+    """Endless batches of `inputs`, `targets`, `counted` and `segment_ids`, [B, T].
+
+    A row holds one sequence, padded to the longest there can be; or, with a `packed_length`, as
+    many as fit into that, each a segment of its own. Padding is segment 0 and never counted.
+    """
+    dataset = (
+        grain.MapDataset.source(Source(task, seed))
+        .seed(seed)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
+    )
+    if not packed_length:
+        longest = len(task.generate(np.random.default_rng(0), 1, task.train_length).inputs[0])
+        return iter(dataset.map(lambda e: _padded(e, longest)).batch(batch_size))
+    if packed_length < task.train_length:
+        raise UserError(
+            f"config.data.packed_length={packed_length} is shorter than the longest sequence, "
+            f"{task.train_length}"
+        )
+    packed = grain_experimental.FirstFitPackIterDataset(
+        dataset,
+        length_struct=dict.fromkeys(("inputs", "targets", "counted"), packed_length),
+        num_packing_bins=batch_size,
+    )
+    return iter(packed.map(_window).batch(batch_size))
+
+
+def _padded(example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    size = len(example["inputs"])
+    example = example | {"segment_ids": np.ones(size, np.int32)}
+    return {name: np.pad(x, (0, length - size)) for name, x in example.items()}
+
+
+def _window(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {
+        "inputs": packed["inputs"],
+        "targets": packed["targets"],
+        "counted": packed["counted"],
+        "segment_ids": packed["inputs_segment_ids"],
+    }
+
+
+class _Labelled:
+    """A Grain source of (sequence padded to a length, its mask, its label)."""
+
+    def __init__(self, split: Split, length: int) -> None:
+        self._split = split
+        self._length = length
+
+    def __len__(self) -> int:
+        return len(self._split.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        x = self._split.inputs[int(index)][: self._length]
+        after = [(0, self._length - len(x))] + [(0, 0)] * (x.ndim - 1)
+        mask = np.arange(self._length) < len(x)
+        return {"inputs": np.pad(x, after), "mask": mask, "label": self._split.labels[int(index)]}
+
+    def __repr__(self) -> str:
+        return f"_Labelled({len(self)} sequences of {self._length})"
+
+
+def of_labelled(split: Split, *, length: int, batch_size: int, seed: int) -> grain.DatasetIterator:
+    """Endless batches of `inputs` [B, T, ...], `mask` [B, T] and `label` [B], shuffled by epoch.
+
+    Sequences longer than `length` are cut there.
+    """
+    dataset = grain.MapDataset.source(_Labelled(split, length)).seed(seed).shuffle().repeat()
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+    return iter(dataset.to_iter_dataset(reading).batch(batch_size))
+
+
+def in_order(split: Split, *, length: int, batch_size: int) -> Any:
+    """Every sequence once, in batches of one shape: the last is filled up with empty masks."""
+    source = _Labelled(split, length)
+    for start in range(0, len(source), batch_size):
+        rows = [source[i] for i in range(start, min(start + batch_size, len(source)))]
+        rows += [rows[-1] | {"mask": np.zeros(length, bool), "label": np.int32(-1)}] * (
+            batch_size - len(rows)
+        )
+        yield {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,190 @@
+"""Finite sets of whole sequences with one label each: images, expressions, text, time series."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.data import corpus
+from experiments.errors import UserError
+from experiments.tasks import listops
+
+HELD_OUT = 0.2
+
+
+class Split(NamedTuple):
+    """Sequences of different lengths: [T] integer tokens or [T, features] float32, and labels."""
+
+    inputs: Sequence[np.ndarray]
+    labels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledSet:
+    """A classification task.
+
+    Attributes:
+      name: for people.
+      num_classes: number of labels.
+      train: to learn from.
+      test: held out.
+      vocab_size: number of tokens, where inputs are tokens.
+      input_dim: features per position, where they are numbers.
+    """
+
+    name: str
+    num_classes: int
+    train: Split
+    test: Split
+    vocab_size: int | None = None
+    input_dim: int | None = None
+
+    def majority(self) -> float:
+        """The accuracy on the test set of saying what is most frequent in the training set."""
+        said = Counter(self.train.labels.tolist()).most_common(1)[0][0]
+        return float(np.mean(self.test.labels == said))
+
+
+def list_operations(train: int, test: int, seed: int, **options: int) -> LabelledSet:
+    """ListOps; `options` are those of `listops.generate`."""
+    made, held = (
+        Split(*listops.generate(np.random.default_rng([seed, split]), count, **options))
+        for split, count in ((0, train), (1, test))
+    )
+    return LabelledSet("ListOps", 10, made, held, vocab_size=listops.VOCAB_SIZE)
+
+
+def digits(seed: int) -> LabelledSet:
+    """scikit-learn's 8 x 8 digits, 1,797 of them, pixel after pixel; a fifth is held out."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError("the digits come with scikit-learn: pip install scikit-learn")
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = (data.images.reshape(-1, 64, 1) / 16).astype(np.float32)
+    order = np.random.default_rng(seed).permutation(len(pixels))
+    held, kept = np.split(order, [len(order) // 5])
+    train, test = (Split(pixels[i], data.target[i].astype(np.int32)) for i in (kept, held))
+    return LabelledSet("digits", 10, train, test, input_dim=1)
+
+
+def packages(length: int, classes: int, seed: int) -> LabelledSet:
+    """Windows of the standard library's source; which of its largest packages are they from?
+
+    Windows of one file are never in both splits, held-out windows that also stand in a training
+    file (tables of codecs) are left out, and as many are taken of every package as the smallest
+    one has.
+    """
+    windows: tuple[dict[str, list], dict[str, list]] = ({}, {})
+    for name, path in sorted(corpus.standard_library_files().items()):
+        if "/" not in name:
+            continue
+        text = np.frombuffer(path.read_bytes(), np.uint8).astype(np.int32)
+        cuts = [text[i : i + length] for i in range(0, len(text) - length // 2, length)]
+        side = windows[corpus.position(name) < HELD_OUT]
+        side.setdefault(name.split("/")[0], []).extend(cuts)
+    train, held = windows
+    seen = {cut.tobytes() for cuts in train.values() for cut in cuts}
+    held = {name: [cut for cut in held[name] if cut.tobytes() not in seen] for name in held}
+    sizes = {name: len(held[name]) for name in held if name in train}
+    names = sorted(sorted(sizes, key=lambda name: -sizes[name])[:classes])
+    rng = np.random.default_rng(seed)
+    splits = []
+    for found in (train, held):
+        least = min(len(found[name]) for name in names)
+        chosen = [
+            found[name][i] for name in names for i in rng.permutation(len(found[name]))[:least]
+        ]
+        splits.append(Split(chosen, np.repeat(np.arange(len(names), dtype=np.int32), least)))
+    return LabelledSet("packages", len(names), splits[0], splits[1], vocab_size=256)
+
+
+def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
+    """A file in the `.ts` format of the UCR and UEA archives.
+
+    Returns:
+      ([T, features] float32 each, NaN where a value is missing; their labels as they are written).
+    """
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    lines = [line.strip() for line in lines if line.strip() and not line.startswith(("#", "%"))]
+    starts = [i for i, line in enumerate(lines) if line.lower() == "@data"]
+    header = {}
+    for line in lines[: starts[0]] if starts else []:
+        name, _, value = line[1:].partition(" ")
+        header[name.lower()] = value.strip().lower()
+    if not starts:
+        raise UserError(f"{path} has no line '@data': it is not a .ts file")
+    if header.get("timestamps") == "true":
+        raise UserError(f"{path} has time stamps, which are not read: give evenly sampled series")
+    if not header.get("classlabel", "").startswith("true"):
+        raise UserError(f"{path} has no class labels: it is not a classification set")
+    series, labels = [], []
+    for number, line in enumerate(lines[starts[0] + 1 :], start=1):
+        *channels, label = line.split(":")
+        try:
+            values = [
+                [np.nan if v.strip() == "?" else float(v) for v in channel.split(",")]
+                for channel in channels
+            ]
+            series.append(np.array(values, np.float32).T)
+        except ValueError as error:
+            raise UserError(f"{path}: series {number} cannot be read: {error}") from error
+        labels.append(label.strip())
+    return series, labels
+
+
+def time_series(path: str) -> LabelledSet:
+    """A UCR or UEA set: a folder with NAME_TRAIN.ts and NAME_TEST.ts, or the name of one in aeon.
+
+    Every channel is scaled to mean 0 and variance 1 over the training set; a missing value becomes
+    that mean.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = _inside_aeon(path)
+    files = [sorted(folder.glob(f"*_{split}.ts")) for split in ("TRAIN", "TEST")]
+    if not all(files):
+        raise UserError(f"{folder} must hold NAME_TRAIN.ts and NAME_TEST.ts")
+    (train, names), (test, test_names) = (read_ts(found[0]) for found in files)
+    classes = sorted(set(names))
+    if unknown := set(test_names) - set(classes):
+        raise UserError(f"{files[1][0]} has labels that the training set has not: {unknown}")
+    values = np.concatenate(train)
+    mean, scale = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+
+    def split(series: list[np.ndarray], labels: list[str]) -> Split:
+        scaled = [(x - mean) / np.where(scale > 0, scale, 1) for x in series]
+        scaled = [np.where(np.isnan(x), 0, x).astype(np.float32) for x in scaled]
+        return Split(scaled, np.array([classes.index(name) for name in labels], np.int32))
+
+    return LabelledSet(
+        folder.name,
+        len(classes),
+        split(train, names),
+        split(test, test_names),
+        input_dim=values.shape[1],
+    )
+
+
+def _inside_aeon(name: str) -> Path:
+    """Where aeon's wheel keeps a set; aeon itself is not imported, which takes seconds."""
+    spec = importlib.util.find_spec("aeon")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{name} is not a folder; the name of a set that comes with aeon needs it: "
+            "pip install aeon"
+        )
+    root = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    found = {path.name: path for path in root.iterdir() if list(path.glob("*_TRAIN.ts"))}
+    if name not in found:
+        raise UserError(f"{name} is neither a folder nor one of aeon's sets: {', '.join(found)}")
+    return found[name]

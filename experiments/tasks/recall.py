@@ -1,0 +1,83 @@
+"""Recall: what was seen once has to be said later.
+
+Selective copying and induction heads as in Mamba (arXiv 2312.00752, section 4.1).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from experiments.tasks.examples import Examples, Task
+
+BLANK = 0
+
+
+def selective_copying(
+    rng: np.random.Generator, count: int, length: int, *, vocab_size: int, data_tokens: int
+) -> Examples:
+    """Data tokens scattered over blanks, then as many markers: say the data in their order.
+
+    Tokens are 0, the blank, 1 .. vocab_size - 2, the data, and vocab_size - 1, the marker. The
+    data stand within the first `length` positions, the markers behind them.
+    """
+    marker = vocab_size - 1
+    places = np.argsort(rng.random((count, length)), axis=1)[:, :data_tokens]
+    places.sort(axis=1)
+    data = rng.integers(1, marker, (count, data_tokens), dtype=np.int32)
+    inputs = np.full((count, length + data_tokens), BLANK, np.int32)
+    np.put_along_axis(inputs, places, data, axis=1)
+    inputs[:, length:] = marker
+    targets = np.zeros_like(inputs)
+    targets[:, length:] = data
+    counted = np.zeros(inputs.shape, bool)
+    counted[:, length:] = True
+    return Examples(inputs, targets, counted)
+
+
+def induction_heads(
+    rng: np.random.Generator, count: int, length: int, *, vocab_size: int
+) -> Examples:
+    """Random tokens, one special token among them and again at the end: what followed it?
+
+    Tokens are 0 .. vocab_size - 2 and the special one, vocab_size - 1.
+    """
+    special = vocab_size - 1
+    inputs = rng.integers(0, special, (count, length), dtype=np.int32)
+    place = rng.integers(0, length - 2, count)
+    rows = np.arange(count)
+    inputs[rows, place] = special
+    inputs[:, -1] = special
+    targets = np.zeros_like(inputs)
+    targets[:, -1] = inputs[rows, place + 1]
+    counted = np.zeros(inputs.shape, bool)
+    counted[:, -1] = True
+    return Examples(inputs, targets, counted)
+
+
+def make_copying(length: int, vocab_size: int = 16, data_tokens: int = 16) -> Task:
+    """Selective copying over `length` positions."""
+    generate = functools.partial(selective_copying, vocab_size=vocab_size, data_tokens=data_tokens)
+    return Task(
+        name="selective_copying",
+        vocab_size=vocab_size,
+        num_classes=vocab_size,
+        generate=generate,
+        train_length=length,
+        test_lengths=(length,),
+        chance=1 / (vocab_size - 2),
+    )
+
+
+def make_induction(length: int, test_lengths: tuple[int, ...], vocab_size: int = 16) -> Task:
+    """Induction heads, trained at one length and tested at others."""
+    return Task(
+        name="induction_heads",
+        vocab_size=vocab_size,
+        num_classes=vocab_size,
+        generate=functools.partial(induction_heads, vocab_size=vocab_size),
+        train_length=length,
+        test_lengths=test_lengths,
+        chance=1 / (vocab_size - 1),
+    )
