@@ -27,6 +27,7 @@ import seqjax
 from experiments import bench_cases, bench_newton
 from experiments.bench_tools import Candidates, Table, ratios
 
+ONLY = flags.DEFINE_string("only", "", "Only the rows of `choice` whose name begins so.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
 SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
@@ -123,6 +124,9 @@ def bench_choice(rounds: int) -> None:
     for name, width, length, batch in grid:
         if name == "selective_scan" and width != 64:
             continue  # it has no such width
+        shape = f"B={batch}, T={length}" + ("" if name == "selective_scan" else f", K={width}")
+        if not f"{name}, {shape}".startswith(ONLY.value):
+            continue
         arrays = bench_cases.arrays(name, batch, length, width)
         candidates: Candidates = {}
         for algorithm in (None, *bench_cases.ALGORITHMS[name]):
@@ -130,7 +134,6 @@ def bench_choice(rounds: int) -> None:
             candidates[str(algorithm)] = functools.partial(jax.jit(run), *arrays)
         times = ratios(candidates, "None", rounds)
         best = min(times[algorithm] for algorithm in bench_cases.ALGORITHMS[name])
-        shape = f"B={batch}, T={length}" + ("" if name == "selective_scan" else f", K={width}")
         table.row(f"{name}, {shape}", {"None over the best": 1 / best} | times)
 
 

@@ -65,12 +65,18 @@ def choose(
 
     On a CPU, a step on a small state costs little more than a kernel call, and small matmuls run
     far below their peak: what a state must hold for chunks to pay depends on how many matmuls
-    a chunk takes. With gradients; only forward, steps stay the faster for longer
-    (`experiments.bench choice`). Elsewhere steps wait for each other and matmuls are what the
-    machine is made for, but for a handful of steps; not measured there.
+    a chunk takes, and a chunk of a few steps takes few. Where chunks do little each, as the small
+    ones of a diagonal recurrence, many at once are the faster. All with gradients; only forward,
+    steps stay the faster for longer (`experiments.bench choice`). Elsewhere steps wait for each
+    other and matmuls are what the machine is made for, but for a handful of steps; not measured
+    there.
     """
-    small = elements < recurrence.cpu_chunks_from[per_channel] or length * elements < 8192
-    on_cpu = "sequential" if small or length < 4 else "chunked"
+    enough = elements >= recurrence.cpu_chunks_from[per_channel] or length < 16 <= elements // 256
+    if length < 4 or length * elements < 8192 or not enough:
+        on_cpu = "sequential"
+    else:
+        many = recurrence.diagonal and elements <= 1024 and length >= 256
+        on_cpu = "associative" if many else "chunked"
     return on_cpu, "sequential" if length < 8 else "chunked"
 
 
