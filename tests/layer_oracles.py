@@ -144,7 +144,10 @@ def mamba(layer, params, x, reset=None):
             projected = u_t @ p["x_proj"]
             r, B, C = projected[:rank], projected[rank : rank + states], projected[rank + states :]
             dt = _softplus(r @ p["dt_proj"] + p["dt_bias"])
-            h = np.exp(dt[:, None] * A) * h + np.outer(dt * u_t, B)
+            decay = np.exp(dt[:, None] * A)
+            if layer.negative_eigenvalues:
+                decay = 2 * decay - 1
+            h = decay * h + np.outer(dt * u_t, B)
             out = (h @ C + p["D"] * u_t) * _silu(x[b, t] @ p["gate_proj"])
             y[b, t] = out @ p["out_proj"]
     return y

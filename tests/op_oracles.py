@@ -21,7 +21,7 @@ def linear_scan(inputs, h, reset, reverse=False):
     return y, final
 
 
-def selective_scan(inputs, h, reset):
+def selective_scan(inputs, h, reset, negative_eigenvalues=False):
     x, dt, A, B, C, D = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D"))
     y, h = np.zeros(x.shape), h.copy()
     for b in range(x.shape[0]):
@@ -29,7 +29,10 @@ def selective_scan(inputs, h, reset):
             for d in range(x.shape[2]):
                 if reset[b, t]:
                     h[b, d] = 0
-                h[b, d] = np.exp(dt[b, t, d] * A[d]) * h[b, d] + dt[b, t, d] * B[b, t] * x[b, t, d]
+                decay = np.exp(dt[b, t, d] * A[d])
+                if negative_eigenvalues:
+                    decay = 2 * decay - 1
+                h[b, d] = decay * h[b, d] + dt[b, t, d] * B[b, t] * x[b, t, d]
                 y[b, t, d] = C[b, t] @ h[b, d] + D[d] * x[b, t, d]
     return y, h
 

@@ -27,6 +27,9 @@ class Mamba(Layer):
     A_log starts as log(1 .. N) in every channel (S4D-real), dt_bias such that softplus(dt_bias) is
     log-uniform in [dt_min, dt_max], D as ones, W_dt uniform in +-1/sqrt(dt_rank).
 
+    `negative_eigenvalues=True` takes 2 exp(dt_t A) - 1 for exp(dt_t A), which lets a state change
+    its sign: what it takes to keep track of parity (arXiv 2411.12537).
+
     Departures: W_in and W_gate are two parameters where published checkpoints hold one (x half
     first), and weights are [in, out]; other projections start normal with variance 1/fan_in.
 
@@ -51,6 +54,7 @@ class Mamba(Layer):
       dt_rank: rank of the map to dt; None takes dim / 16, rounded up.
       dt_min: smallest dt at initialisation.
       dt_max: largest dt at initialisation.
+      negative_eigenvalues: whether states decay by 2 exp(dt_t A) - 1, in [-1, 1].
     """
 
     dim: int
@@ -60,6 +64,7 @@ class Mamba(Layer):
     dt_rank: int = DERIVED
     dt_min: float = 1e-3
     dt_max: float = 1e-1
+    negative_eigenvalues: bool = False
 
     def __post_init__(self) -> None:
         _checks.positive(
@@ -138,6 +143,7 @@ class Mamba(Layer):
             params["D"].astype(wide),
             state["ssm"],
             reset=reset,
+            negative_eigenvalues=self.negative_eigenvalues,
         )
         gate = jax.nn.silu(dense(x, params["gate_proj"]))
         return dense(y * gate, params["out_proj"]), {"conv": conv_state, "ssm": ssm_state}

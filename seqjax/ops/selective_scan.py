@@ -22,6 +22,7 @@ def selective_scan(
     initial_state: Float[Array, "B D N"] | None = None,
     *,
     reset: Reset | None = None,
+    negative_eigenvalues: bool = False,
     algorithm: str | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
@@ -32,8 +33,9 @@ def selective_scan(
         h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T        h [D, N]
         y_t = h_t C_t + D * x_t
 
-    Where `reset` is true, h_{t-1} is cleared first. Source: Mamba, arXiv 2312.00752, equation 2
-    with its discretisation (zero-order hold for A, Euler for B).
+    Where `reset` is true, h_{t-1} is cleared first. With `negative_eigenvalues` the decay is
+    2 exp(dt_t A) - 1, in [-1, 1] instead of [0, 1]. Source: Mamba, arXiv 2312.00752, equation 2
+    with its discretisation (zero-order hold for A, Euler for B); the wider range, 2411.12537.
 
     Args:
       x: [B, T, D].
@@ -44,6 +46,7 @@ def selective_scan(
       D: [D], the skip connection, or None for none.
       initial_state: [B, D, N], zeros if None.
       reset: [B, T] bool.
+      negative_eigenvalues: whether the decay is 2 exp(dt_t A) - 1.
       algorithm: "sequential" (step after step), "chunked" (an elementwise scan of all states of a
         chunk, which exist only while the chunk is at work) or None, which is sequential on CPU
         and chunked elsewhere.
@@ -98,13 +101,21 @@ def selective_scan(
         on_cpu=algorithm or "sequential",
         elsewhere=algorithm or ("sequential" if sizes["T"] < 8 else "chunked"),
         chunk_size=chunk_size or 16,
+        negative=negative_eigenvalues,
         sequence_axis=sequence_axis,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("on_cpu", "elsewhere", "chunk_size", "sequence_axis"))
+@functools.partial(
+    jax.jit, static_argnames=("on_cpu", "elsewhere", "chunk_size", "negative", "sequence_axis")
+)
 def _run(
-    *arrays: Array | None, on_cpu: str, elsewhere: str, chunk_size: int, sequence_axis: str | None
+    *arrays: Array | None,
+    on_cpu: str,
+    elsewhere: str,
+    chunk_size: int,
+    negative: bool,
+    sequence_axis: str | None,
 ) -> tuple[Array, Array]:
     x, dt, A, B, C, D, h0, reset = _compat.match_varying(*arrays)
     out, state = x.dtype, _checks.state_dtype(x, dt, A, B, C, D, h0)
@@ -115,8 +126,10 @@ def _run(
     A, D = (everywhere(weight.astype(state), x.shape[:1]) for weight in (A.T, D))
 
     def factors(x: Array, dt: Array, B: Array, A: Array) -> tuple[Array, Array]:
-        """exp(dt A) and dt B x, from [..., D] and [..., N] to [..., N, D]."""
+        """The decay and dt B x, from [..., D] and [..., N] to [..., N, D]."""
         decay = jnp.exp(down_columns(dt, A.shape[-2]) * A)
+        if negative:
+            decay = 2 * decay - 1
         return decay, jnp.einsum("...n,...d->...nd", B, dt * x)
 
     def outputs(h: Array, x: Array, C: Array, D: Array) -> Array:
@@ -145,7 +158,7 @@ def _run(
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
 
-    def by(algorithm: str, h0: Array) -> tuple[Array, Array]:
+    def by(algorithm: str, h0: Array, x: Array) -> tuple[Array, Array]:
         h0, xs = h0.astype(state).mT, (x, dt, B, C, reset)
         if algorithm == "chunked":
             y, h = chunk_scan(chunk, h0, xs, chunk_size)
@@ -153,11 +166,14 @@ def _run(
             y, h = time_scan(step, h0, xs, chunk_size, shared=(A, D))
         return y, h.mT
 
-    def local(h0: Array) -> tuple[Array, Array]:
-        return _dispatch.by_platform(by, on_cpu, elsewhere, h0)
+    def local(h0: Array, x: Array = x) -> tuple[Array, Array]:
+        return _dispatch.by_platform(by, on_cpu, elsewhere, h0, x)
 
     if sequence_axis is None:
         return local(h0)
-    total = jnp.sum(_sequence.whole_part(dt.astype(state), reset), axis=1)
-    transition = jnp.exp(total[..., None] * A.mT)
+    if negative:  # has no logarithm to sum: what becomes of ones when nothing is written
+        _, transition = local(jnp.ones_like(h0), jnp.zeros_like(x))
+    else:
+        total = jnp.sum(_sequence.whole_part(dt.astype(state), reset), axis=1)
+        transition = jnp.exp(total[..., None] * A.mT)
     return _sequence.run_split(local, transition, h0, reset, sequence_axis)
