@@ -25,6 +25,7 @@ FLOORS = [
     ("seqjax.cells",),
     ("seqjax.layers",),
     ("seqjax.models",),
+    ("seqjax.nnx", "seqjax.linen"),
     ("experiments", "notebooks"),
 ]
 SOURCES = [
