@@ -122,15 +122,6 @@ def test_annotations_are_true(case):
     typed(**arrays, initial_state=cast(state, "float32"), reset=jnp.asarray(reset))
 
 
-def test_readme_code_runs():
-    """The ten lines, as they stand."""
-    readme = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
-
-
 def test_readme_names_what_exists():
     """Every backticked path in the architecture map and every public op in the table."""
     readme = (ROOT / "README.md").read_text()
