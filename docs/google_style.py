@@ -1,0 +1,28 @@
+"""What the reference needs to read this library's docstrings: a Griffe extension.
+
+They say "Example:" for one example, and name arguments of one kind together, as in "q, k: ...";
+Griffe knows "Examples:" and one argument per entry.
+"""
+
+import re
+from typing import Any
+
+import griffe
+
+TOGETHER = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.M)
+
+
+def separately(match: re.Match[str]) -> str:
+    """The same entry once for each of its arguments."""
+    indent, names, text = match.groups()
+    return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))
+
+
+class GoogleStyle(griffe.Extension):
+    """Rewrites docstrings as they are loaded."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called for every module, class and function."""
+        if obj.docstring is not None:
+            text = re.sub(r"^Example:", "Examples:", obj.docstring.value, flags=re.M)
+            obj.docstring.value = TOGETHER.sub(separately, text)

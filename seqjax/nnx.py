@@ -1,0 +1,145 @@
+"""Flax NNX: any layer or model as an `nnx.Module`. Needs the `flax` extra."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.layers import Layer
+
+try:
+    from flax import nnx
+    from flax.core.spmd import get_logical_axis_rules
+except ImportError as error:
+    raise ImportError(
+        "seqjax.nnx needs Flax, which is not installed: pip install 'seqjax[flax]'."
+    ) from error
+
+Rules = Mapping[str, Any] | Iterable[tuple[str, Any]]
+
+
+class Recurrent(nnx.Module):
+    """A seqjax layer or model as a Flax NNX module.
+
+        y, state = module(x, state, reset)     as layer.apply(params, ...)
+
+    Every parameter is an `nnx.Param` in the layer's own tree, `module.params`, so that NNX's
+    transformations, optimizers, filters and checkpoints see it. Its `tag` is its role ('weight',
+    'bias', 'norm', 'embedding' or 'recurrence'), which NNX takes as a filter, as in
+    ``nnx.state(module, "recurrence")``; its `out_sharding` are the logical axes that the layer's
+    `param_axes` names. State is an argument and a result, never kept in the module.
+
+    As everywhere in NNX, parameters that are made while a mesh is set are placed on it at once.
+    Logical axes become mesh axes by `sharding_rules` or by ``nnx.logical_axis_rules``, one of
+    which then has to name each of them. Without a mesh they are names only.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from seqjax.layers import LRU
+      >>> from seqjax.nnx import Recurrent
+      >>> module = Recurrent(LRU(dim=8), rngs=nnx.Rngs(0))
+      >>> y, state = module(jnp.ones((2, 5, 8)))
+      >>> y_next, state = module.step(jnp.ones((2, 8)), state)
+      >>> y.shape, y_next.shape, module.params["B"].out_sharding
+      ((2, 5, 8), (2, 8), (None, 'embed', 'state'))
+
+    Attributes:
+      layer: the layer.
+      params: its parameters: the tree that `layer.init` makes, of `nnx.Param`.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        sharding_rules: Rules | None = None,
+    ) -> None:
+        """Draws the parameters with the key that ``rngs.params()`` gives.
+
+        Args:
+          layer: any of `seqjax.layers` or `seqjax.models`, or one of your own.
+          rngs: `nnx.Rngs`.
+          param_dtype: dtype of the parameters; those of a recurrence are at least float32.
+          sharding_rules: logical axis name -> mesh axis, a tuple of them, or None for unsplit.
+
+        Raises:
+          ValueError: `layer` is none, or a mesh is set on which an axis has no place.
+        """
+        if not isinstance(layer, Layer):
+            raise ValueError(
+                f"Recurrent: layer must be a seqjax layer or model, given {layer!r}; make one, e.g."
+                " seqjax.layers.DeltaNet(dim=256, heads=4)."
+            )
+        self.layer = layer
+        rules = None if sharding_rules is None else tuple(dict(sharding_rules).items())
+        sharding: dict[str, Any] = {} if rules is None else {"sharding_rules": rules}
+        # Flax refuses names of axes without a mesh, unless it is told that they wait for one.
+        eager = nnx.using_eager_sharding() and not jax.sharding.get_abstract_mesh().empty
+        if eager:
+            _require_rules(layer, rules or ())
+
+        def variable(value: jax.Array, axes: tuple[str | None, ...], role: str) -> nnx.Param:
+            return nnx.Param(value, out_sharding=axes, tag=role, eager_sharding=eager, **sharding)
+
+        self.params = nnx.data(
+            jax.tree.map(
+                variable,
+                layer.init(rngs.params(), param_dtype),
+                layer.param_axes(),
+                layer.param_roles(),
+            )
+        )
+
+    def __call__(
+        self, x: jax.Array, state: Any = None, reset: jax.Array | None = None, **options: Any
+    ) -> tuple[jax.Array, Any]:
+        """Runs the layer over whole sequences; see `seqjax.layers.Layer.apply`.
+
+        Args:
+          x: what the layer takes, [B, T, dim] or tokens [B, T].
+          state: the state an earlier call returned; None starts afresh.
+          reset: [B, T] bool, True where the state is cleared before that step.
+          **options: what else the layer's `apply` takes by name, such as a classifier's mask.
+
+        Returns:
+          `(y, state)`.
+
+        Raises:
+          ValueError: an argument has the wrong structure, shape or dtype.
+          NotImplementedError: `state` is given to a layer that is not causal.
+        """
+        return self.layer.apply(self._arrays(), x, state, reset, **options)
+
+    def step(
+        self, x_t: jax.Array, state: Any, reset: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Takes one step, with [B, dim] or tokens [B]; see `seqjax.layers.Layer.step`."""
+        return self.layer.step(self._arrays(), x_t, state, reset)
+
+    def initial_state(self, batch_size: int, *dtype: Any) -> Any:
+        """The state before the first step; see `seqjax.layers.Layer.initial_state`."""
+        return self.layer.initial_state(batch_size, *dtype)
+
+    def _arrays(self) -> Any:
+        return jax.tree.map(
+            lambda variable: variable[...],
+            self.params,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+
+
+def _require_rules(layer: Layer, rules: tuple[tuple[str, Any], ...]) -> None:
+    """Raises unless every logical axis has a rule or is an axis of the mesh that is set."""
+    on_mesh = jax.sharding.get_abstract_mesh().axis_names
+    known = {*on_mesh, *dict(rules), *dict(get_logical_axis_rules())}
+    axes = jax.tree.leaves(layer.param_axes())
+    missing = sorted({name for name in axes if name not in known})
+    if missing:
+        raise ValueError(
+            f"Recurrent: no sharding rule for the axes {', '.join(missing)} on a mesh of"
+            f" {', '.join(on_mesh)}; name them in sharding_rules, e.g. {{{missing[0]!r}: None}}."
+        )

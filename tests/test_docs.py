@@ -1,0 +1,81 @@
+"""The documentation: code in it runs, and the reference has every public name."""
+
+import dataclasses
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import seqjax
+import seqjax.linen
+import seqjax.nnx
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+WITH_CODE = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
+ARCHITECTURES = [
+    made
+    for module in (seqjax.layers, seqjax.cells, seqjax.models)
+    for made in map(module.__dict__.get, module.__all__)
+    if not inspect.isabstract(made) and made is not seqjax.layers.Param
+]
+
+
+def public_names():
+    """What users import, by the path they import it with."""
+    ops = [name for name in vars(seqjax) if name in vars(seqjax.ops) and not name.startswith("_")]
+    names = {f"seqjax.{name}" for name in ops if not inspect.ismodule(getattr(seqjax, name))}
+    for module in (seqjax.layers, seqjax.models, seqjax.cells):
+        names |= {f"{module.__name__}.{name}" for name in module.__all__}
+    return names | {"seqjax.nnx.Recurrent", "seqjax.linen.Recurrent"}
+
+
+def test_the_reference_has_every_public_name():
+    text = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+    entries = re.findall(r"^::: (\S+)(?:\n    options: {heading: (\S+)})?", text, re.M)
+    assert sorted(heading or path for path, heading in entries) == sorted(public_names())
+    for path, heading in entries:
+        # A heading other than the path is for a function whose module has the same name.
+        if heading:
+            assert path.split(".")[-1] == heading.split(".")[-1]
+
+
+def test_every_page_can_be_found():
+    listed = re.findall(r"^ +- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    assert sorted(f"docs/{page}" for page in listed) == sorted(set(PAGES) - {"README.md"})
+
+
+def test_there_is_code():
+    assert {"README.md", "docs/guides/newton.md"} < set(WITH_CODE)
+
+
+@pytest.mark.usefixtures("compiled_quickly")
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if page == "README.md" else [pytest.mark.slow])
+        for page in WITH_CODE
+    ],
+)
+def test_code_runs(page):
+    """As it stands, from top to bottom."""
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
+        exec(compile(block, page, "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize(
+    "made", ARCHITECTURES, ids=lambda made: f"{made.__module__}.{made.__name__}"
+)
+def test_architectures_are_documented(made):
+    """The fields, an example, the state, and where it comes from."""
+    text = made.__doc__
+    for field in dataclasses.fields(made):
+        listed = rf"^ +(\w+, )*{field.name}(, \w+)*:"
+        assert re.search(listed, text, re.M), field.name
+    assert ">>>" in text
+    if made.__module__.startswith("seqjax.models"):
+        return
+    assert re.search(r"\b[Ss]tate\b", text), "no state"
+    assert re.search(r"\d{4}\.\d{4,5}|\b(19|20)\d\d\b", text), "no source"
