@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -31,12 +33,35 @@ LAYERS: dict[str, type] = {
 VOCAB_SIZE = 256
 
 
-def build_model(model: ConfigDict) -> models.LanguageModel:
-    """Builds the byte-level language model that `config.model` describes."""
+def build_model(model: ConfigDict, vocab_size: int = VOCAB_SIZE) -> models.LanguageModel:
+    """Builds the language model that `config.model` describes, by default of bytes."""
+    dtype = model.get("dtype", "float32")
+    with _one_line():
+        return models.LanguageModel(vocab_size, _backbone(model), dtype=dtype)
+
+
+def build_classifier(model: ConfigDict, num_classes: int, **inputs: Any) -> models.Classifier:
+    """Builds the classifier that `config.model` describes, for what `inputs` say it is given."""
+    dtype = model.get("dtype", "float32")
+    with _one_line():
+        return models.Classifier(num_classes, _backbone(model), dtype=dtype, **inputs)
+
+
+def _backbone(model: ConfigDict) -> models.Backbone:
     mixers = [_build_layer(name.strip(), model) for name in model.mixers.split(",")]
+    return models.Backbone(
+        mixers,
+        depth=model.depth,
+        mlp_ratio=model.mlp_ratio,
+        remat=model.get("remat", False),
+        scan=model.get("scan", False),
+    )
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
     try:
-        backbone = models.Backbone(mixers, depth=model.depth, mlp_ratio=model.mlp_ratio)
-        return models.LanguageModel(VOCAB_SIZE, backbone)
+        yield
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
 

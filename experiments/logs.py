@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -54,11 +53,25 @@ class RunLog:
         self._board.close()
 
 
-class Progress:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+class NoLog:
+    """What every process but the first one writes."""
 
-    def __init__(self, start: int, steps: int) -> None:
-        self._terminal = sys.stderr.isatty()
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Writes nothing."""
+
+    def board(self, step: int, values: dict[str, float]) -> None:
+        """Adds nothing."""
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
+class Progress:
+    """A progress bar on a terminal, a line now and then elsewhere; nothing if quiet."""
+
+    def __init__(self, start: int, steps: int, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty() and not quiet
         self._steps = steps
         self._bar = tqdm.tqdm(
             total=steps, initial=start, unit="step", disable=not self._terminal, dynamic_ncols=True
@@ -68,13 +81,12 @@ class Progress:
         """Counts one step."""
         self._bar.update(1)
 
-    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Shows the mean loss of the last steps, in nats and in bits per byte."""
-        values = {
-            "loss": f"{loss:.3f}",
-            "bits/byte": f"{loss / math.log(2):.3f}",
-            "tokens/s": f"{tokens_per_second:,.0f}",
-        }
+    def show(self, step: int, numbers: dict[str, float], tokens_per_second: float) -> None:
+        """Shows the means of the last steps."""
+        if self._quiet:
+            return
+        values = {name.replace("_per_", "/"): f"{x:.3f}" for name, x in numbers.items()}
+        values["tokens/s"] = f"{tokens_per_second:,.0f}"
         if self._terminal:
             self._bar.set_postfix(values)
         else:
@@ -83,6 +95,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line without breaking the bar."""
+        if self._quiet:
+            return
         tqdm.tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 

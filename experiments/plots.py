@@ -12,12 +12,18 @@ from matplotlib.figure import Figure
 _TRAIN, _HELDOUT, _RATE, _NORM = "#4c78a8", "#e45756", "#54a24b", "#b279a2"
 
 
-def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Draws bits per byte over steps, with the learning rate and the gradient norm below."""
+def save_curves(
+    path: Path, rows: list[dict[str, Any]], title: str, curve: str, metric: str
+) -> None:
+    """Draws a number of every step, and one of every evaluation, over steps.
+
+    Both on one axis where they are the same kind of number, and the learning rate and the gradient
+    norm below.
+    """
     train = [row for row in rows if "loss" in row]
-    heldout = [row for row in rows if "heldout_bits_per_byte" in row]
+    heldout = [row for row in rows if metric in row]
     steps = np.array([row["step"] for row in train])
-    bits = np.array([row["bits_per_byte"] for row in train])
+    bits = np.array([row[curve] for row in train])
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -30,15 +36,17 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
         steps[width - 1 :], smooth, color=_TRAIN, linewidth=1.8, label=f"train, mean of {width}"
     )
     if heldout:
-        points = [row["heldout_bits_per_byte"] for row in heldout]
-        top.plot(
-            [row["step"] for row in heldout],
-            points,
-            "o-",
-            color=_HELDOUT,
-            label=f"held-out, {heldout[-1]['heldout_bytes']:,} bytes",
-        )
-        top.annotate(
+        points = [row[metric] for row in heldout]
+        same = metric.endswith(curve)
+        axis = top if same else top.twinx()
+        label = f"held-out, {heldout[-1]['heldout_bytes']:,} bytes" if same else metric
+        top.plot([], [], "o-", color=_HELDOUT, label=label)
+        axis.plot([row["step"] for row in heldout], points, "o-", color=_HELDOUT)
+        if not same:
+            axis.set_ylim(-0.03, 1.03)
+            axis.set_ylabel(metric, color=_HELDOUT)
+            axis.spines["top"].set_visible(False)
+        axis.annotate(
             f"{points[-1]:.3f}",
             (heldout[-1]["step"], points[-1]),
             textcoords="offset points",
@@ -46,10 +54,10 @@ def save_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
             ha="center",
             color=_HELDOUT,
         )
-    top.set_ylabel("bits per byte")
+    top.set_ylabel(curve.replace("_", " "))
     # The first steps are far above the rest and would flatten it.
     late = bits[len(bits) // 20 :]
-    if late.size:
+    if late.size and metric.endswith(curve):
         top.set_ylim(bottom=max(0.0, late.min() - 0.3), top=late.max() + 0.3)
     top.legend(frameon=False)
 

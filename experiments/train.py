@@ -1,6 +1,7 @@
-"""Trains a byte-level language model; start it again and it goes on where it was.
+"""Trains a model on a text or a task; start it again and it goes on where it was.
 
 python -m experiments.train --config=experiments/configs/lm.py:deltanet
+python -m experiments.train --config=experiments/configs/state_tracking.py:parity,gru
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, heldout, logs, plots, sampling
+from experiments import cli, devices, logs, plots, sampling
 from experiments.errors import UserError
 from experiments.training import Run
 
@@ -22,6 +24,7 @@ from experiments.training import Run
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Defines the flags of this script."""
     cli.define_config(values, argv)
+    devices.define_flags(values)
     flags.DEFINE_string(
         "workdir", "", "Folder of the run; by default runs/NAME.", flag_values=values
     )
@@ -30,14 +33,16 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def main(values: Any) -> int:
     """Trains the configuration given by flags."""
     config = cli.require_config(values)
+    devices.initialize(values)
     return train(config, Path(values.workdir or default_workdir(config)))["exit_code"]
 
 
 def default_workdir(config: ConfigDict) -> str:
     """runs/NAME, with the name of the text where it is not the default one."""
-    parts = [config.name, config.data.tfds.replace("/", "-").replace(":", "-")]
-    if config.data.path:
-        parts.append(Path(config.data.path).expanduser().resolve().stem)
+    data = config.get("task", config.data)
+    parts = [config.name, data.get("tfds", "").replace("/", "-").replace(":", "-")]
+    if data.get("path", ""):
+        parts.append(Path(data.path).expanduser().resolve().stem)
     return "runs/" + "-".join(part for part in parts if part)
 
 
@@ -48,33 +53,54 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot make the folder {workdir}: {error.strerror}") from error
     with Run(config, workdir) as run:
-        print(run.describe(), flush=True)
+        say(run.describe())
         stopped_by = run.loop()
-        save_curves(config, workdir)
+        if devices.is_main():
+            save_curves(run)
         if stopped_by:
-            print(
+            say(
                 f"stopped at step {run.step}; saved in {workdir}: "
-                "start the same command again to go on",
-                flush=True,
+                "start the same command again to go on"
             )
             return {"exit_code": stopped_by, "step": run.step}
         return finish(run)
 
 
-def save_curves(config: ConfigDict, workdir: Path) -> None:
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if devices.is_main():
+        print(text, flush=True)
+
+
+def save_curves(run: Run) -> None:
     """Draws what the run has logged so far."""
-    rows = logs.read_rows(workdir)
+    rows = logs.read_rows(run.workdir)
     if any("loss" in row for row in rows):
-        plots.save_curves(workdir / "curves.png", rows, f"{config.name}: bits per byte")
+        names = run.objective.curve, run.objective.metric
+        plots.save_curves(run.workdir / "curves.png", rows, run.config.name, *names)
 
 
 def finish(run: Run) -> dict[str, Any]:
     """The final held-out evaluation, a sample, and the summary."""
     config, workdir = run.config, run.workdir
-    documents = run.heldout(config.eval.final_bytes)
-    result = heldout.report(run.evaluate(run.state["params"], documents), documents)
-    print(heldout.format_report(result), flush=True)
+    result = run.evaluate(run.state["params"], True)
+    say(run.objective.describe(result))
+    result |= {"exit_code": 0, "step": run.step, **run.timing()}
+    files = "metrics.jsonl, tensorboard, curves.png, checkpoints, best"
+    if "sample" in config and jax.process_count() == 1:
+        save_sample(run)
+        files += ", sample.txt"
+    elif "sample" in config:
+        say(f"no sample from several processes: python -m experiments.generate --workdir={workdir}")
+    if devices.is_main():
+        (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    say(f"in {workdir}: {files}")
+    return result
 
+
+def save_sample(run: Run) -> None:
+    """Draws a sample from the model, prints it and writes it to sample.txt."""
+    config, workdir = run.config, run.workdir
     sample = config.sample
     stream = sampling.make_sampler(run.model)(
         run.state["params"],
@@ -87,11 +113,6 @@ def finish(run: Run) -> dict[str, Any]:
     text = sample.prompt + "".join(sampling.decode(stream))
     (workdir / "sample.txt").write_text(text, errors="replace")
     print(f"--- sample ({sample.num_bytes} bytes) ---\n{text}\n---", flush=True)
-
-    result |= {"exit_code": 0, "step": run.step, **run.timing()}
-    (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"in {workdir}: metrics.jsonl, tensorboard, curves.png, sample.txt, checkpoints, best")
-    return result
 
 
 if __name__ == "__main__":

@@ -13,34 +13,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import seqjax
-from experiments import build, checkpoints, heldout, logs, optimizer, solves
-from experiments.data import corpus as corpora
+from experiments import build, checkpoints, devices, language, logs, objective, optimizer, solves
 from experiments.data import pipeline
 from experiments.errors import UserError
 from experiments.interrupt import Interrupt
+from seqjax import sharding
 
 TrainStep = Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
 
 
 def make_train_step(
-    model: Any, transform: optax.GradientTransformation, schedule: optax.Schedule
+    model: Any,
+    transform: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    plan: sharding.Shardings | None = None,
+    objective: Any = language,
 ) -> TrainStep:
-    """Returns `train_step(state, batch, step) -> (state, metrics)`, jitted; it consumes `state`."""
+    """Returns `train_step(state, batch, step) -> (state, metrics)`, jitted; it consumes `state`.
+
+    With a `plan` it runs on that mesh, time split over its axis `sequence`. What is minimised is
+    the `loss` of the `objective`, of batches as its `prepare` makes them.
+    """
+    mesh = None if plan is None else plan.mesh
+    model = sharding.place_activations(model, mesh)
+
+    def split_loss(params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
+        return objective.loss(model, params, batch, sequence_axis)
 
     def loss_of(params: Any, batch: Any) -> jax.Array:
-        logits, _ = model.apply(
-            params,
-            batch["inputs"].astype(jnp.int32),
-            reset=seqjax.segment_starts(batch["segment_ids"]),
+        batch = objective.prepare(batch)
+        in_time = jax.tree.map(lambda x: P(None, "sequence") if x.ndim > 1 else P(), batch)
+        return sharding.split_time(split_loss, mesh, in_specs=(P(), in_time), out_specs=P())(
+            params, batch
         )
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["targets"].astype(jnp.int32)
-        ).mean()
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    out = None
+    if plan is not None:
+        out = ({"params": plan.params, "optimizer": plan.optimizer}, plan.replicated)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out)
     def train_step(state: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         loss, gradients = jax.value_and_grad(loss_of)(state["params"], batch)
         updates, optimizer_state = transform.update(gradients, state["optimizer"], state["params"])
@@ -68,33 +83,33 @@ class Run:
         _check(config)
         self.config = config
         self.workdir = workdir
-        self.corpus = pipeline.load_corpus(config.data)
-        self.model = build.build_model(config.model)
+        self.objective = objective.make(config)
+        self.model = self.objective.model
         schedule = optimizer.make_schedule(config.optimizer, config.steps)
         transform = optimizer.make_optimizer(
             config.optimizer, config.steps, self.model.param_roles()
         )
-        self._train_step = make_train_step(self.model, transform, schedule)
+
+        def init(key: jax.Array) -> Any:
+            params = self.model.init(key)
+            return {"params": params, "optimizer": transform.init(params)}
+
+        shape = self.objective.batch_shape
+        self._devices = devices.Devices(config.mesh, self.model, shape, init)
+        self._train_step = make_train_step(
+            self.model, transform, schedule, self._devices.plan, self.objective
+        )
         self._solver_report = solves.make_report(self.model)
-        self.evaluate = heldout.make_evaluate(
-            self.model, lanes=config.eval.lanes, length=config.data.length
-        )
-        params = self.model.init(jax.random.key(config.seed))
-        self.state = {"params": params, "optimizer": transform.init(params)}
+        self.evaluate = self.objective.make_evaluate(self._devices)
+        self.state = self._devices.make_state(config.seed)
         self.step = 0
-        self._batches = pipeline.train_batches(
-            self.corpus.train,
-            length=config.data.length,
-            batch_size=config.data.batch_size,
-            seed=config.seed,
-            shuffle_windows=config.data.shuffle_windows,
-        )
+        self._batches = self.objective.batches(self._devices.rows(shape[0]))
         self._best = math.inf
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._timed = {"steps": 0, "seconds": 0.0}
         self._checkpoints = checkpoints.Checkpoints(workdir, config.keep)
         self._restore()
-        self._log = logs.RunLog(workdir, self.step)
+        self._log = logs.RunLog(workdir, self.step) if devices.is_main() else logs.NoLog()
         self._saved = self.step
 
     def __enter__(self) -> Run:
@@ -109,7 +124,7 @@ class Run:
         if step is None:
             return
         meta = self._checkpoints.meta(step)
-        checkpoints.check_same_run(self.workdir, meta, self.config, self.corpus.fingerprint)
+        checkpoints.check_same_run(self.workdir, meta, self.config, self.objective.fingerprint)
         if step > self.config.steps:
             raise UserError(
                 f"{self.workdir} is at step {step} already: give --config.steps={step} or more, "
@@ -126,31 +141,26 @@ class Run:
         start = f"resumed at step {self.step} of" if self.step else "training for"
         return (
             f"{config.name}: {count:,} parameters, {start} {config.steps} steps of "
-            f"{config.data.batch_size} x {config.data.length} bytes on {self.corpus.name} "
-            f"in {self.workdir}"
+            f"{' x '.join(map(str, self.objective.batch_shape))} {self.objective.unit} on "
+            f"{self.objective.name} in {self.workdir}"
+            + (f" on {jax.device_count()} devices, {config.mesh}" if config.mesh else "")
         )
 
-    def heldout(self, limit: int) -> list[bytes]:
-        """At most `limit` held-out bytes, the same ones in every run."""
-        return corpora.take_bytes(self.corpus.heldout, limit)
-
     def timing(self) -> dict[str, float]:
-        """Steps taken per second and bytes per second, compilation and evaluation left out."""
+        """Seconds spent in steps and tokens per second, compilation and evaluation left out."""
         seconds = max(self._timed["seconds"], 1e-9)
-        data = self.config.data
-        tokens = self._timed["steps"] * data.batch_size * data.length
+        tokens = self._timed["steps"] * math.prod(self.objective.batch_shape)
         return {"train_seconds": self._timed["seconds"], "tokens_per_second": tokens / seconds}
 
     def loop(self) -> int:
         """Trains to the last step; returns 0, or the exit code of the signal that stopped it."""
         config = self.config
-        evaluated = self.heldout(config.eval.bytes)
-        self._progress = logs.Progress(self.step, config.steps)
+        self._progress = logs.Progress(self.step, config.steps, quiet=not devices.is_main())
         self._clock = time.perf_counter()
         first = self.step + 1
         with Interrupt() as interrupt:
             while self.step < config.steps:
-                self._batch = next(self._batches)
+                self._batch = self._devices.place(next(self._batches))
                 self.state, metrics = self._train_step(self.state, self._batch, np.int32(self.step))
                 self.step += 1
                 self._pending.append((self.step, metrics))
@@ -161,14 +171,23 @@ class Run:
                     self._drain(timed=self.step != first)
                 best = False
                 if self.step % config.eval_every == 0 or last:
-                    best = self._evaluate(evaluated)
-                if best or last or interrupt.signal or self.step % config.save_every == 0:
+                    best = self._evaluate()
+                stop = self._asked_to_stop(interrupt)
+                if best or last or stop or self.step % config.save_every == 0:
                     self._save(best)
-                if interrupt.signal:
+                if stop:
                     break
             self._progress.close()
             self._checkpoints.wait()
-            return interrupt.exit_code if interrupt.signal else 0
+            return interrupt.exit_code if stop else 0
+
+    def _asked_to_stop(self, interrupt: Interrupt) -> bool:
+        """Whether a signal has arrived; several processes ask each other now and then."""
+        if jax.process_count() > 1:
+            if self.step % self.config.log_every and self.step != self.config.steps:
+                return False
+            interrupt.signal = devices.agree(interrupt.signal or 0) or None
+        return interrupt.signal is not None
 
     def _drain(self, timed: bool = True) -> None:
         """Fetches the numbers of the steps since the last time, checks and writes them."""
@@ -184,8 +203,7 @@ class Run:
                 if not math.isfinite(row[name]):
                     self._log.write(rows)
                     self._diverged(name.replace("_", " "), row[name], step)
-            row["bits_per_byte"] = row["loss"] / math.log(2)
-            rows.append(row)
+            rows.append(row | self.objective.log(row["loss"]))
         if self.step % self.config.log_every == 0:
             rows[-1] |= self._solving()
         if timed:
@@ -193,11 +211,12 @@ class Run:
             self._timed["steps"] += len(rows)
             self._timed["seconds"] += seconds
             rows[-1]["tokens_per_second"] = (
-                len(rows) * self.config.data.batch_size * self.config.data.length / seconds
+                len(rows) * math.prod(self.objective.batch_shape) / seconds
             )
             if self.step % self.config.log_every == 0:
                 mean = sum(row["loss"] for row in rows) / len(rows)
-                self._progress.show(self.step, mean, rows[-1]["tokens_per_second"])
+                values = {"loss": mean, **self.objective.log(mean)}
+                self._progress.show(self.step, values, rows[-1]["tokens_per_second"])
         self._log.write(rows)
         self._log.board(
             self.step, {f"train/{name}": x for name, x in rows[-1].items() if name != "step"}
@@ -206,9 +225,9 @@ class Run:
 
     def _solving(self) -> dict[str, int]:
         """How Newton fares on the last batch with the parameters that it led to."""
-        if self._solver_report is None:
-            return {}
         batch = self._batch
+        if self._solver_report is None or "segment_ids" not in batch:
+            return {}
         numbers = self._solver_report(
             self.state["params"],
             batch["inputs"].astype(jnp.int32),
@@ -216,20 +235,20 @@ class Run:
         )
         return {name: int(value) for name, value in jax.device_get(numbers).items()}
 
-    def _evaluate(self, documents: list[bytes]) -> bool:
-        """Evaluates on held-out text; returns whether the result is the best so far."""
+    def _evaluate(self) -> bool:
+        """Evaluates on what is held out; returns whether the result is the best so far."""
         self._drain()
-        bits = self.evaluate(self.state["params"], documents)
-        if not math.isfinite(bits):
-            self._diverged("held-out loss", bits, self.step)
-        size = sum(map(len, documents))
-        row = {"step": self.step, "heldout_bits_per_byte": bits, "heldout_bytes": size}
-        self._log.write([row])
-        self._log.board(self.step, {"heldout/bits_per_byte": bits})
-        self._progress.note(f"step {self.step}: held-out bits per byte {bits:.3f} ({size:,} bytes)")
+        row = self.evaluate(self.state["params"], False)
+        value = row[self.objective.metric]
+        if not math.isfinite(value):
+            self._diverged(self.objective.metric.replace("_", " "), value, self.step)
+        self._log.write([{"step": self.step} | row])
+        self._log.board(self.step, {f"heldout/{name}": x for name, x in row.items()})
+        self._progress.note(f"step {self.step}: {self.objective.describe(row)}")
         self._clock = time.perf_counter()
-        better = bits < self._best
-        self._best = min(bits, self._best)
+        score = value if self.objective.lower_is_better else -value
+        better = score < self._best
+        self._best = min(score, self._best)
         return better
 
     def _save(self, best: bool) -> None:
@@ -239,8 +258,8 @@ class Run:
             self._diverged("parameters", math.nan, self.step)
         meta = {
             "config": build.to_json(self.config),
-            "data": self._batches.get_state(),
-            "fingerprint": self.corpus.fingerprint,
+            "data": devices.gather_json(self._batches.get_state()),
+            "fingerprint": self.objective.fingerprint,
             "best": self._best if math.isfinite(self._best) else None,
         }
         self._checkpoints.save(self.step, self.state, meta, best=best)
@@ -262,11 +281,5 @@ class Run:
 
 
 def _check(config: ConfigDict) -> None:
-    for section, names in (
-        (config, ("steps", "log_every", "eval_every", "save_every", "keep")),
-        (config.data, ("batch_size", "length", "shuffle_windows")),
-        (config.eval, ("lanes", "bytes", "final_bytes")),
-    ):
-        for name in names:
-            if section[name] < 1:
-                raise UserError(f"the config field {name}={section[name]} must be at least 1")
+    objective.check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
+    objective.check_positive(config.data, "batch_size")

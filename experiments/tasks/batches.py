@@ -27,12 +27,12 @@ def of_task(
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
     )
     if not packed_length:
-        longest = len(task.generate(np.random.default_rng(0), 1, task.train_length).inputs[0])
+        longest = task.longest()
         return iter(dataset.map(lambda e: _padded(e, longest)).batch(batch_size))
-    if packed_length < task.train_length:
+    if packed_length < task.longest():
         raise UserError(
             f"config.data.packed_length={packed_length} is shorter than the longest sequence, "
-            f"{task.train_length}"
+            f"{task.longest()}"
         )
     packed = grain_experimental.FirstFitPackIterDataset(
         dataset,

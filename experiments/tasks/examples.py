@@ -62,6 +62,10 @@ class Task:
         if self.shortest is not None and (self.train_length - self.shortest) % self.step:
             raise ValueError(f"{self.name}: no length of the steps {self.step} is the longest")
 
+    def longest(self) -> int:
+        """Positions of the longest training sequence, those in which answers are given included."""
+        return self.generate(np.random.default_rng(0), 1, self.train_length).inputs.shape[1]
+
 
 class Source:
     """Training sequences by index, each a dict of [T] arrays; the same ones for a seed, always."""

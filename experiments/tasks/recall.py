@@ -1,6 +1,7 @@
 """Recall: what was seen once has to be said later.
 
-Selective copying and induction heads as in Mamba (arXiv 2312.00752, section 4.1).
+Selective copying and induction heads as in Mamba (arXiv 2312.00752, section 4.1); MQAR, multi-query
+associative recall, in `experiments.data.mqar`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 
 import numpy as np
 
+from experiments.data import mqar
 from experiments.tasks.examples import Examples, Task
 
 BLANK = 0
@@ -80,4 +82,23 @@ def make_induction(length: int, test_lengths: tuple[int, ...], vocab_size: int =
         train_length=length,
         test_lengths=test_lengths,
         chance=1 / (vocab_size - 1),
+    )
+
+
+def make_mqar(length: int, pairs: int, vocab_size: int) -> Task:
+    """Multi-query associative recall."""
+
+    def generate(rng: np.random.Generator, count: int, length: int) -> Examples:
+        inputs, targets = mqar.mqar(rng, count, length, pairs, vocab_size)
+        counted = targets != mqar.NO_TARGET
+        return Examples(inputs, np.where(counted, targets, 0), counted)
+
+    return Task(
+        name="mqar",
+        vocab_size=vocab_size,
+        num_classes=vocab_size,
+        generate=generate,
+        train_length=length,
+        test_lengths=(length,),
+        chance=2 / vocab_size,
     )

@@ -1,0 +1,69 @@
+"""Recall: MQAR, selective copying and induction heads.
+
+    python -m experiments.train --config=experiments/configs/recall.py:mqar,deltanet
+
+The words are a task (`mqar`, `selective_copying`, `induction_heads`) and a layer. MQAR is zoology's
+(arXiv 2312.04927), the other two Mamba's (arXiv 2312.00752, section 4.1).
+
+Hardware: any; two CPU cores take two to fifteen minutes a run. Departures for their sake, undone by
+`full`, which is for an accelerator and has not been run: MQAR with 64 tokens, 4 pairs and a vocabulary
+of 256 (512, 64 and 8,192); selective copying over 256 positions (4,096); induction heads tested up to
+4,096 tokens (2^20). `quicktest` is a run of seconds.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from experiments.configs import common
+
+TASKS = ("mqar", "selective_copying", "induction_heads")
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Builds the configuration; `arg` holds a task, a layer and switches."""
+    words, switches = common.parse(
+        arg, {"task": TASKS, "layer": ["deltanet", *common.MIXERS]}, ("full",)
+    )
+    task, layer, full = words["task"], words["layer"], "full" in switches
+    name = "-".join([task, layer, *sorted(switches)])
+    config = ConfigDict(common.settings(name, layer, dim=64, depth=2, heads=4))
+    sizes = {
+        "mqar": {"train_length": 64, "pairs": 4, "vocab_size": 256},
+        "selective_copying": {"train_length": 256, "vocab_size": 16, "data_tokens": 16},
+        "induction_heads": {
+            "train_length": 256,
+            "test_lengths": (64, 256, 1024, 4096),
+            "vocab_size": 16,
+        },
+    }[task]
+    if full:
+        sizes |= {
+            "mqar": {"train_length": 512, "pairs": 64, "vocab_size": 8192},
+            "selective_copying": {"train_length": 4096},
+            "induction_heads": {"test_lengths": tuple(2**i for i in range(6, 21, 2))},
+        }[task]
+    steps = 100_000 if full else 3_000
+    config.update(
+        {
+            "steps": steps,
+            "log_every": 100,
+            "eval_every": steps // 5,
+            "save_every": steps // 5,
+            "task": {"name": task, "seed": 1000} | sizes,
+            "data": {"batch_size": 64 if task == "mqar" else 16, "packed_length": 0},
+            "eval": {"sequences": 512, "quick": 128, "tokens": 1 << 15},
+            "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.1},
+        }
+    )
+    if "quicktest" in switches:
+        config.update(common.small(layer))
+        config.update({"data": {"batch_size": 4}, "eval": {"sequences": 8, "quick": 4}})
+        config.task.update(
+            {
+                "mqar": {"train_length": 16, "pairs": 2, "vocab_size": 16},
+                "selective_copying": {"train_length": 12, "data_tokens": 3},
+                "induction_heads": {"train_length": 12, "test_lengths": (12,)},
+            }[task]
+        )
+    return config
