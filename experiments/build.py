@@ -35,8 +35,14 @@ def build_model(model: ConfigDict) -> models.LanguageModel:
     """Builds the byte-level language model that `config.model` describes."""
     mixers = [_build_layer(name.strip(), model) for name in model.mixers.split(",")]
     try:
-        backbone = models.Backbone(mixers, depth=model.depth, mlp_ratio=model.mlp_ratio)
-        return models.LanguageModel(VOCAB_SIZE, backbone)
+        backbone = models.Backbone(
+            mixers,
+            depth=model.depth,
+            mlp_ratio=model.mlp_ratio,
+            remat=model.get("remat", False),
+            scan=model.get("scan", False),
+        )
+        return models.LanguageModel(VOCAB_SIZE, backbone, dtype=model.get("dtype", "float32"))
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model: {error}") from error
 

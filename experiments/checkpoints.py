@@ -15,7 +15,16 @@ from experiments import build
 from experiments.errors import UserError
 
 # A run goes on exactly only if nothing but these sections has changed.
-_MAY_CHANGE = ("optimizer", "steps", "log_every", "eval_every", "save_every", "keep", "eval")
+_MAY_CHANGE = (
+    "optimizer",
+    "steps",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "keep",
+    "eval",
+    "mesh",
+)
 
 # Room for the metadata of a checkpoint and for the log.
 _SPARE_BYTES = 1 << 20

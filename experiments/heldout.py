@@ -12,14 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from experiments.data import pipeline
+from experiments.devices import Devices
+from seqjax import sharding
 
 Evaluate = Callable[[Any, Sequence[bytes]], float]
 
 
-def make_evaluate(model: Any, *, lanes: int, length: int) -> Evaluate:
+def make_evaluate(model: Any, *, lanes: int, length: int, place: Devices | None = None) -> Evaluate:
     """Returns `evaluate(params, documents) -> bits per byte`, compiled once for all calls.
+
+    With a `place` it runs on its mesh, time split over its axis `sequence`.
 
     The documents are read in `lanes` lanes, `length` bytes at a time, the state carried from
     window to window and cleared where a document starts. Every byte is predicted exactly once
@@ -27,23 +32,39 @@ def make_evaluate(model: Any, *, lanes: int, length: int) -> Evaluate:
     bytes divided by ln 2 and their number: the size of an arithmetic code made with the model.
     """
 
-    @jax.jit
-    def window(params: Any, state: Any, part: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
+    place = Devices("") if place is None else place
+
+    def nats(
+        params: Any, state: Any, part: dict[str, jax.Array], sequence_axis: str | None
+    ) -> tuple[Any, jax.Array]:
         logits, state = model.apply(
-            params, part["inputs"].astype(jnp.int32), state, reset=part["reset"]
+            params,
+            part["inputs"].astype(jnp.int32),
+            state,
+            reset=part["reset"],
+            sequence_axis=sequence_axis,
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(
             logits, part["targets"].astype(jnp.int32)
         )
-        return state, jnp.where(part["counted"], losses, 0.0).sum(axis=1)
+        sums = jnp.where(part["counted"], losses, 0.0).sum(axis=1)
+        return state, sums if sequence_axis is None else jax.lax.psum(sums, sequence_axis)
+
+    split = sharding.split_time(
+        nats, place.mesh, in_specs=(P(), P(), P(None, "sequence")), out_specs=P()
+    )
+    # Every process adds up all lanes, so the sums must be everywhere.
+    window = jax.jit(
+        split, out_shardings=None if place.plan is None else (None, place.plan.replicated)
+    )
 
     def evaluate(params: Any, documents: Sequence[bytes]) -> float:
         streams = pipeline.lanes(documents, lanes, length)
-        state = model.initial_state(lanes)
+        state = place.everywhere(lambda: model.initial_state(lanes))
         sums = []
         for start in range(0, streams["inputs"].shape[1], length):
             part = {name: stream[:, start : start + length] for name, stream in streams.items()}
-            state, total = window(params, state, part)
+            state, total = window(params, state, place.place(part))
             sums.append(total)
         # Summed in float64: a float32 total would lose digits over many windows.
         nats = np.sum(np.asarray(jax.device_get(sums), np.float64))

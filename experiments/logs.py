@@ -54,11 +54,25 @@ class RunLog:
         self._board.close()
 
 
-class Progress:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+class NoLog:
+    """What every process but the first one writes."""
 
-    def __init__(self, start: int, steps: int) -> None:
-        self._terminal = sys.stderr.isatty()
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Writes nothing."""
+
+    def board(self, step: int, values: dict[str, float]) -> None:
+        """Adds nothing."""
+
+    def close(self) -> None:
+        """Closes nothing."""
+
+
+class Progress:
+    """A progress bar on a terminal, a line now and then elsewhere; nothing if quiet."""
+
+    def __init__(self, start: int, steps: int, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty() and not quiet
         self._steps = steps
         self._bar = tqdm.tqdm(
             total=steps, initial=start, unit="step", disable=not self._terminal, dynamic_ncols=True
@@ -70,6 +84,8 @@ class Progress:
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Shows the mean loss of the last steps, in nats and in bits per byte."""
+        if self._quiet:
+            return
         values = {
             "loss": f"{loss:.3f}",
             "bits/byte": f"{loss / math.log(2):.3f}",
@@ -83,6 +99,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line without breaking the bar."""
+        if self._quiet:
+            return
         tqdm.tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 

@@ -43,13 +43,18 @@ class Watched(Layer):
         return self.layer._initial_state(batch_size, dtype), None
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         info = None
         if by_newton(self.layer):
             assert isinstance(self.layer, RNN)
             info = self.layer.solve_info(params, x, state[0], reset)
-        y, after = self.layer._apply(params, x, state[0], reset)
+        y, after = self.layer._apply(params, x, state[0], reset, sequence_axis)
         return y, (after, info)
 
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, heldout, logs, plots, sampling
+from experiments import cli, devices, heldout, logs, plots, sampling
 from experiments.errors import UserError
 from experiments.training import Run
 
@@ -22,6 +23,7 @@ from experiments.training import Run
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Defines the flags of this script."""
     cli.define_config(values, argv)
+    devices.define_flags(values)
     flags.DEFINE_string(
         "workdir", "", "Folder of the run; by default runs/NAME.", flag_values=values
     )
@@ -30,6 +32,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 def main(values: Any) -> int:
     """Trains the configuration given by flags."""
     config = cli.require_config(values)
+    devices.initialize(values)
     return train(config, Path(values.workdir or default_workdir(config)))["exit_code"]
 
 
@@ -48,17 +51,23 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"cannot make the folder {workdir}: {error.strerror}") from error
     with Run(config, workdir) as run:
-        print(run.describe(), flush=True)
+        say(run.describe())
         stopped_by = run.loop()
-        save_curves(config, workdir)
+        if devices.is_main():
+            save_curves(config, workdir)
         if stopped_by:
-            print(
+            say(
                 f"stopped at step {run.step}; saved in {workdir}: "
-                "start the same command again to go on",
-                flush=True,
+                "start the same command again to go on"
             )
             return {"exit_code": stopped_by, "step": run.step}
         return finish(run)
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if devices.is_main():
+        print(text, flush=True)
 
 
 def save_curves(config: ConfigDict, workdir: Path) -> None:
@@ -73,8 +82,21 @@ def finish(run: Run) -> dict[str, Any]:
     config, workdir = run.config, run.workdir
     documents = run.heldout(config.eval.final_bytes)
     result = heldout.report(run.evaluate(run.state["params"], documents), documents)
-    print(heldout.format_report(result), flush=True)
+    say(heldout.format_report(result))
+    result |= {"exit_code": 0, "step": run.step, **run.timing()}
+    if jax.process_count() == 1:
+        save_sample(run)
+    else:
+        say(f"no sample from several processes: python -m experiments.generate --workdir={workdir}")
+    if devices.is_main():
+        (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+    say(f"in {workdir}: metrics.jsonl, tensorboard, curves.png, sample.txt, checkpoints, best")
+    return result
 
+
+def save_sample(run: Run) -> None:
+    """Draws a sample from the model, prints it and writes it to sample.txt."""
+    config, workdir = run.config, run.workdir
     sample = config.sample
     stream = sampling.make_sampler(run.model)(
         run.state["params"],
@@ -87,11 +109,6 @@ def finish(run: Run) -> dict[str, Any]:
     text = sample.prompt + "".join(sampling.decode(stream))
     (workdir / "sample.txt").write_text(text, errors="replace")
     print(f"--- sample ({sample.num_bytes} bytes) ---\n{text}\n---", flush=True)
-
-    result |= {"exit_code": 0, "step": run.step, **run.timing()}
-    (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"in {workdir}: metrics.jsonl, tensorboard, curves.png, sample.txt, checkpoints, best")
-    return result
 
 
 if __name__ == "__main__":

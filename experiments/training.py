@@ -13,34 +13,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 import seqjax
-from experiments import build, checkpoints, heldout, logs, optimizer, solves
+from experiments import build, checkpoints, devices, heldout, logs, optimizer, solves
 from experiments.data import corpus as corpora
 from experiments.data import pipeline
 from experiments.errors import UserError
 from experiments.interrupt import Interrupt
+from seqjax import sharding
 
 TrainStep = Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
 
 
 def make_train_step(
-    model: Any, transform: optax.GradientTransformation, schedule: optax.Schedule
+    model: Any,
+    transform: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    plan: sharding.Shardings | None = None,
 ) -> TrainStep:
-    """Returns `train_step(state, batch, step) -> (state, metrics)`, jitted; it consumes `state`."""
+    """Returns `train_step(state, batch, step) -> (state, metrics)`, jitted; it consumes `state`.
+
+    With a `plan` it runs on that mesh, time split over its axis `sequence`.
+    """
+    mesh = None if plan is None else plan.mesh
+    model = sharding.place_activations(model, mesh)
+
+    def nats(
+        params: Any,
+        inputs: jax.Array,
+        targets: jax.Array,
+        reset: jax.Array,
+        sequence_axis: str | None,
+    ) -> jax.Array:
+        logits, _ = model.apply(params, inputs, reset=reset, sequence_axis=sequence_axis)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        return loss if sequence_axis is None else jax.lax.pmean(loss, sequence_axis)
+
+    time_split = P(None, "sequence")
+    mean_nats = sharding.split_time(
+        nats,
+        mesh,
+        in_specs=(P(), time_split, time_split, time_split),
+        out_specs=P(),
+    )
 
     def loss_of(params: Any, batch: Any) -> jax.Array:
-        logits, _ = model.apply(
+        return mean_nats(
             params,
             batch["inputs"].astype(jnp.int32),
-            reset=seqjax.segment_starts(batch["segment_ids"]),
+            batch["targets"].astype(jnp.int32),
+            seqjax.segment_starts(batch["segment_ids"]),
         )
-        return optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["targets"].astype(jnp.int32)
-        ).mean()
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    out = None
+    if plan is not None:
+        out = ({"params": plan.params, "optimizer": plan.optimizer}, plan.replicated)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=out)
     def train_step(state: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
         loss, gradients = jax.value_and_grad(loss_of)(state["params"], batch)
         updates, optimizer_state = transform.update(gradients, state["optimizer"], state["params"])
@@ -74,13 +105,19 @@ class Run:
         transform = optimizer.make_optimizer(
             config.optimizer, config.steps, self.model.param_roles()
         )
-        self._train_step = make_train_step(self.model, transform, schedule)
+
+        def init(key: jax.Array) -> Any:
+            params = self.model.init(key)
+            return {"params": params, "optimizer": transform.init(params)}
+
+        batch_shape = (config.data.batch_size, config.data.length)
+        self._devices = devices.Devices(config.mesh, self.model, batch_shape, init)
+        self._train_step = make_train_step(self.model, transform, schedule, self._devices.plan)
         self._solver_report = solves.make_report(self.model)
         self.evaluate = heldout.make_evaluate(
-            self.model, lanes=config.eval.lanes, length=config.data.length
+            self.model, lanes=config.eval.lanes, length=config.data.length, place=self._devices
         )
-        params = self.model.init(jax.random.key(config.seed))
-        self.state = {"params": params, "optimizer": transform.init(params)}
+        self.state = self._devices.make_state(config.seed)
         self.step = 0
         self._batches = pipeline.train_batches(
             self.corpus.train,
@@ -88,13 +125,15 @@ class Run:
             batch_size=config.data.batch_size,
             seed=config.seed,
             shuffle_windows=config.data.shuffle_windows,
+            streams=config.data.streams,
+            rows=self._devices.rows(config.data.batch_size),
         )
         self._best = math.inf
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._timed = {"steps": 0, "seconds": 0.0}
         self._checkpoints = checkpoints.Checkpoints(workdir, config.keep)
         self._restore()
-        self._log = logs.RunLog(workdir, self.step)
+        self._log = logs.RunLog(workdir, self.step) if devices.is_main() else logs.NoLog()
         self._saved = self.step
 
     def __enter__(self) -> Run:
@@ -128,6 +167,7 @@ class Run:
             f"{config.name}: {count:,} parameters, {start} {config.steps} steps of "
             f"{config.data.batch_size} x {config.data.length} bytes on {self.corpus.name} "
             f"in {self.workdir}"
+            + (f" on {jax.device_count()} devices, {config.mesh}" if config.mesh else "")
         )
 
     def heldout(self, limit: int) -> list[bytes]:
@@ -145,12 +185,12 @@ class Run:
         """Trains to the last step; returns 0, or the exit code of the signal that stopped it."""
         config = self.config
         evaluated = self.heldout(config.eval.bytes)
-        self._progress = logs.Progress(self.step, config.steps)
+        self._progress = logs.Progress(self.step, config.steps, quiet=not devices.is_main())
         self._clock = time.perf_counter()
         first = self.step + 1
         with Interrupt() as interrupt:
             while self.step < config.steps:
-                self._batch = next(self._batches)
+                self._batch = self._devices.place(next(self._batches))
                 self.state, metrics = self._train_step(self.state, self._batch, np.int32(self.step))
                 self.step += 1
                 self._pending.append((self.step, metrics))
@@ -162,13 +202,22 @@ class Run:
                 best = False
                 if self.step % config.eval_every == 0 or last:
                     best = self._evaluate(evaluated)
-                if best or last or interrupt.signal or self.step % config.save_every == 0:
+                stop = self._asked_to_stop(interrupt)
+                if best or last or stop or self.step % config.save_every == 0:
                     self._save(best)
-                if interrupt.signal:
+                if stop:
                     break
             self._progress.close()
             self._checkpoints.wait()
-            return interrupt.exit_code if interrupt.signal else 0
+            return interrupt.exit_code if stop else 0
+
+    def _asked_to_stop(self, interrupt: Interrupt) -> bool:
+        """Whether a signal has arrived; several processes ask each other now and then."""
+        if jax.process_count() > 1:
+            if self.step % self.config.log_every and self.step != self.config.steps:
+                return False
+            interrupt.signal = devices.agree(interrupt.signal or 0) or None
+        return interrupt.signal is not None
 
     def _drain(self, timed: bool = True) -> None:
         """Fetches the numbers of the steps since the last time, checks and writes them."""
@@ -239,7 +288,7 @@ class Run:
             self._diverged("parameters", math.nan, self.step)
         meta = {
             "config": build.to_json(self.config),
-            "data": self._batches.get_state(),
+            "data": devices.gather_json(self._batches.get_state()),
             "fingerprint": self.corpus.fingerprint,
             "best": self._best if math.isfinite(self._best) else None,
         }
@@ -264,7 +313,7 @@ class Run:
 def _check(config: ConfigDict) -> None:
     for section, names in (
         (config, ("steps", "log_every", "eval_every", "save_every", "keep")),
-        (config.data, ("batch_size", "length", "shuffle_windows")),
+        (config.data, ("batch_size", "length", "shuffle_windows", "streams")),
         (config.eval, ("lanes", "bytes", "final_bytes")),
     ):
         for name in names:

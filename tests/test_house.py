@@ -25,6 +25,7 @@ FLOORS = [
     ("seqjax.cells",),
     ("seqjax.layers",),
     ("seqjax.models",),
+    ("seqjax.sharding",),
     ("experiments", "notebooks"),
 ]
 SOURCES = [

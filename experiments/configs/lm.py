@@ -58,6 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
     settings: dict[str, Any] = {
         "name": f"lm-{layer}",
         "seed": 0,
+        "mesh": "",
         "steps": 500,
         "log_every": 20,
         "eval_every": 100,
@@ -68,6 +69,9 @@ def get_config(arg: str = "") -> ConfigDict:
             "depth": 2,
             "dim": 128,
             "mlp_ratio": 2,
+            "dtype": "float32",
+            "remat": False,
+            "scan": False,
             "options": {
                 "lru": {"state_dim": 128, "r_min": 0.0, "r_max": 1.0},
                 # Short memories as well: the paper's steps of 1e-3 to 1e-1 and its few blocks are
@@ -104,6 +108,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "length": 128,
             "batch_size": 16,
             "shuffle_windows": 16384,
+            "streams": 1,
         },
         "optimizer": {
             "learning_rate": 4e-3,

@@ -53,16 +53,20 @@ def _check_size(corpus: corpora.Corpus, length: int) -> None:
 
 
 class _TokenSource:
-    """A Grain source of documents as (what is read, what is predicted) pairs of byte arrays."""
+    """A Grain source of documents as (what is read, what is predicted) pairs of byte arrays.
 
-    def __init__(self, documents: corpora.Documents) -> None:
+    Every `step`-th document from `start` on.
+    """
+
+    def __init__(self, documents: corpora.Documents, start: int = 0, step: int = 1) -> None:
         self._documents = documents
+        self._indices = range(start, len(documents), step)
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return shift(self._documents[int(index)])
+        return shift(self._documents[self._indices[int(index)]])
 
     def __repr__(self) -> str:
         return f"_TokenSource({len(self)} documents)"
@@ -92,15 +96,76 @@ def train_batches(
     batch_size: int,
     seed: int,
     shuffle_windows: int,
-) -> grain.DatasetIterator:
+    streams: int = 1,
+    rows: Sequence[int] | None = None,
+) -> Streams:
     """Endless batches of `inputs`, `targets` [B,T] uint8 and `segment_ids` [B,T] int32.
 
     The documents are shuffled anew each epoch, packed end to end into windows of `length`
     bytes, and `shuffle_windows` windows at a time are shuffled again, so that a batch mixes many
     documents. The iterator's state is small JSON and resumes at the very next batch.
+
+    With several `streams` each reads its own part of the documents and gives its share of every
+    batch's rows. Only the streams that the `rows` need are read (None: all); the other rows are
+    zeros. So what a batch holds does not depend on how many processes share it.
     """
+    if batch_size % streams or streams > len(documents):
+        raise UserError(
+            f"config.data.streams={streams} must divide config.data.batch_size={batch_size} and "
+            f"not exceed the number of documents, {len(documents)}"
+        )
+    share = batch_size // streams
+    wanted = range(streams) if rows is None else sorted({row // share for row in rows})
+    return Streams(
+        {
+            stream: _stream(
+                _TokenSource(documents, stream, streams), length, share, seed, shuffle_windows
+            )
+            for stream in wanted
+        },
+        batch_size,
+    )
+
+
+class Streams:
+    """An iterator over batches whose rows come from several Grain iterators."""
+
+    def __init__(self, parts: dict[int, grain.DatasetIterator], batch_size: int) -> None:
+        self._parts = parts
+        self._batch_size = batch_size
+
+    def __iter__(self) -> Streams:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch: dict[str, np.ndarray] = {}
+        for stream, part in self._parts.items():
+            for name, rows in next(part).items():
+                share = rows.shape[0]
+                if share == self._batch_size:
+                    batch[name] = rows
+                    continue
+                whole = batch.setdefault(
+                    name, np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
+                )
+                whole[stream * share : (stream + 1) * share] = rows
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Where each stream stands that is read here, as JSON values."""
+        return {str(stream): part.get_state() for stream, part in self._parts.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state; those of other streams are left alone."""
+        for stream, part in self._parts.items():
+            part.set_state(state[str(stream)])
+
+
+def _stream(
+    source: _TokenSource, length: int, batch_size: int, seed: int, shuffle_windows: int
+) -> grain.DatasetIterator:
     dataset = (
-        grain.MapDataset.source(_TokenSource(documents))
+        grain.MapDataset.source(source)
         .seed(seed)
         .shuffle()
         .repeat()
@@ -115,7 +180,7 @@ def train_batches(
     return iter(dataset.map(_window).batch(batch_size, drop_remainder=True))
 
 
-def resume(batches: grain.DatasetIterator, state: Any) -> None:
+def resume(batches: Streams, state: Any) -> None:
     """Sets an iterator of `train_batches` to a state that has been through JSON."""
     batches.set_state(_tuples(state))
 

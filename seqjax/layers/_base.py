@@ -69,9 +69,18 @@ class Layer(abc.ABC):
 
     @abc.abstractmethod
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
-        """`apply` on arguments that have been checked, with the state filled in."""
+        """`apply` on arguments that have been checked, with the state filled in.
+
+        With a `sequence_axis`, `x` and `reset` are this device's part of the sequence, `state` is
+        the one before the whole sequence and the state returned the one after it.
+        """
 
     @property
     def causal(self) -> bool:
@@ -133,6 +142,8 @@ class Layer(abc.ABC):
         x: jax.Array,
         state: State = None,
         reset: jax.Array | None = None,
+        *,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         """Runs the layer over whole sequences.
 
@@ -141,6 +152,9 @@ class Layer(abc.ABC):
           x: [B, T, dim], any T >= 1.
           state: the state an earlier call returned, to continue from it; None starts afresh.
           reset: [B, T] bool, True where the state is cleared before that step is taken.
+          sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split, in the order
+            of time; `x` and `reset` are then one device's part, `state` is the same on all of
+            them, before the whole sequence, and so is the returned one, after it.
 
         Returns:
           `(y, state)`: y [B, T, dim] in the dtype of `x`, and the state after the last step.
@@ -151,7 +165,7 @@ class Layer(abc.ABC):
         """
         x = jnp.asarray(x)
         state, reset = self._check_call(params, x, state, reset, one_step=False)
-        return self._apply(params, x, state, reset)
+        return self._apply(params, x, state, reset, sequence_axis)
 
     def step(
         self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None = None

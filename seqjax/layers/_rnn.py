@@ -108,7 +108,12 @@ class RNN(Layer):
         return self.cell.initial_state(batch_size, dtype)
 
     def _solve(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State, SolveInfo]:
         """The states after each step, the last one, and how they were found."""
         wide, cell = state_dtype(x.dtype), self.cell
@@ -121,12 +126,18 @@ class RNN(Layer):
             reset=reset,
             algorithm=self.algorithm,
             solver=self.solver,
+            sequence_axis=sequence_axis,
         )
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
-        states, state, _ = self._solve(params, x, state, reset)
+        states, state, _ = self._solve(params, x, state, reset, sequence_axis)
         return dense(self.cell.output(states).astype(x.dtype), params["out_proj"]), state
 
     def solve_info(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqjax.layers import _checks, _init
+from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import DERIVED, Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, split_heads
 
@@ -87,7 +87,12 @@ class SlidingWindowAttention(Layer):
         }
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         batch, length, _ = x.shape
         past = self.window - 1
@@ -95,6 +100,9 @@ class SlidingWindowAttention(Layer):
             split_heads(dense(x, params[name]), self.heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
+        if sequence_axis is not None:
+            here = {"k": k, "v": v, "valid": jnp.ones((batch, length), jnp.bool_)}
+            state = _halo.entering(state, here, reset, sequence_axis)
         # Segment number of each key: cached keys are segment 0, those not valid are -1.
         if reset is None:
             reset = jnp.zeros((batch, length), jnp.bool_)
@@ -107,6 +115,8 @@ class SlidingWindowAttention(Layer):
             for n, z in (("k", k), ("v", v))
         )
         new_state = self._cache(k, v, key_segment, segment[:, -1:])
+        if sequence_axis is not None:
+            new_state = _halo.leaving(new_state, sequence_axis)
 
         bad = ~(_finite(k) & _finite(v))
         bad_q = ~_finite(q)

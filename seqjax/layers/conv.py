@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from seqjax.layers import _checks, _init
+from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 
 
@@ -71,10 +71,17 @@ class ShortConv(Layer):
         return jnp.zeros((batch_size, self.size - 1, self.dim), dtype)
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         length, past = x.shape[1], self.size - 1
         wide = state_dtype(x.dtype)
+        if sequence_axis is not None:
+            state = _halo.entering(state, x, reset, sequence_axis)
         weight = params["weight"].astype(wide)
         history = jnp.concatenate([state, x.astype(wide)], axis=1)
         y = jnp.zeros(x.shape, wide)
@@ -94,4 +101,6 @@ class ShortConv(Layer):
         if self.activation == "silu":
             y = jax.nn.silu(y)
         state = jnp.stack(kept[:past][::-1], axis=1) if past else state
+        if sequence_axis is not None:
+            state = _halo.leaving(state, sequence_axis)
         return y.astype(x.dtype), state

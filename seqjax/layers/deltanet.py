@@ -139,13 +139,20 @@ class DeltaNet(Layer):
         return state | {"memory": jnp.zeros(shape, dtype)}
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
         new_state, mixed = {}, []
         for name, conv in self._convs().items():
             projected = dense(x, params[f"{name[0]}_proj"])
-            y, new_state[name] = conv._apply(params[name], projected, state[name], reset)
+            y, new_state[name] = conv._apply(
+                params[name], projected, state[name], reset, sequence_axis
+            )
             mixed.append(split_heads(y, self.heads))
         q, k, v = mixed
         beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(wide))
@@ -156,7 +163,14 @@ class DeltaNet(Layer):
             dt = dense(x, params["a_proj"]).astype(wide) + params["dt_bias"].astype(wide)
             log_decay = -jnp.exp(params["A_log"].astype(wide)) * jax.nn.softplus(dt)
         o, new_state["memory"] = delta_rule(
-            l2_normalize(q), l2_normalize(k), v, beta, log_decay, state["memory"], reset=reset
+            l2_normalize(q),
+            l2_normalize(k),
+            v,
+            beta,
+            log_decay,
+            state["memory"],
+            reset=reset,
+            sequence_axis=sequence_axis,
         )
         o = merge_heads(rms_normalize(o, params["norm"], _NORM_EPS))
         if self.output_gate:

@@ -97,7 +97,12 @@ class GateLoop(Layer):
         )
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
         q, k, v = (
@@ -109,6 +114,14 @@ class GateLoop(Layer):
             for name in ("magnitude", "phase")
         )
         log_decay = jax.lax.complex(jax.nn.log_sigmoid(magnitude), phase)
-        o, state = linear_attention(q, k, v, split_heads(log_decay, self.heads), state, reset=reset)
+        o, state = linear_attention(
+            q,
+            k,
+            v,
+            split_heads(log_decay, self.heads),
+            state,
+            reset=reset,
+            sequence_axis=sequence_axis,
+        )
         gate = jax.nn.silu(dense(x, params["gate_proj"]))
         return dense(gate * merge_heads(o.real).astype(x.dtype), params["out_proj"]), state

@@ -104,7 +104,12 @@ class LRU(Layer):
         return jnp.zeros((batch_size, self.state_dim), complex_dtype(dtype))
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
         nu, theta, gamma = (
@@ -113,6 +118,10 @@ class LRU(Layer):
         decay = jnp.exp(jax.lax.complex(-nu, theta))
         real, imag = complex_dense(x, params["B"])
         hidden, state = linear_scan(
-            decay, jax.lax.complex(gamma * real, gamma * imag), state, reset=reset
+            decay,
+            jax.lax.complex(gamma * real, gamma * imag),
+            state,
+            reset=reset,
+            sequence_axis=sequence_axis,
         )
         return real_of_dense(hidden, params["C"], x.dtype) + params["D"].astype(x.dtype) * x, state

@@ -119,11 +119,16 @@ class Mamba(Layer):
         }
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
         u, conv_state = self._conv._apply(
-            params["conv"], dense(x, params["in_proj"]), state["conv"], reset
+            params["conv"], dense(x, params["in_proj"]), state["conv"], reset, sequence_axis
         )
         low_rank, B, C = jnp.split(
             dense(u, params["x_proj"]), [self.dt_rank, self.dt_rank + self.state_dim], axis=-1
@@ -138,6 +143,7 @@ class Mamba(Layer):
             params["D"].astype(wide),
             state["ssm"],
             reset=reset,
+            sequence_axis=sequence_axis,
         )
         gate = jax.nn.silu(dense(x, params["gate_proj"]))
         return dense(y * gate, params["out_proj"]), {"conv": conv_state, "ssm": ssm_state}

@@ -56,7 +56,12 @@ class GatedMLP(Layer):
         return ()
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         hidden = jax.nn.silu(dense(x, params["gate_proj"])) * dense(x, params["up_proj"])
         return dense(hidden, params["down_proj"]), state

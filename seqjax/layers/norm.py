@@ -46,6 +46,11 @@ class RMSNorm(Layer):
         return ()
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         return rms_normalize(x, params["scale"], self.eps), state

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqjax.layers import _checks, _init
+from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import DERIVED, Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
 from seqjax.ops.linear_scan import linear_scan
@@ -158,7 +158,12 @@ class S5(Layer):
         return jnp.zeros((batch_size, self.state_dim // 2), complex_dtype(dtype))
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
         eigenvalues = jax.lax.complex(
@@ -172,11 +177,19 @@ class S5(Layer):
         )
         decay = jnp.exp(exponent)
         if self.bidirectional:
-            forward, _ = linear_scan(decay, driven, reset=reset)
-            backward, _ = linear_scan(decay, driven, reset=_segment_ends(reset), reverse=True)
+            forward, _ = linear_scan(decay, driven, reset=reset, sequence_axis=sequence_axis)
+            backward, _ = linear_scan(
+                decay,
+                driven,
+                reset=_segment_ends(reset, sequence_axis),
+                reverse=True,
+                sequence_axis=sequence_axis,
+            )
             hidden = jnp.concatenate([forward, backward], axis=-1)
         else:
-            hidden, state = linear_scan(decay, driven, state, reset=reset)
+            hidden, state = linear_scan(
+                decay, driven, state, reset=reset, sequence_axis=sequence_axis
+            )
         y = 2 * real_of_dense(hidden, params["C"], x.dtype) + params["D"].astype(x.dtype) * x
         return y, state
 
@@ -185,8 +198,10 @@ def _log_half(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jnp.full(shape, math.log(0.5), dtype)
 
 
-def _segment_ends(reset: jax.Array | None) -> jax.Array | None:
+def _segment_ends(reset: jax.Array | None, sequence_axis: str | None) -> jax.Array | None:
     """Where a segment ends: the scan from right to left must start afresh there."""
     if reset is None:
         return None
-    return jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
+    if sequence_axis is None:
+        return jnp.pad(reset[:, 1:], ((0, 0), (0, 1)))
+    return jnp.concatenate([reset[:, 1:], _halo.first_after(reset, sequence_axis)], axis=1)

@@ -15,9 +15,18 @@ def embedding(vocab_size: int, dim: int) -> Param:
     return Param((vocab_size, dim), ("vocab", "embed"), "embedding", _init.normal(dim**-0.5))
 
 
-def embed(params: Params, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Rows of the embedding, scaled to unit variance; NaN for a token outside the vocabulary."""
+def table_of(params: Params, backbone: Backbone) -> jax.Array:
+    """The embedding table, its features whole on every device.
+
+    Looked up where they are split, rows would come out split likewise, and every device's batch
+    would have to be put together to take them apart by sequences.
+    """
     table = params["embedding"]
+    return table if backbone.place is None else backbone.place(table, ("vocab", None))
+
+
+def embed(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Rows of the embedding, scaled to unit variance; NaN for a token outside the vocabulary."""
     rows = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
     return rows.astype(dtype) * table.shape[1] ** 0.5
 

@@ -1,10 +1,12 @@
 """Backbone: a pre-norm residual stack of any layers, itself a layer."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from seqjax.layers import _checks
 from seqjax.layers._base import Layer, Param, Params, State
@@ -65,11 +67,16 @@ class Block(Layer):
         return self.mixer._initial_state(batch_size, dtype)
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         norm = RMSNorm(self.dim, self.norm_eps)
         mixed, _ = norm._apply(params["mixer_norm"], x, (), None)
-        mixed, state = self.mixer._apply(params["mixer"], mixed, state, reset)
+        mixed, state = self.mixer._apply(params["mixer"], mixed, state, reset, sequence_axis)
         x = x + mixed
         if self.mlp_dim is None:
             return x, state
@@ -100,6 +107,13 @@ class Backbone(Layer):
         no MLPs.
       norm_eps: see `RMSNorm`.
       remat: recompute each block in the backward pass instead of storing what is inside it.
+      scan: run equal blocks in a `lax.scan`, their parameters stacked along a first axis
+        `layers`: one block is compiled however many there are. Parameters are then
+        {"group_0": ..., "final_norm"}, a group for each of the mixers that repeat; outputs and
+        states are the same.
+      place: `place(array, axes)` says where an array lives on a mesh, from a logical name for each
+        axis; of the residual stream, ("batch", None, None), before each group of blocks and after
+        the last, and of a model's embedding table. See `seqjax.sharding.place_activations`.
       dim: features, those of the mixers.
     """
 
@@ -108,6 +122,8 @@ class Backbone(Layer):
     mlp_ratio: float = 8 / 3
     norm_eps: float = 1e-6
     remat: bool = False
+    scan: bool = False
+    place: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None = None
     dim: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -158,19 +174,128 @@ class Backbone(Layer):
             for i, mixer in enumerate(self.mixers)
         }
 
+    def _groups(self) -> dict[str, "_Repeated"]:
+        """The blocks whose order repeats, each with how often it does."""
+        blocks = list(self._blocks().values())
+        depth = len(blocks)
+        period = next(
+            p for p in range(1, depth + 1) if depth % p == 0 and blocks[p:] == blocks[: depth - p]
+        )
+        return {f"group_{i}": _Repeated(blocks[i], depth // period) for i in range(period)}
+
     def _params(self) -> Mapping[str, Param | Layer]:
-        return {**self._blocks(), "final_norm": RMSNorm(self.dim, self.norm_eps)}
+        blocks: Mapping[str, Layer] = self._groups() if self.scan else self._blocks()
+        return {**blocks, "final_norm": RMSNorm(self.dim, self.norm_eps)}
 
     def _initial_state(self, batch_size: int, dtype: Any) -> State:
         return tuple(block._initial_state(batch_size, dtype) for block in self._blocks().values())
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
+    ) -> tuple[jax.Array, State]:
+        run_blocks = self._scan_blocks if self.scan else self._run_blocks
+        x, new_state = run_blocks(params, x, state, reset, sequence_axis)
+        x = self._placed(x)
+        y, _ = RMSNorm(self.dim, self.norm_eps)._apply(params["final_norm"], x, (), None)
+        return y, new_state
+
+    def _placed(self, x: jax.Array) -> jax.Array:
+        return x if self.place is None else self.place(x, ("batch", None, None))
+
+    def _run_blocks(
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None,
     ) -> tuple[jax.Array, State]:
         new_state = []
         for (name, block), block_state in zip(self._blocks().items(), state, strict=True):
-            run = jax.checkpoint(block._apply) if self.remat else block._apply
-            x, block_state = run(params[name], x, block_state, reset)
+            run = functools.partial(block._apply, sequence_axis=sequence_axis)
+            apply: Callable[..., Any] = jax.checkpoint(run) if self.remat else run
+            x, block_state = apply(params[name], self._placed(x), block_state, reset)
             new_state.append(block_state)
-        y, _ = RMSNorm(self.dim, self.norm_eps)._apply(params["final_norm"], x, (), None)
-        return y, tuple(new_state)
+        return x, tuple(new_state)
+
+    def _scan_blocks(
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None,
+    ) -> tuple[jax.Array, State]:
+        groups = self._groups()
+        period, depth = len(groups), len(state)
+
+        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, State]:
+            states = []
+            x = self._placed(x)
+            for (name, group), block_state in zip(groups.items(), layer[1], strict=True):
+                x, block_state = group.block._apply(
+                    layer[0][name], x, block_state, reset, sequence_axis
+                )
+                states.append(block_state)
+            return x, tuple(states)
+
+        stacked = tuple(
+            jax.tree.map(lambda *parts: jnp.stack(parts), *state[i::period]) for i in range(period)
+        )
+        own = {name: params[name] for name in groups}
+        x, stacked = jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, (own, stacked))
+        return x, tuple(
+            jax.tree.map(lambda part, turn=i // period: part[turn], stacked[i % period])
+            for i in range(depth)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repeated(Layer):
+    """The parameters of `count` equal blocks, stacked along a first axis; the backbone runs them.
+
+    `_params` lists those of one block.
+    """
+
+    block: Block
+    count: int
+    dim: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dim", self.block.dim)
+
+    def _params(self) -> Mapping[str, Param | Layer]:
+        return self.block._params()
+
+    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+        return jax.vmap(lambda key: self.block.init(key, dtype))(jax.random.split(key, self.count))
+
+    def param_axes(self) -> dict[str, Any]:
+        return _prepend("layers", self.block.param_axes())
+
+    def param_shapes(self) -> dict[str, Any]:
+        return _prepend(self.count, self.block.param_shapes())
+
+    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+        raise NotImplementedError("Backbone: the states of stacked blocks are kept one by one.")
+
+    def _apply(
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
+    ) -> tuple[jax.Array, State]:
+        raise NotImplementedError("Backbone: stacked blocks are run by the backbone.")
+
+
+def _prepend(first: Any, tree: Any) -> dict[str, Any]:
+    return jax.tree.map(
+        lambda leaf: (first, *leaf), tree, is_leaf=lambda leaf: isinstance(leaf, tuple)
+    )

@@ -7,10 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from seqjax.layers import _checks, _init
+from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense
-from seqjax.models._inputs import check_model, embed, embedding
+from seqjax.models import _pool
+from seqjax.models._inputs import check_model, embed, embedding, table_of
 from seqjax.models.backbone import Backbone
 
 
@@ -111,14 +112,7 @@ class Classifier(Layer):
             return ()
         return {
             "backbone": self.backbone._initial_state(batch_size, dtype),
-            "pool": self._empty_pool(batch_size, dtype),
-        }
-
-    def _empty_pool(self, batch_size: int, dtype: Any) -> dict[str, jax.Array]:
-        """The sum of the pooled positions (the last one alone if pool='last') and their number."""
-        return {
-            "sum": jnp.zeros((batch_size, self.dim), dtype),
-            "count": jnp.zeros((batch_size,), jnp.int32),
+            "pool": _pool.empty(batch_size, self.dim, dtype),
         }
 
     def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
@@ -136,6 +130,7 @@ class Classifier(Layer):
         reset: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         """Classifies sequences; see `Layer.apply`.
 
@@ -145,6 +140,7 @@ class Classifier(Layer):
           state: the state an earlier call returned, to continue from it.
           reset: [B, T] bool, True where backbone and pool are cleared before that step.
           mask: [B, T] bool, True at real positions; None takes all as real.
+          sequence_axis: the mesh axis over which T is split; logits are the same on all devices.
 
         Returns:
           `(logits, state)`: logits [B, num_classes].
@@ -158,7 +154,7 @@ class Classifier(Layer):
         if mask is not None:
             mask = jnp.asarray(mask)
             _checks.boolean(self, "mask", mask, x.shape[:2])
-        return self._apply(params, x, state, reset, mask)
+        return self._apply(params, x, state, reset, sequence_axis, mask)
 
     def _apply(
         self,
@@ -166,6 +162,7 @@ class Classifier(Layer):
         x: jax.Array,
         state: State,
         reset: jax.Array | None,
+        sequence_axis: str | None = None,
         mask: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
         batch, length = x.shape[:2]
@@ -174,7 +171,7 @@ class Classifier(Layer):
             backbone_state, pool = state["backbone"], state["pool"]
         else:
             backbone_state = self.backbone._initial_state(batch, wide)
-            pool = self._empty_pool(batch, wide)
+            pool = _pool.empty(batch, self.dim, wide)
         if reset is None:
             reset = jnp.zeros((batch, length), jnp.bool_)
         inputs = self._embed(params, x, mask)
@@ -182,9 +179,12 @@ class Classifier(Layer):
             params["backbone"],
             inputs,
             backbone_state,
-            reset if mask is None else reset | self._borders(mask, reset, pool["count"]),
+            reset
+            if mask is None
+            else reset | self._borders(mask, reset, pool["count"], sequence_axis),
+            sequence_axis,
         )
-        pool = self._update(pool, hidden.astype(wide), mask, reset)
+        pool = _pool.update(pool, hidden.astype(wide), mask, reset, self.pool, sequence_axis)
         pooled = pool["sum"]
         if self.pool == "mean":
             pooled = pooled / jnp.maximum(pool["count"], 1).astype(wide)[:, None]
@@ -201,41 +201,28 @@ class Classifier(Layer):
         if mask is not None:
             x = jnp.where(mask if x.ndim == 2 else mask[..., None], x, 0)
         if self.vocab_size is not None:
-            inputs = embed(params, x, self.dtype)
+            inputs = embed(table_of(params, self.backbone), x, self.dtype)
         else:
             inputs = dense(x.astype(self.dtype), params["input_proj"])
             inputs = inputs + params["input_bias"].astype(self.dtype)
         return inputs if mask is None else jnp.where(mask[..., None], inputs, 0)
 
-    def _borders(self, mask: jax.Array, reset: jax.Array, count: jax.Array) -> jax.Array:
+    def _borders(
+        self, mask: jax.Array, reset: jax.Array, count: jax.Array, sequence_axis: str | None
+    ) -> jax.Array:
         """Where padding must not reach the real positions beside it."""
+        if sequence_axis is not None:
+            count = _pool.counted_before(mask, reset, count, sequence_axis)
         before = count[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
         # `before` never falls, so this is its value at the last reset.
         at_reset = jax.lax.cummax(jnp.where(reset, before, 0), axis=1)
         first_real = mask & (before == at_reset)
         if self.causal:
             return first_real
-        ends = jnp.pad(mask[:, :-1] & ~mask[:, 1:], ((0, 0), (1, 0)))
-        return first_real | ends
-
-    def _update(
-        self,
-        pool: dict[str, jax.Array],
-        hidden: jax.Array,
-        mask: jax.Array | None,
-        reset: jax.Array,
-    ) -> dict[str, jax.Array]:
-        segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
-        keep = segment == segment[:, -1:]
-        if mask is not None:
-            keep = keep & mask
-        carried = segment[:, -1] == 0
-        count = jnp.where(carried, pool["count"], 0)
-        total = jnp.where(carried[:, None], pool["sum"], 0)
-        if self.pool == "mean":
-            total = total + jnp.sum(jnp.where(keep[..., None], hidden, 0), axis=1)
+        if sequence_axis is None:
+            earlier = jnp.pad(mask[:, :-1], ((0, 0), (1, 0)))
         else:
-            last = jnp.max(jnp.where(keep, jnp.arange(keep.shape[1]), -1), axis=1)
-            chosen = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
-            total = jnp.where((last >= 0)[:, None], chosen, total)
-        return {"sum": total, "count": count + jnp.sum(keep, axis=1, dtype=jnp.int32)}
+            earlier = jnp.concatenate(
+                [_halo.last_before(mask, sequence_axis), mask[:, :-1]], axis=1
+            )
+        return first_real | (earlier & ~mask)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.models._inputs import check_model, embed, embedding
+from seqjax.models._inputs import check_model, embed, embedding, table_of
 from seqjax.models.backbone import Backbone
 
 
@@ -85,12 +85,18 @@ class LanguageModel(Layer):
         return jnp.dtype(self.dtype)
 
     def _apply(
-        self, params: Params, x: jax.Array, state: State, reset: jax.Array | None
+        self,
+        params: Params,
+        x: jax.Array,
+        state: State,
+        reset: jax.Array | None,
+        sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
+        table = table_of(params, self.backbone)
         hidden, state = self.backbone._apply(
-            params["backbone"], embed(params, x, self.dtype), state, reset
+            params["backbone"], embed(table, x, self.dtype), state, reset, sequence_axis
         )
-        weight = params["embedding"].T if self.tie_embeddings else params["head"]
+        weight = table.T if self.tie_embeddings else params["head"]
         logits = jnp.matmul(
             hidden,
             weight.astype(hidden.dtype),

@@ -263,7 +263,8 @@ def _judge(
     off = _newton.unconverged(gap, states, _newton.tolerance(solver, states.dtype))
     worst = jnp.max(_newton.over_state(jnp.abs(gap), jnp.max), axis=1)
     if sequence_axis is not None:
-        worst = lax.pmax(worst, sequence_axis)
+        # The counts are the same on all devices; only this tells the types so.
+        worst, iterations, steps = lax.pmax((worst, iterations, steps), sequence_axis)
     return SolveInfo(iterations, worst, ~problem.anywhere(off.any(axis=1)), steps)
 
 

@@ -1,0 +1,298 @@
+"""From one device to many: meshes, partition rules, and the shardings of a training step.
+
+Everything is JAX's own: `jax.jit` with `NamedSharding` splits batch, parameters and features
+(axes `data`, `fsdp`, `tensor`), and `jax.shard_map` over the axis `sequence` splits time, with
+`sequence_axis="sequence"` given to the model.
+
+Example:
+  >>> import jax, seqjax
+  >>> from seqjax import sharding
+  >>> backbone = seqjax.models.Backbone(seqjax.layers.LRU(dim=8), depth=2)
+  >>> model = seqjax.models.LanguageModel(vocab_size=16, backbone=backbone)
+  >>> mesh = sharding.make_mesh("fsdp=1,sequence=1", devices=jax.devices()[:1])
+  >>> plan = sharding.shard(model, mesh, batch_shape=(4, 32))
+  >>> params = jax.jit(model.init, out_shardings=plan.params)(jax.random.key(0))
+  >>> plan.params["embedding"].spec, plan.batch.spec
+  (PartitionSpec('tensor', 'fsdp'), PartitionSpec(('data', 'fsdp'), 'sequence'))
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from seqjax.layers import Layer
+from seqjax.models import Backbone
+
+Model = TypeVar("Model", bound=Layer)
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp")
+# Logical axis of a parameter -> mesh axis; those not named are not split. Where two axes of one
+# parameter go to the same mesh axis, the first is split.
+RULES: Mapping[str, str] = MappingProxyType(
+    {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "state": "tensor"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shardings:
+    """Where the arrays of a training step live.
+
+    Attributes:
+      mesh: the mesh.
+      params: a `NamedSharding` for each parameter.
+      optimizer: one for each array of the optimizer state; None where no state was given.
+      batch: of arrays [B, T].
+      replicated: of what every device holds.
+    """
+
+    mesh: Mesh
+    params: Any
+    optimizer: Any
+    batch: NamedSharding
+    replicated: NamedSharding
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """The size of each axis from a text such as "data=2,fsdp=4"; -1 takes what is left.
+
+    Args:
+      text: axes and their sizes; those not named have size 1.
+      devices: the number of devices, which must be the product of the sizes.
+
+    Raises:
+      ValueError: an unknown axis, a size that is no integer, or another number of devices.
+
+    Example:
+      >>> parse_mesh("data=-1,sequence=2", devices=8)
+      {'data': 4, 'fsdp': 1, 'tensor': 1, 'sequence': 2}
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if name not in AXES:
+            raise ValueError(f"mesh: unknown axis {name!r}; write {', '.join(AXES)}, as in data=2.")
+        try:
+            sizes[name] = int(size)
+        except ValueError:
+            raise ValueError(f"mesh: {part!r} must be an axis and an integer, as data=2.") from None
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh: sizes must be at least 1, at most one -1; given {text!r}.")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed == 0 and free:
+        sizes[free[0]] = devices // fixed
+    elif fixed != devices or free:
+        others = fixed // sizes["data"] if not free else fixed
+        raise ValueError(
+            f"mesh: {text!r} is {'a multiple of ' if free else ''}{fixed} devices, there are"
+            f" {devices}; "
+            + (
+                f"data={devices // others} would fit."
+                if devices % others == 0 and not free
+                else f"a product that divides {devices} would fit: {_both(fixed, devices)}."
+            )
+        )
+    return sizes
+
+
+def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor and sequence, all `AxisType.Auto`.
+
+    Auto is stated because `jax.make_mesh` takes Explicit by default: the partitioner chooses the
+    shardings between those that are given, and time is split by hand inside `jax.shard_map`.
+
+    Args:
+      sizes: of the axes, as a mapping or a text, see `parse_mesh`.
+      devices: the devices; None takes all.
+
+    Raises:
+      ValueError: see `parse_mesh`.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if not isinstance(sizes, str):
+        sizes = ",".join(f"{name}={size}" for name, size in sizes.items())
+    parsed = parse_mesh(sizes, len(devices))
+    return jax.make_mesh(
+        tuple(parsed.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def shard(
+    model: Layer,
+    mesh: Mesh,
+    *,
+    batch_shape: tuple[int, int] | None = None,
+    optimizer_state: Any = None,
+    rules: Mapping[str, str] = RULES,
+) -> Shardings:
+    """Turns a model and a mesh into the shardings of a training step.
+
+    Args:
+      model: a model or a layer.
+      mesh: from `make_mesh`.
+      batch_shape: (B, T), to be checked against the mesh; None checks nothing.
+      optimizer_state: the optimizer's state, or its shapes (`jax.eval_shape`). What it holds for
+        each parameter, whatever the optimizer, lives where the parameter does; the rest is
+        replicated.
+      rules: logical axis -> mesh axis.
+
+    Raises:
+      ValueError: the mesh does not divide the batch, the length, the heads or a parameter; with
+        the numbers and the nearest ones that would fit.
+    """
+    _check_heads(model, mesh.shape["tensor"] if "heads" in rules else 1)
+    specs = param_specs(model, mesh, rules)
+    if batch_shape is not None:
+        over = math.prod(mesh.shape[name] for name in BATCH_AXES)
+        _check("the batch", batch_shape[0], "data * fsdp", over)
+        _check("the length", batch_shape[1], "sequence", mesh.shape["sequence"])
+
+    def place(spec: P) -> NamedSharding:
+        return NamedSharding(mesh, spec)
+
+    replicated = place(P())
+    params = jax.tree.map(place, specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    optimizer = None
+    if optimizer_state is not None:
+        optimizer = _like_params(optimizer_state, params, model, replicated)
+    return Shardings(mesh, params, optimizer, place(P(BATCH_AXES, "sequence")), replicated)
+
+
+def param_specs(model: Layer, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Any:
+    """A `PartitionSpec` for each parameter, from its logical axes.
+
+    Raises:
+      ValueError: the mesh does not divide an axis that the rules split.
+    """
+
+    def spec(path: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
+        taken: list[str | None] = []
+        for axis, size in zip(axes, shape, strict=True):
+            to = rules.get(axis) if axis is not None else None
+            to = None if to in taken else to
+            if to is not None:
+                where = f"{jax.tree_util.keystr(path, simple=True, separator='.')} ({axis})"
+                _check(where, size, to, mesh.shape[to])
+            taken.append(to)
+        return P(*taken)
+
+    return jax.tree_util.tree_map_with_path(
+        spec,
+        model.param_axes(),
+        model.param_shapes(),
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
+def split_time(
+    function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """`function(*args, sequence_axis=...)` with time split over the mesh axis `sequence`.
+
+    Only that axis is taken out of the partitioner's hands: inside, batch and parameters are what
+    they were. Without such an axis the function is called as it is, with `sequence_axis=None`.
+
+    Args:
+      function: takes `sequence_axis` by keyword.
+      mesh: from `make_mesh`; None for a single device.
+      in_specs, out_specs: as in `jax.shard_map`; they may name "sequence" only.
+    """
+    if mesh is None or mesh.shape["sequence"] == 1:
+        return lambda *args: function(*args, sequence_axis=None)
+    return jax.shard_map(
+        lambda *args: function(*args, sequence_axis="sequence"),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names={"sequence"},
+    )
+
+
+def place_activations(model: Model, mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Model:
+    """The same model, its residual stream kept where the batch is.
+
+    The partitioner would else be free to split features instead, as the parameters are, and does
+    so where that is worse. None changes nothing.
+
+    Args:
+      model: a frozen dataclass with a `backbone`, or a `Backbone`.
+      mesh: from `make_mesh`.
+      rules: logical axis -> mesh axis.
+    """
+    if mesh is None:
+        return model
+    if isinstance(model, Backbone):
+        return dataclasses.replace(model, place=_Place(mesh, tuple(sorted(rules.items()))))
+    inner: Any = model
+    return dataclasses.replace(inner, backbone=place_activations(inner.backbone, mesh, rules))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where an array with logical axes lives."""
+
+    mesh: Mesh
+    rules: tuple[tuple[str, str], ...]
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        places: dict[str | None, Any] = {**dict(self.rules), "batch": BATCH_AXES}
+        # Inside `shard_map` the mesh is the one around us, with the axis `sequence` gone from it.
+        around = jax.sharding.get_abstract_mesh()
+        where = NamedSharding(self.mesh if around.empty else around, P(*map(places.get, axes)))
+        return jax.lax.with_sharding_constraint(x, where)
+
+
+def _like_params(state: Any, params: Any, model: Layer, replicated: NamedSharding) -> Any:
+    """The shardings of a tree in which trees of parameters occur, anywhere."""
+    places = {
+        tuple(map(str, path)): (leaf, shape)
+        for (path, leaf), shape in zip(
+            jax.tree_util.tree_leaves_with_path(params),
+            jax.tree.leaves(model.param_shapes(), is_leaf=lambda leaf: isinstance(leaf, tuple)),
+            strict=True,
+        )
+    }
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        names = tuple(map(str, path))
+        for start in range(len(names)):
+            found = places.get(names[start:])
+            if found is not None and found[1] == tuple(leaf.shape):
+                return found[0]
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _check_heads(layer: Layer, over: int) -> None:
+    heads = getattr(layer, "heads", None)
+    if heads is not None:
+        _check(f"{type(layer).__name__}: heads", heads, "tensor", over)
+    for entry in layer._params().values():
+        if isinstance(entry, Layer):
+            _check_heads(entry, over)
+
+
+def _check(what: str, size: int, axis: str, over: int) -> None:
+    if size % over == 0:
+        return
+    low = size - size % over
+    near = f"{low} or {low + over}" if low else f"{over}"
+    raise ValueError(
+        f"sharding: {what} {size} cannot be split over {axis} = {over}; take {near}, or"
+        f" {axis} = {_both(over, size)}."
+    )
+
+
+def _both(wanted: int, size: int) -> str:
+    """The divisors of `size` on both sides of what was wanted."""
+    divisors = [d for d in range(1, size + 1) if size % d == 0]
+    below = [d for d in divisors if d < wanted][-1:]
+    return " or ".join(map(str, below + [d for d in divisors if d > wanted][:1]))
