@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from experiments import build
+from experiments import build, objective
 from experiments.errors import UserError
 
 # A run goes on exactly only if nothing but these sections has changed.
@@ -154,7 +154,9 @@ def load_for_inference(workdir: str, which: str) -> tuple[Any, Any, ConfigDict, 
             )
         meta = _restore(manager, step, meta=ocp.args.JsonRestore())["meta"]
         config = ConfigDict(meta["config"])
-        model = build.build_model(config.model)
+        model = (
+            objective.make(config).model if "task" in config else build.build_model(config.model)
+        )
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

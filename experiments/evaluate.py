@@ -1,4 +1,4 @@
-"""Bits per byte of a trained model on held-out text, beside gzip and xz.
+"""Bits per byte of a trained model on held-out text, or its accuracy on its task.
 
 python -m experiments.evaluate --workdir=runs/lm-deltanet
 """
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from experiments import checkpoints, cli, heldout
+from experiments import checkpoints, cli, heldout, language, objective
 from experiments.data import corpus as corpora
 from experiments.data import pipeline
+from experiments.devices import Devices
 from experiments.errors import UserError
 
 
@@ -46,6 +48,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates the checkpoint of a workdir and prints the result."""
     model, params, config, step = checkpoints.load_for_inference(workdir, which)
+    if "task" in config:
+        return evaluate_task(workdir, which, path, params, config) | {"step": step}
     limit = num_bytes or config.eval.final_bytes
     if limit < 1:
         raise UserError(f"--num_bytes={num_bytes}: must be positive")
@@ -59,6 +63,18 @@ def evaluate(
     result = heldout.report(measure(params, documents), documents) | {"step": step}
     print(f"{workdir}, {which} checkpoint (step {step}), {name}")
     print(heldout.format_report(result))
+    return result
+
+
+def evaluate_task(
+    workdir: str, which: str, path: str, params: Any, config: ConfigDict
+) -> dict[str, Any]:
+    """Evaluates on the test sequences of the run's task and prints the result."""
+    if path:
+        language.require_text(config, "--path")
+    task = objective.make(config)
+    result = task.make_evaluate(Devices(""))(params, True)
+    print(f"{workdir}, {which} checkpoint, {task.name}\n{task.describe(result)}")
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import checkpoints, cli, sampling
+from experiments import checkpoints, cli, language, sampling
 from experiments.errors import UserError
 
 
@@ -58,7 +58,8 @@ def generate(
     seed: int = 0,
 ) -> Iterator[str]:
     """Yields text as it is made, from the checkpoint of a workdir."""
-    model, params, _, _ = checkpoints.load_for_inference(workdir, which)
+    model, params, config, _ = checkpoints.load_for_inference(workdir, which)
+    language.require_text(config, "generation")
     # What the shell passed that is not UTF-8 reaches the model as the bytes it was.
     prompt_bytes = prompt.encode("utf-8", "surrogateescape")
     sample = sampling.make_sampler(model)

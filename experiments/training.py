@@ -243,7 +243,9 @@ class Run:
         if not math.isfinite(value):
             self._diverged(self.objective.metric.replace("_", " "), value, self.step)
         self._log.write([{"step": self.step} | row])
-        self._log.board(self.step, {f"heldout/{name}": x for name, x in row.items()})
+        self._log.board(
+            self.step, {f"heldout/{name.removeprefix('heldout_')}": x for name, x in row.items()}
+        )
         self._progress.note(f"step {self.step}: {self.objective.describe(row)}")
         self._clock = time.perf_counter()
         score = value if self.objective.lower_is_better else -value

@@ -3,6 +3,7 @@
 from seqjax import cells as cells
 from seqjax import layers as layers
 from seqjax import models as models
+from seqjax import sharding as sharding
 from seqjax.ops import Newton as Newton
 from seqjax.ops import SolveInfo as SolveInfo
 from seqjax.ops import delta_rule as delta_rule

@@ -194,7 +194,7 @@ def test_the_exit_code_reaches_the_shell():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown layer 'lruu'")
+    assert done.stderr.startswith("error: unknown word 'lruu'")
     assert done.stderr.count("\n") == 1
 
 

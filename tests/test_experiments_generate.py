@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from experiments import cli, generate, sampling, train
 from experiments.build import build_model
-from experiments.configs import lm
+from experiments.configs import common, lm
 from experiments.data import pipeline
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     return str(folder / "run")
 
 
-@pytest.mark.parametrize("layer", sorted(lm.MIXERS))
+@pytest.mark.parametrize("layer", sorted(common.MIXERS))
 def test_step_gives_the_parallel_numbers(layer):
     config = lm.get_config(f"{layer},quicktest").model
     model = build_model(config)

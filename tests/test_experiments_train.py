@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from experiments import checkpoints, cli, evaluate, heldout, logs, optimizer, train, training
 from experiments.build import build_model
-from experiments.configs import lm
+from experiments.configs import common, lm
 from experiments.data import pipeline
 from experiments.errors import UserError
 from experiments.interrupt import Interrupt
@@ -52,7 +52,7 @@ def reference(text, tmp_path_factory):
     return workdir, summary
 
 
-@pytest.mark.parametrize("layer", sorted(lm.MIXERS))
+@pytest.mark.parametrize("layer", sorted(common.MIXERS))
 def test_two_steps_of_every_config(layer, text):
     config = lm.get_config(f"{layer},quicktest")
     config.data.path = str(text)

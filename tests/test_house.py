@@ -25,7 +25,7 @@ FLOORS = [
     ("seqjax.cells",),
     ("seqjax.layers",),
     ("seqjax.models",),
-    ("seqjax.nnx", "seqjax.linen"),
+    ("seqjax.nnx", "seqjax.linen", "seqjax.sharding"),
     ("experiments", "notebooks"),
 ]
 SOURCES = [

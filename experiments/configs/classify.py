@@ -1,19 +1,22 @@
 """One label per sequence: ListOps, digits pixel by pixel, source code by package, time series.
 
     python -m experiments.train --config=experiments/configs/classify.py:digits,s5
-    python -m experiments.train --config=experiments/configs/classify.py:time_series,lru --config.task.path=ACSF1
+    python -m experiments.train --config=experiments/configs/classify.py:time_series,lru \
+        --config.task.path=ACSF1
 
 The words are a task (`digits`, `listops`, `packages`, `time_series`) and a layer. `digits` are
 scikit-learn's 8 x 8 images (pip install scikit-learn); `listops` is the Long Range Arena's (arXiv
 2011.04006); `packages` asks from which package of Python's standard library a window of 1,024 bytes
 is; `time_series` reads a folder of `.ts` files, or a set that comes with aeon, by its name.
 
-Hardware: any; two CPU cores take two to fifteen minutes a run. For their sake ListOps is of 50 to 200
-tokens; `full` takes the Arena's 500 to 2,000 and its 96,000 expressions, for an accelerator, and has
-not been run. `quicktest` is a run of seconds. S5 is bidirectional, as in its paper.
+Hardware: any; meant for some minutes on two CPU cores. For their sake ListOps is of 50 to 200
+tokens; `full` takes the Arena's 500 to 2,000 and its 96,000 expressions, for an accelerator, and
+has not been run. `quicktest` is a run of seconds. S5 is bidirectional, as in its paper.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -24,19 +27,18 @@ TASKS = ("digits", "listops", "packages", "time_series")
 
 def get_config(arg: str = "") -> ConfigDict:
     """Builds the configuration; `arg` holds a task, a layer and switches."""
-    words, switches = common.parse(
-        arg, {"task": TASKS, "layer": ["s5", *common.MIXERS]}, ("full",)
-    )
+    words, switches = common.parse(arg, {"task": TASKS, "layer": ["s5", *common.MIXERS]}, ("full",))
     task, layer, full = words["task"], words["layer"], "full" in switches
     name = "-".join([task, layer, *sorted(switches)])
     config = ConfigDict(common.settings(name, layer, dim=64, depth=2, heads=4))
     config.model.options.s5.update({"dt_min": 1e-3, "dt_max": 1e-1, "bidirectional": True})
-    sizes = {
+    every: dict[str, dict[str, Any]] = {
         "digits": {},
         "listops": {"train_size": 10_000, "test_size": 1_000, "shortest": 50, "longest": 200},
         "packages": {"longest": 1024, "classes": 6},
         "time_series": {"path": ""},
-    }[task]
+    }
+    sizes = every[task]
     if full and task == "listops":
         sizes = {"train_size": 96_000, "test_size": 2_000, "shortest": 500, "longest": 2_000}
     steps = 2_000

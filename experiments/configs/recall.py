@@ -5,13 +5,15 @@
 The words are a task (`mqar`, `selective_copying`, `induction_heads`) and a layer. MQAR is zoology's
 (arXiv 2312.04927), the other two Mamba's (arXiv 2312.00752, section 4.1).
 
-Hardware: any; two CPU cores take two to fifteen minutes a run. Departures for their sake, undone by
-`full`, which is for an accelerator and has not been run: MQAR with 64 tokens, 4 pairs and a vocabulary
-of 256 (512, 64 and 8,192); selective copying over 256 positions (4,096); induction heads tested up to
+Hardware: any; meant for some minutes on two CPU cores. Departures for their sake, undone by `full`,
+which is for an accelerator and has not been run: MQAR with 64 tokens, 4 pairs and a vocabulary of
+256 (512, 64 and 8,192); selective copying over 256 positions (4,096); induction heads tested up to
 4,096 tokens (2^20). `quicktest` is a run of seconds.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -28,7 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     task, layer, full = words["task"], words["layer"], "full" in switches
     name = "-".join([task, layer, *sorted(switches)])
     config = ConfigDict(common.settings(name, layer, dim=64, depth=2, heads=4))
-    sizes = {
+    every: dict[str, dict[str, Any]] = {
         "mqar": {"train_length": 64, "pairs": 4, "vocab_size": 256},
         "selective_copying": {"train_length": 256, "vocab_size": 16, "data_tokens": 16},
         "induction_heads": {
@@ -36,13 +38,15 @@ def get_config(arg: str = "") -> ConfigDict:
             "test_lengths": (64, 256, 1024, 4096),
             "vocab_size": 16,
         },
-    }[task]
+    }
+    sizes = every[task]
     if full:
-        sizes |= {
+        larger: dict[str, dict[str, Any]] = {
             "mqar": {"train_length": 512, "pairs": 64, "vocab_size": 8192},
             "selective_copying": {"train_length": 4096},
             "induction_heads": {"test_lengths": tuple(2**i for i in range(6, 21, 2))},
-        }[task]
+        }
+        sizes |= larger[task]
     steps = 100_000 if full else 3_000
     config.update(
         {

@@ -1,15 +1,15 @@
 """State tracking: parity, modular arithmetic and the word problems of S3, A5 and S5.
 
-    python -m experiments.train --config=experiments/configs/state_tracking.py:parity,deltanet,negative
+    python -m experiments.train --config=experiments/configs/state_tracking.py:parity,deltanet
 
-The words are a task (`parity`, `modular_arithmetic`, `S3`, `A5`, `S5`), a layer, and `negative`, which
-gives DeltaNet and Mamba eigenvalues in [-1, 1] instead of [0, 1] (arXiv 2411.12537: at parity that
-makes the difference between 0 and 100 %). Trained on 3 to 40 symbols, tested on up to 256.
+The words are a task (`parity`, `modular_arithmetic`, `S3`, `A5`, `S5`), a layer, and `negative`,
+which gives DeltaNet and Mamba eigenvalues in [-1, 1] instead of [0, 1] (arXiv 2411.12537: at parity
+that makes the difference between 0 and 100 %). Trained on 3 to 40 symbols, tested on up to 256.
 
-Hardware: any; two CPU cores take one to ten minutes a run. Departures for their sake: an answer is
+Hardware: any; meant for some minutes on two CPU cores. Departures for their sake: an answer is
 asked for after every symbol where the paper asks for the last one only, two blocks of width 64, and
-3,000 batches of 64. `full` takes the paper's last answer only, width 128 and 100,000 batches of 1,024
-for an accelerator; it has not been run. `quicktest` is a run of seconds.
+3,000 batches of 64. `full` takes the paper's last answer only, width 128 and 100,000 batches of
+1,024 for an accelerator; it has not been run. `quicktest` is a run of seconds.
 """
 
 from __future__ import annotations
