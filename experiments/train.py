@@ -90,7 +90,7 @@ def finish(run: Run) -> dict[str, Any]:
         say(f"no sample from several processes: python -m experiments.generate --workdir={workdir}")
     if devices.is_main():
         (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    say(f"in {workdir}: metrics.jsonl, tensorboard, curves.png, sample.txt, checkpoints, best")
+    say(f"in {workdir}: metrics.jsonl, tensorboard, curves.png, checkpoints, best")
     return result
 
 

@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=Layer)
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 # Logical axis of a parameter -> mesh axis; those not named are not split. Where two axes of one
-# parameter go to the same mesh axis, the first is split.
+# parameter go to the same mesh axis, the first is split. A vocabulary is stored split, used whole.
 RULES: Mapping[str, str] = MappingProxyType(
     {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "state": "tensor"}
 )
