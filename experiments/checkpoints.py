@@ -49,6 +49,10 @@ class Checkpoints:
         for manager in managers:
             if manager.latest_step() == step:
                 continue
+            if jax.process_count() > 1:
+                # Processes meet at barriers numbered in the order in which they come to them: two
+                # managers that save at once may come to theirs in another order elsewhere.
+                self.wait()
             manager.save(
                 step,
                 args=ocp.args.Composite(

@@ -158,6 +158,7 @@ class Run:
         self._progress = logs.Progress(self.step, config.steps, quiet=not devices.is_main())
         self._clock = time.perf_counter()
         first = self.step + 1
+        stop = False
         with Interrupt() as interrupt:
             while self.step < config.steps:
                 self._batch = self._devices.place(next(self._batches))

@@ -12,8 +12,8 @@ Example:
   >>> mesh = sharding.make_mesh("fsdp=1,sequence=1", devices=jax.devices()[:1])
   >>> plan = sharding.shard(model, mesh, batch_shape=(4, 32))
   >>> params = jax.jit(model.init, out_shardings=plan.params)(jax.random.key(0))
-  >>> plan.params["embedding"].spec, plan.batch.spec
-  (PartitionSpec('tensor', 'fsdp'), PartitionSpec(('data', 'fsdp'), 'sequence'))
+  >>> [tuple(where.spec) for where in (plan.params["embedding"], plan.batch)]
+  [('tensor', 'fsdp'), (('data', 'fsdp'), 'sequence')]
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ Model = TypeVar("Model", bound=Layer)
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 # Logical axis of a parameter -> mesh axis; those not named are not split. Where two axes of one
-# parameter go to the same mesh axis, the first is split.
+# parameter go to the same mesh axis, the first is split. A vocabulary is stored split, used whole.
 RULES: Mapping[str, str] = MappingProxyType(
     {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "state": "tensor"}
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import Layer, Param, Params
+from seqjax.layers._base import Layer, Param
 from seqjax.models.backbone import Backbone
 
 
@@ -15,14 +15,14 @@ def embedding(vocab_size: int, dim: int) -> Param:
     return Param((vocab_size, dim), ("vocab", "embed"), "embedding", _init.normal(dim**-0.5))
 
 
-def table_of(params: Params, backbone: Backbone) -> jax.Array:
-    """The embedding table, its features whole on every device.
+def whole(weight: jax.Array, backbone: Backbone) -> jax.Array:
+    """A table of the vocabulary, put together on every device of a mesh before it is used.
 
-    Looked up where they are split, rows would come out split likewise, and every device's batch
-    would have to be put together to take them apart by sequences.
+    Looked up where features are split, rows come out split likewise, and every device's batch
+    has to be put together to take them apart by sequences. Looked up where the vocabulary is
+    split, XLA's partitioner crashes once another axis is manual (jax 0.10.2).
     """
-    table = params["embedding"]
-    return table if backbone.place is None else backbone.place(table, ("vocab", None))
+    return weight if backbone.place is None else backbone.place(weight, (None, None))
 
 
 def embed(table: jax.Array, tokens: jax.Array, dtype: Any) -> jax.Array:

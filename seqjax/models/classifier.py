@@ -11,7 +11,7 @@ from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense
 from seqjax.models import _pool
-from seqjax.models._inputs import check_model, embed, embedding, table_of
+from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
 
 
@@ -201,7 +201,7 @@ class Classifier(Layer):
         if mask is not None:
             x = jnp.where(mask if x.ndim == 2 else mask[..., None], x, 0)
         if self.vocab_size is not None:
-            inputs = embed(table_of(params, self.backbone), x, self.dtype)
+            inputs = embed(whole(params["embedding"], self.backbone), x, self.dtype)
         else:
             inputs = dense(x.astype(self.dtype), params["input_proj"])
             inputs = inputs + params["input_bias"].astype(self.dtype)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.models._inputs import check_model, embed, embedding, table_of
+from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
 
 
@@ -92,11 +92,11 @@ class LanguageModel(Layer):
         reset: jax.Array | None,
         sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
-        table = table_of(params, self.backbone)
+        table = whole(params["embedding"], self.backbone)
         hidden, state = self.backbone._apply(
             params["backbone"], embed(table, x, self.dtype), state, reset, sequence_axis
         )
-        weight = table.T if self.tie_embeddings else params["head"]
+        weight = table.T if self.tie_embeddings else whole(params["head"], self.backbone)
         logits = jnp.matmul(
             hidden,
             weight.astype(hidden.dtype),
