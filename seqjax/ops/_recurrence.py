@@ -28,7 +28,12 @@ def _abstract(a: Any, x: Any, h0: Any, *reset: Any, out_dtype: Any, **_: Any) ->
 
 
 def _implementation(
-    platform: str, *operands: jax.Array, post: bool, reverse: bool, out_dtype: Any, **params: Any
+    target: _compat.Target,
+    *operands: jax.Array,
+    post: bool,
+    reverse: bool,
+    out_dtype: Any,
+    **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     a, x, h0, *rest = operands
     return run(
@@ -37,7 +42,7 @@ def _implementation(
         h0,
         rest[0] if rest else None,
         Form(post, reverse, out_dtype),
-        platform=platform,
+        platform=target.platform,
         **params,
     )
 
