@@ -21,7 +21,15 @@ from jax import lax
 LOG_ZERO = -1e30  # exp of it is zero, and sums of a chunk of them are finite
 GROUP = 8  # the sublanes of a register: what is shuffled inside a group stays inside registers
 
+CHUNK = 128  # steps in a chunk: the side of a matrix unit
+
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # a b, a b^T, a^T b
+
+
+def chunk_steps(length: int, wanted: int | None, arrays: list[Any]) -> int:
+    """Steps in a chunk: a power of two, and whole tiles of the narrowest of the arrays."""
+    least = 16 if any(x.dtype == jnp.bfloat16 for x in arrays) else 8
+    return 1 << (max(least, min(wanted or CHUNK, length)) - 1).bit_length()
 
 
 class Numerics(NamedTuple):
@@ -110,7 +118,9 @@ class Shared:
         """Of one head among `values`, or no decay if there are none."""
         self.num = num
         self.lower = rows(size) >= cols(size)
-        self.factor = self.upto = self.after = None
+        self.factor: Any = None
+        self.upto: Any = None
+        self.after: Any = None
         if values is None:
             return
         head = head if values.upto.shape[1] > 1 else 0
@@ -233,8 +243,8 @@ class Channels(Shared):
         size, count = right.shape[0], len(lefts)
         both = jnp.concatenate(lefts, axis=0)
         diagonal = rows(size) == cols(size)
-        made = self.num.dot(both, right, NT)
-        made = [jnp.where(diagonal, made[n * size : (n + 1) * size], 0.0) for n in range(count)]
+        own = self.num.dot(both, right, NT)
+        made = [jnp.where(diagonal, own[n * size : (n + 1) * size], 0.0) for n in range(count)]
         for met, (upto, after) in zip(self.met, self.levels, strict=True):
             left = jnp.concatenate([x.astype(upto.dtype) * upto for x in lefts], axis=0)
             pair = self.num.dot(left, right.astype(after.dtype) * after, NT, exact=True)

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
+
+from pallas_kernels._compat import pl
 
 LANES, SUBLANES = 128, 8
 

@@ -24,7 +24,7 @@ Inputs = dict[str, jax.Array]
 
 def _solved(
     num: Numerics, decays: list[Shared], heads: list[Inputs], states: list[jax.Array]
-) -> list[tuple[jax.Array, ...]]:
+) -> list[Any]:
     """For every head the scores, the overlaps, (I + N)^-1, V - D K S and U."""
     size = heads[0]["q"].shape[0]
     below = rows(size) > cols(size)

@@ -23,7 +23,10 @@ class Kernel(NamedTuple):
 
 
 # The ops that have a Pallas kernel; a kernel that lands adds its op.
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel] = {
+    "delta_rule": Kernel("chunked"),
+    "linear_attention": Kernel("chunked"),
+}
 
 
 class Use(NamedTuple):
