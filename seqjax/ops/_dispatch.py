@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
 
 
 # The ops that have a Pallas kernel; a kernel that lands adds its op.
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel] = {"linear_scan": Kernel("sequential")}
 
 
 class Use(NamedTuple):
