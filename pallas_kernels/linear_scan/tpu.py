@@ -276,7 +276,7 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
     ragged = plan.length % plan.group != 0
     groups: Any = plan.rows // plan.group
     if plan.length % plan.rows:
-        groups = (jnp.minimum(valid, plan.rows) + plan.group - 1) // plan.group
+        groups = lax.div(jnp.minimum(valid, plan.rows) + plan.group - 1, plan.group)
 
     def group(i: jax.Array, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
         h, total = carry
