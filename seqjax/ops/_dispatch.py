@@ -26,6 +26,7 @@ class Kernel(NamedTuple):
 KERNELS: dict[str, Kernel] = {
     "delta_rule": Kernel("chunked"),
     "linear_attention": Kernel("chunked"),
+    "linear_scan": Kernel("sequential"),
 }
 
 

@@ -146,7 +146,7 @@ def kernel_op(
             return xla(*args), (zeros(saved(*args)), zeros(by_jax))
 
         out, kept = kernel_call(use, by_xla, by_kernel, smooth)(*args)
-        return out, _Kept(*kept, layout)
+        return out, _Kept(kept[0], kept[1], layout)
 
     def xla_backward(args: Any, out: Any, kept: _Kept, cts: PyTree) -> list[jax.Array]:
         known, rest = jax.tree.leaves((args, out)), iter(kept.by_jax)
