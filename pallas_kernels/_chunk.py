@@ -84,6 +84,11 @@ def cols(size: int, columns: int | None = None) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, (size, columns or size), 1)
 
 
+def _block(index: jax.Array, width: int) -> jax.Array:
+    """In which block of so many, a power of two. A shift: `//` would ask for the chip's name."""
+    return lax.shift_right_logical(index, jnp.int32(width.bit_length() - 1))
+
+
 def transposed(g: jax.Array, num: Numerics) -> jax.Array:
     """[C, H] -> [H, C], by a product with the identity."""
     size = g.shape[0]
@@ -223,7 +228,10 @@ class Channels(Shared):
         size = g.shape[0]
         t, j = rows(size), cols(size)
         self.lower = t >= j
-        self.met = [(t // (2 * w) == j // (2 * w)) & (t // w > j // w) for w in _widths(size)]
+        self.met = [
+            (_block(t, 2 * w) == _block(j, 2 * w)) & (_block(t, w) > _block(j, w))
+            for w in _widths(size)
+        ]
         upto, after = jnp.exp(g), jnp.ones_like(g)
         self.levels = []
         step = rows(*g.shape)
@@ -308,7 +316,7 @@ def inverses(matrices: list[jax.Array], num: Numerics) -> list[jax.Array]:
     result and its factors, as powers of N would.
     """
     size, count = matrices[0].shape[0], len(matrices)
-    own = cols(GROUP, size) // GROUP
+    own = _block(cols(GROUP, size), GROUP)
     packed = []
     for n in matrices:
         block = jnp.where(own == 0, n[:GROUP], 0.0)
@@ -317,11 +325,13 @@ def inverses(matrices: list[jax.Array], num: Numerics) -> list[jax.Array]:
         packed.append(block)
     blocks = jnp.concatenate(packed, axis=0)  # [heads * 8, C]
     i, j = rows(size), cols(size)
-    x = jnp.where(rows(count * GROUP, size) % GROUP == cols(count * GROUP, size) % GROUP, 1.0, 0.0)
+    every = count * GROUP, size
+    place = (rows(*every) & (GROUP - 1)) == (cols(*every) & (GROUP - 1))
+    x = jnp.where(place, 1.0, 0.0)
     x = x.astype(num.dtype).reshape(count, GROUP, size)
     for step in range(GROUP - 1):
         # Column `step` of every block, in all of its columns.
-        spread = num.ones((i // GROUP == j // GROUP) & (i % GROUP == step))
+        spread = num.ones((_block(i, GROUP) == _block(j, GROUP)) & ((i & (GROUP - 1)) == step))
         column = num.dot(blocks, spread, exact=True).reshape(count, GROUP, size)
         x = x - column * x[:, step : step + 1]
     made = [
@@ -329,7 +339,7 @@ def inverses(matrices: list[jax.Array], num: Numerics) -> list[jax.Array]:
         for y in x
     ]
     for width in _widths(size)[3:]:  # of all heads at each, so that they wait for nothing
-        linked = cols(size // 2, size) // width == 2 * (rows(size // 2, size) // width)
+        linked = _block(cols(size // 2, size), width) == 2 * _block(rows(size // 2, size), width)
         links = [jnp.where(linked, _second_halves(n, width), 0.0) for n in matrices]
         inner = [num.dot(n, y, exact=True) for n, y in zip(links, made, strict=True)]
         corner = [
