@@ -339,26 +339,32 @@ def inverses(matrices: list[jax.Array], num: Numerics) -> list[jax.Array]:
         for y in x
     ]
     for width in _widths(size)[3:]:  # of all heads at each, so that they wait for nothing
-        linked = _block(cols(size // 2, size), width) == 2 * _block(rows(size // 2, size), width)
-        links = [jnp.where(linked, _second_halves(n, width), 0.0) for n in matrices]
-        inner = [num.dot(n, y, exact=True) for n, y in zip(links, made, strict=True)]
-        corner = [
-            num.dot(_second_halves(y, width), _in_second_halves(z, width), exact=True)
-            for y, z in zip(made, inner, strict=True)
-        ]
-        made = [y - _in_second_halves(z, width) for y, z in zip(made, corner, strict=True)]
+        # What pairs of blocks exchange, the second rows of all pairs in one [width, C]: a pair has
+        # columns of its own.
+        pair = _block(cols(width, size), 2 * width)
+        left = (cols(width, size) & width) == 0
+        starts = range(width, size, 2 * width)
+        inner = []
+        for n, y in zip(matrices, made, strict=True):
+            links = [
+                jnp.where((pair == b) & left, n[at : at + width], 0.0)
+                for b, at in enumerate(starts)
+            ]
+            inner.append(num.dot(sum(links[1:], start=links[0]), y, exact=True))
+        corner = []
+        for z, y in zip(inner, made, strict=True):
+            second = [y[at : at + width] for at in starts]
+            corner.append(
+                num.dot(sum(second[1:], start=second[0]), _second_rows(z, pair), exact=True)
+            )
+        made = [y - _second_rows(z, pair) for y, z in zip(made, corner, strict=True)]
     return made
 
 
-def _second_halves(x: jax.Array, width: int) -> jax.Array:
-    """Of blocks of 2 width rows, the last `width`."""
-    return jnp.concatenate(
-        [x[at : at + width] for at in range(width, x.shape[0], 2 * width)], axis=0
-    )
-
-
-def _in_second_halves(x: jax.Array, width: int) -> jax.Array:
-    """Its adjoint: with zeros between."""
-    zeros = jnp.zeros_like(x[:width])
-    parts = [[zeros, x[at : at + width]] for at in range(0, x.shape[0], width)]
-    return jnp.concatenate([part for pair in parts for part in pair], axis=0)
+def _second_rows(x: jax.Array, pair: jax.Array) -> jax.Array:
+    """[width, C] -> [C, C]: the columns of every pair in its second rows, zero elsewhere."""
+    width, size = x.shape
+    parts = []
+    for b in range(size // (2 * width)):
+        parts += [jnp.zeros_like(x), jnp.where(pair == b, x, 0.0)]
+    return jnp.concatenate(parts, axis=0)

@@ -28,27 +28,36 @@ def _solved(
     """For every head the scores, the overlaps, (I + N)^-1, V - D K S and U."""
     size = heads[0]["q"].shape[0]
     below = rows(size) > cols(size)
-    pairs = []
-    for d, x in zip(decays, heads, strict=True):
-        scores, overlaps = d.pairs([x["q"], x["k"]], x["k"])
-        pairs.append((scores, jnp.where(below, overlaps, 0.0)))
-    found = inverses([x["beta"] * p for x, (_, p) in zip(heads, pairs, strict=True)], num)
-    made = []
-    for d, x, state, pair, inverse in zip(decays, heads, states, pairs, found, strict=True):
-        change = x["v"].astype(num.dtype) - d.read(x["k"], state, exact=True)
-        made.append((*pair, inverse, change, num.dot(inverse, x["beta"] * change, exact=True)))
-    return made
+    # Every step of all heads before the next one: none waits for its own last product.
+    pairs = [d.pairs([x["q"], x["k"]], x["k"]) for d, x in zip(decays, heads, strict=True)]
+    overlaps = [jnp.where(below, own, 0.0) for _, own in pairs]
+    found = [
+        x["v"].astype(num.dtype) - d.read(x["k"], state, exact=True)
+        for d, x, state in zip(decays, heads, states, strict=True)
+    ]
+    solve = inverses([x["beta"] * n for x, n in zip(heads, overlaps, strict=True)], num)
+    written = [
+        num.dot(inverse, x["beta"] * change, exact=True)
+        for x, inverse, change in zip(heads, solve, found, strict=True)
+    ]
+    scores = [own for own, _ in pairs]
+    return list(zip(scores, overlaps, solve, found, written, strict=True))
 
 
 def _forward(
     num: Numerics, decays: list[Shared], heads: list[Inputs], states: list[jax.Array], scale: float
 ) -> list[tuple[jax.Array, jax.Array]]:
-    made = []
     solved = _solved(num, decays, heads, states)
-    for d, x, state, (scores, _, _, _, u) in zip(decays, heads, states, solved, strict=True):
-        out = scale * (d.read(x["q"], state) + num.dot(scores, u))
-        made.append((out, d.carry(state) + d.write(x["k"], u, exact=True)))
-    return made
+    read = [d.read(x["q"], state) for d, x, state in zip(decays, heads, states, strict=True)]
+    outs = [
+        scale * (own + num.dot(scores, u))
+        for own, (scores, _, _, _, u) in zip(read, solved, strict=True)
+    ]
+    left = [
+        d.carry(state) + d.write(x["k"], u, exact=True)
+        for d, x, state, (*_, u) in zip(decays, heads, states, solved, strict=True)
+    ]
+    return list(zip(outs, left, strict=True))
 
 
 def _backward(
