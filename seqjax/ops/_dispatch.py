@@ -23,7 +23,10 @@ class Kernel(NamedTuple):
 
 
 # The ops that have a Pallas kernel; a kernel that lands adds its op.
-KERNELS: dict[str, Kernel] = {"linear_scan": Kernel("sequential")}
+KERNELS = {
+    "linear_scan": Kernel("sequential"),
+    "selective_scan": Kernel("sequential"),
+}
 
 
 class Use(NamedTuple):
