@@ -55,11 +55,30 @@ def _linear(B: int, D: int) -> Callable[[int, str], Shapes]:
     return shapes
 
 
+def _selective(B: int, D: int, N: int) -> Callable[[int, str], Shapes]:
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+        weight = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+        timed = {"x": array((B, T, D)), "dt": array((B, T, D))}
+        return timed | {
+            "A": weight((D, N)),
+            "B": array((B, T, N)),
+            "C": array((B, T, N)),
+            "D": weight((D,)),
+        }
+
+    return shapes
+
+
 ROWS = {
     "linear_scan, B=8, T=4096, D=2560": Row("linear_scan", _linear(8, 2560), 4096),
     "linear_scan backward": Row("linear_scan", _linear(8, 2560), 4096, backward=True),
     "linear_scan, T=4097, D=1000": Row("linear_scan", _linear(8, 1000), 4097),
     "linear_scan backward, T=4097, D=1000": Row("linear_scan", _linear(8, 1000), 4097, True),
+    "selective_scan, B=8, T=4096, D=2048, N=16": Row(
+        "selective_scan", _selective(8, 2048, 16), 4096
+    ),
+    "selective_scan backward": Row("selective_scan", _selective(8, 2048, 16), 4096, True),
 }
 
 
