@@ -26,10 +26,20 @@ CHUNK = 128  # steps in a chunk: the side of a matrix unit
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # a b, a b^T, a^T b
 
 
-def chunk_steps(length: int, wanted: int | None, arrays: list[Any]) -> int:
-    """Steps in a chunk: a power of two, and whole tiles of the narrowest of the arrays."""
+def chunk_steps(
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: Any, log_decay: Any, wanted: int | None
+) -> int:
+    """Steps in a chunk: a power of two, and whole tiles of the narrowest of the arrays.
+
+    128 unless `wanted`: the inverse grows, but products fill the matrix units and states are read
+    and written half as often as with 64. Where more is kept for every step, wide keys or values or
+    float32 decays per channel, 128 would not fit the memory of a v5p.
+    """
+    arrays = [x for x in (q, k, v, beta, log_decay) if x is not None]
+    wide = log_decay is not None and log_decay.ndim == 4 and q.dtype != jnp.bfloat16
+    usual = CHUNK // 2 if wide or max(k.shape[-1], v.shape[-1]) > CHUNK else CHUNK
     least = 16 if any(x.dtype == jnp.bfloat16 for x in arrays) else 8
-    return 1 << (max(least, min(wanted or CHUNK, length)) - 1).bit_length()
+    return 1 << (max(least, min(wanted or usual, q.shape[1])) - 1).bit_length()
 
 
 class Numerics(NamedTuple):

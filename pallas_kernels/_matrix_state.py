@@ -23,12 +23,11 @@ def _plan(core: Core, arrays: dict[str, Any], scale: float, chunk_size: int | No
     length, heads = q.shape[1:3]
     wide = jnp.float64 in (x.dtype for x in arrays.values() if x is not None)
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-    given = [x for x in (q, k, v, arrays["beta"], g) if x is not None]
     block = min(heads, GROUP)
     return Plan(
         core=core,
         num=Numerics(jnp.dtype(jnp.float64 if wide else jnp.float32), narrow),
-        chunk=chunk_steps(length, chunk_size, given),
+        chunk=chunk_steps(q, k, v, arrays["beta"], g, chunk_size),
         heads=block,
         groups=-(-heads // block),
         length=length,
@@ -152,7 +151,8 @@ def forward(
       initial_state: [B, H, K, V], float32 (float64 if any array is).
       reset: [B, T] bool or None.
       scale: of the outputs.
-      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16); 128 if None.
+      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16); 128 or
+        64 if None, see `_chunk.chunk_steps`.
       states: whether to return the states [B, T / C, H, K, V] too.
       interpret: run it on the host, operation by operation.
 

@@ -252,7 +252,7 @@ OPS = [
         run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D")),
         oracle=op_oracles.selective_scan,
         state=lambda rng, batch: normal(rng, batch, D, N),
-        algorithms=("sequential", "chunked"),
+        algorithms=("sequential", "chunked", "pallas"),
         timed=("x", "dt", "B", "C"),
         hard=_hard_steps,
     ),

@@ -60,9 +60,25 @@ def linear_scan(dtype, length=T, width=D, decay=(B, T, D), **keywords):
     return run, shapes
 
 
+def selective_scan(dtype, width=2048, states=16):
+    def run(arrays):
+        return seqjax.selective_scan(**arrays, implementation="pallas")
+
+    float32, data = jnp.dtype("float32"), jnp.dtype(dtype)
+    shapes = {"x": ((B, T, width), data), "dt": ((B, T, width), data)}
+    shapes |= {"A": ((width, states), float32), "D": ((width,), float32)}
+    shapes |= {"B": ((B, T, states), float32), "C": ((B, T, states), float32)}
+    return run, {name: jax.ShapeDtypeStruct(*given) for name, given in shapes.items()}
+
+
 # The kernels by name: dtype -> (function of a tree of arrays, their shapes); and, of temporary
 # memory, how many times the arguments' it may take.
-KERNELS = {"linear_scan": (linear_scan, 0.01)}
+KERNELS = {
+    "linear_scan": (linear_scan, 0.01),
+    # A state for every 64 steps, and the cotangents of B and C by blocks of D, their N = 16
+    # numbers padded to 128 lanes in memory: 0.62 times bfloat16 arguments.
+    "selective_scan": (selective_scan, 0.7),
+}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -83,6 +99,7 @@ def test_kernels_compile(name, chip, dtype):
         pytest.param(linear_scan("complex64", 1024, 512, (B, 1024, 512)), id="complex"),
         pytest.param(linear_scan("float32", 1000, 1000, (1000, 1000)), id="shared over batch"),
         pytest.param(linear_scan("bfloat16", 1003, 100, (100,), reverse=True), id="ragged"),
+        pytest.param(selective_scan("bfloat16", 1000, 5), id="selective, ragged"),
     ],
 )
 def test_other_forms_compile(program):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import array_like, pl, pltpu
+from pallas_kernels._rows import close, groups, put, scalars, take
 
 Numbers = tuple[jax.Array, ...]  # one real array, or a real and an imaginary one
 
@@ -174,10 +175,8 @@ def _run(
     values: dict[str, tuple[Any, Any]] = {"a": (a, of_a), "x": (x, in_time)}
     values["h0"] = (tuple(p[:, None] for p in h0), state)
     if reset is not None:
-        cut = jnp.pad(reset.astype(jnp.int32), ((0, 0), (0, plan.blocks * rows - length)))
-        cut = cut.reshape(batch, plan.blocks, 1, rows)
         spec = block((None, None, 1, rows), lambda b, t, d: (b, t, 0, 0), memory_space=pltpu.SMEM)
-        values["reset"] = ((cut,), spec)
+        values["reset"] = ((scalars(reset, rows),), spec)
     outputs: dict[str, tuple[Any, Any, Any]] = {
         "y": ((batch, length, width), out_dtype, in_time),
         "final": ((batch, 1, width), wide, state),
@@ -274,13 +273,11 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
     x_rows = _rows(plan, ref, "x")
     fixed = () if plan.a_in_time else tuple(a[...].astype(wide) for a in ref["a"])
     ragged = plan.length % plan.group != 0
-    groups: Any = plan.rows // plan.group
-    if plan.length % plan.rows:
-        groups = lax.div(jnp.minimum(valid, plan.rows) + plan.group - 1, plan.group)
+    count, _ = groups(block, plan.rows, plan.length, plan.group)
 
     def group(i: jax.Array, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
         h, total = carry
-        at = groups - 1 - i if plan.reverse else i
+        at = count - 1 - i if plan.reverse else i
         base = pl.multiple_of(at * plan.group, plan.group)
         a_row, x_row = a_rows and a_rows(base), x_rows(base)
         for r in range(plan.group)[:: -1 if plan.reverse else 1]:
@@ -306,14 +303,15 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
                     da = _unless(~inside, da) if ragged else da
                     total = _add(total, da)
         for name in ("y", "da"):
-            for k, narrowed in enumerate(ref.get(f"wide_{name}", ())):
-                out = ref[name][k]
-                out[pl.ds(base, plan.group), :] = narrowed[...].astype(out.dtype)
+            for block, narrowed in zip(
+                ref.get(name, ()), ref.get(f"wide_{name}", ()), strict=False
+            ):
+                close(block, narrowed, base, plan.group)
         return h, total
 
     h = tuple(state[place] for state in ref["state"])
     total = tuple(total[...] for total in ref.get("total", ()))
-    h, total = lax.fori_loop(0, groups, group, (h, total))
+    h, total = lax.fori_loop(0, count, group, (h, total))
     for i, value in enumerate(h):
         ref["state"][i][place] = value
         ref["final"][i][...] = value
@@ -345,30 +343,25 @@ def _lay_out(plan: Plan, ref: Any, block: Any, valid: Any) -> None:
 
 def _rows(plan: Plan, ref: Any, name: str) -> Callable[..., Any]:
     """From the first row of a group, a function of r: its row r, in the dtype of the state."""
-    arrays, widened = ref[name], ref.get(f"wide_{name}")
+    widened = ref.get(f"wide_{name}", (None,) * len(ref[name]))
 
     def of_group(base: Any) -> Callable[[int], Numbers]:
-        if widened is None:
-            return lambda r: tuple(array[pl.ds(base + r, 1), :] for array in arrays)
-        for array, scratch in zip(arrays, widened, strict=True):
-            # All at once: a row of packed numbers has no address.
-            scratch[...] = array[pl.ds(base, plan.group), :].astype(scratch.dtype)
-        return lambda r: tuple(scratch[r : r + 1, :] for scratch in widened)
+        parts = [
+            take(block, wide, base, plan.group)
+            for block, wide in zip(ref[name], widened, strict=True)
+        ]
+        return lambda r: tuple(part(r) for part in parts)
 
     return of_group
 
 
 def _put(ref: Any, name: str, base: Any, r: int, value: Numbers, first: Any = None) -> None:
     """Write row r of a group; add it to what is there if that is said not to be the first."""
-    for i, part in enumerate(value):
-        if f"wide_{name}" in ref:
-            ref[f"wide_{name}"][i][r : r + 1, :] = part
-            continue
-        out = ref[name][i]
-        row = pl.ds(base + r, 1)
+    widened = ref.get(f"wide_{name}", (None,) * len(value))
+    for block, wide, part in zip(ref[name], widened, value, strict=True):
         if first is not None:
-            part = part + jnp.where(first, jnp.zeros_like(part), out[row, :])
-        out[row, :] = part
+            part = part + jnp.where(first, jnp.zeros_like(part), block[pl.ds(base + r, 1), :])
+        put(block, wide, base, r, part)
 
 
 def _multiply(u: Numbers, v: Numbers) -> Numbers:

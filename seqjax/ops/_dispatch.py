@@ -23,10 +23,11 @@ class Kernel(NamedTuple):
 
 
 # The ops that have a Pallas kernel; a kernel that lands adds its op.
-KERNELS: dict[str, Kernel] = {
+KERNELS = {
     "delta_rule": Kernel("chunked"),
     "linear_attention": Kernel("chunked"),
     "linear_scan": Kernel("sequential"),
+    "selective_scan": Kernel("sequential"),
 }
 
 

@@ -14,6 +14,7 @@ from seqjax.ops._broadcast import along_rows
 from seqjax.ops._time_scan import time_scan
 
 ALGORITHMS = ("sequential", "chunked", "associative")
+KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every chip
 PATTERNS = {
     "q": "B T H K",
     "k": "B T H K",
@@ -202,6 +203,9 @@ def _lacking(given: Mapping[str, Any], scale: Any, interpret: bool) -> str | Non
         return "takes no float16; cast to bfloat16 or float32"
     if jnp.float64 in dtypes and not interpret:
         return "takes no float64, which TPUs do not have"
+    widest = max(given["k"].shape[-1], given["v"].shape[-1])
+    if widest > KERNEL_WIDTH:
+        return f"takes keys and values of at most {KERNEL_WIDTH} numbers, these have {widest}"
     if isinstance(scale, jax.Array):
         return "takes its scale as a number that is known when it is compiled, not as an array"
     return None
@@ -234,9 +238,8 @@ def _as_kernels(recurrence: Recurrence, plan: Plan) -> tuple[Callable[..., Any],
 
     def saved(arrays: Any, log_decay: Any, S0: Any, reset: Any) -> list[jax.ShapeDtypeStruct]:
         del reset
-        given = [x for x in (*arrays.values(), log_decay) if x is not None]
-        length = arrays["q"].shape[1]
-        count = -(-length // chunk_steps(length, plan.chunk_size, given))
+        steps = chunk_steps(*inputs(arrays, log_decay), plan.chunk_size)
+        count = -(-arrays["q"].shape[1] // steps)
         batch, *rest = S0.shape
         return [jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)]
 
