@@ -4,7 +4,6 @@ A row knows how to make inputs, how to call the thing, and a float64 loop writte
 the equations. Adding a recurrence means adding a row; every contract test then runs on it.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,63 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import seqjax
-from tests import layer_oracles, op_oracles, rnn_oracles
+from tests import op_oracles, rnn_oracles
+from tests.case import Arrays, Case, normal
+from tests.layer_cases import LAYERS
 
-Arrays = dict[str, Any]
 H, K, V, D, N = 2, 3, 4, 3, 2
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Case:
-    """A row.
-
-    Attributes:
-      name: of the row.
-      inputs: (rng, B, T) -> named float64 arrays (or, for "params", a tree of them).
-      run: (inputs, state, reset, **keywords) -> (outputs, final state).
-      oracle: (inputs, state, reset) -> (outputs, final state or None where it is not judged).
-      state: (rng, B) -> a random initial state; None for layers, whose states are made by running.
-      algorithms: to hold against the oracle, the one that the quick tests take first.
-      timed: names of the inputs [B, T, ...].
-      shared: names of the inputs [T, ...], the same for the whole batch.
-      hard: (rng, inputs) -> the same with numbers from the edge of what the op promises.
-      tolerance: largest error by dtype, relative to the largest magnitude of the result.
-      split_axis: whether the op takes `sequence_axis`.
-      quick: whether the quick tests run the row; those that resemble another row are left out.
-    """
-
-    name: str
-    inputs: Callable[..., Arrays]
-    run: Callable[..., tuple[Any, Any]]
-    oracle: Callable[..., tuple[Any, Any]]
-    state: Callable[..., Any] | None = None
-    algorithms: tuple[Any, ...] = ("sequential",)
-    timed: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    hard: Callable[..., Arrays] | None = None
-    reverse: bool = False
-    split_axis: bool = True
-    quick: bool = True
-    layer: Any = None
-    tolerance: dict[str, float] = dataclasses.field(
-        # float64: rounding over a few dozen steps. float32: the contract's 1e-4 at T = 1000, met
-        # with room. bfloat16: outputs are rounded to 8 bits, inputs arrive rounded.
-        default_factory=lambda: {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2}
-    )
-
-    def in_time(self, name: str, value: Any, steps: slice) -> Any:
-        """Some steps of the input `name`: a view, or all of it where it does not vary in time."""
-        if name in self.timed:
-            return value[:, steps]
-        return value[steps] if name in self.shared else value
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def normal(rng: np.random.Generator, *shape: int, complex_: bool = False) -> np.ndarray:
-    real = rng.standard_normal(shape)
-    return real + 1j * rng.standard_normal(shape) if complex_ else real
 
 
 def unit(array: np.ndarray) -> np.ndarray:
@@ -132,7 +79,7 @@ def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False)
         run=_op(seqjax.linear_scan, ("decay", "x"), reverse=reverse),
         oracle=functools.partial(op_oracles.linear_scan, reverse=reverse),
         state=lambda rng, batch: normal(rng, batch, D, complex_=complex_),
-        algorithms=("sequential", "associative", "chunked"),
+        algorithms=("sequential", "associative", "chunked", "pallas"),
         timed=("decay", "x") if axes == "BTD" else ("x",),
         shared=("decay",) if axes == "TD" else (),
         hard=_hard_decays("decay", "linear"),
@@ -168,15 +115,29 @@ def _attention_inputs(decay: str | None, complex_: bool = False) -> Callable[...
     return make
 
 
+MATRIX = ("chunked", "sequential", "associative")
+
+
+def _in_small_chunks(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels in chunks of 8, the smallest they have: else all of a test's steps are in one."""
+
+    def small(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+        chunk = {"chunk_size": 8} if keywords.get("implementation") == "pallas" else {}
+        return run(inputs, state, reset, **chunk, **keywords)
+
+    return small
+
+
 def _attention(name: str, decay: str | None, complex_: bool = False) -> Case:
     names = ("q", "k", "v") if decay is None else ("q", "k", "v", "log_decay")
     return Case(
         name=name,
         inputs=_attention_inputs(decay, complex_),
-        run=_op(seqjax.linear_attention, ("q", "k", "v", "log_decay")),
+        run=_in_small_chunks(_op(seqjax.linear_attention, ("q", "k", "v", "log_decay"))),
         oracle=op_oracles.linear_attention,
         state=lambda rng, batch: normal(rng, batch, H, K, V, complex_=complex_),
-        algorithms=("chunked", "sequential", "associative"),
+        # Interpreted kernels compile slowly: other forms are in test_matrix_kernels.
+        algorithms=(*MATRIX, "pallas") if decay == "scalar" else MATRIX,
         timed=names,
         hard=_hard_decays("log_decay", "log"),
         quick=decay != "scalar",
@@ -201,10 +162,10 @@ def _delta(name: str, decay: str | None, top: float = 1.0) -> Case:
     return Case(
         name=name,
         inputs=_delta_inputs(decay, top),
-        run=_op(seqjax.delta_rule, ("q", "k", "v", "beta", "log_decay")),
+        run=_in_small_chunks(_op(seqjax.delta_rule, ("q", "k", "v", "beta", "log_decay"))),
         oracle=op_oracles.delta_rule,
         state=lambda rng, batch: normal(rng, batch, H, K, V),
-        algorithms=("chunked", "sequential", "associative"),
+        algorithms=(*MATRIX, "pallas") if decay == "channel" else MATRIX,
         timed=names,
         hard=_hard_keys,
         quick=decay != "scalar" and (decay is not None or top == 1.0),
@@ -291,7 +252,7 @@ OPS = [
         run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D")),
         oracle=op_oracles.selective_scan,
         state=lambda rng, batch: normal(rng, batch, D, N),
-        algorithms=("sequential", "chunked"),
+        algorithms=("sequential", "chunked", "pallas"),
         timed=("x", "dt", "B", "C"),
         hard=_hard_steps,
     ),
@@ -328,67 +289,6 @@ OPS = [
 ]
 
 
-def _layer(
-    layer: Any, oracle: Callable[..., Any], name: str | None = None, quick: bool = True
-) -> Case:
-    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        with jax.enable_x64(True):
-            params = layer.init(jax.random.key(rng.integers(2**31)), jnp.float64)
-        params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape), params)
-        return {"params": params, "x": normal(rng, batch, length, layer.dim)}
-
-    def run(inputs: Arrays, state: Any, reset: Any) -> Any:
-        return layer.apply(inputs["params"], inputs["x"], state, reset)
-
-    def judge(inputs: Arrays, state: None, reset: Any) -> tuple[Any, None]:
-        return oracle(layer, inputs["params"], inputs["x"], reset), None
-
-    return Case(
-        name=name or type(layer).__name__,
-        inputs=make,
-        run=run,
-        oracle=judge,
-        algorithms=(None,),
-        timed=("x",),
-        split_axis=False,
-        quick=quick,
-        layer=layer,
-    )
-
-
-LAYERS = [
-    _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
-    _layer(seqjax.layers.S5(dim=4, state_dim=8, blocks=2), layer_oracles.s5),
-    _layer(
-        seqjax.layers.S5(dim=4, state_dim=4, blocks=1, bidirectional=True),
-        layer_oracles.s5,
-        "S5-bidirectional",
-    ),
-    _layer(seqjax.layers.GateLoop(dim=4, heads=2), layer_oracles.gateloop),
-    _layer(seqjax.layers.Mamba(dim=4, state_dim=3), layer_oracles.mamba),
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
-    _layer(
-        seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
-        layer_oracles.deltanet,
-        "DeltaNet-gated",
-    ),
-    _layer(
-        seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
-        layer_oracles.sliding_window_attention,
-    ),
-    _layer(seqjax.layers.Elman(dim=4, state_dim=3), rnn_oracles.elman, quick=False),
-    _layer(seqjax.layers.GRU(dim=4, state_dim=3), rnn_oracles.gru),
-    _layer(seqjax.layers.LSTM(dim=4, state_dim=3), rnn_oracles.lstm, quick=False),
-    _layer(seqjax.layers.ParaGRU(dim=4, state_dim=3), rnn_oracles.paragru, quick=False),
-    _layer(seqjax.layers.ParaLSTM(dim=4, state_dim=3), rnn_oracles.paralstm),
-    _layer(seqjax.layers.SLSTM(dim=4, state_dim=3), rnn_oracles.slstm, quick=False),
-    _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem, quick=False),
-    _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc, quick=False),
-    _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
-    _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
-    _layer(seqjax.layers.GatedMLP(dim=4), layer_oracles.gated_mlp),
-]
-
 ROWS = OPS + LAYERS
-# Every row with every algorithm that can run it.
+# Every row with every algorithm that can run it; "pallas" is the kernel, interpreted.
 VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]

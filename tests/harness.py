@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.cases import VARIANTS, Case
+from tests.case import Case
+from tests.cases import VARIANTS
 
 B, T = 2, 13
 
@@ -63,6 +64,8 @@ def cast_inputs(case: Case, inputs: Any, dtype: str) -> Any:
 def keywords(algorithm: str | None, chunk_size: int = 4) -> dict[str, Any]:
     if algorithm is None:
         return {}
+    if algorithm == "pallas":
+        return {"implementation": "pallas", "interpret": True}
     chunk = {} if algorithm in ("sequential", "newton") else {"chunk_size": chunk_size}
     return {"algorithm": algorithm, **chunk}
 

@@ -120,7 +120,12 @@ def test_hard_inputs(case, algorithm, length, dtype, strict):
         # Its final state is an output, and is judged with them: what steps of a running sum have
         # rounded off is of the size of the largest value on the way, not of the last.
         result, expected = result[0], expected[0]
-    assert_close(result, expected, HARD[dtype])
+    tolerance = HARD[dtype]
+    if algorithm == "pallas" and case.name.startswith("linear_scan"):
+        # A TPU has no fused multiply-add: each product is rounded, and in the running sums of a
+        # decay of 1 - 1e-7 always the same way. Compiled for a CPU the other algorithms have one.
+        tolerance *= 2
+    assert_close(result, expected, tolerance)
 
 
 @by_variant(lambda case: case.hard is not None)

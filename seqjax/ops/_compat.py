@@ -5,14 +5,14 @@ The library runs on jax 0.10.2 and newer; everything that would break first sits
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["Primitive", "Zero", "ad", "batching", "make_primitive", "match_varying"]
+__all__ = ["Primitive", "Target", "Zero", "ad", "batching", "make_primitive", "match_varying"]
 
 Zero: Any = ad.Zero
 
@@ -37,15 +37,39 @@ def match_varying(*arrays: Any) -> tuple[Any, ...]:
     )
 
 
+class Target(NamedTuple):
+    """What a program is compiled for.
+
+    Attributes:
+      platform: "cpu", "tpu", "cuda", "rocm" or "other"; under ahead-of-time compilation not the
+        host's.
+      partitioned: whether the compiler splits arrays over devices by itself, which it cannot do
+        with a kernel. Inside `jax.shard_map` it does not.
+    """
+
+    platform: str
+    partitioned: bool
+
+
+def _is_partitioned(axis_context: Any) -> bool:
+    mesh = getattr(axis_context, "mesh", None)
+    if mesh is None:
+        return getattr(axis_context, "num_devices", 1) not in (None, 1)
+    manual = axis_context.manual_axes | set(mesh.manual_axes)
+    return manual != frozenset(mesh.axis_names)
+
+
 def make_primitive(
     name: str,
     implementation: Callable[..., Sequence[jax.Array]],
     abstract: Callable[..., Sequence[Any]],
+    *,
+    local: bool = False,
 ) -> Primitive:
-    """A primitive with several results, compiled from `implementation(platform, *args, **params)`.
+    """A primitive with several results, compiled from `implementation(target, *args, **params)`.
 
-    The platform is the one being compiled for, which under ahead-of-time compilation is not the
-    host's.
+    With `local` there is no communication between devices in it, and it is compiled without
+    regard to the mesh axes that its operands vary over, about which a kernel knows nothing.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -59,10 +83,16 @@ def make_primitive(
         return compiled(tuple(sorted(params.items())))(*args)
 
     primitive.def_impl(eager)
+
+    def lower(platform: str, ctx: Any, *args: Any, **params: Any) -> Any:
+        target = Target(platform, _is_partitioned(ctx.module_context.axis_context))
+        run = functools.partial(implementation, target)
+        if local:
+            kind = type(ctx.avals_in[0].mat)
+            ctx = ctx.replace(avals_in=[a.update(manual_axis_type=kind()) for a in ctx.avals_in])
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *args, **params)
+
     for platform in ("cpu", "tpu", "cuda", "rocm"):
-        rule = mlir.lower_fun(functools.partial(implementation, platform), multiple_results=True)
-        mlir.register_lowering(primitive, rule, platform=platform)
-    mlir.register_lowering(
-        primitive, mlir.lower_fun(functools.partial(implementation, "other"), multiple_results=True)
-    )
+        mlir.register_lowering(primitive, functools.partial(lower, platform), platform=platform)
+    mlir.register_lowering(primitive, functools.partial(lower, "other"))
     return primitive

@@ -5,15 +5,81 @@ runs it). A named choice is honoured or refused, never replaced.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 
+from seqjax.ops import _compat
+
 IMPLEMENTATIONS = ("xla", "pallas")
 
+
+class Kernel(NamedTuple):
+    """What there is to run an op besides XLA: the algorithm it follows, the platforms it is for."""
+
+    algorithm: str
+    platforms: tuple[str, ...] = ("tpu",)
+
+
 # The ops that have a Pallas kernel; a kernel that lands adds its op.
-KERNELS: frozenset[str] = frozenset()
+KERNELS = {
+    "delta_rule": Kernel("chunked"),
+    "linear_attention": Kernel("chunked"),
+    "linear_scan": Kernel("sequential"),
+    "selective_scan": Kernel("sequential"),
+}
+
+
+class Use(NamedTuple):
+    """How a call uses its op's kernel.
+
+    Attributes:
+      op: its name.
+      mode: "never"; "may", where the program is compiled for a platform that has it; "must", and
+        compiling for another platform is refused; "interpret", on any platform, slowly.
+    """
+
+    op: str
+    mode: str = "never"
+
+    @property
+    def never(self) -> bool:
+        """Whether only XLA can run this call."""
+        return self.mode == "never"
+
+    @property
+    def always(self) -> bool:
+        """Whether only the kernel can run this call."""
+        return self.mode in ("must", "interpret")
+
+    @property
+    def interpret(self) -> bool:
+        """Whether the kernel is interpreted."""
+        return self.mode == "interpret"
+
+    def on(self, target: _compat.Target) -> bool:
+        """Whether the kernel runs where the program is compiled for.
+
+        Raises:
+          NotImplementedError: if it must and cannot.
+        """
+        if not self.always and self.mode != "may":
+            return False
+        if self.interpret:
+            return True
+        here = target.platform in KERNELS[self.op].platforms
+        if self.mode == "must" and not here:
+            raise NotImplementedError(
+                f"{self.op}: there is no Pallas kernel for {target.platform}; use "
+                "implementation='xla' or None, or interpret=True to try the kernel there."
+            )
+        if self.mode == "must" and target.partitioned:
+            raise NotImplementedError(
+                f"{self.op}: a Pallas kernel cannot be split over devices by the compiler; call "
+                "it inside jax.shard_map, or use implementation='xla' or None."
+            )
+        return here and not target.partitioned
 
 
 def resolve(
@@ -42,11 +108,64 @@ def resolve(
         raise NotImplementedError(
             f"{op}: there is no {algorithm!r} algorithm for this op; use {' or '.join(algorithms)}."
         )
-    if implementation == "pallas" and op not in KERNELS:
+    if implementation == "pallas":
+        _check_kernel(op, algorithm)
+    return algorithm
+
+
+def _check_kernel(op: str, algorithm: str | None) -> None:
+    if op not in KERNELS:
         raise NotImplementedError(
             f"{op}: there is no Pallas kernel for this op yet; use implementation='xla' or None."
         )
-    return algorithm
+    if algorithm not in (None, KERNELS[op].algorithm):
+        raise NotImplementedError(
+            f"{op}: the Pallas kernel is {KERNELS[op].algorithm}, not {algorithm}; use "
+            f"algorithm={KERNELS[op].algorithm!r} or None, or implementation='xla'."
+        )
+
+
+def kernel_use(
+    op: str,
+    algorithm: str | None,
+    implementation: str | None,
+    interpret: bool,
+    *,
+    lacking: str | None = None,
+    faster: bool = True,
+) -> Use:
+    """How a call whose names `resolve` has checked uses the kernel of its op.
+
+    Args:
+      op: its name.
+      algorithm: as the caller named it.
+      implementation: as the caller named it.
+      interpret: as the caller gave it.
+      lacking: what the kernel cannot do of this call ("takes no float16"), None if it can do all.
+      faster: whether None should prefer the kernel for these shapes.
+
+    Raises:
+      ValueError: for `interpret` without a kernel to interpret.
+      NotImplementedError: for a kernel that was asked for and cannot run.
+    """
+    if implementation == "xla":
+        if interpret:
+            raise ValueError(
+                f"{op}: `interpret` runs the Pallas kernel without its hardware, "
+                "implementation='xla' asks for another; leave one of them out."
+            )
+        return Use(op)
+    asked = interpret or implementation == "pallas"
+    if asked:
+        _check_kernel(op, algorithm)
+        if lacking is not None:
+            raise NotImplementedError(
+                f"{op}: the Pallas kernel {lacking}; use implementation='xla' or None."
+            )
+        return Use(op, "interpret" if interpret else "must")
+    if op not in KERNELS or lacking is not None or not faster:
+        return Use(op)
+    return Use(op, "may" if algorithm in (None, KERNELS[op].algorithm) else "never")
 
 
 def by_platform(run: Callable[..., Any], on_cpu: str, elsewhere: str, *operands: jax.Array) -> Any:

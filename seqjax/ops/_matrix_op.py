@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _chunked, _compat, _decays, _dispatch, _linalg, _sequence
+from pallas_kernels._chunk import chunk_steps
+from seqjax.ops import _checks, _chunked, _compat, _decays, _dispatch, _kernel, _linalg, _sequence
 from seqjax.ops._broadcast import along_rows
 from seqjax.ops._time_scan import time_scan
 
 ALGORITHMS = ("sequential", "chunked", "associative")
+KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every chip
 PATTERNS = {
     "q": "B T H K",
     "k": "B T H K",
@@ -38,6 +40,7 @@ class Recurrence:
       reads: the inputs that read S_{t-1}, which a reset clears.
       cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU, without
         decay or with one per head, and with decays per channel.
+      kernels: imports and returns its module of Pallas kernels.
     """
 
     name: str
@@ -47,15 +50,21 @@ class Recurrence:
     complex_ok: bool = False
     diagonal: bool = False
     reads: tuple[str, ...] = ()
+    kernels: Callable[[], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The algorithm on CPU and on other backends, and the caller's chunk size."""
+    """The algorithm on CPU and on other backends, the caller's chunk size, and for the kernel.
+
+    `scale` is there where the kernel may run, which wants it when it is compiled.
+    """
 
     on_cpu: str
     elsewhere: str
     chunk_size: int | None
+    use: _dispatch.Use
+    scale: float | None
 
 
 def choose(
@@ -90,6 +99,7 @@ def call(
     algorithm: str | None,
     implementation: str | None,
     sequence_axis: str | None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Check the arguments of a public op and run it; `arrays` by the names in `PATTERNS`."""
     op = recurrence.name
@@ -104,8 +114,17 @@ def call(
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
     per_channel = given["log_decay"] is not None and given["log_decay"].ndim == 4
     chosen = choose(recurrence, sizes["T"], sizes["K"] * sizes["V"], per_channel)
-    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size)
     scale = sizes["K"] ** -0.5 if scale is None else scale
+    use = _dispatch.kernel_use(
+        op,
+        algorithm,
+        implementation,
+        interpret,
+        lacking=_lacking(given, scale, interpret),
+        faster=sizes["T"] >= 8,  # of a handful of steps most of a chunk would be empty
+    )
+    fixed = None if use.never else float(scale)
+    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size, use, fixed)
     return _run(given, reset, scale, recurrence=recurrence, plan=plan, sequence_axis=sequence_axis)
 
 
@@ -124,42 +143,48 @@ def _run(
     arrays = dict(zip(names, values, strict=True))
     state, out = _checks.state_dtype(*values), _checks.output_dtype(arrays["v"], *values)
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
-    arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
-    arrays["q"] = arrays["q"].astype(state) * jnp.asarray(scale, state)
-    if reset is not None:  # a cleared state is not read either
-        for name in recurrence.reads:
-            x = arrays[name]
-            arrays[name] = jnp.where(reset[..., None, None], jnp.zeros_like(x), x)
 
-    def step(S: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        x, decay, cut = inputs
-        x = {name: value.astype(state) for name, value in x.items()}
-        if cut is not None:
-            S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
-        decayed = S if decay is None else along_rows(decay, S.shape[-1]) * S
-        S = recurrence.step(S, decayed, x)
-        return S, _linalg.read(S, x["q"]).astype(out)
+    def xla(arrays: Any, log_decay: Any, S0: jax.Array, reset: Any) -> tuple[jax.Array, jax.Array]:
+        arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
+        factor = jnp.asarray(scale if plan.scale is None else plan.scale, state)
+        arrays["q"] = arrays["q"].astype(state) * factor
+        if reset is not None:  # a cleared state is not read either
+            for name in recurrence.reads:
+                x = arrays[name]
+                arrays[name] = jnp.where(reset[..., None, None], jnp.zeros_like(x), x)
 
-    def by(algorithm: str, S0: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inputs = arrays | {"v": v}
-        if algorithm == "sequential":
-            decay = _decays.by_step(log_decay, inputs["q"])
-            # The adjoint keeps the states of a chunk at hand: few enough for a cache.
-            return time_scan(step, S0, (inputs, decay, reset), plan.chunk_size or 16)
-        if log_decay is not None:
-            inputs["g"] = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        return _chunked.scan_chunks(
-            recurrence.prepare,
-            inputs,
-            S0,
-            reset,
-            out_dtype=out,
-            chunk_size=plan.chunk_size or 64,
-            log_depth=algorithm == "associative",
-        )
+        def step(S: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+            x, decay, cut = inputs
+            x = {name: value.astype(state) for name, value in x.items()}
+            if cut is not None:
+                S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
+            decayed = S if decay is None else along_rows(decay, S.shape[-1]) * S
+            S = recurrence.step(S, decayed, x)
+            return S, _linalg.read(S, x["q"]).astype(out)
+
+        def by(algorithm: str, S0: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+            if algorithm == "sequential":
+                decay = _decays.by_step(log_decay, inputs["q"])
+                # The adjoint keeps the states of a chunk at hand: few enough for a cache.
+                return time_scan(step, S0, (inputs, decay, reset), plan.chunk_size or 16)
+            if log_decay is not None:
+                inputs = inputs | {"g": log_decay if log_decay.ndim == 4 else log_decay[..., None]}
+            return _chunked.scan_chunks(
+                recurrence.prepare,
+                inputs,
+                S0,
+                reset,
+                out_dtype=out,
+                chunk_size=plan.chunk_size or 64,
+                log_depth=algorithm == "associative",
+            )
+
+        return _dispatch.by_platform(by, plan.on_cpu, plan.elsewhere, S0, arrays)
+
+    run = _kernel.kernel_op(plan.use, xla, *_as_kernels(recurrence, plan))
 
     def local(S0: jax.Array, v: jax.Array = arrays["v"]) -> tuple[jax.Array, jax.Array]:
-        return _dispatch.by_platform(by, plan.on_cpu, plan.elsewhere, S0, v)
+        return run(arrays | {"v": v}, log_decay, S0, reset)
 
     if sequence_axis is None:
         return local(S0)
@@ -173,3 +198,55 @@ def _run(
     else:
         transition, apply = _decays.of_part(log_decay, S0, reset), jnp.multiply
     return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=apply)
+
+
+def _lacking(given: Mapping[str, Any], scale: Any, interpret: bool) -> str | None:
+    """What the kernels cannot do of this call."""
+    dtypes = {x.dtype for x in given.values() if x is not None}
+    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return "has no complex form"
+    if jnp.float16 in dtypes:
+        return "takes no float16; cast to bfloat16 or float32"
+    if jnp.float64 in dtypes and not interpret:
+        return "takes no float64, which TPUs do not have"
+    widest = max(given["k"].shape[-1], given["v"].shape[-1])
+    if widest > KERNEL_WIDTH:
+        return f"takes keys and values of at most {KERNEL_WIDTH} numbers, these have {widest}"
+    if isinstance(scale, jax.Array):
+        return "takes its scale as a number that is known when it is compiled, not as an array"
+    return None
+
+
+def _as_kernels(recurrence: Recurrence, plan: Plan) -> tuple[Callable[..., Any], ...]:
+    """The kernels as `_kernel.kernel_op` wants them: forward, backward and what is saved."""
+    shared = {"scale": plan.scale, "chunk_size": plan.chunk_size, "interpret": plan.use.interpret}
+
+    def module() -> Any:  # Pallas is imported where a kernel is traced, and not before
+        assert recurrence.kernels is not None
+        return recurrence.kernels()
+
+    def inputs(arrays: Any, log_decay: Any) -> tuple[Any, ...]:
+        return arrays["q"], arrays["k"], arrays["v"], arrays.get("beta"), log_decay
+
+    def forward(arrays: Any, log_decay: Any, S0: Any, reset: Any, *, save: bool) -> Any:
+        out, final, *states = module().forward(
+            *inputs(arrays, log_decay), S0, reset, states=save, **shared
+        )
+        return (out, final), states
+
+    def backward(args: Any, outputs: Any, kept: Any, cotangents: Any) -> list[jax.Array]:
+        del outputs
+        arrays, log_decay, _, reset = args
+        [states] = kept
+        found = module().backward(*inputs(arrays, log_decay), states, reset, *cotangents, **shared)
+        last = [] if log_decay is None else [found["log_decay"]]
+        return [*(found[name] for name in sorted(arrays)), *last, found["initial_state"]]
+
+    def saved(arrays: Any, log_decay: Any, S0: Any, reset: Any) -> list[jax.ShapeDtypeStruct]:
+        del reset
+        steps = chunk_steps(*inputs(arrays, log_decay), plan.chunk_size)
+        count = -(-arrays["q"].shape[1] // steps)
+        batch, *rest = S0.shape
+        return [jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)]
+
+    return forward, backward, saved

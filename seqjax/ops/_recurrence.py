@@ -12,6 +12,9 @@ shifted or copied. Both are linear in (x, initial state), and their derivative w
 order are again these two forms, and the backward pass stores `a` and `y` only.
 
 At a step with `reset` the product with `a_t` is replaced by zero (selected, not multiplied).
+
+On a TPU each form is a kernel, whatever it is that is differentiated. One backward pass is a
+single one, that makes the cotangents of all arguments on the way (`with_adjoint`).
 """
 
 from typing import Any
@@ -19,8 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _compat
+from seqjax.ops import _compat, _dispatch, _kernel
 from seqjax.ops._recurrence_xla import Form, run
+from seqjax.types import Array
 
 
 def _abstract(a: Any, x: Any, h0: Any, *reset: Any, out_dtype: Any, **_: Any) -> tuple[Any, Any]:
@@ -28,21 +32,56 @@ def _abstract(a: Any, x: Any, h0: Any, *reset: Any, out_dtype: Any, **_: Any) ->
 
 
 def _implementation(
-    platform: str, *operands: jax.Array, post: bool, reverse: bool, out_dtype: Any, **params: Any
+    target: _compat.Target,
+    *operands: jax.Array,
+    post: bool,
+    reverse: bool,
+    out_dtype: Any,
+    use: _dispatch.Use,
+    block_sizes: tuple[int, int] | None,
+    **params: Any,
 ) -> tuple[jax.Array, jax.Array]:
     a, x, h0, *rest = operands
-    return run(
-        a,
-        x,
-        h0,
-        rest[0] if rest else None,
-        Form(post, reverse, out_dtype),
-        platform=platform,
-        **params,
-    )
+    reset = rest[0] if rest else None
+    if use.on(target):
+        # Imported where it is run: half a second that programs for a CPU need not spend.
+        from pallas_kernels.linear_scan import tpu
+
+        a_parts, x_parts, state = _parts(h0.dtype, a, x, h0)
+        y, final = tpu.scan(
+            a_parts,
+            x_parts,
+            state,
+            reset,
+            post=post,
+            reverse=reverse,
+            out_dtype=_real(out_dtype),
+            blocks=block_sizes,
+            interpret=use.interpret,
+        )
+        return _whole(y), _whole(final)
+    form = Form(post, reverse, out_dtype)
+    return run(a, x, h0, reset, form, platform=target.platform, **params)
 
 
-recurrence_p = _compat.make_primitive("seqjax_linear_recurrence", _implementation, _abstract)
+def _parts(state: Any, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
+    """Each array as the kernels take it: alone, or as real and imaginary part."""
+    if not jnp.issubdtype(state, jnp.complexfloating):
+        return tuple((x,) for x in arrays)
+    return tuple((jnp.real(x), jnp.imag(x)) for x in arrays)
+
+
+def _whole(parts: tuple[jax.Array, ...]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
+
+
+def _real(dtype: Any) -> Any:
+    return jnp.finfo(dtype).dtype
+
+
+recurrence_p = _compat.make_primitive(
+    "seqjax_linear_recurrence", _implementation, _abstract, local=True
+)
 
 
 def recurrence(
@@ -57,8 +96,15 @@ def recurrence(
     algorithm: str | None = None,
     chunk_size: int | None = None,
     unroll: int | None = None,
+    use: _dispatch.Use | None = None,
+    block_sizes: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run one of the two forms: a [B|1, T|1, D], x [B, T, D], h0 [B, D], reset [B, T] or None."""
+    """Run one of the two forms: a [B|1, T|1, D], x [B, T, D], h0 [B, D], reset [B, T] or None.
+
+    `use` and `block_sizes` are the kernel's; without `use` it runs wherever it can.
+    """
+    if use is None:
+        use = kernel_use(algorithm, None, False, a, x, h0)
     operands = (a, x, h0) if reset is None else (a, x, h0, reset)
     y, final = recurrence_p.bind(
         *_compat.match_varying(*operands),
@@ -68,8 +114,82 @@ def recurrence(
         algorithm=algorithm,
         chunk_size=chunk_size,
         unroll=unroll,
+        use=use,
+        block_sizes=block_sizes,
     )
     return y, final
+
+
+def kernel_use(
+    algorithm: str | None, implementation: str | None, interpret: bool, *arrays: Array
+) -> _dispatch.Use:
+    """How a call uses the kernel, for the arrays a, x and h0."""
+    refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
+    found = refused.intersection(_real(x.dtype) for x in arrays)
+    return _dispatch.kernel_use(
+        "linear_scan",
+        algorithm,
+        implementation,
+        interpret,
+        lacking=f"takes no {found.pop()} arrays" if found else None,
+        faster=arrays[1].shape[1] >= 8,  # a handful of steps is no work for anyone
+    )
+
+
+def with_adjoint(
+    a: Array,
+    x: Array,
+    h0: Array,
+    reset: Array | None,
+    *,
+    reverse: bool,
+    out_dtype: Any,
+    use: _dispatch.Use,
+    block_sizes: tuple[int, int] | None,
+    **params: Any,
+) -> tuple[Array, Array]:
+    """The `pre` form with a backward pass that the kernel makes in one go."""
+
+    def form(a: Array, x: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
+        return recurrence(
+            a,
+            x,
+            h0,
+            reset,
+            reverse=reverse,
+            out_dtype=out_dtype,
+            use=use,
+            block_sizes=block_sizes,
+            **params,
+        )
+
+    def forward(*args: Any, save: bool) -> Any:
+        del save  # the outputs are all that is needed
+        return form(*args), ()
+
+    def backward(args: Any, outputs: Any, kept: Any, cotangents: Any) -> list[Array]:
+        from pallas_kernels.linear_scan import tpu
+
+        a, x, h0, reset = args
+        a_parts, y, state, dy, d_final = _parts(h0.dtype, a, outputs[0], h0, *cotangents)
+        given = tpu.adjoint(
+            a_parts,
+            y,
+            state,
+            reset,
+            dy,
+            d_final,
+            reverse=reverse,
+            out_dtype=_real(x.dtype),
+            blocks=block_sizes,
+            interpret=use.interpret,
+        )
+        return [
+            (_whole(ct) if jnp.iscomplexobj(like) else ct[0]).astype(like.dtype)
+            for ct, like in zip(given, (a, x, h0), strict=True)
+        ]
+
+    return _kernel.kernel_op(use, form, forward, backward, lambda *_: ())(a, x, h0, reset)
 
 
 def shift(h: jax.Array, y: jax.Array, reverse: bool) -> jax.Array:

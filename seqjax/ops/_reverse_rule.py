@@ -33,7 +33,9 @@ def put(
 
 
 def reverse_rule(
-    function: Callable[..., PyTree], adjoint: Callable[[tuple[PyTree, ...], PyTree], PyTree]
+    function: Callable[..., PyTree],
+    adjoint: Callable[..., Sequence[jax.Array]],
+    keeping: Callable[..., tuple[PyTree, PyTree]] | None = None,
 ) -> Callable[..., PyTree]:
     """`function(*args)`, whose reverse pass is `adjoint(args, cotangents)`.
 
@@ -42,6 +44,9 @@ def reverse_rule(
         over arrays that are differentiated.
       adjoint: returns the cotangents of the floating-point leaves of `args`, in a list in their
         order.
+      keeping: *args -> (the outputs, a tree of arrays that the adjoint wants kept): evaluated in
+        place of `function` where it is differentiated. The adjoint then is
+        `adjoint(args, outputs, kept, cotangents)`.
     """
 
     @jax.custom_jvp
@@ -52,19 +57,23 @@ def reverse_rule(
     def _jvp(primals: Any, tangents: Any) -> Any:
         leaves, tree = jax.tree.flatten(primals)
         moving = [jax.tree.leaves(tangents)[i] for i in inexact(leaves)]
-        out, out_tree = jax.tree.flatten(run(*primals))
+        value, kept = (run(*primals), ()) if keeping is None else keeping(*primals)
+        out, out_tree = jax.tree.flatten(value)
+        held, held_tree = jax.tree.flatten(() if keeping is None else (value, kept))
 
         def flat(*leaves: jax.Array) -> Sequence[jax.Array]:
             return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
-        def flat_adjoint(leaves: Sequence[jax.Array], cts: Sequence[jax.Array]) -> Any:
-            return adjoint(jax.tree.unflatten(tree, leaves), jax.tree.unflatten(out_tree, cts))
+        def flat_adjoint(leaves: Any, held: Any, cts: Any) -> Any:
+            args, kept = jax.tree.unflatten(tree, leaves), jax.tree.unflatten(held_tree, held)
+            return adjoint(args, *kept, jax.tree.unflatten(out_tree, cts))
 
         changes = tangent_p.bind(
-            *_compat.match_varying(*leaves, *moving),
+            *_compat.match_varying(*leaves, *held, *moving),
             function=flat,
             adjoint=flat_adjoint,
             primals=len(leaves),
+            held=len(held),
             avals=tuple(jax.typeof(y) for y in out),
         )
         return jax.tree.unflatten(out_tree, out), jax.tree.unflatten(out_tree, changes)
@@ -72,9 +81,11 @@ def reverse_rule(
     return run
 
 
-def _push(*operands: jax.Array, function: Flat, primals: int, **_: Any) -> Sequence[jax.Array]:
+def _push(
+    *operands: jax.Array, function: Flat, primals: int, held: int, **_: Any
+) -> Sequence[jax.Array]:
     """The tangent as JAX computes it, from the primals and the tangents of the inexact ones."""
-    leaves, tangents = list(operands[:primals]), operands[primals:]
+    leaves, tangents = list(operands[:primals]), operands[primals + held :]
     moving = inexact(leaves)
 
     def of_moving(*values: jax.Array) -> Sequence[jax.Array]:
@@ -83,8 +94,10 @@ def _push(*operands: jax.Array, function: Flat, primals: int, **_: Any) -> Seque
     return jax.jvp(of_moving, tuple(leaves[i] for i in moving), tangents)[1]
 
 
-def _implementation(platform: str, *operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
-    del platform
+def _implementation(
+    target: _compat.Target, *operands: jax.Array, **params: Any
+) -> Sequence[jax.Array]:
+    del target
     return _push(*operands, **params)
 
 
@@ -102,21 +115,21 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _transpose(
-    cotangents: Any, *operands: Any, adjoint: Any, primals: int, avals: Any, **_: Any
+    cotangents: Any, *operands: Any, adjoint: Any, primals: int, held: int, avals: Any, **_: Any
 ) -> Any:
     cts = [
         jnp.zeros(aval.shape, aval.dtype) if type(ct) is _compat.Zero else ct
         for ct, aval in zip(cotangents, avals, strict=True)
     ]
-    leaves = operands[:primals]
+    leaves, kept = operands[:primals], operands[primals : primals + held]
     *cts, _unused = _compat.match_varying(*cts, leaves[0])
-    given = adjoint(leaves, cts)
-    tangents = operands[primals:]
+    given = adjoint(leaves, kept, cts)
+    tangents = operands[primals + held :]
     wanted = [
         ct if _compat.ad.is_undefined_primal(t) else None
         for ct, t in zip(given, tangents, strict=True)
     ]
-    return [None] * primals + wanted
+    return [None] * (primals + held) + wanted
 
 
 def _batch(args: Any, dims: Any, *, function: Any, adjoint: Any, avals: Any, **params: Any) -> Any:

@@ -1,5 +1,7 @@
 """The delta rule: a matrix state that replaces what it holds under a key."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
@@ -20,6 +22,7 @@ def delta_rule(
     algorithm: str | None = None,
     implementation: str | None = None,
     sequence_axis: str | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The (gated) delta rule.
 
@@ -40,13 +43,15 @@ def delta_rule(
       initial_state: [B, H, K, V], zeros if None.
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
-      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
+      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
+        128 in the Pallas kernel, or 64 where that fits its memory better.
         The backward pass keeps at most one state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
         chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
         chunked except for a handful of steps, and for small states on CPU.
       implementation: "xla", "pallas" or None.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+      interpret: run the Pallas kernel without its hardware, slowly; for tests.
 
     Returns:
       (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
@@ -80,6 +85,7 @@ def delta_rule(
         algorithm=algorithm,
         implementation=implementation,
         sequence_axis=sequence_axis,
+        interpret=interpret,
     )
 
 
@@ -117,6 +123,12 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     )
 
 
+def _kernels() -> Any:
+    from pallas_kernels.delta_rule import tpu
+
+    return tpu
+
+
 _RECURRENCE = _matrix_op.Recurrence(
-    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48, 48 * 48)
+    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48, 48 * 48), kernels=_kernels
 )

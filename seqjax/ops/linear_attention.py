@@ -1,5 +1,7 @@
 """Linear attention: a matrix state, decayed and written to at every step."""
 
+from typing import Any
+
 from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
 from seqjax.types import Array, Inexact, Reset
 
@@ -17,6 +19,7 @@ def linear_attention(
     algorithm: str | None = None,
     implementation: str | None = None,
     sequence_axis: str | None = None,
+    interpret: bool = False,
 ) -> tuple[Inexact[Array, "B T H V"], Inexact[Array, "B H K V"]]:
     """Linear attention with decay.
 
@@ -35,13 +38,15 @@ def linear_attention(
       initial_state: [B, H, K, V], zeros if None.
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
-      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
+      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
+        128 in the Pallas kernel, or 64 where that fits its memory better.
         The backward pass keeps at most one state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
         chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
         chunked except for a handful of steps, and for small states on CPU.
       implementation: "xla", "pallas" or None.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+      interpret: run the Pallas kernel without its hardware, slowly; for tests.
 
     Returns:
       (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
@@ -73,6 +78,7 @@ def linear_attention(
         algorithm=algorithm,
         implementation=implementation,
         sequence_axis=sequence_axis,
+        interpret=interpret,
     )
 
 
@@ -97,6 +103,12 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     )
 
 
+def _kernels() -> Any:
+    from pallas_kernels.linear_attention import tpu
+
+    return tpu
+
+
 _RECURRENCE = _matrix_op.Recurrence(
     "linear_attention",
     _step,
@@ -104,4 +116,5 @@ _RECURRENCE = _matrix_op.Recurrence(
     cpu_chunks_from=(1, 32 * 32),
     complex_ok=True,
     diagonal=True,
+    kernels=_kernels,
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops import _checks, _compat, _dispatch, _sequence
-from seqjax.ops._recurrence import recurrence
+from seqjax.ops._recurrence import kernel_use, with_adjoint
 from seqjax.types import Array, Inexact, Reset
 
 
@@ -22,6 +22,8 @@ def linear_scan(
     implementation: str | None = None,
     chunk_size: int | None = None,
     unroll: int | None = None,
+    block_sizes: tuple[int, int] | None = None,
+    interpret: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
     """Elementwise linear recurrence over time.
@@ -44,12 +46,17 @@ def linear_scan(
       reverse: run backwards in time.
       algorithm: "sequential" (one step after the other), "associative" (log depth, with
         temporaries of the size of `x`), "chunked" (log depth inside chunks, chunks one after the
-        other), or None: sequential when compiled for CPU; elsewhere associative, or chunked for
-        long sequences.
-      implementation: "xla", "pallas" or None.
+        other), or None: sequential when compiled for CPU or as a kernel; elsewhere associative,
+        or chunked for long sequences.
+      implementation: "xla", "pallas" (a kernel, sequential; compiled for TPU only) or None: the
+        kernel when compiled for TPU, if it takes the dtypes (not float16, not float64) and the
+        compiler need not split it over devices, which `jax.shard_map` spares it.
       chunk_size: steps in a chunk of the chunked algorithm; 256 if None.
       unroll: steps in an iteration of the sequential algorithm's loop; 4 if None (1 in the
         backward pass).
+      block_sizes: of the kernel, (steps, a multiple of 16; features, one of 128 or all of them);
+        chosen by shape if None.
+      interpret: run the kernel without its hardware, slowly: to try it.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split. `initial_state`
         and the final state are then those of the whole sequence, the same on every device.
 
@@ -81,11 +88,13 @@ def linear_scan(
     h0 = given["initial_state"]
     h0 = jnp.zeros((sizes["B"], sizes["D"]), state) if h0 is None else h0.astype(state)
     decay = given["decay"].reshape((1,) * (3 - given["decay"].ndim) + given["decay"].shape)
+    arrays = (decay, given["x"], h0)
+    _check_block_sizes(block_sizes, sizes["D"])
     return _run(
-        decay,
-        given["x"],
-        h0,
+        *arrays,
         reset,
+        use=kernel_use(algorithm, implementation, interpret, *arrays),
+        block_sizes=block_sizes,
         reverse=reverse,
         out_dtype=out,
         algorithm=algorithm,
@@ -95,9 +104,22 @@ def linear_scan(
     )
 
 
+def _check_block_sizes(given: tuple[int, int] | None, features: int) -> None:
+    if given is None:
+        return
+    steps, columns = given
+    if steps < 16 or steps % 16 or columns < 1 or (columns % 128 and columns != features):
+        raise ValueError(
+            "linear_scan: `block_sizes` must be (a multiple of 16, a multiple of 128 or "
+            f"D={features}), got {given}."
+        )
+
+
 @functools.partial(
     jax.jit,
     static_argnames=(
+        "use",
+        "block_sizes",
         "reverse",
         "out_dtype",
         "algorithm",
@@ -119,7 +141,7 @@ def _run(
     a, x, h0, reset = _compat.match_varying(a, x, h0, reset)
 
     def local(h0: Array, x: Array = x) -> tuple[Array, Array]:
-        return recurrence(a, x, h0, reset, reverse=reverse, **params)
+        return with_adjoint(a, x, h0, reset, reverse=reverse, **params)
 
     if sequence_axis is None:
         return local(h0)

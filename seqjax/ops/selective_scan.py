@@ -1,11 +1,13 @@
 """Mamba's selective scan: a diagonal state space whose step size, input and output vary in time."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from pallas_kernels.selective_scan import border_shape
+from seqjax.ops import _checks, _compat, _dispatch, _kernel, _sequence
 from seqjax.ops._broadcast import down_columns, everywhere
 from seqjax.ops._recurrence import recurrence
 from seqjax.ops._time_scan import chunk_scan, time_scan
@@ -26,6 +28,7 @@ def selective_scan(
     algorithm: str | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    interpret: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Selective state space recurrence (S6).
@@ -49,10 +52,14 @@ def selective_scan(
       negative_eigenvalues: whether the decay is 2 exp(dt_t A) - 1.
       algorithm: "sequential" (step after step), "chunked" (an elementwise scan of all states of a
         chunk, which exist only while the chunk is at work) or None, which is sequential on CPU
-        and chunked elsewhere.
-      implementation: "xla", "pallas" or None.
+        or as a kernel, and chunked elsewhere.
+      implementation: "xla", "pallas" (a kernel, sequential; compiled for TPU only) or None: the
+        kernel when compiled for TPU, if it takes the dtypes (not float16, not float64) and the
+        state (N up to 64) and the compiler need not split it over devices, which `jax.shard_map`
+        spares it. It keeps a state every 64 steps.
       chunk_size: steps in a chunk, 16 if None. One state per chunk is kept for the backward pass,
         which computes the others again; states [B, T, D, N] never exist.
+      interpret: run the kernel without its hardware, slowly: to try it.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -93,9 +100,22 @@ def selective_scan(
     if initial_state is None:
         state = _checks.state_dtype(*given.values())
         given["initial_state"] = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
+    narrow = {a.dtype for a in given.values() if a is not None}
+    refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
+    lacking = None
+    if narrow & refused:
+        lacking = f"takes no {(narrow & refused).pop()} arrays"
+    elif sizes["N"] > 64:
+        lacking = f"holds 64 states per channel at most, not N={sizes['N']}"
+    elif negative_eigenvalues:
+        lacking = "has no decays below 0, as negative_eigenvalues=True wants them"
+    use = _dispatch.kernel_use(
+        op, algorithm, implementation, interpret, lacking=lacking, faster=sizes["T"] >= 8
+    )
     return _run(
         *given.values(),
         reset,
+        use=use,
         # Steps in order need the least work, and on a CPU nothing else counts; elsewhere every one
         # of them costs a launch or a round of the loop (measured on CPU only).
         on_cpu=algorithm or "sequential",
@@ -107,10 +127,12 @@ def selective_scan(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("on_cpu", "elsewhere", "chunk_size", "negative", "sequence_axis")
+    jax.jit,
+    static_argnames=("use", "on_cpu", "elsewhere", "chunk_size", "negative", "sequence_axis"),
 )
 def _run(
     *arrays: Array | None,
+    use: _dispatch.Use,
     on_cpu: str,
     elsewhere: str,
     chunk_size: int,
@@ -118,9 +140,76 @@ def _run(
     sequence_axis: str | None,
 ) -> tuple[Array, Array]:
     x, dt, A, B, C, D, h0, reset = _compat.match_varying(*arrays)
-    out, state = x.dtype, _checks.state_dtype(x, dt, A, B, C, D, h0)
+    state = _checks.state_dtype(x, dt, A, B, C, D, h0)
     if D is None:
         D = jnp.zeros_like(A[:, 0])
+    h0 = h0.astype(state)
+    xla = functools.partial(
+        _xla, on_cpu=on_cpu, elsewhere=elsewhere, chunk_size=chunk_size, negative=negative
+    )
+
+    def forward(*args: Any, save: bool) -> Any:
+        from pallas_kernels.selective_scan import tpu
+
+        x, dt, *rest, reset = args
+        A, B, C, D, h0 = _for_kernel(*rest)
+        y, final, borders = tpu.forward(
+            x, dt, A, B, C, D, h0, reset, save=save, interpret=use.interpret
+        )
+        return (y, final.mT), borders if save else ()
+
+    def backward(args: Any, outputs: Any, borders: Array, cotangents: Any) -> list[Array]:
+        from pallas_kernels.selective_scan import tpu
+
+        x, dt, *rest, reset = args
+        A, B, C, D, _ = _for_kernel(*rest)
+        dy, d_final = cotangents
+        dx, d_dt, dA, dB, dC, dD, dh0 = tpu.backward(
+            x, dt, A, B, C, D, reset, borders, dy, d_final.mT, interpret=use.interpret
+        )
+        given = (dx, d_dt, dA.T, dB, dC, dD[0], dh0.mT)
+        return [ct.astype(like.dtype) for ct, like in zip(given, args[:-1], strict=True)]
+
+    def saved(x: Array, dt: Array, A: Array, *_: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(border_shape((*x.shape, A.shape[1])), state)
+
+    run = _kernel.kernel_op(use, xla, forward, backward, saved)
+
+    def local(h0: Array) -> tuple[Array, Array]:
+        return run(x, dt, A, B, C, D, h0, reset)
+
+    if sequence_axis is None:
+        return local(h0)
+    if negative:  # has no logarithm to sum: what becomes of ones when nothing is written
+        _, transition = xla(jnp.zeros_like(x), dt, A, B, C, D, jnp.ones_like(h0), reset)
+    else:
+        total = jnp.sum(_sequence.whole_part(dt.astype(state), reset), axis=1)
+        transition = jnp.exp(total[..., None] * A.astype(state))
+    return _sequence.run_split(local, transition, h0, reset, sequence_axis)
+
+
+def _for_kernel(A: Array, B: Array, C: Array, D: Array, h0: Array) -> tuple[Array, ...]:
+    """The small arrays as the kernel takes them: in the dtype of the state, N before D."""
+    wide = h0.dtype
+    return A.T.astype(wide), B.astype(wide), C.astype(wide), D[None].astype(wide), h0.mT
+
+
+def _xla(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array,
+    h0: Array,
+    reset: Array | None,
+    *,
+    on_cpu: str,
+    elsewhere: str,
+    chunk_size: int,
+    negative: bool,
+) -> tuple[Array, Array]:
+    out, state = x.dtype, h0.dtype
     # Inside, states are [B, N, D]: what is summed over is then never the minor axis. And every
     # sequence has weights of its own, whose gradients are summed once, at the end.
     A, D = (everywhere(weight.astype(state), x.shape[:1]) for weight in (A.T, D))
@@ -158,7 +247,7 @@ def _run(
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
 
-    def by(algorithm: str, h0: Array, x: Array) -> tuple[Array, Array]:
+    def by(algorithm: str, h0: Array) -> tuple[Array, Array]:
         h0, xs = h0.astype(state).mT, (x, dt, B, C, reset)
         if algorithm == "chunked":
             y, h = chunk_scan(chunk, h0, xs, chunk_size)
@@ -166,14 +255,4 @@ def _run(
             y, h = time_scan(step, h0, xs, chunk_size, shared=(A, D))
         return y, h.mT
 
-    def local(h0: Array, x: Array = x) -> tuple[Array, Array]:
-        return _dispatch.by_platform(by, on_cpu, elsewhere, h0, x)
-
-    if sequence_axis is None:
-        return local(h0)
-    if negative:  # has no logarithm to sum: what becomes of ones when nothing is written
-        _, transition = local(jnp.ones_like(h0), jnp.zeros_like(x))
-    else:
-        total = jnp.sum(_sequence.whole_part(dt.astype(state), reset), axis=1)
-        transition = jnp.exp(total[..., None] * A.mT)
-    return _sequence.run_split(local, transition, h0, reset, sequence_axis)
+    return _dispatch.by_platform(by, on_cpu, elsewhere, h0)

@@ -1,0 +1,183 @@
+"""Kernels on TPUs that are not there: bytes, cycles and time as the compiler schedules them.
+
+    python -m experiments.bench tpu        # needs seqjax[aot] and libtpu 0.0.51 or newer
+
+Each program is compiled ahead of time, in a process of its own, at its full length for what it
+moves, and at an eighth of it for the cycles of its kernels, which are the same for every step.
+`experiments.schedule` reads both.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import seqjax
+from experiments import schedule
+from experiments.bench_tools import Table
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class Row(NamedTuple):
+    """A program to cost.
+
+    Attributes:
+      op: of seqjax.
+      shapes: (T, dtype) -> its arguments by name.
+      length: T.
+      backward: whether it is the reverse pass alone, from what the forward pass has kept.
+      dtypes: to cost it in.
+      keywords: of the op.
+    """
+
+    op: str
+    shapes: Callable[[int, str], Shapes]
+    length: int
+    backward: bool = False
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    keywords: tuple[tuple[str, Any], ...] = ()
+
+
+def _linear(B: int, D: int) -> Callable[[int, str], Shapes]:
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = jax.ShapeDtypeStruct((B, T, D), jnp.dtype(dtype))
+        return {"decay": array, "x": array}
+
+    return shapes
+
+
+def _selective(B: int, D: int, N: int) -> Callable[[int, str], Shapes]:
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+        weight = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+        timed = {"x": array((B, T, D)), "dt": array((B, T, D))}
+        return timed | {
+            "A": weight((D, N)),
+            "B": array((B, T, N)),
+            "C": array((B, T, N)),
+            "D": weight((D,)),
+        }
+
+    return shapes
+
+
+ROWS = {
+    "linear_scan, B=8, T=4096, D=2560": Row("linear_scan", _linear(8, 2560), 4096),
+    "linear_scan backward": Row("linear_scan", _linear(8, 2560), 4096, backward=True),
+    "linear_scan, T=4097, D=1000": Row("linear_scan", _linear(8, 1000), 4097),
+    "linear_scan backward, T=4097, D=1000": Row("linear_scan", _linear(8, 1000), 4097, True),
+    "selective_scan, B=8, T=4096, D=2048, N=16": Row(
+        "selective_scan", _selective(8, 2048, 16), 4096
+    ),
+    "selective_scan backward": Row("selective_scan", _selective(8, 2048, 16), 4096, True),
+}
+
+
+def program(row: Row, length: int, dtype: str, implementation: str) -> tuple[Any, list[Any]]:
+    """The function of arrays and their shapes."""
+    shapes = row.shapes(length, dtype)
+    op = functools.partial(
+        getattr(seqjax, row.op), implementation=implementation, **dict(row.keywords)
+    )
+
+    def run(*arrays: jax.Array) -> Any:
+        return op(**dict(zip(shapes, arrays, strict=True)))
+
+    if not row.backward:
+        return run, list(shapes.values())
+    out, pull = jax.eval_shape(functools.partial(jax.vjp, run), *shapes.values())
+    kept, tree = jax.tree.flatten(pull)
+
+    def back(kept: list[jax.Array], cotangents: Any) -> Any:
+        return jax.tree.unflatten(tree, kept)(cotangents)
+
+    return back, [kept, out]
+
+
+def _compile(name: str, dtype: str, chip: str, implementation: str, length: int) -> str:
+    """In the worker process: the compiled text."""
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(schedule.CHIPS[chip].topology, platform="tpu").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    run, shapes = program(ROWS[name], length, dtype, implementation)
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    return jax.jit(run).lower(*args).compile().as_text() or ""
+
+
+def compile_apart(*request: Any, folder: pathlib.Path, flags: str = "") -> str:
+    """`_compile` in a process of its own: libtpu reads its flags once."""
+    env = dict(
+        os.environ,
+        LIBTPU_INIT_ARGS=flags.replace("DIR", str(folder)),
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    (folder / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, "-m", "experiments.bench_tpu", str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{request}: {done.stderr.strip().splitlines()[-1]}")
+    return (folder / "program.txt").read_text()
+
+
+def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, float]:
+    """Ideal bytes, and bytes, cycles and seconds as compiled."""
+    row = ROWS[name]
+    with tempfile.TemporaryDirectory() as place:
+        folder = pathlib.Path(place)
+        ask = functools.partial(compile_apart, name, dtype, chip, implementation, folder=folder)
+        whole = ask(row.length)
+        kernels: dict[str, schedule.Kernel] = {}
+        names = schedule.kernel_names(whole)
+        if names:
+            short = -(-row.length // 8)
+            part = ask(short, flags=schedule.FLAGS)
+            for full, brief in zip(names, schedule.kernel_names(part), strict=True):
+                read = schedule.read_kernel(folder, brief)
+                kernels[full] = schedule.Kernel(*(n * row.length / short for n in read))
+        found = schedule.cost(whole, kernels, schedule.CHIPS[chip])
+    return {"ideal": schedule.ideal_bytes(whole), **found._asdict()}
+
+
+def bench_tpu(rounds: int) -> None:
+    """Kernels, and the same op by XLA, against reading and writing everything once."""
+    del rounds  # nothing is timed
+    import importlib.metadata
+
+    print(f"libtpu {importlib.metadata.version('libtpu')}, no TPU: compiled ahead of time")
+    table = Table("Predicted on one chip; the roofline is every argument and result moved once")
+    for name, row in ROWS.items():
+        for dtype in row.dtypes:
+            for chip in ("v5e", "v6e", "v7x"):
+                at = schedule.CHIPS[chip]
+                values: dict[str, float | str] = {}
+                for implementation in ("pallas", "xla"):
+                    try:
+                        found = measure(name, dtype, chip, implementation)
+                    except RuntimeError as error:
+                        values[f"{implementation}: time / roofline"] = str(error)[-80:]
+                        continue
+                    roofline = found["ideal"] / at.bandwidth
+                    if implementation == "pallas":
+                        values["roofline, ms"] = f"{roofline * 1e3:.3f}"
+                        values["bytes / ideal"] = found["bytes"] / found["ideal"]
+                        values["cycles / roofline"] = found["cycles"] / at.clock / roofline
+                        values["kernel, ms"] = f"{found['seconds'] * 1e3:.3f}"
+                    values[f"{implementation}: time / roofline"] = found["seconds"] / roofline
+                table.row(f"{name}, {dtype}, {chip}", values)
+
+
+if __name__ == "__main__":
+    where = pathlib.Path(sys.argv[1])
+    (where / "program.txt").write_text(_compile(*json.loads((where / "request.json").read_text())))

@@ -1,0 +1,118 @@
+"""The delta rule on TPU: S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_{t-1} + beta_t k_t v_t^T.
+
+By what each step writes, S_t = diag(exp g_t) S_{t-1} + k_t u_t^T. With D_{t,j} the decays of the
+steps after j and up to t, and S the state that enters a chunk,
+
+    u_t = beta_t (v_t - S^T D_{t,0} k_t - sum_{j < t} (k_t^T D_{t,j} k_j) u_j)
+
+that is U = (I + N)^-1 R with R = beta (V - D K S) and N the strictly lower part of
+beta_t k_t^T D_{t,j} k_j; what remains is linear attention to U. R holds the state, so that nothing
+is multiplied by (I + N)^-1 that the outputs do not need. DeltaNet in chunks: arXiv 2406.06484;
+gated: 2412.06464; gated per channel: 2510.26692.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _matrix_state
+from pallas_kernels._chunk import NT, TN, Numerics, Shared, cols, inverses, rows
+
+Inputs = dict[str, jax.Array]
+
+
+def _solved(
+    num: Numerics, decays: list[Shared], heads: list[Inputs], states: list[jax.Array]
+) -> list[Any]:
+    """For every head the scores, the overlaps, (I + N)^-1, V - D K S and U."""
+    size = heads[0]["q"].shape[0]
+    below = rows(size) > cols(size)
+    # Every step of all heads before the next one: none waits for its own last product.
+    pairs = [d.pairs([x["q"], x["k"]], x["k"]) for d, x in zip(decays, heads, strict=True)]
+    overlaps = [jnp.where(below, own, 0.0) for _, own in pairs]
+    found = [
+        x["v"].astype(num.dtype) - d.read(x["k"], state, exact=True)
+        for d, x, state in zip(decays, heads, states, strict=True)
+    ]
+    solve = inverses([x["beta"] * n for x, n in zip(heads, overlaps, strict=True)], num)
+    written = [
+        num.dot(inverse, x["beta"] * change, exact=True)
+        for x, inverse, change in zip(heads, solve, found, strict=True)
+    ]
+    scores = [own for own, _ in pairs]
+    return list(zip(scores, overlaps, solve, found, written, strict=True))
+
+
+def _forward(
+    num: Numerics, decays: list[Shared], heads: list[Inputs], states: list[jax.Array], scale: float
+) -> list[tuple[jax.Array, jax.Array]]:
+    solved = _solved(num, decays, heads, states)
+    read = [d.read(x["q"], state) for d, x, state in zip(decays, heads, states, strict=True)]
+    outs = [
+        scale * (own + num.dot(scores, u))
+        for own, (scores, _, _, _, u) in zip(read, solved, strict=True)
+    ]
+    left = [
+        d.carry(state) + d.write(x["k"], u, exact=True)
+        for d, x, state, (*_, u) in zip(decays, heads, states, solved, strict=True)
+    ]
+    return list(zip(outs, left, strict=True))
+
+
+def _backward(
+    num: Numerics,
+    decays: list[Shared],
+    heads: list[Inputs],
+    states: list[jax.Array],
+    scale: float,
+    d_outs: list[jax.Array],
+    d_states: list[jax.Array],
+) -> list[Inputs]:
+    made = []
+    solved = _solved(num, decays, heads, states)
+    size = heads[0]["q"].shape[0]
+    below = rows(size) > cols(size)
+    for d, x, state, d_out, ct, (scores, overlaps, inverse, change, u) in zip(
+        decays, heads, states, d_outs, d_states, solved, strict=True
+    ):
+        q, k, beta = x["q"], x["k"], x["beta"]
+        d_out = scale * d_out.astype(num.dtype)
+        du = num.dot(scores, d_out, TN) + d.write_back_values(k, ct, exact=True)
+        dr = num.dot(inverse, du, TN, exact=True)
+        dn = jnp.where(below, -num.dot(dr, u, NT), 0.0)
+        d_beta = jnp.sum(dr * change, axis=1, keepdims=True)
+        d_beta = d_beta + jnp.sum(dn * overlaps, axis=1, keepdims=True)
+        dv = beta * dr
+        [dq, dk_left], dk_right = d.pairs_back([num.dot(d_out, u, NT), beta * dn], [q, k], k)
+        dq = dq + d.read_back(d_out, state)
+        dk_left = dk_left - d.read_back(dv, state)
+        dk_written = d.write_back(u, ct)
+        dk_right = dk_right + dk_written
+        d_state = d.read_back_state(q, d_out) - d.read_back_state(k, dv, exact=True)
+        q, k = q.astype(num.dtype), k.astype(num.dtype)
+        rise = q * dq + k * (dk_left - dk_right)
+        made.append(
+            {
+                "q": dq,
+                "k": dk_left + dk_right,
+                "v": dv,
+                "beta": d_beta,
+                "state": d.carry(ct) + d_state,
+                "log_decay": d.log_gradient(rise, k * dk_written, d.carry(state) * ct),
+            }
+        )
+    return made
+
+
+_CORE = _matrix_state.Core("delta_rule", _forward, _backward)
+
+
+def forward(*args: Any, **keywords: Any) -> Any:
+    """See `_matrix_state.forward`."""
+    return _matrix_state.forward(_CORE, *args, **keywords)
+
+
+def backward(*args: Any, **keywords: Any) -> Any:
+    """See `_matrix_state.backward`."""
+    return _matrix_state.backward(_CORE, *args, **keywords)

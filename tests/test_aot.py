@@ -1,0 +1,128 @@
+"""Every kernel, forward and backward, compiled by the real TPU compiler, for chips not at hand.
+
+A kernel that does not fit the chip's memory or is not lowered fails to compile. Needs libtpu: the
+extra `aot`.
+"""
+
+import functools
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+import seqjax
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="compiles for TPU ahead of time: pip install 'seqjax[aot]'",
+    ),
+]
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+B, T, D = 8, 4096, 2560
+KERNEL = 'custom_call_target="tpu_custom_call"'
+
+
+@functools.cache
+def devices(chip):
+    """Of the smallest topology that every libtpu knows by name."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no cloud machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the tests run in several processes
+    return topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices
+
+
+def compiled(chip, run, shapes):
+    """`run` and its reverse pass in one program, for one chip."""
+    place = jax.sharding.SingleDeviceSharding(devices(chip)[0])
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+
+    def both(args):
+        out, pull = jax.vjp(run, args)
+        return out, pull(out)
+
+    return jax.jit(both).lower(args).compile()
+
+
+def linear_scan(dtype, length=T, width=D, decay=(B, T, D), **keywords):
+    def run(arrays):
+        return seqjax.linear_scan(**arrays, implementation="pallas", **keywords)
+
+    shapes = {
+        "decay": jax.ShapeDtypeStruct(decay, dtype),
+        "x": jax.ShapeDtypeStruct((B, length, width), dtype),
+        "initial_state": jax.ShapeDtypeStruct((B, width), jnp.promote_types(dtype, jnp.float32)),
+    }
+    return run, shapes
+
+
+def selective_scan(dtype, width=2048, states=16):
+    def run(arrays):
+        return seqjax.selective_scan(**arrays, implementation="pallas")
+
+    float32, data = jnp.dtype("float32"), jnp.dtype(dtype)
+    shapes = {"x": ((B, T, width), data), "dt": ((B, T, width), data)}
+    shapes |= {"A": ((width, states), float32), "D": ((width,), float32)}
+    shapes |= {"B": ((B, T, states), float32), "C": ((B, T, states), float32)}
+    return run, {name: jax.ShapeDtypeStruct(*given) for name, given in shapes.items()}
+
+
+# The kernels by name: dtype -> (function of a tree of arrays, their shapes); and, of temporary
+# memory, how many times the arguments' it may take.
+KERNELS = {
+    "linear_scan": (linear_scan, 0.01),
+    # A state for every 64 steps, and the cotangents of B and C by blocks of D, their N = 16
+    # numbers padded to 128 lanes in memory: 0.62 times bfloat16 arguments.
+    "selective_scan": (selective_scan, 0.7),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile(name, chip, dtype):
+    make, temporaries = KERNELS[name]
+    run, shapes = make(dtype)
+    program = compiled(chip, run, shapes)
+    assert program.as_text().count(KERNEL) >= 2
+    memory = program.memory_analysis()
+    assert memory.temp_size_in_bytes <= temporaries * memory.argument_size_in_bytes
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(linear_scan("complex64", 1024, 512, (B, 1024, 512)), id="complex"),
+        pytest.param(linear_scan("float32", 1000, 1000, (1000, 1000)), id="shared over batch"),
+        pytest.param(linear_scan("bfloat16", 1003, 100, (100,), reverse=True), id="ragged"),
+        pytest.param(selective_scan("bfloat16", 1000, 5), id="selective, ragged"),
+    ],
+)
+def test_other_forms_compile(program):
+    assert KERNEL in compiled("v6e", *program).as_text()
+
+
+def test_none_takes_the_kernel_on_one_chip():
+    run, shapes = linear_scan("float32", 64, 128, (B, 64, 128))
+    del run
+    program = compiled("v5e", lambda arrays: seqjax.linear_scan(**arrays), shapes)
+    assert KERNEL in program.as_text()
+
+
+def test_none_leaves_to_xla_what_the_compiler_splits():
+    """And a named kernel says where it would work."""
+    mesh = jax.sharding.Mesh(devices("v5e"), ("data",))
+    spec = jax.sharding.PartitionSpec("data")
+    place = jax.sharding.NamedSharding(mesh, spec)
+    x = jax.ShapeDtypeStruct((B, 64, 128), jnp.float32, sharding=place)
+    program = jax.jit(seqjax.linear_scan).lower(x, x).compile().as_text()
+    assert KERNEL not in program
+    asked = functools.partial(seqjax.linear_scan, implementation="pallas")
+    with pytest.raises(NotImplementedError, match=r"jax\.shard_map"):
+        jax.jit(asked).lower(x, x)
+    local = jax.shard_map(asked, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert KERNEL in jax.jit(local).lower(x, x).compile().as_text()
