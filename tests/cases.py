@@ -87,6 +87,20 @@ def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False)
     )
 
 
+def _selective(name: str, *algorithms: str, quick: bool = True, **fixed: bool) -> Case:
+    return Case(
+        name=name,
+        inputs=_selective_inputs,
+        run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D"), **fixed),
+        oracle=functools.partial(op_oracles.selective_scan, **fixed),
+        state=lambda rng, batch: normal(rng, batch, D, N),
+        algorithms=algorithms,
+        timed=("x", "dt", "B", "C"),
+        hard=_hard_steps,
+        quick=quick,
+    )
+
+
 def _selective_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
     return {
         "x": normal(rng, batch, length, D),
@@ -246,15 +260,9 @@ OPS = [
     _linear("linear_scan-time_invariant", "D"),
     _linear("linear_scan-complex", "BTD", complex_=True),
     _linear("linear_scan-reverse", "BTD", reverse=True),
-    Case(
-        name="selective_scan",
-        inputs=_selective_inputs,
-        run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D")),
-        oracle=op_oracles.selective_scan,
-        state=lambda rng, batch: normal(rng, batch, D, N),
-        algorithms=("sequential", "chunked", "pallas"),
-        timed=("x", "dt", "B", "C"),
-        hard=_hard_steps,
+    _selective("selective_scan", "sequential", "chunked", "pallas"),
+    _selective(
+        "selective_scan-negative", "sequential", "chunked", quick=False, negative_eigenvalues=True
     ),
     _attention("linear_attention", None),
     _attention("linear_attention-scalar", "scalar"),

@@ -50,6 +50,12 @@ LAYERS = [
     ),
     _layer(seqjax.layers.GateLoop(dim=4, heads=2), layer_oracles.gateloop),
     _layer(seqjax.layers.Mamba(dim=4, state_dim=3), layer_oracles.mamba),
+    _layer(
+        seqjax.layers.Mamba(dim=4, state_dim=3, negative_eigenvalues=True),
+        layer_oracles.mamba,
+        "Mamba-negative",
+        quick=False,
+    ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
