@@ -1,0 +1,132 @@
+"""Grids of runs that hold the library against papers; `experiments.sweep` runs them.
+
+Sizes are such that all of them can be run again in some hours on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+STATE = "experiments/configs/state_tracking.py"
+RECALL = "experiments/configs/recall.py"
+CLASSIFY = "experiments/configs/classify.py"
+TEXT = "experiments/configs/lm.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A training run.
+
+    Attributes:
+      label: what is compared in the table; jobs that differ by seed or learning rate share it.
+      config: FILE:WORDS.
+      overrides: fields of the configuration, with dots, and their values.
+    """
+
+    label: str
+    config: str
+    overrides: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Jobs, and the table of their results.
+
+    Attributes:
+      title: of the table.
+      jobs: what to run, for every seed.
+      columns: numbers of a run's summary and what they are called in the table.
+      metric: the number by which a learning rate is chosen; larger is better unless `lower`.
+      published: what papers report, by label.
+      source: where they do.
+      lower: whether smaller is better.
+      figure: the override that is the horizontal axis of a figure, if there is one.
+    """
+
+    title: str
+    jobs: tuple[Job, ...]
+    columns: dict[str, str]
+    metric: str
+    published: dict[str, str] = dataclasses.field(default_factory=dict)
+    source: str = ""
+    lower: bool = False
+    figure: str = ""
+
+
+def _state(task: str, layers: tuple[str, ...], rates: tuple[float, ...] = (3e-3,)) -> Grid:
+    jobs = tuple(
+        Job(words.replace(",negative", ", [-1, 1]"), f"{STATE}:{task},{words}", {RATE: rate})
+        for words, rate in itertools.product(layers, rates)
+    )
+    lengths = (39, 65, 129, 255) if task == "modular_arithmetic" else (40, 64, 128, 256)
+    columns = {f"accuracy_{n}": f"T = {n}" for n in lengths}
+    title = f"State tracking: {task.replace('_', ' ')}, trained on up to {lengths[0]} symbols"
+    published, source = PUBLISHED.get(task, ({}, ""))
+    return Grid(title, jobs, columns, f"accuracy_{lengths[-1]}", published, source)
+
+
+RATE = "optimizer.learning_rate"
+EIGENVALUES = ("deltanet", "deltanet,negative", "mamba", "mamba,negative")
+NONLINEAR = ("gru", "lstm", "paragru", "paralstm")
+PUBLISHED = {
+    "parity": (
+        {"mamba": "0", "mamba, [-1, 1]": "1.0", "deltanet": "0.017", "deltanet, [-1, 1]": "1.0"},
+        "arXiv 2411.12537, accuracy scaled so that chance is 0, up to length 256",
+    ),
+    "modular_arithmetic": (
+        {"gru": "100 %", "lstm": "100 %", "paragru": "63 %", "paralstm": "94 %"},
+        "arXiv 2510.21450, table 1, one layer",
+    ),
+    "A5": (
+        {"gru": "100 %", "lstm": "100 %", "paragru": "40 %", "paralstm": "38 %"},
+        "arXiv 2510.21450, table 1, one layer",
+    ),
+}
+MIXERS = ("lru", "s5", "gateloop", "mamba", "deltanet", "attention")
+
+GRIDS: dict[str, Grid] = {
+    "parity": _state("parity", (*EIGENVALUES, *NONLINEAR)),
+    "modular_arithmetic": _state("modular_arithmetic", (*EIGENVALUES, *NONLINEAR)),
+    "S3": _state("S3", ("deltanet", "deltanet,negative", "mamba,negative", "gru")),
+    "A5": _state("A5", ("deltanet,negative", *NONLINEAR)),
+    "mqar": Grid(
+        "MQAR: 64 tokens, 4 pairs, 256 symbols; the better of two learning rates",
+        tuple(
+            Job(
+                f"{layer}, width {dim}",
+                f"{RECALL}:mqar,{layer}",
+                {"model.dim": dim, RATE: rate, "steps": 1500},
+            )
+            for layer, dim, rate in itertools.product(MIXERS, (32, 64), (2e-3, 6e-3))
+        ),
+        {"accuracy": "accuracy"},
+        "accuracy",
+        figure="model.dim",
+    ),
+    "selective_copying": Grid(
+        "Selective copying: 16 tokens among 256 positions",
+        tuple(
+            Job(layer, f"{RECALL}:selective_copying,{layer}", {})
+            for layer in ("lru", "s5", "mamba", "deltanet")
+        ),
+        {"accuracy": "accuracy"},
+        "accuracy",
+        {"mamba": "99.8 %", "s5": "18.3 % (S4)"},
+        "arXiv 2312.00752, 4,096 positions",
+    ),
+    "digits": Grid(
+        "Digits, 8 x 8 pixels one after the other",
+        tuple(Job(layer, f"{CLASSIFY}:digits,{layer}", {}) for layer in ("lru", "s5", "gru")),
+        {"accuracy": "accuracy", "majority": "majority"},
+        "accuracy",
+    ),
+    "text": Grid(
+        "Bits per byte of Python's standard library, 500 steps of 16 x 128 bytes",
+        tuple(Job(layer, f"{TEXT}:{layer}", {}) for layer in (*MIXERS, "gru", "paragru")),
+        {"heldout_bits_per_byte": "bits per byte", "tokens_per_second": "tokens/s"},
+        "heldout_bits_per_byte",
+        lower=True,
+    ),
+}

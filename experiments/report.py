@@ -1,0 +1,142 @@
+"""Makes tables and figures of what `experiments.sweep` found.
+
+    python -m experiments.report > experiments/RESULTS.md
+
+Jobs of one label that differ by learning rate are represented by the best one, by the mean over its
+seeds; a spread is the difference between the best and the worst seed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments import cli, sweep
+from experiments.configs.grids import GRIDS, Grid
+from experiments.errors import UserError
+
+Rows = list[dict[str, Any]]
+HEAD = """# Results
+
+What the configurations of `experiments/configs` reach, beside what papers report. Printed by
+`python -m experiments.report`, from the `experiments/results.jsonl` that `python -m
+experiments.sweep` writes. Runs are small: sizes, steps and departures are in the configurations.
+"""
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the flags of this script."""
+    flags.DEFINE_string("results", sweep.RESULTS, "The results to report.", flag_values=values)
+    flags.DEFINE_string("figures", "experiments", "Folder for figures.", flag_values=values)
+
+
+def main(values: Any) -> int:
+    """Prints the report."""
+    rows = sweep.read(Path(values.results))
+    if not rows:
+        raise UserError(f"no results in {values.results}: run python -m experiments.sweep first")
+    print(HEAD)
+    for name, grid in GRIDS.items():
+        found = [row for row in rows if row["grid"] == name]
+        if found:
+            print(table(name, grid, found))
+        if found and grid.figure:
+            path = Path(values.figures) / f"{name}.png"
+            figure(path, grid, found)
+            print(f"![{name}]({path.name})\n")
+    return 0
+
+
+def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
+    """By label, the overrides of the best job and its rows, one per seed."""
+    groups: dict[str, dict[str, tuple[dict[str, Any], Rows]]] = {}
+    for row in rows:
+        overrides = {name: x for name, x in row["overrides"].items() if name != "seed"}
+        _, same = groups.setdefault(row["label"], {}).setdefault(str(overrides), (overrides, []))
+        same.append(row)
+
+    def score(entry: tuple[dict[str, Any], Rows]) -> float:
+        found = numbers(entry[1], grid.metric)
+        mean = statistics.fmean(found) if found else float("-inf")
+        return -mean if grid.lower and found else mean
+
+    return {label: max(jobs.values(), key=score) for label, jobs in groups.items()}
+
+
+def numbers(rows: Rows, name: str) -> list[float]:
+    """A number of every run that ended."""
+    return [row["summary"][name] for row in rows if "summary" in row]
+
+
+def table(name: str, grid: Grid, rows: Rows) -> str:
+    """The results of a grid as markdown."""
+    with_published = bool(grid.published)
+    head = ["", *grid.columns.values(), *(["published"] if with_published else [])]
+    head += ["seeds", "learning rate", "minutes"]
+    lines = [f"## {grid.title}", ""]
+    lines.append(f"`python -m experiments.sweep --grids={name}`; {_made_with(rows)}.")
+    if grid.source:
+        lines.append(f"Published: {grid.source}.")
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for label, (overrides, same) in best(grid, rows).items():
+        cells = [label, *(_spread(numbers(same, column)) for column in grid.columns)]
+        if with_published:
+            cells.append(grid.published.get(label, ""))
+        ended = sum("summary" in row for row in same)
+        seeds = str(len(same)) + (f", {len(same) - ended} diverged" if ended < len(same) else "")
+        minutes = statistics.fmean(row["seconds"] for row in same) / 60
+        rate = overrides.get("optimizer.learning_rate", "")
+        lines.append("| " + " | ".join([*cells, seeds, str(rate), f"{minutes:.1f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _made_with(rows: Rows) -> str:
+    last = rows[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return f"{versions}, {last['cores']} CPU cores"
+
+
+def _spread(found: list[float]) -> str:
+    if not found:
+        return "diverged"
+    mean = statistics.fmean(found)
+    text = f"{mean:,.0f}" if mean > 100 else f"{mean:.3f}"
+    spread = max(found) - min(found)
+    return text if len(found) < 2 else f"{text} (spread {spread:.3f})"
+
+
+def figure(path: Path, grid: Grid, rows: Rows) -> None:
+    """The metric over the override that the grid names, a line for every layer."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for label, (overrides, same) in best(grid, rows).items():
+        found = numbers(same, grid.metric)
+        if found:
+            point = (overrides[grid.figure], statistics.fmean(found))
+            lines.setdefault(label.split(",")[0], []).append(point)
+    drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
+    FigureCanvasAgg(drawing)
+    axis = drawing.subplots()
+    for index, (layer, points) in enumerate(lines.items()):
+        xs, ys = zip(*sorted(points), strict=True)
+        axis.plot(xs, ys, "os^Dvp"[index % 6] + "-", label=layer)
+    axis.set_xlabel(grid.figure.split(".")[-1])
+    axis.set_ylabel(grid.metric)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.legend(frameon=False, fontsize="small")
+    axis.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    drawing.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define_flags, main))

@@ -1,0 +1,153 @@
+"""Sweeps lose nothing, and reports say what the results hold."""
+
+import importlib
+import json
+import subprocess
+
+import pytest
+
+pytest.importorskip("ml_collections")
+
+from experiments import cli, report, sweep
+from experiments.configs import grids
+from experiments.errors import UserError
+
+JOBS = tuple(
+    grids.Job(f"{layer}, width {dim}", f"{grids.RECALL}:mqar,{layer},quicktest", {"model.dim": dim})
+    for layer in ("lru", "gru")
+    for dim in (16, 32)
+)
+TINY = grids.Grid(
+    "Tiny", JOBS, {"accuracy": "accuracy"}, "accuracy", {"lru, width 16": "0.9"}, "a paper"
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(grids.GRIDS, "tiny", TINY)
+
+
+def flags_for(tmp_path, *more):
+    results = tmp_path / "results.jsonl"
+    return ["sweep", "--grids=tiny", f"--results={results}", f"--workdir={tmp_path}", *more]
+
+
+class FakeRuns:
+    """Stands in for training processes: what they leave, and how they end."""
+
+    def __init__(self, ends=()):
+        self.commands, self.ends = [], list(ends)
+
+    def __call__(self, command, **_):
+        self.commands.append(command)
+        code = self.ends.pop(0) if self.ends else 0
+        if code == 0:
+            folder = sweep.Path(command[-1].removeprefix("--workdir="))
+            folder.mkdir(parents=True, exist_ok=True)
+            accuracy = 0.5 + 0.01 * len(self.commands)
+            (folder / "summary.json").write_text(json.dumps({"accuracy": accuracy}))
+        return subprocess.CompletedProcess(command, code, "", "error: the loss became nan\n")
+
+
+def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
+    first = FakeRuns([0, 2, 143])
+    monkeypatch.setattr(subprocess, "run", first)
+    arguments = flags_for(tmp_path, "--seeds=0,1", "--set=steps=2")
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 130
+    rows = sweep.read(tmp_path / "results.jsonl")
+    assert [("summary" in row, row.get("error")) for row in rows] == [
+        (True, None),
+        (False, "error: the loss became nan"),
+    ]
+    assert rows[0]["overrides"] == {"model.dim": 16, "steps": 2, "seed": 0}
+    assert set(rows[0]["versions"]) == {"python", "jax", "seqjax"}
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"grid": "ti')  # a line cut short by a kill is a run to be done again
+    second = FakeRuns()
+    monkeypatch.setattr(subprocess, "run", second)
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
+    assert len(second.commands) == 6
+    assert second.commands[0] == first.commands[2]
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
+    assert len(second.commands) == 6
+    assert "8 of 8 runs are in" in capsys.readouterr().out
+
+
+def row(label, seed, rate, accuracy, seconds=60.0):
+    summary = {} if accuracy is None else {"summary": {"accuracy": accuracy}}
+    return {
+        "grid": "tiny",
+        "label": label,
+        "config": "c",
+        "overrides": {"seed": seed, "model.dim": int(label[-2:]), grids.RATE: rate},
+        "seconds": seconds,
+        "cores": 2,
+        "versions": {"python": "3", "jax": "0", "seqjax": "0"},
+    } | summary
+
+
+ROWS = [
+    row("lru, width 16", 0, 0.1, 0.2),
+    row("lru, width 16", 0, 0.2, 0.5),
+    row("lru, width 16", 1, 0.2, 0.7),
+    row("lru, width 32", 0, 0.1, 0.9),
+    row("gru, width 16", 0, 0.1, None),
+]
+
+
+def test_a_report_shows_the_best_rate_and_every_seed():
+    text = report.table("tiny", TINY, ROWS)
+    assert "| lru, width 16 | 0.600 (spread 0.200) | 0.9 | 2 | 0.2 | 1.0 |" in text
+    assert "| lru, width 32 | 0.900 |  | 1 | 0.1 | 1.0 |" in text
+    assert "| gru, width 16 | diverged |  | 1, 1 diverged | 0.1 | 1.0 |" in text
+    assert "Published: a paper." in text
+
+
+def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
+    grid = grids.dataclasses.replace(TINY, figure="model.dim")
+    monkeypatch.setitem(grids.GRIDS, "tiny", grid)
+    results = tmp_path / "r.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    arguments = ["report", f"--results={results}", f"--figures={tmp_path}"]
+    assert cli.run(report.define_flags, report.main, arguments) == 0
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "![tiny](tiny.png)" in capsys.readouterr().out
+
+
+def test_bad_flags_end_with_one_line(tmp_path, tiny):
+    values = ["sweep", "--grids=tyni"]
+    assert cli.run(sweep.define_flags, sweep.main, values) == 2
+    for more in ("--seeds=one", "--set=steps"):
+        assert cli.run(sweep.define_flags, sweep.main, flags_for(tmp_path, more)) == 2
+    missing = ["report", f"--results={tmp_path / 'none.jsonl'}"]
+    assert cli.run(report.define_flags, report.main, missing) == 2
+
+
+@pytest.mark.parametrize("name", sorted(grids.GRIDS))
+def test_every_job_has_a_configuration(name):
+    """The words exist, the fields exist, and no two jobs are the same."""
+    grid, seen = grids.GRIDS[name], set()
+    for job in grid.jobs:
+        path, words = job.config.split(":")
+        config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(
+            words
+        )
+        config.update_from_flattened_dict(job.overrides)
+        seen.add(sweep.key(name, job.config, job.overrides))
+    assert len(seen) == len(grid.jobs)
+    assert set(grid.published) <= {job.label for job in grid.jobs}
+
+
+@pytest.mark.slow
+def test_a_real_sweep(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(grids.GRIDS, "tiny", grids.dataclasses.replace(TINY, jobs=JOBS[:1]))
+    arguments = flags_for(tmp_path, "--set=steps=2", "--set=eval_every=2")
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
+    [row] = sweep.read(tmp_path / "results.jsonl")
+    assert 0 <= row["summary"]["accuracy"] <= 1
+
+
+def test_a_run_that_crashes_stops_the_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", FakeRuns([1]))
+    with pytest.raises(UserError, match=r"none\.py failed: error: the loss became nan"):
+        sweep.run("tiny", grids.Job("bad", "experiments/configs/none.py", {}), {}, tmp_path)
