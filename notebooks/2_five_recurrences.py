@@ -77,7 +77,7 @@ plt.show()
 # The library gives all of them the same protocol, so one loop trains all. Two layers of width 32 each, nothing but the recurrences (Mamba and DeltaNet bring short convolutions of their own, as in their papers).
 
 # %%
-DIM, STEPS, BATCH = (8, 2, 4) if TINY else (32, 600, 64)
+DIM, STEPS, BATCH = (8, 2, 4) if TINY else (32, 500, 64)
 layers = seqjax.layers
 FIVE = {
     "LRU": layers.LRU(DIM, r_min=0.9, r_max=0.999),
