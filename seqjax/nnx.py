@@ -31,8 +31,9 @@ class Recurrent(nnx.Module):
     `param_axes` names. State is an argument and a result, never kept in the module.
 
     As everywhere in NNX, parameters that are made while a mesh is set are placed on it at once.
-    Logical axes become mesh axes by `sharding_rules` or by ``nnx.logical_axis_rules``, one of
-    which then has to name each of them. Without a mesh they are names only.
+    Logical axes become mesh axes by `sharding_rules`, or, without any, by the
+    ``nnx.logical_axis_rules`` around, which then have to name each of them. Without a mesh they
+    are names only.
 
     Example:
       >>> import jax.numpy as jnp
@@ -64,7 +65,8 @@ class Recurrent(nnx.Module):
           layer: any of `seqjax.layers` or `seqjax.models`, or one of your own.
           rngs: `nnx.Rngs`.
           param_dtype: dtype of the parameters; those of a recurrence are at least float32.
-          sharding_rules: logical axis name -> mesh axis, a tuple of them, or None for unsplit.
+          sharding_rules: logical axis -> mesh axis; those not named are not split, and where two
+            axes of a parameter go to the same mesh axis, the first is. None leaves it to Flax.
 
         Raises:
           ValueError: `layer` is none, or a mesh is set on which an axis has no place.
@@ -75,15 +77,16 @@ class Recurrent(nnx.Module):
                 " seqjax.layers.DeltaNet(dim=256, heads=4)."
             )
         self.layer = layer
-        rules = None if sharding_rules is None else tuple(dict(sharding_rules).items())
-        sharding: dict[str, Any] = {} if rules is None else {"sharding_rules": rules}
+        rules = None if sharding_rules is None else dict(sharding_rules)
         # Flax refuses names of axes without a mesh, unless it is told that they wait for one.
         eager = nnx.using_eager_sharding() and not jax.sharding.get_abstract_mesh().empty
-        if eager:
-            _require_rules(layer, rules or ())
+        if eager and rules is None:
+            _require_rules(layer)
 
         def variable(value: jax.Array, axes: tuple[str | None, ...], role: str) -> nnx.Param:
-            return nnx.Param(value, out_sharding=axes, tag=role, eager_sharding=eager, **sharding)
+            own = {} if rules is None else {"sharding_rules": _rules_of(axes, rules)}
+            metadata: dict[str, Any] = {"out_sharding": axes, "tag": role, **own}
+            return nnx.Param(value, eager_sharding=eager, **metadata)
 
         self.params = nnx.data(
             jax.tree.map(
@@ -132,14 +135,27 @@ class Recurrent(nnx.Module):
         )
 
 
-def _require_rules(layer: Layer, rules: tuple[tuple[str, Any], ...]) -> None:
-    """Raises unless every logical axis has a rule or is an axis of the mesh that is set."""
+def _rules_of(
+    axes: tuple[str | None, ...], rules: dict[str, Any]
+) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
+    """A rule for each axis of a parameter; no mesh axis twice, the first takes it."""
+    found: dict[str, Any] = {}
+    for name in axes:
+        if name is not None:
+            to = rules.get(name)
+            found[name] = None if to in found.values() else to
+    return tuple(found.items())
+
+
+def _require_rules(layer: Layer) -> None:
+    """Raises unless every logical axis has a rule around us or is an axis of the mesh."""
     on_mesh = jax.sharding.get_abstract_mesh().axis_names
-    known = {*on_mesh, *dict(rules), *dict(get_logical_axis_rules())}
+    known = {*on_mesh, *dict(get_logical_axis_rules())}
     axes = jax.tree.leaves(layer.param_axes())
     missing = sorted({name for name in axes if name not in known})
     if missing:
         raise ValueError(
             f"Recurrent: no sharding rule for the axes {', '.join(missing)} on a mesh of"
-            f" {', '.join(on_mesh)}; name them in sharding_rules, e.g. {{{missing[0]!r}: None}}."
+            f" {', '.join(on_mesh)}; give sharding_rules, e.g. {{{missing[0]!r}: {on_mesh[0]!r}}},"
+            " or {} to split nothing."
         )

@@ -278,19 +278,19 @@ def test_orbax_saves_and_restores_both(tmp_path):
         assert_same_bits(twin.apply(restored, x), twin.apply(variables, x))
 
 
-RULES = {"embed": None, "heads": "model", "head_dim": None, "conv": None, "state": "model"}
+RULES = {"heads": "model", "state": "model"}
 
 
 def test_nnx_parameters_are_placed_on_a_mesh():
     """Made while a mesh is set they are split by the rules; the numbers stay the same."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params, _, _, _ = wrapped(DELTANET)
-    rules = {name: RULES.get(name) for name in jax.tree.leaves(DELTANET.param_axes())}
+    names = sorted(set(jax.tree.leaves(DELTANET.param_axes())))
     with jax.set_mesh(mesh):
         with pytest.raises(ValueError, match=r"^Recurrent: no sharding rule for the axes"):
             seqjax.nnx.Recurrent(DELTANET, rngs=nnx.Rngs(0))
-        module = seqjax.nnx.Recurrent(DELTANET, rngs=nnx.Rngs(0), sharding_rules=rules)
-        with nnx.logical_axis_rules(tuple(rules.items())):
+        module = seqjax.nnx.Recurrent(DELTANET, rngs=nnx.Rngs(0), sharding_rules=RULES)
+        with nnx.logical_axis_rules(tuple((name, RULES.get(name)) for name in names)):
             by_context = seqjax.nnx.Recurrent(DELTANET, rngs=nnx.Rngs(0))
         y, _ = nnx.jit(lambda m, x: m(x))(module, inputs(DELTANET))
         assert nnx.Optimizer(module, optax.adam(1e-3), wrt=nnx.Param)
@@ -299,6 +299,15 @@ def test_nnx_parameters_are_placed_on_a_mesh():
     assert_close(y, jax.jit(DELTANET.apply)(params, inputs(DELTANET))[0], 1e-5)
     specs = nnx.get_partition_spec(nnx.state(module))
     assert specs["params"]["out_proj"].get_value() == jax.P("model", None)
+
+
+def test_no_mesh_axis_is_taken_twice():
+    module = seqjax.nnx.Recurrent(
+        LRU, rngs=nnx.Rngs(0), sharding_rules={"embed": "model", "state": "model"}
+    )
+    specs = nnx.get_partition_spec(nnx.state(module))["params"]
+    assert specs["B"].get_value() == jax.P(None, "model", None)
+    assert specs["nu_log"].get_value() == jax.P("model")
 
 
 def test_linen_parameters_are_placed_on_a_mesh():

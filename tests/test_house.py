@@ -31,7 +31,7 @@ FLOORS = [
 ]
 SOURCES = [
     path
-    for folder in ("pallas_kernels", "seqjax", "experiments", "tests")
+    for folder in ("pallas_kernels", "seqjax", "experiments", "notebooks", "tests")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 MODULES = sorted(m.name for m in pkgutil.walk_packages(seqjax.__path__, "seqjax."))

@@ -1,0 +1,94 @@
+"""Draws the picture of the architecture, docs/architecture.svg: python docs/architecture.py."""
+
+import pathlib
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+# (left, bottom, width, name, what it is, what it holds)
+FLOORS = [
+    (0, 0.0, 12, "pallas_kernels", "kernels for TPU and GPU, arrays in, arrays out", ""),
+    (
+        0,
+        1.5,
+        12,
+        "seqjax.ops",
+        "recurrences as pure functions of arrays, with one contract",
+        "linear_scan   selective_scan   linear_attention   delta_rule   generalized_delta_rule"
+        "   nonlinear_scan   monoid_scan",
+    ),
+    (
+        0,
+        3.0,
+        4,
+        "seqjax.cells",
+        "one step of a nonlinear RNN",
+        "GRU  LSTM  ParaGRU  ParaLSTM  sLSTM ...",
+    ),
+    (
+        0,
+        4.5,
+        12,
+        "seqjax.layers",
+        "hyperparameters only: init, apply, step, initial_state, param_axes",
+        "LRU   S5   GateLoop   Mamba   DeltaNet   GRU ...   attention   convolution   MLP   norm",
+    ),
+    (
+        0,
+        6.0,
+        7,
+        "seqjax.models",
+        "a stack is a layer too",
+        "Backbone   LanguageModel   Classifier",
+    ),
+    (7.2, 6.0, 4.8, "seqjax.nnx  seqjax.linen", "the same, inside Flax", "Recurrent"),
+    (0, 7.5, 7, "experiments", "train, evaluate, generate, bench", ""),
+    (7.2, 7.5, 4.8, "notebooks", "to see how it works", ""),
+]
+COLORS = ["#e7cb94", "#9ecae1", "#c6dbef", "#a1d99b", "#c7e9c0", "#dadaeb", "#eeeeee", "#eeeeee"]
+
+
+def main() -> None:
+    """Writes the picture beside this file."""
+    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "seqjax", "font.size": 10})
+    figure, axis = plt.subplots(figsize=(9.5, 6.2), layout="constrained")
+    for (left, bottom, width, name, what, holds), color in zip(FLOORS, COLORS, strict=True):
+        axis.add_patch(plt.Rectangle((left, bottom), width, 1.2, facecolor=color, edgecolor="0.4"))
+        middle = left + width / 2
+        lines = [
+            (name, "bold", 10, "black"),
+            (what, "normal", 9, "0.2"),
+            (holds, "normal", 8, "0.3"),
+        ]
+        lines = [line for line in lines if line[0]]
+        for i, (text, weight, size, shade) in enumerate(lines):
+            height = bottom + 1.2 * (len(lines) - i - 0.5) / len(lines)
+            axis.text(
+                middle,
+                height,
+                text,
+                ha="center",
+                va="center",
+                weight=weight,
+                size=size,
+                color=shade,
+            )
+    axis.annotate(
+        "",
+        (12.5, 8.7),
+        (12.5, 0),
+        arrowprops={"arrowstyle": "-|>", "color": "0.3", "linewidth": 1.5},
+    )
+    axis.text(
+        12.65, 4.3, "each imports only what is below it", rotation=90, va="center", color="0.3"
+    )
+    axis.set(xlim=(-0.1, 13.1), ylim=(-0.1, 8.8))
+    axis.axis("off")
+    where = pathlib.Path(__file__).with_suffix(".svg")
+    figure.savefig(where, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

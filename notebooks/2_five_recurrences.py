@@ -1,0 +1,244 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Five recurrences side by side
+#
+# LRU, S5, GateLoop, Mamba and DeltaNet are five answers to one question: what should a state of fixed size keep? Here all five get the same task, the same width and the same few hundred steps of training, and then we look inside.
+
+# %%
+# In Colab this cell installs seqjax; anywhere else it does nothing.
+import os
+import subprocess
+import sys
+
+REPOSITORY = ""  # @param {type:"string"}  address of seqjax's git repository
+if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("seqjax-checkout"):
+    if not REPOSITORY:
+        raise ValueError("fill in REPOSITORY, the address of seqjax's git repository")
+    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "seqjax-checkout"], check=True)
+    install = [sys.executable, "-m", "pip", "install", "-q", "./seqjax-checkout[flax,experiments]"]
+    subprocess.run(install, check=True)
+    sys.path.insert(0, "seqjax-checkout")
+
+# %%
+import functools
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import seqjax
+from experiments.data.mqar import NO_TARGET, mqar
+
+TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # as the tests run it
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+
+# %% [markdown]
+# ## The task
+#
+# Multi-query associative recall (MQAR, arXiv 2312.04927): first a few pairs of a key and a value, then noise, in which every key comes back once. At that moment the model has to say the value that belongs to it.
+
+# %%
+VOCAB, PAIRS, LENGTH = 32, 4, 16 if TINY else 32
+rng = np.random.default_rng(0)
+inputs, targets = mqar(rng, 1, LENGTH, PAIRS, VOCAB)
+asked = targets[0] != NO_TARGET
+figure, axis = plt.subplots(figsize=(10, 1.5), layout="constrained")
+for t, token in enumerate(inputs[0]):
+    pair = np.flatnonzero(inputs[0, : 2 * PAIRS : 2] == token)
+    kind = t // 2 if t < 2 * PAIRS else pair[0] if asked[t] else None
+    color = "0.92" if kind is None else plt.cm.tab10(kind)
+    axis.add_patch(plt.Rectangle((t, 0), 0.92, 1, color=color, alpha=1.0 if kind is None else 0.6))
+    axis.text(t + 0.46, 0.5, token, ha="center", va="center", fontsize=8)
+    if asked[t]:
+        axis.text(t + 0.46, -0.55, f"{targets[0, t]}?", ha="center", va="center", fontsize=8)
+axis.set(xlim=(0, LENGTH), ylim=(-1, 1.1), title="pairs of key and value, then noise and questions")
+axis.axis("off")
+plt.show()
+
+# %% [markdown]
+# ## The five
+#
+# | | what it does to its state | what decides that |
+# |---|---|---|
+# | LRU | h = λ h + B x, one complex λ per channel | nothing: λ is fixed |
+# | S5 | the same, from a continuous-time system | nothing |
+# | Mamba | h = exp(Δ A) h + Δ B x | Δ, B and C come from the input |
+# | GateLoop | S = diag(a) S + k vᵀ, a matrix | a, k, v come from the input |
+# | DeltaNet | S = (I - β k kᵀ) S + β k vᵀ, a matrix | k, v, β from the input; *replaces* what k held |
+#
+# The library gives all of them the same protocol, so one loop trains all. Two layers of width 32 each, nothing but the recurrences (Mamba and DeltaNet bring short convolutions of their own, as in their papers).
+
+# %%
+DIM, STEPS, BATCH = (8, 2, 4) if TINY else (32, 500, 64)
+layers = seqjax.layers
+FIVE = {
+    "LRU": layers.LRU(DIM, r_min=0.9, r_max=0.999),
+    "S5": layers.S5(DIM),
+    "GateLoop": layers.GateLoop(DIM, heads=2),
+    "Mamba": layers.Mamba(DIM),
+    "DeltaNet": layers.DeltaNet(DIM, heads=2),
+}
+COLORS = dict(zip(FIVE, ("#9ecae1", "#3182bd", "#31a354", "#e6550d", "#c51b8a"), strict=True))
+models = {
+    name: seqjax.models.LanguageModel(VOCAB, seqjax.models.Backbone(layer, depth=2, mlp_ratio=0))
+    for name, layer in FIVE.items()
+}
+schedule = optax.warmup_cosine_decay_schedule(0, 1e-2, STEPS // 10 + 1, STEPS)
+optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
+
+
+def answers(model, params, inputs, targets):
+    """Mean loss and accuracy where something is asked."""
+    logits, _ = model.apply(params, inputs)
+    asked = targets != NO_TARGET
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(asked, targets, 0))
+    right = (logits.argmax(axis=-1) == targets) & asked
+    return jnp.sum(jnp.where(asked, losses, 0)) / asked.sum(), right.sum() / asked.sum()
+
+
+def train(model):
+    """Trained parameters, and the accuracy on every batch, each of them new."""
+
+    @jax.jit
+    def train_step(params, state, inputs, targets):
+        def loss_of(params):
+            return answers(model, params, inputs, targets)
+
+        (_, accuracy), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, accuracy
+
+    params = model.init(jax.random.key(0))
+    state, rng, curve = optimizer.init(params), np.random.default_rng(1), []
+    for _ in range(STEPS):
+        params, state, accuracy = train_step(params, state, *mqar(rng, BATCH, LENGTH, PAIRS, VOCAB))
+        curve.append(accuracy)
+    return params, np.array(curve)
+
+
+trained, curves = {}, {}
+for name, model in models.items():
+    trained[name], curves[name] = train(model)
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained[name]))
+    print(f"{name:9s} {size:6,d} parameters, accuracy {curves[name][-50:].mean():.2f}")
+
+# %%
+figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+width = max(STEPS // 30, 1)
+for name, curve in curves.items():
+    smooth = np.convolve(curve, np.full(width, 1 / width), mode="valid")
+    axis.plot(np.arange(width - 1, STEPS), smooth, color=COLORS[name], label=name, linewidth=2)
+axis.axhline(1 / PAIRS, color="k", linestyle=":", linewidth=1)
+axis.annotate(
+    "1 / pairs: one of the values it has seen",
+    (STEPS, 1 / PAIRS),
+    xytext=(0, -14),
+    textcoords="offset points",
+    ha="right",
+    fontsize=8,
+)
+axis.set(title="accuracy on questions", xlabel="step", ylim=(0, 1.02))
+axis.legend(frameon=False, loc="center right")
+plt.show()
+
+# %% [markdown]
+# One level matters more than the end of the curves: 1 / pairs. A model that remembers *which* values were there, but not which key each belonged to, can do no better than to say one of them. Getting above that line takes an association, and a way to look it up.
+#
+# This is a race of a minute, at one learning rate and one seed, and says which recurrences learn this quickly, not which can learn it at all: in the paper's long sweeps, wide enough linear recurrences with gates get there too.
+#
+# ## What they say when asked
+#
+# Asked for the key of pair i, how much probability goes to the value of pair j? An associative memory puts it on the diagonal. A bag of values spreads it evenly.
+
+
+# %%
+def confusion(model, params, count):
+    """[asked for, answered], averaged over examples."""
+    inputs, targets = mqar(np.random.default_rng(2), count, LENGTH, PAIRS, VOCAB)
+    logits, _ = jax.jit(model.apply)(params, inputs)
+    chance = np.asarray(jax.nn.softmax(logits))
+    keys, values = inputs[:, 0 : 2 * PAIRS : 2], inputs[:, 1 : 2 * PAIRS : 2]
+    rows = np.arange(count)
+    table = np.zeros((PAIRS, PAIRS))
+    for i in range(PAIRS):
+        where = ((inputs == keys[:, [i]]) & (targets != NO_TARGET)).argmax(axis=1)
+        for j in range(PAIRS):
+            table[i, j] = chance[rows, where, values[:, j]].mean()
+    return table
+
+
+figure, axes = plt.subplots(1, 5, figsize=(11, 2.6), layout="constrained", sharey=True)
+for axis, (name, model) in zip(axes, models.items(), strict=True):
+    image = axis.imshow(confusion(model, trained[name], 16 if TINY else 512), vmin=0, vmax=1)
+    numbers = range(1, PAIRS + 1)
+    axis.set(title=name, xlabel="value of pair", xticks=range(PAIRS), xticklabels=numbers)
+    axis.set(yticks=range(PAIRS), yticklabels=numbers)
+axes[0].set_ylabel("key of pair")
+figure.colorbar(image, ax=axes, label="probability", shrink=0.8)
+plt.show()
+
+# %% [markdown]
+# ## What their states remember
+#
+# How much would the state at the end change if the input at step t had been a little different? That derivative is a measure of what is still in the memory of the last layer, step by step. Where the state keeps everything alike, the line is smooth; where the input decides, the pairs stand out of the noise that follows them.
+
+
+# %%
+@functools.partial(jax.jit, static_argnums=0)
+def memory(model, params, inputs):
+    """How the last layer's final state depends on each input, up to scale."""
+    hidden = params["embedding"][inputs] * DIM**0.5
+    backbone, params = model.backbone, params["backbone"]
+    _, final = backbone.apply(params, hidden)
+    leaves, tree = jax.tree.flatten(final[-1])
+
+    def along(key, hidden):
+        _, final = backbone.apply(params, hidden)
+        keys = jax.tree.unflatten(tree, list(jax.random.split(key, len(leaves))))
+        pairs = zip(jax.tree.leaves(final[-1]), jax.tree.leaves(keys), strict=True)
+        return sum(jnp.sum(jnp.real(s * jax.random.normal(k, s.shape))) for s, k in pairs)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    slopes = jax.vmap(jax.grad(along, argnums=1), in_axes=(0, None))(keys, hidden)
+    size = jnp.sqrt(jnp.mean(jnp.sum(slopes**2, axis=-1), axis=(0, 1)))
+    return size / size.sum()
+
+
+inputs, _ = mqar(np.random.default_rng(3), 4 if TINY else 32, LENGTH, PAIRS, VOCAB)
+figure, axes = plt.subplots(1, 5, figsize=(11, 2.3), layout="constrained", sharey=True)
+for axis, (name, model) in zip(axes, models.items(), strict=True):
+    start = memory(model, model.init(jax.random.key(0)), inputs)
+    end = memory(model, trained[name], inputs)
+    axis.axvspan(-0.5, 2 * PAIRS - 0.5, color="0.92")
+    axis.plot(start, color="0.6", linewidth=1, label="before training")
+    axis.plot(end, color=COLORS[name], linewidth=2, label="after")
+    axis.set(title=name, xlabel="t")
+axes[0].set_ylabel("share of the memory")
+axes[0].legend(frameon=False, fontsize=7)
+plt.show()
+
+# %% [markdown]
+# In grey the steps that hold the pairs. Untrained, states hold best what came last. What training makes of that is up to the recurrence: fixed eigenvalues can only remember longer or shorter, whatever comes; gates and the delta rule can let the noise pass and hold on to the pairs.
+#
+# ## What does it cost?
+#
+# The state is what a model carries from step to step, however long the sequence is:
+
+# %%
+for name, layer in FIVE.items():
+    state = jax.eval_shape(lambda layer=layer: layer.initial_state(1))
+    numbers = sum(
+        leaf.size * (2 if leaf.dtype == jnp.complex64 else 1) for leaf in jax.tree.leaves(state)
+    )
+    print(f"{name:9s} {numbers:5d} numbers per layer and sequence")
+
+# %% [markdown]
+# Next: what to do about recurrences that are not linear at all.

@@ -1,0 +1,278 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A nonlinear RNN solved by Newton
+#
+# A linear recurrence parallelises because its steps compose. A classical RNN, h_t = tanh(W h_{t-1} + x_t), does not: the tanh stands in the way. But it can be *solved*, for all steps at once, as one big equation. This notebook does that by hand, finds out where it fails, and shows what rescues it.
+
+# %%
+# In Colab this cell installs seqjax; anywhere else it does nothing.
+import os
+import subprocess
+import sys
+
+REPOSITORY = ""  # @param {type:"string"}  address of seqjax's git repository
+if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("seqjax-checkout"):
+    if not REPOSITORY:
+        raise ValueError("fill in REPOSITORY, the address of seqjax's git repository")
+    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "seqjax-checkout"], check=True)
+    install = [sys.executable, "-m", "pip", "install", "-q", "./seqjax-checkout[flax,experiments]"]
+    subprocess.run(install, check=True)
+    sys.path.insert(0, "seqjax-checkout")
+
+# %%
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+import seqjax
+
+TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # as the tests run it
+plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
+
+# %% [markdown]
+# ## One equation for all states
+#
+# Put all states into one unknown, h = (h_1, ..., h_T). The recurrence says that h_t - f(h_{t-1}, x_t) = 0 for every t. Newton's method starts from a guess g and replaces f by its tangent there:
+#
+# $$h_t = f(g_{t-1}, x_t) + J_t\,(h_{t-1} - g_{t-1}), \qquad J_t = \partial f / \partial h \text{ at } g_{t-1}$$
+#
+# That is a *linear* recurrence in h, so it is solved by a parallel scan; its solution is the next guess (DEER, arXiv 2309.12252). With an elementwise cell, h_t = tanh(w * h_{t-1} + x_t), the Jacobians are diagonal and `linear_scan` is all it takes:
+
+
+# %%
+def cell(w, h, x):
+    return jnp.tanh(w * h + x)
+
+
+def newton_step(w, guess, x):
+    """One Newton step for all t: guess and x [T, D]."""
+    before = jnp.pad(guess, ((1, 0), (0, 0)))[:-1]  # h_0 = 0
+    value = cell(w, before, x)
+    slope = (1 - value**2) * w  # the diagonal of J
+    h, _ = seqjax.linear_scan(slope[None], (value - slope * before)[None])
+    return h[0]
+
+
+def step_by_step(w, x):
+    """The recurrence as it is written."""
+
+    def step(h, x_t):
+        h = cell(w, h, x_t)
+        return h, h
+
+    return jax.lax.scan(step, jnp.zeros(x.shape[1]), x)[1]
+
+
+T, D = (32, 4) if TINY else (200, 8)
+x = jax.random.normal(jax.random.key(0), (T, D))
+
+
+def iterate(w, count):
+    """The iterates, from all zeros, and the truth."""
+    guesses = [jnp.zeros((T, D))]
+    for _ in range(count):
+        guesses.append(jax.jit(newton_step)(w, guesses[-1], x))
+    return np.array(guesses), np.array(step_by_step(w, x))
+
+
+ITERATIONS = 4 if TINY else 8
+figure, axes = plt.subplots(1, 2, figsize=(11, 3), layout="constrained", width_ratios=[3, 2])
+guesses, truth = iterate(0.9, ITERATIONS)
+for i, color in ((1, "0.75"), (2, "#9ecae1"), (3, "#3182bd")):
+    axes[0].plot(guesses[i, :80, 0], color=color, label=f"after {i}")
+axes[0].plot(truth[:80, 0], "k--", linewidth=1, label="truth")
+axes[0].set(title="one channel of the iterates, w = 0.9", xlabel="t", ylabel="h")
+axes[0].legend(frameon=False, ncols=4, fontsize=8, loc="lower right")
+axes[0].set_ylim(-1.6, 1.2)
+for w in (0.5, 0.9, 1.5):
+    guesses, truth = iterate(w, ITERATIONS)
+    axes[1].semilogy(np.abs(guesses - truth).max(axis=(1, 2)) + 1e-9, "o-", label=f"w = {w}")
+axes[1].set(title="largest error", xlabel="iteration")
+axes[1].legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# Once it is near, every step doubles the number of right digits, for all steps at once, until rounding ends it. How many iterations that takes is not a matter of T, but of how strongly the recurrence is felt: at w = 1.5 eight are not enough.
+#
+# ## How the truth spreads
+#
+# After i iterations at least the first i states are exact, whatever happens: the first one never depended on a guess, the second only on the first, and so on. So Newton always ends. Whether it is *faster than walking* is the question. Here is a recurrent matrix, h_t = tanh(h_{t-1} W + x_t), with W of random numbers at three scales:
+
+# %%
+SIZE, T = (4, 24) if TINY else (16, 256)
+elman = seqjax.cells.Elman(SIZE)
+direction = jax.random.normal(jax.random.key(1), (SIZE, SIZE)) / SIZE**0.5
+u = 0.5 * jax.random.normal(jax.random.key(2), (1, T, 1, SIZE))
+h0 = elman.initial_state(1)
+
+
+@jax.jit
+def dense_newton_step(weight, guess):
+    """One plain Newton step of the Elman cell, with the linear recurrence solved by a loop."""
+    before = jnp.concatenate([h0, guess[:-1]])
+
+    def of_step(h, x_t):
+        return elman({"W": weight}, h, x_t)
+
+    value = jax.vmap(of_step)(before, u[0])
+    slope = jax.vmap(jax.jacfwd(of_step))(before, u[0])
+
+    def solve(h, inputs):
+        value_t, slope_t, before_t = inputs
+        h = value_t + slope_t @ (h - before_t)
+        return h, h
+
+    return jax.lax.scan(solve, h0[0], (value, slope, before))[1]
+
+
+def truth_of(weight):
+    hs, _, _ = seqjax.nonlinear_scan(elman, {"W": weight}, u, h0, algorithm="sequential")
+    return np.asarray(hs[0])
+
+
+SCALES = (0.5, 1.0, 2.0)
+COUNT = 6 if TINY else 40
+figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained", sharey=True)
+for axis, scale in zip(axes, SCALES, strict=True):
+    weight, guess = scale * direction, jnp.zeros((T, SIZE))
+    truth, errors = truth_of(weight), []
+    for _ in range(COUNT):
+        guess = dense_newton_step(weight, guess)
+        errors.append(np.abs(np.asarray(guess) - truth).max(axis=1))
+    errors = np.log10(np.where(np.isfinite(errors), np.maximum(errors, 1e-7), 1e6))
+    image = axis.imshow(errors, aspect="auto", cmap="magma", vmin=-7, vmax=3, origin="lower")
+    axis.set(title=f"scale {scale}", xlabel="t")
+axes[0].set_ylabel("iteration")
+figure.colorbar(image, ax=axes, label="log10 of the error")
+plt.show()
+
+# %% [markdown]
+# Black is exact. At a small scale all of it turns black after a few iterations. At a large one the guess *explodes* (bright), and only the truth creeping in from the left, at its guaranteed pace or a little faster, puts things right: parallel in name only.
+#
+# ## Lyapunov exponents: what to expect beforehand
+#
+# What decides is whether neighbouring trajectories come together or part. The average rate, per step, is the largest Lyapunov exponent. Below zero an error made at one step has died out some steps later, so all parts of the sequence can be solved independently; above zero the system is chaotic and the end depends on every detail of the beginning. `seqjax.lyapunov` measures it along a trajectory, and `nonlinear_scan` reports how many iterations its solver took:
+
+# %%
+scales = np.array([0.5, 1.5]) if TINY else np.linspace(0.25, 3.0, 12)
+solve = jax.jit(lambda params: seqjax.nonlinear_scan(elman, params, u, h0, algorithm="newton"))
+exponents, iterations = [], []
+for scale in scales:
+    params = {"W": scale * direction}
+    _, _, info = solve(params)
+    truth = truth_of(params["W"])[None]
+    exponents.append(float(seqjax.lyapunov(elman, params, u, truth)[0]))
+    iterations.append(int(info.iterations[0]))
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
+axes[0].plot(scales, exponents, "o-")
+axes[0].axhline(0, color="k", linewidth=0.8)
+axes[0].set(xlabel="scale of W", ylabel="per step", title="largest Lyapunov exponent")
+axes[1].semilogy(exponents, iterations, "o", color="C3")
+axes[1].axhline(T, color="k", linestyle=":", label=f"T = {T}: walking would do")
+axes[1].axvline(0, color="k", linewidth=0.8)
+axes[1].set(xlabel="exponent", title="iterations of seqjax's solver")
+axes[1].legend(frameon=False, fontsize=8)
+plt.show()
+
+# %% [markdown]
+# ## What rescues it
+#
+# The library's solver does more than plain Newton, from cheap to dear:
+#
+# 1. *Projection*: an Elman state lies in [-1, 1]. Iterates that leave the box are put back, and sent through the cell once more. That ends the explosions.
+# 2. *Windows*: what has not converged over all of T after a few iterations goes on in windows of 64 steps, one after the other, each from an exact state. Errors cannot grow over more than a window.
+# 3. *Walking*: a window that does not converge either is finished step by step.
+#
+# It then checks the answer once more, and says what happened. Here they are one by one, at a scale at which plain Newton explodes:
+
+# %%
+Newton = seqjax.Newton
+limit = 8 if TINY else 64
+solvers = {
+    "plain": Newton(projection=False, whole_iterations=limit, window=T, max_iterations=1),
+    "projection": Newton(whole_iterations=limit, window=T, max_iterations=1),
+    "projection, windows of 64": Newton(window=64),
+    "projection, windows of 16": Newton(window=16),
+}
+params = {"W": (1.5 if TINY else 1.75) * direction}
+truth = truth_of(params["W"])
+names, counts, colors, notes = [], [], [], []
+for name, solver in solvers.items():
+    hs, _, info = seqjax.nonlinear_scan(
+        elman, params, u, h0, algorithm="newton", solver=solver, on_failure="sequential"
+    )
+    walked = int(info.sequential_steps[0])
+    names.append(name)
+    counts.append((int(info.iterations[0]), walked))
+    notes.append(f"error {np.abs(np.asarray(hs[0]) - truth).max():.0e}")
+counts = np.array(counts)
+figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
+axis.barh(names, counts[:, 0], color="C0", label="iterations, each over all of T or a window")
+bars = axis.barh(names, counts[:, 1], left=counts[:, 0], color="C3", label="steps walked")
+axis.bar_label(bars, notes, padding=4, fontsize=8)
+axis.invert_yaxis()
+axis.set_xlim(0, counts.sum(axis=1).max() * 1.25)
+axis.legend(frameon=False, fontsize=8)
+axis.set_title("whatever it takes, the answer is the same")
+plt.show()
+
+# %% [markdown]
+# ## Chaos
+#
+# Above zero there is no trajectory to find, not even by walking: two ways of rounding part ways exponentially. Newton finds one, a walk finds another, and both satisfy every single step to rounding.
+
+# %%
+params = {"W": 3.0 * direction}
+found, _, info = seqjax.nonlinear_scan(elman, params, u, h0, algorithm="newton")
+walked = truth_of(params["W"])
+again, _, _ = seqjax.nonlinear_scan(
+    elman, params, u, h0 + 1e-7, algorithm="sequential"
+)  # a walk that starts a hair's breadth away
+exponent = float(seqjax.lyapunov(elman, params, u, walked[None])[0])
+figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
+axis.semilogy(np.abs(np.asarray(found[0]) - walked).max(axis=1) + 1e-9, label="Newton to the walk")
+axis.semilogy(
+    np.abs(np.asarray(again[0]) - walked).max(axis=1), label="the walk to one from 1e-7 away"
+)
+t = np.arange(T)
+axis.semilogy(t, np.minimum(1e-7 * np.exp(exponent * t), 2), "k:", label="1e-7 exp(exponent t)")
+axis.set(
+    xlabel="t",
+    ylabel="distance",
+    title=f"exponent {exponent:.2f} per step; residual of Newton's {float(info.residual[0]):.0e}",
+)
+axis.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## Gradients
+#
+# However the states were found, the derivative is that of the recurrence itself: one linear recurrence backwards, with the exact Jacobians at the solution.
+
+# %%
+params = {"W": 0.9 * direction}
+
+
+def loss(params, algorithm):
+    hs, _, _ = seqjax.nonlinear_scan(elman, params, u, h0, algorithm=algorithm)
+    return jnp.mean(hs**2)
+
+
+by_newton = jax.grad(loss)(params, "newton")["W"]
+by_walking = jax.grad(loss)(params, "sequential")["W"]
+print("largest difference of the gradients:", float(jnp.abs(by_newton - by_walking).max()))
+print("largest gradient:", float(jnp.abs(by_walking).max()))
+
+# %% [markdown]
+# ## When is it worth it?
+#
+# On a CPU never: walking is what CPUs are good at, and `algorithm=None` walks there. On a device that needs thousands of numbers to work on at a time, a few iterations over all of T can beat T small steps, if the exponent is well below zero. Measure it: `info.iterations` tells what the solver did, `python -m experiments.bench newton` how long it took.
+#
+# Next: from a notebook to a pod.

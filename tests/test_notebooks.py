@@ -1,0 +1,81 @@
+"""The notebooks: both forms of each agree, and each runs from top to bottom at a small size."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jupytext
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "notebooks").glob("*.py"))
+
+
+def cells(path):
+    return [(cell.cell_type, cell.source) for cell in jupytext.read(path).cells]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_both_forms_agree(source):
+    """If not: jupytext --to ipynb --update notebooks/*.py."""
+    assert cells(source) == cells(source.with_suffix(".ipynb"))
+    for cell in jupytext.read(source.with_suffix(".ipynb")).cells:
+        assert not cell.get("outputs")
+        assert not cell.get("execution_count")
+
+
+def test_every_notebook_has_a_source():
+    assert [
+        path.with_suffix(".py") for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    ] == SOURCES
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_installs_in_colab_and_nowhere_else(source, monkeypatch, tmp_path):
+    """The first code cell, which is the same in all."""
+    install = next(source for kind, source in cells(source) if kind == "code")
+    assert install == next(text for kind, text in cells(SOURCES[0]) if kind == "code")
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    exec(install, {})
+    assert commands == []
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    with pytest.raises(ValueError, match="fill in REPOSITORY"):
+        exec(install, {})
+    exec(install.replace('REPOSITORY = ""', 'REPOSITORY = "address"'), {})
+    clone, pip = commands
+    assert clone[:2] == ["git", "clone"]
+    assert "address" in clone
+    assert pip[:4] == [sys.executable, "-m", "pip", "install"]
+    assert sys.path[0] == clone[-1]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem[0] != "1"))
+        for path in SOURCES
+    ],
+)
+def test_runs(source, tmp_path):
+    """In a process of its own, as notebooks do."""
+    environment = dict(
+        os.environ,
+        SEQJAX_NOTEBOOK="tiny",
+        MPLBACKEND="Agg",
+        PYTHONPATH=str(ROOT),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+    done = subprocess.run(
+        [sys.executable, str(source)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
