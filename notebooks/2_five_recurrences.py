@@ -146,7 +146,7 @@ axis.annotate(
     fontsize=8,
 )
 axis.set(title="accuracy on questions", xlabel="step", ylim=(0, 1.02))
-axis.legend(frameon=False, loc="center right")
+axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]

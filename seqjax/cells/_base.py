@@ -20,6 +20,25 @@ class Cell(abc.ABC):
     recurrent part, B x_t + b in the papers: a layer makes them for all t in one product, so that a
     cell holds the recurrent parameters only.
 
+    Example:
+      >>> import dataclasses
+      >>> import jax.numpy as jnp, seqjax
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Leaky(seqjax.cells.Cell):
+      ...     dim: int
+      ...     gates = 1
+      ...     structure = "diagonal"
+      ...     recurrent = {"w": "vector"}
+      ...
+      ...     def __call__(self, params, h, u):
+      ...         return 0.9 * h + 0.1 * jnp.tanh(params["w"] * h + u[0])
+      >>> cell, params = Leaky(dim=4), {"w": jnp.ones(4)}
+      >>> hs, _, _ = seqjax.nonlinear_scan(
+      ...     cell, params, jnp.ones((2, 5, 1, 4)), cell.initial_state(2)
+      ... )
+      >>> hs.shape
+      (2, 5, 4)
+
     Attributes:
       dim: channels D.
       gates: pre-activations per channel.

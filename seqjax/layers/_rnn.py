@@ -38,6 +38,19 @@ class RNN(Layer):
     Parameters: in_proj [dim, gates * N], bias [gates * N], the cell's own by name (vectors [N],
     matrices [N, N]), out_proj [N, dim]. State: the cell's, [B, N] or [B, N, k].
 
+    Example:
+      >>> import dataclasses
+      >>> import jax, jax.numpy as jnp, seqjax
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class MyGRU(seqjax.layers.RNN):
+      ...     @property
+      ...     def cell(self):
+      ...         return seqjax.cells.GRU(self.state_dim)
+      >>> layer = MyGRU(dim=4)
+      >>> y, state = layer.apply(layer.init(jax.random.key(0)), jnp.ones((2, 5, 4)))
+      >>> y.shape, state.shape
+      ((2, 5, 4), (2, 4))
+
     Attributes:
       dim: features of input and output.
       state_dim: channels of the cell N; None takes dim.
