@@ -68,7 +68,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "mixers": MIXERS[layer],
             "depth": 2,
             "dim": 128,
-            "mlp_ratio": 2,
+            "mlp_ratio": 2.0,
             "dtype": "float32",
             "remat": False,
             "scan": False,
