@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class _Computation:
     elements: dict[str, int] = dataclasses.field(default_factory=dict)
     added: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     compared: tuple[str, ...] = ()
+    done: bool = False
 
 
 def read(text: str) -> Traffic:
@@ -63,11 +65,15 @@ def read(text: str) -> Traffic:
         """Adds what a computation does; returns whether there is a collective in it."""
         nonlocal unknown
         found = False
-        for kind, size in computations[name].collectives:
+        here = computations[name]
+        # A TPU sends while it computes: the same collective stands where it starts, in every
+        # piece of work it goes on beside, and where it ends.
+        elsewhere = here.done or name.startswith("async_collective_fusion")
+        for kind, size in () if elsewhere else here.collectives:
             counts[kind] += times
             sent[kind] += times * size
             found = True
-        for callee, how_often in computations[name].called:
+        for callee, how_often in here.called:
             turns = (
                 how_often
                 if isinstance(how_often, int)
@@ -97,6 +103,8 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
         elif " = " in line:
             name, instruction = line.split(" = ", 1)
             name = name.strip()
+            if 'custom_call_target="AsyncCollectiveDone"' in instruction:
+                current.done = True
             _arithmetic(name.removeprefix("ROOT "), instruction, current, name.startswith("ROOT "))
             _instruction(instruction, devices, current)
     return found, entry
@@ -191,6 +199,11 @@ def _group(rest: str, devices: int) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if iota:
         return int(iota[2])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if named:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     return len(listed[1].split(",")) if listed else devices
 
