@@ -12,8 +12,8 @@ Example:
   >>> mesh = sharding.make_mesh("fsdp=1,sequence=1", devices=jax.devices()[:1])
   >>> plan = sharding.shard(model, mesh, batch_shape=(4, 32))
   >>> params = jax.jit(model.init, out_shardings=plan.params)(jax.random.key(0))
-  >>> plan.params["embedding"].spec, plan.batch.spec
-  (PartitionSpec('tensor', 'fsdp'), PartitionSpec(('data', 'fsdp'), 'sequence'))
+  >>> tuple(plan.params["embedding"].spec), tuple(plan.batch.spec)
+  (('tensor', 'fsdp'), (('data', 'fsdp'), 'sequence'))
 """
 
 import dataclasses

@@ -88,6 +88,7 @@ def numbers(workdir):
     return [row[name] for row in logs.read_rows(workdir) for name in names if name in row]
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one(text, tmp_path, monkeypatch):
     """Stopped by SIGTERM on a mesh, it goes on on one device as one never stopped or split."""
     settings = {"steps": 10, "data": {"streams": 2}}
