@@ -75,7 +75,7 @@ def sent(layer: layers.Layer, count: int, steps: int = STEPS) -> int:
     reset = jax.ShapeDtypeStruct(x.shape[:2], jnp.bool_)
     params = jax.eval_shape(layer.init, jax.random.key(0))
     compiled = jax.jit(jax.grad(loss)).lower(x, params, reset).compile()
-    return collectives.read(compiled.as_text()).total
+    return collectives.read(str(compiled.as_text())).total
 
 
 def draw(curves: dict[str, list[float]], path: str) -> None:
