@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -41,7 +42,13 @@ class Traffic:
 @dataclasses.dataclass
 class _Computation:
     collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-    called: list[tuple[str, int | None]] = dataclasses.field(default_factory=list)
+    # Name and turns; a loop whose turns are not stated has the name of its condition instead.
+    called: list[tuple[str, int | str]] = dataclasses.field(default_factory=list)
+    constants: dict[str, int] = dataclasses.field(default_factory=dict)
+    elements: dict[str, int] = dataclasses.field(default_factory=dict)
+    added: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    compared: tuple[str, ...] = ()
+    done: bool = False
 
 
 def read(text: str) -> Traffic:
@@ -58,11 +65,20 @@ def read(text: str) -> Traffic:
         """Adds what a computation does; returns whether there is a collective in it."""
         nonlocal unknown
         found = False
-        for kind, size in computations[name].collectives:
+        here = computations[name]
+        # A TPU sends while it computes: the same collective stands where it starts, in every
+        # piece of work it goes on beside, and where it ends.
+        elsewhere = here.done or name.startswith("async_collective_fusion")
+        for kind, size in () if elsewhere else here.collectives:
             counts[kind] += times
             sent[kind] += times * size
             found = True
-        for callee, turns in computations[name].called:
+        for callee, how_often in here.called:
+            turns = (
+                how_often
+                if isinstance(how_often, int)
+                else _turns(computations[how_often], computations[callee])
+            )
             inside = visit(callee, times * (1 if turns is None else turns))
             unknown += inside and turns is None
             found = found or inside
@@ -85,8 +101,45 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
             current = found.setdefault(header[2], _Computation())
             entry = header[2] if header[1] else entry
         elif " = " in line:
-            _instruction(line.split(" = ", 1)[1], devices, current)
+            name, instruction = line.split(" = ", 1)
+            name = name.strip()
+            if 'custom_call_target="AsyncCollectiveDone"' in instruction:
+                current.done = True
+            _arithmetic(name.removeprefix("ROOT "), instruction, current, name.startswith("ROOT "))
+            _instruction(instruction, devices, current)
     return found, entry
+
+
+def _arithmetic(name: str, line: str, into: _Computation, is_root: bool) -> None:
+    """Notes what a loop's number of turns follows from."""
+    shape, rest = _split_shape(line)
+    if not re.match(r"(pred|[su]32)\[\]", shape):
+        return
+    opcode, _, inside = rest.partition("(")
+    if opcode == "constant" and (number := re.match(r"-?\d+", inside)):
+        into.constants[name] = int(number[0])
+    elif opcode == "get-tuple-element" and (place := re.search(r"index=(\d+)", rest)):
+        into.elements[name] = int(place[1])
+    operands = tuple(re.findall(r"%[^\s,)]+", inside.partition(")")[0]))
+    if opcode == "add" and len(operands) == 2:
+        into.added.append((operands[0], operands[1]))
+    if is_root and (opcode == "fusion" or (opcode == "compare" and "direction=LT" in rest)):
+        into.compared = operands
+
+
+def _turns(condition: _Computation, body: _Computation) -> int | None:
+    """The turns of a loop that counts from 0 to a constant; None for any other."""
+    bounds = [condition.constants[n] for n in condition.compared if n in condition.constants]
+    counters = [condition.elements[n] for n in condition.compared if n in condition.elements]
+    if len(bounds) != 1 or len(counters) != 1 or len(condition.compared) != 2:
+        return None
+    steps = {
+        body.constants[by]
+        for pair in body.added
+        for counter, by in (pair, pair[::-1])
+        if body.elements.get(counter) == counters[0] and by in body.constants
+    }
+    return -(-bounds[0] // max(steps, default=1))
 
 
 def _instruction(line: str, devices: int, into: _Computation) -> None:
@@ -100,10 +153,11 @@ def _instruction(line: str, devices: int, into: _Computation) -> None:
             return
     if opcode.endswith(("-done", "-update")):
         return  # Its work was counted where it started.
-    turns: int | None = 1
+    turns: int | str = 1
     if opcode == "while":
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-        turns = int(known[1]) if known else None
+        condition = re.search(r"\bcondition=%?([^\s,)}]+)", rest)
+        turns = int(known[1]) if known else condition[1] if condition else 1
     for called in _CALLED.finditer(rest):
         names = [called[1]] if called[1] else called[2].split(",")
         into.called += [(name.strip().lstrip("%"), turns) for name in names]
@@ -145,6 +199,11 @@ def _group(rest: str, devices: int) -> int:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if iota:
         return int(iota[2])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if named:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     return len(listed[1].split(",")) if listed else devices
 

@@ -54,6 +54,16 @@ def twenty_losses(config, mesh):
     return np.array(found)
 
 
+def assert_same_run(actual, expected):
+    """Losses to float32's accuracy: sums in another order, carried through 20 steps.
+
+    Gradient norms less closely: Adam scales every gradient to one size, so parameters whose
+    gradient is all rounding go their own ways, and the norm sees them before the loss does.
+    """
+    np.testing.assert_allclose(actual[:, 0], expected[:, 0], rtol=2e-5)
+    np.testing.assert_allclose(actual[:, 1], expected[:, 1], rtol=5e-4)
+
+
 @pytest.mark.parametrize(
     "layer", [pytest.param(m, marks=[] if m == "lru" else pytest.mark.slow) for m in common.MIXERS]
 )
@@ -61,8 +71,7 @@ def test_a_mesh_gives_the_losses_of_one_device(layer, text):
     config = quick(layer, text)
     one = twenty_losses(config, "")
     mesh = "fsdp=2,tensor=2,sequence=2" if layer == "deltanet" else "data=2,fsdp=2,sequence=2"
-    # Rounding of float32 sums in another order, carried through 20 steps.
-    np.testing.assert_allclose(twenty_losses(config, mesh), one, rtol=2e-5)
+    assert_same_run(twenty_losses(config, mesh), one)
 
 
 @pytest.mark.slow
@@ -70,7 +79,7 @@ def test_stacked_blocks_on_a_mesh(text):
     config = quick("hybrid", text)
     config.model.update(depth=4, scan=True, remat=True)
     one = twenty_losses(config, "")
-    np.testing.assert_allclose(twenty_losses(config, "fsdp=4,sequence=2"), one, rtol=2e-5)
+    assert_same_run(twenty_losses(config, "fsdp=4,sequence=2"), one)
 
 
 def numbers(workdir):
@@ -79,6 +88,7 @@ def numbers(workdir):
     return [row[name] for row in logs.read_rows(workdir) for name in names if name in row]
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one(text, tmp_path, monkeypatch):
     """Stopped by SIGTERM on a mesh, it goes on on one device as one never stopped or split."""
     settings = {"steps": 10, "data": {"streams": 2}}

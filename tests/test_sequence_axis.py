@@ -92,6 +92,7 @@ def test_one_position_per_device(x64):
     assert_close(numbers(got), numbers(layer.apply(params, x[1], state, reset)), 1e-12)
 
 
+@pytest.mark.slow
 def test_language_model(x64):
     backbone = Backbone([LRU(4), SlidingWindowAttention(4, 2, 4)], remat=True)
     model = LanguageModel(7, backbone, dtype="float64")
@@ -108,7 +109,9 @@ def test_language_model(x64):
     assert_close(gradient(sharded, params), gradient(model.apply, params), 1e-10)
 
 
-@pytest.mark.parametrize(("pool", "bidirectional"), [("mean", True), ("last", False)])
+@pytest.mark.parametrize(
+    ("pool", "bidirectional"), [("mean", True), pytest.param("last", False, marks=pytest.mark.slow)]
+)
 def test_classifier(pool, bidirectional, x64):
     """Masks that begin and end anywhere, resets, and a pool that is carried on."""
     mixer = S5(4, state_dim=4, bidirectional=bidirectional)

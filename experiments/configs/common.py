@@ -99,7 +99,7 @@ def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict
             "mixers": MIXERS[layer],
             "depth": depth,
             "dim": dim,
-            "mlp_ratio": 2,
+            "mlp_ratio": 2.0,
             "dtype": "float32",
             "remat": False,
             "scan": False,

@@ -8,11 +8,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-__all__ = ["Primitive", "Target", "Zero", "ad", "batching", "make_primitive", "match_varying"]
+__all__ = [
+    "Primitive",
+    "Target",
+    "Zero",
+    "ad",
+    "batching",
+    "make_primitive",
+    "match_varying",
+    "parts",
+]
 
 Zero: Any = ad.Zero
 
@@ -29,12 +39,23 @@ def match_varying(*arrays: Any) -> tuple[Any, ...]:
             axes |= jax.typeof(array).mat.varying
     if not axes:
         return arrays
-    return tuple(
-        None
-        if a is None
-        else lax.pcast(a, tuple(sorted(axes - jax.typeof(a).mat.varying)), to="varying")
-        for a in arrays
-    )
+
+    def cast(array: Any) -> Any:
+        if array is None:
+            return None
+        missing = tuple(sorted(axes - jax.typeof(array).mat.varying))
+        if missing and jnp.iscomplexobj(array):
+            # The transpose is a sum over devices, which TPUs cannot take of complex numbers where
+            # other axes are the partitioner's.
+            return lax.complex(*(lax.pcast(p, missing, to="varying") for p in parts(array)))
+        return lax.pcast(array, missing, to="varying")
+
+    return tuple(map(cast, arrays))
+
+
+def parts(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The real and the imaginary part."""
+    return lax.real(array), lax.imag(array)
 
 
 class Target(NamedTuple):

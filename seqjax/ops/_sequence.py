@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqjax.ops import _compat
+
 T = TypeVar("T")
 
 
@@ -119,9 +121,13 @@ def whole_part(values: jax.Array, reset: jax.Array | None) -> jax.Array:
 def from_last(state: T, axis_name: str, reverse: bool = False) -> T:
     """The value on the device where time ends, on every device."""
     size, place = _place(axis_name, reverse)
-    return jax.tree.map(
-        lambda s: lax.psum(jnp.where(place == size - 1, s, jnp.zeros_like(s)), axis_name), state
-    )
+
+    def share(s: jax.Array) -> jax.Array:
+        if jnp.iscomplexobj(s):  # see `_compat.match_varying`
+            return lax.complex(*map(share, _compat.parts(s)))
+        return lax.psum(jnp.where(place == size - 1, s, jnp.zeros_like(s)), axis_name)
+
+    return jax.tree.map(share, state)
 
 
 def previous(

@@ -1,0 +1,25 @@
+"""A Mamba of 1.3 billion parameters, for a TPU pod.
+
+    python -m experiments.train --config=experiments/configs/pod_mamba_1b.py:8k --distributed
+
+Hardware: a TPU slice; experiments/README.md has what `experiments.plan` says of v5e:16x16,
+v5p:4x4x4 and v6e:16x16. `:131k` splits windows of 131,072 bytes over 8 chips each. Never trained
+by us: the recipe is shown to compile and to fit, not to reach a result.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from experiments.configs import pods
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """Builds the configuration; `arg` is 8k or 131k."""
+    return pods.recipe(
+        "mamba-1.3b",
+        "mamba",
+        arg,
+        {"dim": 2048, "depth": 48, "mlp_ratio": 0.0},
+        {"state_dim": 16},
+    )

@@ -1,0 +1,325 @@
+"""What a training step would take on a TPU slice that is not there: memory, traffic, time.
+
+    python -m experiments.plan --config=experiments/configs/pod_deltanet_1b.py --topology=v5e:16x16
+
+Compiles the real training step ahead of time with the real TPU compiler; needs the `aot` extra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from experiments import build, cli, collectives, flops, optimizer, training
+from experiments.errors import UserError, nearest
+from seqjax import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a chip can do; the numbers are those of the Scaling Book's chapter on TPUs.
+
+    Attributes:
+      hbm: bytes of memory.
+      bandwidth: bytes of it per second.
+      flops: bfloat16 operations per second.
+      link: bytes per second to the neighbours along one axis of the torus, both ways together.
+    """
+
+    hbm: float
+    bandwidth: float
+    flops: float
+    link: float
+
+
+CHIPS = {
+    "v5e": Chip(16 * 2**30, 8.2e11, 1.97e14, 9e10),
+    "v5p": Chip(95 * 2**30, 2.8e12, 4.59e14, 1.8e11),
+    "v6e": Chip(32 * 2**30, 1.6e12, 9.2e14, 1.8e11),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the compiler says about one training step, per chip.
+
+    Attributes:
+      chips: number of chips.
+      mesh: sizes of its axes.
+      parameters: of the model.
+      tokens: of a step, on all chips.
+      model_flops: of a step, on all chips.
+      hbm: bytes of memory; None where it does not fit and the compiler did not say.
+      limit: bytes there are.
+      fits: whether it compiled.
+      state_bytes: bytes of parameters, optimizer state and batch.
+      temporary_bytes: bytes of everything between.
+      traffic: the collectives; None where it does not fit.
+      seconds: the compiler took.
+      remat: whether blocks are computed twice.
+    """
+
+    chips: int
+    mesh: dict[str, int]
+    parameters: int
+    tokens: int
+    model_flops: int
+    hbm: float | None
+    limit: float
+    fits: bool
+    state_bytes: int
+    temporary_bytes: int
+    traffic: collectives.Traffic | None
+    seconds: float
+    remat: bool
+    chip: Chip
+
+    def times(self) -> dict[str, float]:
+        """Seconds at the chip's peak: of arithmetic, of memory, and of links, each by itself.
+
+        Arithmetic is the model's, a third more where blocks are computed twice. Memory is the
+        state read and written and the temporaries written and read once each. Links are one axis
+        of the torus. The first two run at the same time, nothing is assumed of the third.
+        """
+        again = 4 / 3 if self.remat else 1
+        sent = self.traffic.total if self.traffic else 0
+        return {
+            "compute": again * self.model_flops / self.chips / self.chip.flops,
+            "memory": 2 * (self.state_bytes + self.temporary_bytes) / self.chip.bandwidth,
+            "links": sent / self.chip.link,
+        }
+
+    def step_seconds(self) -> float:
+        """A step at best, nothing sent while computing."""
+        times = self.times()
+        return max(times["compute"], times["memory"]) + times["links"]
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the flags of this script."""
+    cli.define_config(values, argv)
+    flags.DEFINE_string(
+        "topology", "v5e:16x16", "TPU slice, such as v5p:4x4x4.", flag_values=values
+    )
+    flags.DEFINE_string("mesh", "", "Mesh; empty: the configuration's.", flag_values=values)
+    flags.DEFINE_boolean("row", False, "Print a row of the recipes' table.", flag_values=values)
+
+
+def main(values: Any) -> int:
+    """Plans the configuration given by flags; exit code 1 if it does not fit."""
+    config = cli.require_config(values)
+    plan = make_plan(config, values.topology, values.mesh or config.mesh)
+    print(row(config, values.topology, plan) if values.row else report(config, plan), flush=True)
+    return 0 if plan.fits else 1
+
+
+def topology_devices(topology: str) -> tuple[Chip, list[Any]]:
+    """The chips of a slice that is not there."""
+    name = topology.split(":")[0]
+    if name not in CHIPS:
+        raise UserError(f"--topology={topology}: unknown chip {name!r}: {nearest(name, CHIPS)}")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for a TPU needs libtpu: pip install 'seqjax[aot]'")
+    # Else libtpu asks a metadata server that only Google's machines have, and waits.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    try:
+        return CHIPS[name], list(topologies.get_topology_desc(topology, platform="tpu").devices)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--topology={topology}: {str(error).splitlines()[0]}; write v5e:16x16 or v5p:4x4x4"
+        ) from error
+
+
+def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
+    """Compiles the training step of a configuration for a topology."""
+    chip, chips = topology_devices(topology)
+    model = build.build_model(config.model)
+    transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())
+    schedule = optimizer.make_schedule(config.optimizer, config.steps)
+
+    def init(key: jax.Array) -> Any:
+        params = model.init(key)
+        return {"params": params, "optimizer": transform.init(params)}
+
+    state = jax.eval_shape(init, jax.random.key(0))
+    shape = (config.data.batch_size, config.data.length)
+    try:
+        mesh = sharding.make_mesh(mesh_text, devices=chips)
+        where = sharding.shard(model, mesh, batch_shape=shape, optimizer_state=state["optimizer"])
+    except ValueError as error:
+        raise UserError(f"the mesh {mesh_text!r} on {topology}: {error}") from error
+
+    def placed(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    state = jax.tree.map(placed, state, {"params": where.params, "optimizer": where.optimizer})
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where.batch)
+        for name, dtype in (
+            ("inputs", jnp.uint8),
+            ("targets", jnp.uint8),
+            ("segment_ids", jnp.int32),
+        )
+    }
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=where.replicated)
+    step: Any = training.make_train_step(model, transform, schedule, where)
+    began = time.perf_counter()
+    lowered = step.lower(state, batch, index)
+    known = {
+        "chips": len(chips),
+        "mesh": dict(mesh.shape),
+        "parameters": flops.count_params(model),
+        "tokens": shape[0] * shape[1],
+        "model_flops": flops.train_flops(model, *shape),
+        "limit": chip.hbm,
+        "remat": config.model.remat,
+        "chip": chip,
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "hbm" not in str(error).lower():
+            raise
+        held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((state, batch)))
+        used = _used(str(error))
+        return Plan(
+            **known,
+            hbm=used,
+            fits=False,
+            state_bytes=held,
+            temporary_bytes=int(used - held) if used else 0,
+            traffic=None,
+            seconds=time.perf_counter() - began,
+        )
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes
+    hbm = (
+        held
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    return Plan(
+        **known,
+        hbm=hbm,
+        fits=hbm <= chip.hbm,
+        state_bytes=held,
+        temporary_bytes=memory.temp_size_in_bytes,
+        traffic=collectives.read(compiled.as_text()),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    assert leaf.sharding is not None
+    size = leaf.dtype.itemsize
+    for length in leaf.sharding.shard_shape(leaf.shape):
+        size *= length
+    return size
+
+
+def _used(message: str) -> float | None:
+    """The bytes that a compiler that ran out of memory would have needed."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    if found is None:
+        return None
+    return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+
+
+def what_would_fit(config: ConfigDict, plan: Plan) -> str:
+    """What to change first where a plan does not fit."""
+    used = plan.hbm or 2 * plan.limit
+    room = plan.limit - plan.state_bytes
+    if room <= 0:
+        return "parameters and optimizer state alone do not fit: give the axis fsdp more chips"
+    if not config.model.remat:
+        return "--config.model.remat=True computes blocks again instead of keeping their insides"
+    # Temporaries grow with the positions on a chip.
+    times = -(-(used - plan.state_bytes) // room)
+    over = plan.mesh["data"] * plan.mesh["fsdp"]
+    if config.data.batch_size >= times * over:
+        smaller = int(config.data.batch_size // times // over * over)
+        return f"--config.data.batch_size={smaller} has as many sequences on each chip as fit"
+    return f"the axis sequence {int(times)} times as large, and fsdp as much smaller"
+
+
+def _gigabytes(size: float | None) -> str:
+    return "more than there is" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def report(config: ConfigDict, plan: Plan) -> str:
+    """The plan for people."""
+    axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1)
+    lines = [
+        f"{config.name}: {plan.parameters / 1e9:.2f} billion parameters, "
+        f"{config.data.batch_size} x {config.data.length} tokens a step, {plan.chips} chips, "
+        f"{axes}; compiled in {plan.seconds:.0f} s",
+        f"memory per chip: {_gigabytes(plan.hbm)} of {_gigabytes(plan.limit)} "
+        f"({_gigabytes(plan.state_bytes)} parameters, optimizer state and batch)",
+    ]
+    if not plan.fits:
+        return "\n".join([*lines, f"DOES NOT FIT: {what_would_fit(config, plan)}"])
+    assert plan.traffic is not None
+    for kind in sorted(plan.traffic.sent):
+        lines.append(
+            f"  {kind}: {plan.traffic.counts[kind]} times, "
+            f"{plan.traffic.sent[kind] / 2**20:.1f} MiB sent per chip"
+        )
+    if plan.traffic.unknown_loops:
+        lines.append(
+            f"  {plan.traffic.unknown_loops} loops with collectives run as often as the data ask "
+            "for and are counted once"
+        )
+    times, step = plan.times(), plan.step_seconds()
+    rate = plan.tokens / step / plan.chips
+    lines += [
+        f"model FLOPs per step: {plan.model_flops:.3e}, "
+        f"{plan.model_flops / plan.tokens / 1e9:.2f} billion per token",
+        "at the chip's peak: "
+        + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in times.items()),
+        f"a step takes at least {1e3 * step:.1f} ms, {100 * times['links'] / step:.0f} % of it "
+        f"communication if none is hidden: {rate:,.0f} tokens per second and chip",
+        "FITS",
+    ]
+    return "\n".join(lines)
+
+
+HEADER = (
+    "| recipe | topology | mesh | tokens a step | HBM per chip | sent per chip and step "
+    "| tokens/s per chip, at most |\n|---|---|---|---|---|---|---|"
+)
+
+
+def row(config: ConfigDict, topology: str, plan: Plan) -> str:
+    """The plan as a row under HEADER."""
+    axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1)
+    fits = plan.traffic is not None and plan.fits
+    cells = [
+        config.name,
+        topology,
+        axes,
+        f"{config.data.batch_size} x {config.data.length}",
+        f"{_gigabytes(plan.hbm)} of {plan.limit / 2**30:.0f}" + ("" if fits else ": does not fit"),
+        f"{plan.traffic.total / 2**20:,.0f} MiB" if plan.traffic else "",
+        f"{plan.tokens / plan.step_seconds() / plan.chips:,.0f}" if fits else "",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define_flags, main))
