@@ -70,6 +70,34 @@ def _selective(B: int, D: int, N: int) -> Callable[[int, str], Shapes]:
     return shapes
 
 
+def _matrix(op: str, decay: str | None) -> Callable[[int, str], Shapes]:
+    """One sequence, 8 heads of 128 keys and values; gates in float32."""
+    B, H, K = 1, 8, 128
+
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = jax.ShapeDtypeStruct((B, T, H, K), jnp.dtype(dtype))
+        gate = jax.ShapeDtypeStruct((B, T, H), jnp.dtype("float32"))
+        made = {"q": array, "k": array, "v": array}
+        if op == "delta_rule":
+            made["beta"] = gate
+        if decay is not None:
+            made["log_decay"] = gate if decay == "per head" else array.update(dtype=gate.dtype)
+        return made
+
+    return shapes
+
+
+def _matrix_rows() -> dict[str, Row]:
+    made = {}
+    for op in ("linear_attention", "delta_rule"):
+        for decay in (None, "per head", "per channel"):
+            name = f"{op}, {'no decay' if decay is None else 'decay ' + decay}"
+            made[name] = Row(op, _matrix(op, decay), 4096)
+            if decay is not None:
+                made[name + ", backward"] = Row(op, _matrix(op, decay), 4096, backward=True)
+    return made
+
+
 ROWS = {
     "linear_scan, B=8, T=4096, D=2560": Row("linear_scan", _linear(8, 2560), 4096),
     "linear_scan backward": Row("linear_scan", _linear(8, 2560), 4096, backward=True),
@@ -79,6 +107,7 @@ ROWS = {
         "selective_scan", _selective(8, 2048, 16), 4096
     ),
     "selective_scan backward": Row("selective_scan", _selective(8, 2048, 16), 4096, True),
+    **_matrix_rows(),  # B=1, T=4096, H=8, K=V=128
 }
 
 

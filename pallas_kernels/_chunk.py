@@ -27,7 +27,7 @@ NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # a b, a b^T, a^T b
 
 
 def chunk_steps(
-    q: jax.Array, k: jax.Array, v: jax.Array, beta: Any, log_decay: Any, wanted: int | None
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: Any, log_decay: Any, *, wanted: int | None
 ) -> int:
     """Steps in a chunk: a power of two, and whole tiles of the narrowest of the arrays.
 

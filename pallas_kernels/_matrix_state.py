@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._chunk import Numerics, chunk_steps
 from pallas_kernels._compat import array_like, pl, pltpu
+from pallas_kernels._heads import flat_scratch
 from pallas_kernels._matrix_kernel import Core, Plan, backward_kernel, forward_kernel
 
 GROUP = 8  # heads in a block, the sublanes of a tile
@@ -27,7 +28,7 @@ def _plan(core: Core, arrays: dict[str, Any], scale: float, chunk_size: int | No
     return Plan(
         core=core,
         num=Numerics(jnp.dtype(jnp.float64 if wide else jnp.float32), narrow),
-        chunk=chunk_steps(q, k, v, arrays["beta"], g, chunk_size),
+        chunk=chunk_steps(q, k, v, arrays["beta"], g, wanted=chunk_size),
         heads=block,
         groups=-(-heads // block),
         length=length,
@@ -92,6 +93,10 @@ def _call(
         scratch["g_s"] = ((H, C, K), num.dtype)
         if p.reset:
             scratch["cut_s"] = ((C, 1), num.dtype)
+    flat = flat_scratch(C, H, [K, V])
+    if flat is not None:
+        scratch["flat_s"] = (flat, jnp.uint32)
+    p = p._replace(flat=flat is not None)
     batch = inputs["q"][1].shape[0]
     return pl.pallas_call(
         functools.partial(kernel, p, [*inputs, *outputs, *scratch]),
