@@ -5,6 +5,7 @@
     python -m experiments.bench ops        # the chunked forms
     python -m experiments.bench choice     # what algorithm=None picks
     python -m experiments.bench newton     # nonlinear RNNs: Newton against step by step
+    python -m experiments.bench tpu        # kernels on TPUs that are not there; only if named
 
 Every row is one shape; every candidate is timed once per round, in turn, and what is printed is
 the median over the rounds of its time divided by the reference's time in the same round. Lone
@@ -24,7 +25,7 @@ from absl import app, flags
 from jax import lax
 
 import seqjax
-from experiments import bench_cases, bench_newton
+from experiments import bench_cases, bench_newton, bench_tpu
 from experiments.bench_tools import Candidates, Table, ratios
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -139,12 +140,13 @@ SUITES = {
     "ops": bench_ops,
     "choice": bench_choice,
     "newton": bench_newton.bench_newton,
+    "tpu": bench_tpu.bench_tpu,
 }
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the suites named on the command line, all if none is."""
-    names = list(argv[1:]) or list(SUITES)
+    """Run the suites named on the command line, all that are timed here if none is."""
+    names = list(argv[1:]) or [name for name in SUITES if name != "tpu"]
     unknown = [name for name in names if name not in SUITES]
     if unknown:
         sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}.")

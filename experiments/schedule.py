@@ -4,8 +4,9 @@ TPU cores are scheduled statically, so a compiled program tells its own time. li
 each operation, how many cycles its instructions take with the stalls between them
 (`*_static_llo_profile.textproto`), where those cycles go (`*_critical_path.txt`) and every copy
 between memories (`*_bundles.txt`, the unrolled instructions). Cycles less those spent waiting for
-copies are compute; copied bytes over the chip's bandwidth are memory time; the longer of the two
-is the prediction, since copies run beside instructions.
+copies are compute (without a profile the instruction words issued, a lower bound); copied bytes
+over the chip's bandwidth are memory time; the longer of the two is the
+prediction, since copies run beside instructions.
 
 Operations outside kernels are read from the program text: bytes of operands and results, and the
 compiler's own estimate of their cycles. What it costs to start an operation is left out: half a
@@ -63,10 +64,27 @@ def read_kernel(folder: pathlib.Path, name: str) -> Kernel:
     Raises:
       FileNotFoundError: if libtpu wrote none, as versions before 0.0.51 do not.
     """
+    trace = folder / f"{name}_bundles.txt"
+    if not trace.exists():
+        raise FileNotFoundError(f"no schedule of {name} in {folder}: libtpu >= 0.0.51 writes one")
+    issued, copied = 0, 0
+    for line in trace.open(errors="replace"):
+        issued += line.startswith("0x")
+        match = re.search(r"= (dma\.\S+) .*?/\*size_in_granules=\*/(\d+)", line)
+        if match is not None and "hbm" in match[1]:
+            copied += int(match[2]) * GRANULE
+    return Kernel(max(issued, _with_stalls(folder, name)), copied)
+
+
+def _with_stalls(folder: pathlib.Path, name: str) -> int:
+    """The profile's cycles but those spent waiting for copies; 0 where libtpu could not tell.
+
+    It gives up on kernels that copy to scalar memory.
+    """
     found = sorted(folder.glob(f"{name}_*static_llo_profile.textproto"))
-    path, trace = folder / f"{name}_critical_path.txt", folder / f"{name}_bundles.txt"
-    if not found or not path.exists() or not trace.exists():
-        raise FileNotFoundError(f"no profile of {name} in {folder}: libtpu >= 0.0.51 writes one")
+    path = folder / f"{name}_critical_path.txt"
+    if not found or not path.exists():
+        return 0
     estimate = re.search(r"estimated_cycles: (\d+)", found[0].read_text())
     assert estimate is not None
     waiting, before = 0, None
@@ -78,12 +96,7 @@ def read_kernel(folder: pathlib.Path, name: str) -> Kernel:
         if before is not None and before[1].startswith("dma"):
             waiting += max(0, before[0] - length - 1)
         before = (length, instruction)
-    copied = 0
-    for line in trace.open(errors="replace"):
-        match = re.search(r"= (dma\.\S+) .*?/\*size_in_granules=\*/(\d+)", line)
-        if match is not None and "hbm" in match[1]:
-            copied += int(match[2]) * GRANULE
-    return Kernel(int(estimate[1]) - waiting, copied)
+    return int(estimate[1]) - waiting
 
 
 @dataclasses.dataclass

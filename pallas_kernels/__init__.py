@@ -1,4 +1,4 @@
 """Pallas kernels for the hot paths of seqjax, one folder per op. Arrays in, arrays out.
 
-A leaf: it imports jax and nothing of seqjax. No kernel has landed yet.
+A leaf: it imports jax and nothing of seqjax.
 """

@@ -156,8 +156,8 @@ def forward(
       initial_state: [B, H, K, V], float32 (float64 if any array is).
       reset: [B, T] bool or None.
       scale: of the outputs.
-      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16); 128 or
-        64 if None, see `_chunk.chunk_steps`.
+      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16); if None
+        see `_chunk.chunk_steps`.
       states: whether to return the states [B, T / C, H, K, V] too.
       interpret: run it on the host, operation by operation.
 

@@ -9,6 +9,7 @@ summed over one. States reach main memory at the borders of blocks of time only,
 pass, which computes those inside a block again and sums over D afterwards, a block at once.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,7 +87,7 @@ class _Blocks:
         self.cut = pl.BlockSpec(
             (None, None, 1, ROWS), lambda b, d, t: (b, time(t), 0, 0), memory_space=pltpu.SMEM
         )
-        self.weight = pl.BlockSpec((plan.states, plan.columns), lambda b, d, t: (0, d))
+        self.weight = pl.BlockSpec((plan.states, 1, plan.columns), lambda b, d, t: (0, 0, d))
         self.skip = pl.BlockSpec((1, plan.columns), lambda b, d, t: (0, d))
         self.state = pl.BlockSpec((None, plan.states, plan.columns), lambda b, d, t: (b, 0, d))
         self.row = pl.BlockSpec((None, 1, plan.columns), lambda b, d, t: (b, 0, d))
@@ -169,7 +170,7 @@ def forward(
     narrow = x.dtype != wide or dt.dtype != wide
     plan = _plan(x, A, reset, 32, save, narrow)
     at = _Blocks(plan, backwards=False)
-    inputs = [("x", x, at.in_time), ("dt", dt, at.in_time), ("A", A, at.weight)]
+    inputs = [("x", x, at.in_time), ("dt", dt, at.in_time), ("A", _in_rows(A), at.weight)]
     inputs += [("B", B, at.scalars), ("C", C, at.scalars), ("D", D, at.skip), ("h0", h0, at.state)]
     if reset is not None:
         inputs.append(("cut", scalars(reset, ROWS), at.cut))
@@ -183,12 +184,17 @@ def forward(
     return out["y"], out["final"], out.get("borders")
 
 
+def _in_rows(A: jax.Array) -> jax.Array:
+    """[N, 1, D], whose rows lie in one piece, times log2(e): the unit computes powers of 2."""
+    return (A * math.log2(math.e))[:, None]
+
+
 def _step(plan: Plan, ref: Any, h: Any, x: Any, dt: Any, row: Any) -> tuple[jax.Array, ...]:
     """The state after a step."""
     cut = ref["cut"][0, row] != 0 if plan.resets else None
     write, after = dt * x, []
     for n, old in enumerate(h):
-        kept = jnp.exp(dt * ref["A"][n : n + 1, :]) * old
+        kept = jnp.exp2(dt * ref["A"][n]) * old
         if cut is not None:
             kept = jnp.where(cut, jnp.zeros_like(kept), kept)
         after.append(kept + ref["B"][row, n] * write)
@@ -258,7 +264,12 @@ def backward(
     parts = -(-width // plan.columns)
     at = _Blocks(plan, backwards=True)
     inputs = [("x", x, at.in_time), ("dt", dt, at.in_time), ("dy", dy, at.in_time)]
-    inputs += [("A", A, at.weight), ("B", B, at.scalars), ("C", C, at.scalars), ("D", D, at.skip)]
+    inputs += [
+        ("A", _in_rows(A), at.weight),
+        ("B", B, at.scalars),
+        ("C", C, at.scalars),
+        ("D", D, at.skip),
+    ]
     inputs += [("borders", borders, at.border), ("d_final", d_final, at.state)]
     if reset is not None:
         inputs.append(("cut", scalars(reset, ROWS), at.cut))
@@ -323,18 +334,19 @@ def _backward(plan: Plan, ref: Any) -> None:
             d_write, ddt = jnp.zeros_like(x), jnp.zeros_like(x)
             before, dA_after = [], []
             for n, old in enumerate(lam):
-                weight = ref["A"][n : n + 1, :]
+                weight = ref["A"][n]
                 total = old + ref["C"][row, n] * dy
                 ref["l"][n, pl.ds(row, 1), :] = total
                 d_write = d_write + ref["B"][row, n] * total
-                left = jnp.exp(dt * weight) * total
+                left = jnp.exp2(dt * weight) * total
                 change = left * ref["h"][n, pl.ds(row + 7, 1), :]
                 if cut is not None:
                     left, change = (jnp.where(cut, jnp.zeros_like(v), v) for v in (left, change))
                 ddt = ddt + change * weight
                 dA_after.append(dA[n] + change * dt)
                 before.append(left)
-            put(ref["ddt"], ref.get("wide_ddt"), base, r, ddt + d_write * x)
+            ddt = ddt * math.log(2) + d_write * x
+            put(ref["ddt"], ref.get("wide_ddt"), base, r, ddt)
             put(ref["dx"], ref.get("wide_dx"), base, r, d_write * dt + ref["D"][...] * dy)
             new = (*before, *dA_after, dD + dy * x)
             kept = _inside(plan, row < valid, new, (*lam, *dA, dD))
