@@ -96,9 +96,11 @@ def _matrix_rows() -> dict[str, Row]:
     for op in ("linear_attention", "delta_rule"):
         for decay in (None, "per head", "per channel"):
             form = f"{'no decay' if decay is None else 'decay ' + decay}, B=1, T=4096, H=8, K=V=128"
-            made[f"{op}, {form}"] = Row(op, _matrix(op, decay), 4096)
+            dtypes = ("float32", "bfloat16") if decay == "per head" else ("bfloat16",)
+            row = Row(op, _matrix(op, decay), 4096, dtypes=dtypes)
+            made[f"{op}, {form}"] = row
             if decay is not None:
-                made[f"{op} backward, {form}"] = Row(op, _matrix(op, decay), 4096, backward=True)
+                made[f"{op} backward, {form}"] = row._replace(backward=True, dtypes=dtypes[-1:])
     return made
 
 
