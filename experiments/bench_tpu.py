@@ -75,6 +75,36 @@ def _selective(B: int, D: int, N: int) -> Callable[[int, str], Shapes]:
     return shapes
 
 
+def _matrix(op: str, decay: str | None) -> Callable[[int, str], Shapes]:
+    """One sequence, 8 heads of 128 keys and values; gates in float32."""
+    B, H, K = 1, 8, 128
+
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = jax.ShapeDtypeStruct((B, T, H, K), jnp.dtype(dtype))
+        gate = jax.ShapeDtypeStruct((B, T, H), jnp.dtype("float32"))
+        made = {"q": array, "k": array, "v": array}
+        if op == "delta_rule":
+            made["beta"] = gate
+        if decay is not None:
+            made["log_decay"] = gate if decay == "per head" else array.update(dtype=gate.dtype)
+        return made
+
+    return shapes
+
+
+def _matrix_rows() -> dict[str, Row]:
+    made = {}
+    for op in ("linear_attention", "delta_rule"):
+        for decay in (None, "per head", "per channel"):
+            form = f"{'no decay' if decay is None else 'decay ' + decay}, B=1, T=4096, H=8, K=V=128"
+            dtypes = ("float32", "bfloat16") if decay == "per head" else ("bfloat16",)
+            row = Row(op, _matrix(op, decay), 4096, dtypes=dtypes)
+            made[f"{op}, {form}"] = row
+            if decay is not None:
+                made[f"{op} backward, {form}"] = row._replace(backward=True, dtypes=dtypes[-1:])
+    return made
+
+
 ALL = ("v5e", "v6e", "v7x")
 ROWS = {
     "linear_scan, B=8, T=4096, D=2560": Row("linear_scan", _linear(8, 2560), 4096, chips=ALL),
@@ -89,6 +119,7 @@ ROWS = {
     "selective_scan backward, B=8, T=4096, D=2048, N=16": Row(
         "selective_scan", _selective(8, 2048, 16), 4096, backward=True
     ),
+    **_matrix_rows(),
 }
 
 

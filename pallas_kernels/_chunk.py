@@ -27,7 +27,7 @@ NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # a b, a b^T, a^T b
 
 
 def chunk_steps(
-    q: jax.Array, k: jax.Array, v: jax.Array, beta: Any, log_decay: Any, wanted: int | None
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: Any, log_decay: Any, *, wanted: int | None
 ) -> int:
     """Steps in a chunk: a power of two, and whole tiles of the narrowest of the arrays.
 
@@ -36,8 +36,11 @@ def chunk_steps(
     float32 decays per channel, 128 would not fit the memory of a v5p.
     """
     arrays = [x for x in (q, k, v, beta, log_decay) if x is not None]
-    wide = log_decay is not None and log_decay.ndim == 4 and q.dtype != jnp.bfloat16
-    usual = CHUNK // 2 if wide or max(k.shape[-1], v.shape[-1]) > CHUNK else CHUNK
+    usual = CHUNK
+    if log_decay is not None and log_decay.ndim == 4 and q.dtype != jnp.bfloat16:
+        usual = CHUNK // 2
+    if max(k.shape[-1], v.shape[-1]) > CHUNK:
+        usual = CHUNK // 4
     least = 16 if any(x.dtype == jnp.bfloat16 for x in arrays) else 8
     return 1 << (max(least, min(wanted or usual, q.shape[1])) - 1).bit_length()
 

@@ -5,20 +5,21 @@ read with a stride, which is as fast as reading them in order; two bfloat16 head
 sublane and are taken apart by shifts. Other shapes are transposed by the compiler, more slowly.
 """
 
+from collections.abc import Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._compat import pl
+from pallas_kernels._compat import pl, pltpu
 
 LANES, SUBLANES = 128, 8
 
 
 def _strided(ref: Any) -> bool:
     _, _, heads, features = ref.shape
-    return heads % SUBLANES == 0 and features % LANES == 0
+    return heads % SUBLANES == 0 and features == LANES
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -58,18 +59,44 @@ def split_heads(ref: Any, out: Any, dtype: Any, low: float | None = None) -> jax
     return jnp.sum(odd)
 
 
-def join_heads(ref: Any, out: Any) -> None:
-    """The inverse of `split_heads`."""
+def flat_scratch(chunk: int, heads: int, widths: list[int]) -> tuple[int, int] | None:
+    """The shape of what `join_heads` needs to write whole tiles, uint32; None if there are none."""
+    whole = heads % SUBLANES == 0 and LANES in widths
+    return (chunk * heads, LANES) if whole else None
+
+
+def join_heads(ref: Any, out: Any, flat: Any) -> None:
+    """The inverse of `split_heads`; `flat` as `flat_scratch` says, or None."""
     _, size, heads, features = out.shape
     if _strided(out) and out.dtype == jnp.float32:
-        flat = out.at[0].reshape(size * heads, features)
         for h in range(heads):
-            flat[pl.ds(h, size, heads), :] = ref[h].astype(jnp.float32)
+            flat[pl.ds(h, size, heads), :] = _bits(ref[h])
+        words = lax.bitcast_convert_type(flat[...], jnp.float32)
+        out[0] = words.reshape(size, heads, features)
     elif _strided(out) and out.dtype == jnp.bfloat16:
-        flat = out.at[0].bitcast(jnp.uint32).reshape(size * heads // 2, features)
         for h in range(0, heads, 2):
             even, other = (_bits(ref[n].astype(jnp.bfloat16)) for n in (h, h + 1))
             flat[pl.ds(h // 2, size, heads // 2), :] = (even >> jnp.uint32(16)) | other
+        words = pltpu.bitcast(flat[: size * heads // 2], jnp.bfloat16)
+        out[0] = words.reshape(size, heads, features)
     else:
         wide = jnp.float32 if out.dtype == jnp.bfloat16 else out.dtype
         out[0] = jnp.swapaxes(ref[...].astype(wide), 0, 1).astype(out.dtype)
+
+
+def in_step(heads: list[Generator[None, None, Any]]) -> list[Any]:
+    """What generators return, one for each head, all of them going from `yield` to `yield` at once.
+
+    A product takes long to come and little to start. In the order in which a program is written
+    the heads take turns, so that none waits for its own last product.
+    """
+    results: list[Any] = [None] * len(heads)
+    running = dict(enumerate(heads))
+    while running:
+        for n, head in list(running.items()):
+            try:
+                next(head)
+            except StopIteration as stop:
+                results[n] = stop.value
+                del running[n]
+    return results

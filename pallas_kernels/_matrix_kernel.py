@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     scale: float
     states: bool = False
     back: bool = False
+    flat: bool = False  # whether there is scratch for `join_heads`
 
     @property
     def chunks(self) -> int:
@@ -222,7 +223,7 @@ def forward_kernel(p: Plan, names: list[str], *refs: Any) -> None:
             r.o_s[h] = out.astype(r.o_s.dtype)
             r.state_s[h] = jnp.where(_lost(p, r, chunk, h), jnp.nan, r.state_s[h])
 
-    join_heads(r.o_s, r.o)
+    join_heads(r.o_s, r.o, r.flat_s if p.flat else None)
 
     @pl.when(chunk == p.chunks - 1)
     def _() -> None:
@@ -286,11 +287,12 @@ def backward_kernel(p: Plan, names: list[str], *refs: Any) -> None:
             x = jnp.where(kept, ref[0, 0].astype(p.num.dtype), 0.0)
             ref[0, 0] = x.astype(ref.dtype)
 
-    join_heads(r.q_s, r.dq)
-    join_heads(r.k_s, r.dk)
-    join_heads(r.v_s, r.dv)
+    flat = r.flat_s if p.flat else None
+    join_heads(r.q_s, r.dq, flat)
+    join_heads(r.k_s, r.dk, flat)
+    join_heads(r.v_s, r.dv, flat)
     if p.decay == "channel":
-        join_heads(r.g_s, r.d_g)
+        join_heads(r.g_s, r.d_g, flat)
 
     @pl.when(chunk == 0)
     def _() -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels._chunk import Numerics, chunk_steps
 from pallas_kernels._compat import array_like, pl, pltpu
+from pallas_kernels._heads import flat_scratch
 from pallas_kernels._matrix_kernel import Core, Plan, backward_kernel, forward_kernel
 
 GROUP = 8  # heads in a block, the sublanes of a tile
@@ -27,7 +28,7 @@ def _plan(core: Core, arrays: dict[str, Any], scale: float, chunk_size: int | No
     return Plan(
         core=core,
         num=Numerics(jnp.dtype(jnp.float64 if wide else jnp.float32), narrow),
-        chunk=chunk_steps(q, k, v, arrays["beta"], g, chunk_size),
+        chunk=chunk_steps(q, k, v, arrays["beta"], g, wanted=chunk_size),
         heads=block,
         groups=-(-heads // block),
         length=length,
@@ -92,6 +93,10 @@ def _call(
         scratch["g_s"] = ((H, C, K), num.dtype)
         if p.reset:
             scratch["cut_s"] = ((C, 1), num.dtype)
+    flat = flat_scratch(C, H, [K, V])
+    if flat is not None:
+        scratch["flat_s"] = (flat, jnp.uint32)
+    p = p._replace(flat=flat is not None)
     batch = inputs["q"][1].shape[0]
     return pl.pallas_call(
         functools.partial(kernel, p, [*inputs, *outputs, *scratch]),
@@ -151,8 +156,8 @@ def forward(
       initial_state: [B, H, K, V], float32 (float64 if any array is).
       reset: [B, T] bool or None.
       scale: of the outputs.
-      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16); 128 or
-        64 if None, see `_chunk.chunk_steps`.
+      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16); if None
+        see `_chunk.chunk_steps`.
       states: whether to return the states [B, T / C, H, K, V] too.
       interpret: run it on the host, operation by operation.
 

@@ -71,6 +71,22 @@ def selective_scan(dtype, width=2048, states=16):
     return run, {name: jax.ShapeDtypeStruct(*given) for name, given in shapes.items()}
 
 
+def matrix(op, decay, dtype, B=1, T=8192, H=16, K=128, V=128, reset=None):
+    """A matrix-state op; `decay` "BTH" or "BTHK"."""
+
+    def run(arrays):
+        return getattr(seqjax, op)(**arrays, implementation="pallas", reset=reset)
+
+    sizes = {"B": B, "T": T, "H": H, "K": K, "V": V}
+    axes = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "log_decay": decay, "initial_state": "BHKV"}
+    axes |= {"beta": "BTH"} if op == "delta_rule" else {}
+    data = {name: dtype if name in "qkv" else "float32" for name in axes}
+    return run, {
+        name: jax.ShapeDtypeStruct([sizes[a] for a in given], jnp.dtype(data[name]))
+        for name, given in axes.items()
+    }
+
+
 # The kernels by name: dtype -> (function of a tree of arrays, their shapes); and, of temporary
 # memory, how many times the arguments' it may take.
 KERNELS = {
@@ -78,6 +94,9 @@ KERNELS = {
     # A state for every 64 steps, and the cotangents of B and C by blocks of D, their N = 16
     # numbers padded to 128 lanes in memory: 0.62 times bfloat16 arguments.
     "selective_scan": (selective_scan, 0.7),
+    # A state for every 128 steps: 0.66 times bfloat16 arguments, and what the compiler spills.
+    "linear_attention": (functools.partial(matrix, "linear_attention", "BTH"), 1.0),
+    "delta_rule": (functools.partial(matrix, "delta_rule", "BTH"), 1.0),
 }
 
 
@@ -100,10 +119,22 @@ def test_kernels_compile(name, chip, dtype):
         pytest.param(linear_scan("float32", 1000, 1000, (1000, 1000)), id="shared over batch"),
         pytest.param(linear_scan("bfloat16", 1003, 100, (100,), reverse=True), id="ragged"),
         pytest.param(selective_scan("bfloat16", 1000, 5), id="selective, ragged"),
+        pytest.param(
+            matrix("delta_rule", "BTHK", "bfloat16", T=100, H=3, K=20, V=7), id="delta, ragged"
+        ),
+        pytest.param(
+            matrix("linear_attention", "BTHK", "bfloat16", 2, 300, 12, 64, 64), id="attention"
+        ),
     ],
 )
 def test_other_forms_compile(program):
     assert KERNEL in compiled("v6e", *program).as_text()
+
+
+def test_what_needs_most_memory_compiles():
+    """Decays per channel in float32, on the chip with the least."""
+    program = matrix("delta_rule", "BTHK", "float32", T=1024, H=8)
+    assert KERNEL in compiled("v5p", *program).as_text()
 
 
 def test_none_takes_the_kernel_on_one_chip():

@@ -11,6 +11,7 @@ is multiplied by (I + N)^-1 that the outputs do not need. DeltaNet in chunks: ar
 gated: 2412.06464; gated per channel: 2510.26692.
 """
 
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _matrix_state
 from pallas_kernels._chunk import NT, TN, Numerics, Shared, cols, inverses, rows
+from pallas_kernels._heads import in_step
 
 Inputs = dict[str, jax.Array]
 
@@ -69,40 +71,61 @@ def _backward(
     d_outs: list[jax.Array],
     d_states: list[jax.Array],
 ) -> list[Inputs]:
-    made = []
     solved = _solved(num, decays, heads, states)
-    size = heads[0]["q"].shape[0]
-    below = rows(size) > cols(size)
-    for d, x, state, d_out, ct, (scores, overlaps, inverse, change, u) in zip(
-        decays, heads, states, d_outs, d_states, solved, strict=True
-    ):
-        q, k, beta = x["q"], x["k"], x["beta"]
-        d_out = scale * d_out.astype(num.dtype)
-        du = num.dot(scores, d_out, TN) + d.write_back_values(k, ct, exact=True)
-        dr = num.dot(inverse, du, TN, exact=True)
-        dn = jnp.where(below, -num.dot(dr, u, NT), 0.0)
-        d_beta = jnp.sum(dr * change, axis=1, keepdims=True)
-        d_beta = d_beta + jnp.sum(dn * overlaps, axis=1, keepdims=True)
-        dv = beta * dr
-        [dq, dk_left], dk_right = d.pairs_back([num.dot(d_out, u, NT), beta * dn], [q, k], k)
-        dq = dq + d.read_back(d_out, state)
-        dk_left = dk_left - d.read_back(dv, state)
-        dk_written = d.write_back(u, ct)
-        dk_right = dk_right + dk_written
-        d_state = d.read_back_state(q, d_out) - d.read_back_state(k, dv, exact=True)
-        q, k = q.astype(num.dtype), k.astype(num.dtype)
-        rise = q * dq + k * (dk_left - dk_right)
-        made.append(
-            {
-                "q": dq,
-                "k": dk_left + dk_right,
-                "v": dv,
-                "beta": d_beta,
-                "state": d.carry(ct) + d_state,
-                "log_decay": d.log_gradient(rise, k * dk_written, d.carry(state) * ct),
-            }
-        )
-    return made
+    given = zip(decays, heads, states, d_outs, d_states, solved, strict=True)
+    return in_step([_pull(num, scale, *head) for head in given])
+
+
+def _pull(
+    num: Numerics,
+    scale: float,
+    d: Shared,
+    x: Inputs,
+    state: jax.Array,
+    d_out: jax.Array,
+    ct: jax.Array,
+    solved: tuple[jax.Array, ...],
+) -> Generator[None, None, Inputs]:
+    q, k, beta = x["q"], x["k"], x["beta"]
+    scores, overlaps, inverse, change, u = solved
+    below = rows(q.shape[0]) > cols(q.shape[0])
+    d_out = scale * d_out.astype(num.dtype)
+    du = num.dot(scores, d_out, TN)
+    yield
+    du = du + d.write_back_values(k, ct, exact=True)
+    yield
+    dr = num.dot(inverse, du, TN, exact=True)
+    yield
+    dn = jnp.where(below, -num.dot(dr, u, NT), 0.0)
+    yield
+    d_beta = jnp.sum(dr * change, axis=1, keepdims=True)
+    d_beta = d_beta + jnp.sum(dn * overlaps, axis=1, keepdims=True)
+    dv = beta * dr
+    d_scores = num.dot(d_out, u, NT)
+    yield
+    [dq, dk_left], dk_right = d.pairs_back([d_scores, beta * dn], [q, k], k)
+    yield
+    dq = dq + d.read_back(d_out, state)
+    yield
+    dk_left = dk_left - d.read_back(dv, state)
+    yield
+    written = d.write_back(u, ct)
+    dk_right = dk_right + written
+    yield
+    d_state = d.carry(ct) + d.read_back_state(q, d_out)
+    yield
+    d_state = d_state - d.read_back_state(k, dv, exact=True)
+    yield
+    q, k = q.astype(num.dtype), k.astype(num.dtype)
+    rise = q * dq + k * (dk_left - dk_right)
+    return {
+        "q": dq,
+        "k": dk_left + dk_right,
+        "v": dv,
+        "beta": d_beta,
+        "state": d_state,
+        "log_decay": d.log_gradient(rise, k * written, d.carry(state) * ct),
+    }
 
 
 _CORE = _matrix_state.Core("delta_rule", _forward, _backward)

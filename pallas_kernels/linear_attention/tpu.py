@@ -8,59 +8,71 @@ With D_{t,j} the decays of the steps after j and up to t, and S the state that e
 The chunked form of GLA, arXiv 2312.06635; one decay per head: 2405.21060; none: 2006.16236.
 """
 
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 
 from pallas_kernels import _matrix_state
 from pallas_kernels._chunk import NT, TN, Numerics, Shared
+from pallas_kernels._heads import in_step
 
 Inputs = dict[str, jax.Array]
+Steps = Generator[None, None, Any]
 
 
 def _forward(
-    num: Numerics, decays: list[Shared], heads: list[Inputs], states: list[jax.Array], scale: float
-) -> list[tuple[jax.Array, jax.Array]]:
-    made = []
-    for d, x, state in zip(decays, heads, states, strict=True):
-        [scores] = d.pairs([x["q"]], x["k"])
-        out = scale * (d.read(x["q"], state) + num.dot(scores, x["v"]))
-        made.append((out, d.carry(state) + d.write(x["k"], x["v"])))
-    return made
+    num: Numerics, d: Shared, x: Inputs, state: jax.Array, scale: float
+) -> Generator[None, None, tuple[jax.Array, jax.Array]]:
+    [scores] = d.pairs([x["q"]], x["k"])
+    yield
+    read = d.read(x["q"], state)
+    yield
+    out = scale * (read + num.dot(scores, x["v"]))
+    yield
+    return out, d.carry(state) + d.write(x["k"], x["v"])
 
 
 def _backward(
     num: Numerics,
-    decays: list[Shared],
-    heads: list[Inputs],
-    states: list[jax.Array],
+    d: Shared,
+    x: Inputs,
+    state: jax.Array,
     scale: float,
-    d_outs: list[jax.Array],
-    d_states: list[jax.Array],
-) -> list[Inputs]:
-    made = []
-    for d, x, state, d_out, ct in zip(decays, heads, states, d_outs, d_states, strict=True):
-        q, k, v = x["q"], x["k"], x["v"]
-        d_out = scale * d_out.astype(num.dtype)
-        [scores] = d.pairs([q], k)
-        [dq], dk = d.pairs_back([num.dot(d_out, v, NT)], [q], k)
-        dq = dq + d.read_back(d_out, state)
-        dk_written = d.write_back(v, ct)
-        dk = dk + dk_written
-        q, k = q.astype(num.dtype), k.astype(num.dtype)
-        made.append(
-            {
-                "q": dq,
-                "k": dk,
-                "v": num.dot(scores, d_out, TN) + d.write_back_values(k, ct),
-                "state": d.carry(ct) + d.read_back_state(q, d_out),
-                "log_decay": d.log_gradient(q * dq - k * dk, k * dk_written, d.carry(state) * ct),
-            }
-        )
-    return made
+    d_out: jax.Array,
+    ct: jax.Array,
+) -> Generator[None, None, Inputs]:
+    q, k, v = x["q"], x["k"], x["v"]
+    d_out = scale * d_out.astype(num.dtype)
+    [scores] = d.pairs([q], k)
+    yield
+    d_scores = num.dot(d_out, v, NT)
+    yield
+    [dq], dk = d.pairs_back([d_scores], [q], k)
+    yield
+    dq = dq + d.read_back(d_out, state)
+    yield
+    written = d.write_back(v, ct)
+    dk = dk + written
+    yield
+    dv = num.dot(scores, d_out, TN) + d.write_back_values(k, ct)
+    yield
+    d_state = d.carry(ct) + d.read_back_state(q, d_out)
+    yield
+    q, k = q.astype(num.dtype), k.astype(num.dtype)
+    rise = d.log_gradient(q * dq - k * dk, k * written, d.carry(state) * ct)
+    return {"q": dq, "k": dk, "v": dv, "state": d_state, "log_decay": rise}
 
 
-_CORE = _matrix_state.Core("linear_attention", _forward, _backward)
+def _each(function: Callable[..., Steps]) -> Callable[..., list[Any]]:
+    def run(num: Numerics, decays: Any, heads: Any, states: Any, scale: float, *cts: Any) -> Any:
+        given = zip(decays, heads, states, *cts, strict=True)
+        return in_step([function(num, d, x, state, scale, *ct) for d, x, state, *ct in given])
+
+    return run
+
+
+_CORE = _matrix_state.Core("linear_attention", _each(_forward), _each(_backward))
 
 
 def forward(*args: Any, **keywords: Any) -> Any:

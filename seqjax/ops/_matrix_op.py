@@ -205,9 +205,9 @@ def _lacking(given: Mapping[str, Any], scale: Any, interpret: bool) -> str | Non
     dtypes = {x.dtype for x in given.values() if x is not None}
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return "has no complex form"
-    if jnp.float16 in dtypes:
+    if jnp.dtype(jnp.float16) in dtypes:
         return "takes no float16; cast to bfloat16 or float32"
-    if jnp.float64 in dtypes and not interpret:
+    if jnp.dtype(jnp.float64) in dtypes and not interpret:
         return "takes no float64, which TPUs do not have"
     widest = max(given["k"].shape[-1], given["v"].shape[-1])
     if widest > KERNEL_WIDTH:
@@ -244,7 +244,7 @@ def _as_kernels(recurrence: Recurrence, plan: Plan) -> tuple[Callable[..., Any],
 
     def saved(arrays: Any, log_decay: Any, S0: Any, reset: Any) -> list[jax.ShapeDtypeStruct]:
         del reset
-        steps = chunk_steps(*inputs(arrays, log_decay), plan.chunk_size)
+        steps = chunk_steps(*inputs(arrays, log_decay), wanted=plan.chunk_size)
         count = -(-arrays["q"].shape[1] // steps)
         batch, *rest = S0.shape
         return [jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)]

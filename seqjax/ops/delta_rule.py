@@ -44,7 +44,7 @@ def delta_rule(
       scale: of the queries; K**-0.5 if None.
       reset: [B, T] bool.
       chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
-        128 in the Pallas kernel, or 64 where that fits its memory better.
+        128 in the Pallas kernel, or what fits its memory.
         The backward pass keeps at most one state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
         chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
