@@ -40,9 +40,10 @@ def start(script, text, workdir, *arguments, devices=1):
     """A training process with a script of its own around it."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # Compiled as the reference is.
+        # Compiled as the reference is, whose flags are in the environment.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')}"
+        f" --xla_force_host_platform_device_count={devices}",
     }
     command = [
         sys.executable,
