@@ -27,7 +27,6 @@ from seqjax.ops import _compat, _dispatch, _kernel
 from seqjax.ops._recurrence_xla import Form, run
 from seqjax.types import Array
 
-
 XLA = _dispatch.Use("linear_scan", "never")
 
 
