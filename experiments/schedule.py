@@ -214,7 +214,11 @@ def add(*costs: Cost) -> Cost:
 
 
 def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
-    """The cost of a compiled program, whose kernels cost what is given, by name."""
+    """The cost of a compiled program, whose kernels cost what is given, by name.
+
+    Raises:
+      LookupError: if the program does not say how often a loop of it runs.
+    """
     computations, entry = read_program(text)
 
     def walk(name: str, times: int) -> Cost:
@@ -227,7 +231,8 @@ def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
                 body = re.search(r"body=%?([\w.\-]+)", operation.text)
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', operation.text)
                 assert body is not None
-                assert trips is not None, f"how often {operation.name} runs is not in the program"
+                if trips is None:
+                    raise LookupError(f"how often {operation.name} runs is not in the program")
                 part = walk(body[1], times * int(trips[1]))
             elif operation.kind in ("call", "conditional"):
                 names = re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", operation.text)

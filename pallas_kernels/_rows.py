@@ -15,7 +15,7 @@ from jax import lax
 from pallas_kernels._compat import pl
 
 
-def take(block: Any, wide: Any, base: Any, group: int) -> Callable[[int], jax.Array]:
+def take(block: Any, wide: Any, base: Any, group: int) -> Callable[[Any], jax.Array]:
     """From r to row `base + r` of a block, as [1, lanes].
 
     `wide` is a scratch [group, lanes] of the wide dtype, or None if the block has it.
@@ -23,21 +23,35 @@ def take(block: Any, wide: Any, base: Any, group: int) -> Callable[[int], jax.Ar
     if wide is None:
         return lambda r: block[pl.ds(base + r, 1), :]
     wide[...] = block[pl.ds(base, group), :].astype(wide.dtype)
-    return lambda r: wide[r : r + 1, :]
+    return lambda r: wide[pl.ds(r, 1), :]
 
 
-def put(block: Any, wide: Any, base: Any, r: int, value: jax.Array) -> None:
+def put(block: Any, wide: Any, base: Any, r: Any, value: jax.Array) -> None:
     """Write row `base + r`; after the rows of a group, `close` it."""
     if wide is None:
         block[pl.ds(base + r, 1), :] = value
     else:
-        wide[r : r + 1, :] = value
+        wide[pl.ds(r, 1), :] = value
 
 
 def close(block: Any, wide: Any, base: Any, group: int) -> None:
     """Write what `put` has gathered in `wide`."""
     if wide is not None:
         block[pl.ds(base, group), :] = wide[...].astype(block.dtype)
+
+
+def each(
+    group: int, row: Callable[[Any, Any], Any], carry: Any, *, reverse: bool, unroll: bool
+) -> Any:
+    """Fold `row(r, carry)` over the rows of a group.
+
+    Unrolled the schedule overlaps them; interpreted nothing is gained by that but a long program.
+    """
+    if unroll:
+        for r in range(group)[:: -1 if reverse else 1]:
+            carry = row(r, carry)
+        return carry
+    return lax.fori_loop(0, group, lambda i, c: row(group - 1 - i if reverse else i, c), carry)
 
 
 def groups(block: Any, rows: int, length: int, group: int) -> tuple[Any, Any]:

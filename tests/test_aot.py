@@ -157,3 +157,10 @@ def test_none_leaves_to_xla_what_the_compiler_splits():
         jax.jit(asked).lower(x, x)
     local = jax.shard_map(asked, mesh=mesh, in_specs=spec, out_specs=spec)
     assert KERNEL in jax.jit(local).lower(x, x).compile().as_text()
+
+
+def test_xla_is_xla():
+    """What was asked of XLA holds no kernel, not in its parts either."""
+    _, shapes = selective_scan("float32", 128, 4)
+    program = compiled("v5e", lambda a: seqjax.selective_scan(**a, implementation="xla"), shapes)
+    assert KERNEL not in program.as_text()

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import array_like, pl, pltpu
-from pallas_kernels._rows import close, groups, put, scalars, take
+from pallas_kernels._rows import close, each, groups, put, scalars, take
 
 Numbers = tuple[jax.Array, ...]  # one real array, or a real and an imaginary one
 
@@ -41,6 +41,7 @@ class Plan(NamedTuple):
       resets: whether there are any.
       adjoint: whether da is wanted; the states are then an input.
       batch_inside: whether the grid takes all sequences at a time block, and then the next.
+      interpret: whether it runs without a TPU.
     """
 
     length: int
@@ -52,6 +53,7 @@ class Plan(NamedTuple):
     resets: bool
     adjoint: bool
     batch_inside: bool
+    interpret: bool
 
     @property
     def blocks(self) -> int:
@@ -159,6 +161,7 @@ def _run(
         batch_inside=a[0].shape[:2] == (1, length)
         and batch > 1
         and parts * batch * columns * 4 <= 2**20,
+        interpret=interpret,
     )
     grid, place = _grid(plan, batch, -(-width // columns))
 
@@ -276,11 +279,12 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
     count, _ = groups(block, plan.rows, plan.length, plan.group)
 
     def group(i: jax.Array, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
-        h, total = carry
         at = count - 1 - i if plan.reverse else i
         base = pl.multiple_of(at * plan.group, plan.group)
         a_row, x_row = a_rows and a_rows(base), x_rows(base)
-        for r in range(plan.group)[:: -1 if plan.reverse else 1]:
+
+        def row(r: Any, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
+            h, total = carry
             a, x = a_row(r) if a_row else fixed, x_row(r)
             cut = ref["reset"][0][0, base + r] != 0 if plan.resets else None
             if plan.post:
@@ -291,7 +295,6 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
             if ragged:
                 inside = base + r < valid
                 new = tuple(jnp.where(inside, p, q) for p, q in zip(new, h, strict=True))
-            h = new
             _put(ref, "y", base, r, y)
             if plan.adjoint:
                 shift = 7 if plan.reverse else 9
@@ -302,12 +305,15 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
                 else:
                     da = _unless(~inside, da) if ragged else da
                     total = _add(total, da)
+            return new, total
+
+        carry = each(plan.group, row, carry, reverse=plan.reverse, unroll=not plan.interpret)
         for name in ("y", "da"):
             for block, narrowed in zip(
                 ref.get(name, ()), ref.get(f"wide_{name}", ()), strict=False
             ):
                 close(block, narrowed, base, plan.group)
-        return h, total
+        return carry
 
     h = tuple(state[place] for state in ref["state"])
     total = tuple(total[...] for total in ref.get("total", ()))
@@ -345,7 +351,7 @@ def _rows(plan: Plan, ref: Any, name: str) -> Callable[..., Any]:
     """From the first row of a group, a function of r: its row r, in the dtype of the state."""
     widened = ref.get(f"wide_{name}", (None,) * len(ref[name]))
 
-    def of_group(base: Any) -> Callable[[int], Numbers]:
+    def of_group(base: Any) -> Callable[[Any], Numbers]:
         parts = [
             take(block, wide, base, plan.group)
             for block, wide in zip(ref[name], widened, strict=True)
@@ -355,7 +361,7 @@ def _rows(plan: Plan, ref: Any, name: str) -> Callable[..., Any]:
     return of_group
 
 
-def _put(ref: Any, name: str, base: Any, r: int, value: Numbers, first: Any = None) -> None:
+def _put(ref: Any, name: str, base: Any, r: Any, value: Numbers, first: Any = None) -> None:
     """Write row r of a group; add it to what is there if that is said not to be the first."""
     widened = ref.get(f"wide_{name}", (None,) * len(value))
     for block, wide, part in zip(ref[name], widened, value, strict=True):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels._compat import array_like, pl, pltpu
-from pallas_kernels._rows import close, groups, put, scalars, take
+from pallas_kernels._rows import close, each, groups, put, scalars, take
 from pallas_kernels.selective_scan import ROWS, border_shape
 
 Scratch = list[tuple[str, tuple[int, ...], Any]]
@@ -35,6 +35,7 @@ class Plan(NamedTuple):
       group: rows that are widened and narrowed together.
       resets: whether there are any.
       save: whether the states at the borders are wanted.
+      interpret: whether it runs without a TPU.
     """
 
     length: int
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     group: int
     resets: bool
     save: bool
+    interpret: bool
 
     @property
     def blocks(self) -> int:
@@ -57,20 +59,6 @@ def columns(width: int, states: int, registers: int) -> int:
     lanes = -(-width // 128) * 128
     parts = -(-lanes // most)
     return width if parts == 1 else -(-lanes // (128 * parts)) * 128
-
-
-def _plan(x: jax.Array, A: jax.Array, reset: Any, registers: int, save: bool, narrow: bool) -> Plan:
-    _, length, width = x.shape
-    states = A.shape[0]
-    return Plan(
-        length=length,
-        width=width,
-        states=states,
-        columns=columns(width, states, registers),
-        group=16 if narrow else 8,
-        resets=reset is not None,
-        save=save,
-    )
 
 
 class _Blocks:
@@ -167,8 +155,10 @@ def forward(
       (y [B, T, D] like x, final state [B, N, D], [B, blocks, N, D] or None).
     """
     wide, (batch, length, width) = h0.dtype, x.shape
-    narrow = x.dtype != wide or dt.dtype != wide
-    plan = _plan(x, A, reset, 32, save, narrow)
+    group = 8 if x.dtype == dt.dtype == wide else 16
+    states = A.shape[0]
+    fits = columns(width, states, registers=32)
+    plan = Plan(length, width, states, fits, group, reset is not None, save, interpret)
     at = _Blocks(plan, backwards=False)
     inputs = [("x", x, at.in_time), ("dt", dt, at.in_time), ("A", _in_rows(A), at.weight)]
     inputs += [("B", B, at.scalars), ("C", C, at.scalars), ("D", D, at.skip), ("h0", h0, at.state)]
@@ -215,14 +205,17 @@ def _forward(plan: Plan, ref: Any) -> None:
     def group(i: jax.Array, h: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         base = pl.multiple_of(i * plan.group, plan.group)
         xs, dts = (take(ref[k], ref.get(f"wide_{k}"), base, plan.group) for k in ("x", "dt"))
-        for r in range(plan.group):
+
+        def row(r: Any, h: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             x = xs(r)
             after = _step(plan, ref, h, x, dts(r), base + r)
             y = ref["D"][...] * x
             for n, state in enumerate(after):
                 y = y + ref["C"][base + r, n] * state
             put(ref["y"], ref.get("wide_y"), base, r, y)
-            h = _inside(plan, base + r < valid, after, h)
+            return _inside(plan, base + r < valid, after, h)
+
+        h = each(plan.group, row, h, reverse=False, unroll=not plan.interpret)
         close(ref["y"], ref.get("wide_y"), base, plan.group)
         return h
 
@@ -259,8 +252,9 @@ def backward(
 ) -> tuple[jax.Array, ...]:
     """The cotangents of (x, dt, A, B, C, D, h0), those of A to D in the dtype of the state."""
     wide, (batch, length, width) = borders.dtype, x.shape
-    narrow = any(v.dtype != wide for v in (x, dt, dy))
-    plan = _plan(x, A, reset, 16, False, narrow)
+    group, states = 8 if x.dtype == dt.dtype == dy.dtype == wide else 16, A.shape[0]
+    fits = columns(width, states, registers=16)
+    plan = Plan(length, width, states, fits, group, reset is not None, False, interpret)
     parts = -(-width // plan.columns)
     at = _Blocks(plan, backwards=True)
     inputs = [("x", x, at.in_time), ("dt", dt, at.in_time), ("dy", dy, at.in_time)]
@@ -311,11 +305,14 @@ def _backward(plan: Plan, ref: Any) -> None:
         """The states of the block: what step r found in row 7 + r, what it made in row 8 + r."""
         base = pl.multiple_of(i * plan.group, plan.group)
         xs, dts = (take(ref[k], ref.get(f"wide_{k}"), base, plan.group) for k in ("x", "dt"))
-        for r in range(plan.group):
+
+        def row(r: Any, h: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             h = _step(plan, ref, h, xs(r), dts(r), base + r)
             for n, state in enumerate(h):
                 ref["h"][n, pl.ds(base + r + 8, 1), :] = state
-        return h
+            return h
+
+        return each(plan.group, row, h, reverse=False, unroll=not plan.interpret)
 
     before = _rows_of(ref["borders"], plan)
     for n, state in enumerate(before):
@@ -323,23 +320,24 @@ def _backward(plan: Plan, ref: Any) -> None:
     lax.fori_loop(0, count, again, before)
 
     def back(i: jax.Array, carry: Any) -> Any:
-        lam, dA, dD = carry
         base = pl.multiple_of((count - 1 - i) * plan.group, plan.group)
         xs, dts, dys = (
             take(ref[k], ref.get(f"wide_{k}"), base, plan.group) for k in ("x", "dt", "dy")
         )
-        for r in range(plan.group)[::-1]:
-            row, x, dt, dy = base + r, xs(r), dts(r), dys(r)
-            cut = ref["cut"][0, row] != 0 if plan.resets else None
+
+        def row(r: Any, carry: Any) -> Any:
+            lam, dA, dD = carry
+            at, x, dt, dy = base + r, xs(r), dts(r), dys(r)
+            cut = ref["cut"][0, at] != 0 if plan.resets else None
             d_write, ddt = jnp.zeros_like(x), jnp.zeros_like(x)
             before, dA_after = [], []
             for n, old in enumerate(lam):
                 weight = ref["A"][n]
-                total = old + ref["C"][row, n] * dy
-                ref["l"][n, pl.ds(row, 1), :] = total
-                d_write = d_write + ref["B"][row, n] * total
+                total = old + ref["C"][at, n] * dy
+                ref["l"][n, pl.ds(at, 1), :] = total
+                d_write = d_write + ref["B"][at, n] * total
                 left = jnp.exp2(dt * weight) * total
-                change = left * ref["h"][n, pl.ds(row + 7, 1), :]
+                change = left * ref["h"][n, pl.ds(at + 7, 1), :]
                 if cut is not None:
                     left, change = (jnp.where(cut, jnp.zeros_like(v), v) for v in (left, change))
                 ddt = ddt + change * weight
@@ -349,11 +347,13 @@ def _backward(plan: Plan, ref: Any) -> None:
             put(ref["ddt"], ref.get("wide_ddt"), base, r, ddt)
             put(ref["dx"], ref.get("wide_dx"), base, r, d_write * dt + ref["D"][...] * dy)
             new = (*before, *dA_after, dD + dy * x)
-            kept = _inside(plan, row < valid, new, (*lam, *dA, dD))
-            lam, dA, dD = kept[: plan.states], kept[plan.states : -1], kept[-1]
+            kept = _inside(plan, at < valid, new, (*lam, *dA, dD))
+            return kept[: plan.states], kept[plan.states : -1], kept[-1]
+
+        carry = each(plan.group, row, carry, reverse=True, unroll=not plan.interpret)
         for k in ("dx", "ddt"):
             close(ref[k], ref.get(f"wide_{k}"), base, plan.group)
-        return lam, dA, dD
+        return carry
 
     start = (_rows_of(ref["carry"], plan), _rows_of(ref["dA"], plan), ref["dD"][...])
     lam, dA, dD = lax.fori_loop(0, count, back, start)

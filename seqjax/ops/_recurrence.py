@@ -13,8 +13,9 @@ order are again these two forms, and the backward pass stores `a` and `y` only.
 
 At a step with `reset` the product with `a_t` is replaced by zero (selected, not multiplied).
 
-On a TPU each form is a kernel, whatever it is that is differentiated. One backward pass is a
-single one, that makes the cotangents of all arguments on the way (`with_adjoint`).
+For `linear_scan` on a TPU each form is a kernel, whatever it is that is differentiated. One
+backward pass is a single one, that makes the cotangents of all arguments on the way
+(`with_adjoint`).
 """
 
 from typing import Any
@@ -25,6 +26,8 @@ import jax.numpy as jnp
 from seqjax.ops import _compat, _dispatch, _kernel
 from seqjax.ops._recurrence_xla import Form, run
 from seqjax.types import Array
+
+XLA = _dispatch.Use("linear_scan", "never")
 
 
 def _abstract(a: Any, x: Any, h0: Any, *reset: Any, out_dtype: Any, **_: Any) -> tuple[Any, Any]:
@@ -96,15 +99,14 @@ def recurrence(
     algorithm: str | None = None,
     chunk_size: int | None = None,
     unroll: int | None = None,
-    use: _dispatch.Use | None = None,
+    use: _dispatch.Use = XLA,
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Run one of the two forms: a [B|1, T|1, D], x [B, T, D], h0 [B, D], reset [B, T] or None.
 
-    `use` and `block_sizes` are the kernel's; without `use` it runs wherever it can.
+    `use` and `block_sizes` are the kernel's; without `use` XLA runs it, for ops of which a part is
+    this recurrence and that were asked for XLA.
     """
-    if use is None:
-        use = kernel_use(algorithm, None, False, a, x, h0)
     operands = (a, x, h0) if reset is None else (a, x, h0, reset)
     y, final = recurrence_p.bind(
         *_compat.match_varying(*operands),
