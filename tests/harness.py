@@ -15,7 +15,7 @@ from tests.cases import VARIANTS
 B, T = 2, 13
 
 
-def by_variant(keep: Any = lambda case: True) -> Any:
+def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
     """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow.
 
     A variant's tests run one after the other in one worker, and share compiled functions.
@@ -31,9 +31,14 @@ def by_variant(keep: Any = lambda case: True) -> Any:
                 + [pytest.mark.slow] * (not case.quick or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
-            if keep(case)
+            if keep(case) and (every_kernel or with_kernel_once(case, algorithm))
         ],
     )
+
+
+def with_kernel_once(case: Case, algorithm: str | None) -> bool:
+    """For what a kernel takes from the XLA form: its first row is enough, interpreting is slow."""
+    return algorithm != "pallas" or case.name == "linear_scan"
 
 
 def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:

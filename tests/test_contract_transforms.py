@@ -53,7 +53,7 @@ def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
 
 
 @pytest.mark.slow
-@EACH
+@by_variant(every_kernel=False)
 def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
     """The op in the body of a `lax.scan`, rematerialised, differentiated through the carry."""
     inputs, state, reset = make(case)
@@ -144,7 +144,7 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
             assert_close(got[0][name][:, steps], expected[0][name][:, steps], 1e-8)
 
 
-@EACH
+@by_variant(every_kernel=False)
 def test_second_call_does_not_compile(case, algorithm, strict):
     chex.clear_trace_counter()
 
