@@ -22,12 +22,22 @@ ARCHITECTURES = [
 ]
 
 
+def defined(module):
+    """The functions and classes that a module makes public."""
+    return {
+        name
+        for name, made in vars(module).items()
+        if not name.startswith("_") and getattr(made, "__module__", "") == module.__name__
+    }
+
+
 def public_names():
     """What users import, by the path they import it with."""
     ops = [name for name in vars(seqjax) if name in vars(seqjax.ops) and not name.startswith("_")]
     names = {f"seqjax.{name}" for name in ops if not inspect.ismodule(getattr(seqjax, name))}
     for module in (seqjax.layers, seqjax.models, seqjax.cells):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
+    names |= {f"seqjax.sharding.{name}" for name in defined(seqjax.sharding)}
     return names | {"seqjax.nnx.Recurrent", "seqjax.linen.Recurrent"}
 
 
