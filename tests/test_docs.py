@@ -27,7 +27,8 @@ def defined(module):
     return {
         name
         for name, made in vars(module).items()
-        if not name.startswith("_") and getattr(made, "__module__", "") == module.__name__
+        if inspect.isfunction(made) or inspect.isclass(made)
+        if not name.startswith("_") and made.__module__ == module.__name__
     }
 
 
