@@ -177,7 +177,9 @@ class Shared:
 
     def write(self, x: jax.Array, y: jax.Array, exact: bool = False) -> jax.Array:
         """[K, V], from x [C, K] and y [C, V]."""
-        return self.num.dot(x, y if self.after is None else self.after * y, TN, exact)
+        if self.after is not None:
+            y = self.after * y.astype(self.after.dtype)
+        return self.num.dot(x, y, TN, exact)
 
     def read_back(self, ct: jax.Array, state: jax.Array) -> jax.Array:
         """The cotangent of x in `read`."""
