@@ -26,7 +26,6 @@ class Case:
       hard: (rng, inputs) -> the same with numbers from the edge of what the op promises.
       tolerance: largest error by dtype, relative to the largest magnitude of the result.
       split_axis: whether the op takes `sequence_axis`.
-      quick: whether the quick tests run the row; those that resemble another row are left out.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Case:
     hard: Callable[..., Arrays] | None = None
     reverse: bool = False
     split_axis: bool = True
-    quick: bool = True
     layer: Any = None
     tolerance: dict[str, float] = dataclasses.field(
         # float64: rounding over a few dozen steps. float32: the contract's 1e-4 at T = 1000, met

@@ -87,7 +87,7 @@ def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False)
     )
 
 
-def _selective(name: str, *algorithms: str, quick: bool = True, **fixed: bool) -> Case:
+def _selective(name: str, *algorithms: str, **fixed: bool) -> Case:
     return Case(
         name=name,
         inputs=_selective_inputs,
@@ -97,7 +97,6 @@ def _selective(name: str, *algorithms: str, quick: bool = True, **fixed: bool) -
         algorithms=algorithms,
         timed=("x", "dt", "B", "C"),
         hard=_hard_steps,
-        quick=quick,
     )
 
 
@@ -154,7 +153,6 @@ def _attention(name: str, decay: str | None, complex_: bool = False) -> Case:
         algorithms=(*MATRIX, "pallas") if decay == "scalar" else MATRIX,
         timed=names,
         hard=_hard_decays("log_decay", "log"),
-        quick=decay != "scalar",
     )
 
 
@@ -182,7 +180,6 @@ def _delta(name: str, decay: str | None, top: float = 1.0) -> Case:
         algorithms=(*MATRIX, "pallas") if decay == "channel" else MATRIX,
         timed=names,
         hard=_hard_keys,
-        quick=decay != "scalar" and (decay is not None or top == 1.0),
     )
 
 
@@ -261,9 +258,7 @@ OPS = [
     _linear("linear_scan-complex", "BTD", complex_=True),
     _linear("linear_scan-reverse", "BTD", reverse=True),
     _selective("selective_scan", "sequential", "chunked", "pallas"),
-    _selective(
-        "selective_scan-negative", "sequential", "chunked", quick=False, negative_eigenvalues=True
-    ),
+    _selective("selective_scan-negative", "sequential", "chunked", negative_eigenvalues=True),
     _attention("linear_attention", None),
     _attention("linear_attention-scalar", "scalar"),
     _attention("linear_attention-channel", "channel"),
@@ -298,5 +293,22 @@ OPS = [
 
 
 ROWS = OPS + LAYERS
+# What the quick tests run: a row of every op and of every kind of layer, the hardest of its kind.
+QUICK = {
+    "linear_scan",
+    "linear_scan-complex",
+    "selective_scan",
+    "linear_attention-channel",
+    "delta_rule-channel",
+    "generalized_delta_rule",
+    "monoid_scan-softmax",
+    "nonlinear_scan-block",
+    "LRU",
+    "S5-bidirectional",
+    "Mamba",
+    "DeltaNet-gated",
+    "ParaLSTM",
+}
+assert {case.name for case in ROWS} > QUICK
 # Every row with every algorithm that can run it; "pallas" is the kernel, interpreted.
 VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]

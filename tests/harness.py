@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.case import Case
-from tests.cases import VARIANTS
+from tests.cases import QUICK, VARIANTS
 
 B, T = 2, 13
 
@@ -28,7 +28,7 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
                 algorithm,
                 id=f"{case}-{algorithm}" if algorithm else str(case),
                 marks=[pytest.mark.xdist_group(f"{case}-{algorithm}")]
-                + [pytest.mark.slow] * (not case.quick or algorithm != case.algorithms[0]),
+                + [pytest.mark.slow] * (case.name not in QUICK or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
             if keep(case) and (every_kernel or with_kernel_once(case, algorithm))

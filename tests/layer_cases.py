@@ -12,9 +12,7 @@ from tests import layer_oracles, rnn_oracles
 from tests.case import Arrays, Case, normal
 
 
-def _layer(
-    layer: Any, oracle: Callable[..., Any], name: str | None = None, quick: bool = True
-) -> Case:
+def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
     def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
         with jax.enable_x64(True):
             params = layer.init(jax.random.key(rng.integers(2**31)), jnp.float64)
@@ -35,7 +33,6 @@ def _layer(
         algorithms=(None,),
         timed=("x",),
         split_axis=False,
-        quick=quick,
         layer=layer,
     )
 
@@ -54,7 +51,6 @@ LAYERS = [
         seqjax.layers.Mamba(dim=4, state_dim=3, negative_eigenvalues=True),
         layer_oracles.mamba,
         "Mamba-negative",
-        quick=False,
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
@@ -66,14 +62,14 @@ LAYERS = [
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
     ),
-    _layer(seqjax.layers.Elman(dim=4, state_dim=3), rnn_oracles.elman, quick=False),
+    _layer(seqjax.layers.Elman(dim=4, state_dim=3), rnn_oracles.elman),
     _layer(seqjax.layers.GRU(dim=4, state_dim=3), rnn_oracles.gru),
-    _layer(seqjax.layers.LSTM(dim=4, state_dim=3), rnn_oracles.lstm, quick=False),
-    _layer(seqjax.layers.ParaGRU(dim=4, state_dim=3), rnn_oracles.paragru, quick=False),
+    _layer(seqjax.layers.LSTM(dim=4, state_dim=3), rnn_oracles.lstm),
+    _layer(seqjax.layers.ParaGRU(dim=4, state_dim=3), rnn_oracles.paragru),
     _layer(seqjax.layers.ParaLSTM(dim=4, state_dim=3), rnn_oracles.paralstm),
-    _layer(seqjax.layers.SLSTM(dim=4, state_dim=3), rnn_oracles.slstm, quick=False),
-    _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem, quick=False),
-    _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc, quick=False),
+    _layer(seqjax.layers.SLSTM(dim=4, state_dim=3), rnn_oracles.slstm),
+    _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
+    _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
     _layer(seqjax.layers.GatedMLP(dim=4), layer_oracles.gated_mlp),

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.cases import OPS, ROWS
+from tests.cases import OPS, QUICK, ROWS
 from tests.harness import (
     assert_close,
     by_variant,
@@ -75,7 +75,13 @@ def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
     assert_close(jax.jit(jax.grad(looped))(one), jax.jit(jax.grad(plain))(one), 1e-10)
 
 
-@pytest.mark.parametrize("case", ROWS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=str(case), marks=[] if case.name in QUICK else pytest.mark.slow)
+        for case in ROWS
+    ],
+)
 def test_batch_sharded_over_eight_devices(case, x64, strict):
     inputs, state, reset = make(case, batch=8, length=8)
     args = (cast(inputs, "float64"), cast(state, "float64"), jnp.asarray(reset))
