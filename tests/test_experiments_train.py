@@ -144,6 +144,8 @@ def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monke
 
 
 def test_the_second_signal_is_python_s_own():
+    # A shell may have started the tests with interrupts ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert (interrupt.signal, interrupt.exit_code) == (signal.SIGINT, 130)
