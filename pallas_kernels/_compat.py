@@ -6,7 +6,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["array_like", "chip", "pl", "pltpu"]
+__all__ = ["array_like", "pl", "pltpu"]
 
 
 def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -15,15 +15,3 @@ def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDty
     Inside `jax.shard_map` with varying-axes checks `pallas_call` wants that stated.
     """
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
-
-
-def chip() -> str | None:
-    """The TPU generation compiled for ("v5e", "v6e", ...), None where nothing tells.
-
-    A program lowered ahead of time for a topology tells it only under
-    `jax.sharding.use_abstract_mesh`.
-    """
-    try:
-        return str(pltpu.get_tpu_info().chip_version)
-    except Exception:
-        return None

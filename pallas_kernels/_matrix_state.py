@@ -164,14 +164,7 @@ def forward(
     Returns:
       (o [B, T, H, V] in the dtype of v, final state, and the states if wanted).
     """
-    arrays: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "beta": beta,
-        "log_decay": log_decay,
-        "reset": reset,
-    }
+    arrays = _named(q, k, v, beta, log_decay, reset)
     p = _plan(core, arrays | {"initial": initial_state}, scale, chunk_size)._replace(states=states)
     inputs = _inputs(p, arrays) | {"initial": ("state", initial_state)}
     shape = array_like(q, initial_state.shape, p.num.dtype)
@@ -204,14 +197,7 @@ def backward(
     Args as `forward`; `states` as it returns them with the same `chunk_size`, `d_out` and
     `d_final` the cotangents of its outputs and of its final state.
     """
-    arrays: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "beta": beta,
-        "log_decay": log_decay,
-        "reset": reset,
-    }
+    arrays = _named(q, k, v, beta, log_decay, reset)
     p = _plan(core, arrays | {"initial": states}, scale, chunk_size)._replace(back=True)
     inputs = _inputs(p, arrays) | {
         "states": ("states", states),

@@ -16,6 +16,7 @@ pytest.importorskip("ml_collections")
 
 from experiments import checkpoints, logs, train
 from experiments.configs import lm
+from tests.scripts import KILLED
 
 REPOSITORY = Path(__file__).parent.parent
 STEPS = 10
@@ -69,20 +70,6 @@ def outputs(processes, seconds=300):
             process.kill()
 
 
-_KILLED = """
-import os, signal, sys
-from experiments import cli, train, training
-
-drain = training.Run._drain
-def killed(self, timed=True):
-    drain(self, timed)
-    if self.step == 8:  # Rows up to 8 are written, the newest checkpoint is that of step 5.
-        self._checkpoints.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-training.Run._drain = killed
-sys.exit(cli.run(train.define_flags, train.main))
-"""
-
 _STOPPED = """
 import os, signal, sys
 from experiments import cli, logs, train
@@ -131,7 +118,7 @@ def test_two_processes_are_stopped_then_killed_and_one_goes_on(text, tmp_path):
     # The signal came at step 3; processes ask each other every log_every = 2 steps.
     assert "stopped at step 4" in printed[0]
 
-    processes = two_processes(_KILLED, text, workdir)
+    processes = two_processes(KILLED, text, workdir)
     printed = outputs(processes)
     assert -signal.SIGKILL in [p.returncode for p in processes], printed
     assert "resumed at step 4" in printed[0]

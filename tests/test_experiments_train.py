@@ -24,6 +24,7 @@ from experiments.configs import common, lm
 from experiments.data import pipeline
 from experiments.errors import UserError
 from experiments.interrupt import Interrupt
+from tests.scripts import KILLED
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -154,21 +155,6 @@ def test_the_second_signal_is_python_s_own():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-_KILLED = """
-import os, signal, sys
-from experiments import cli, train, training
-
-drain = training.Run._drain
-def killed(self, timed=True):
-    drain(self, timed)
-    if self.step == 8:  # Rows up to 8 are written, the newest checkpoint is that of step 5.
-        self._checkpoints.wait()
-        os.kill(os.getpid(), signal.SIGKILL)
-training.Run._drain = killed
-sys.exit(cli.run(train.define_flags, train.main))
-"""
-
-
 def test_kill_and_resume_is_a_run_never_stopped(reference, text, tmp_path):
     arguments = [
         f"--config={REPOSITORY}/experiments/configs/lm.py:lru,quicktest",
@@ -180,7 +166,7 @@ def test_kill_and_resume_is_a_run_never_stopped(reference, text, tmp_path):
     settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment = os.environ | settings
     killed = subprocess.run(
-        [sys.executable, "-c", _KILLED, *arguments],
+        [sys.executable, "-c", KILLED, *arguments],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,

@@ -1,6 +1,7 @@
 """The Flax adapters: the bare layer's numbers, and everything that Flax does with a module."""
 
 import functools
+import operator
 import subprocess
 import sys
 
@@ -193,7 +194,7 @@ def test_nnx_vmap_and_scan_over_layers():
     params = nnx.to_pure_dict(nnx.state(stack))["params"]
     wanted = x
     for i in range(3):
-        wanted = wanted + LRU.apply(jax.tree.map(lambda p: p[i], params), wanted)[0]  # noqa: B023
+        wanted = wanted + LRU.apply(jax.tree.map(operator.itemgetter(i), params), wanted)[0]
     assert_close(y, jnp.sum(wanted), 1e-5)
     assert grads["params"]["B"].shape == (3, 2, DIM, DIM)
 
@@ -247,7 +248,7 @@ def test_linen_scan_and_remat_over_layers():
     assert len(np.unique(params["nu_log"])) == 3 * DIM
     wanted = x
     for i in range(3):
-        wanted = wanted + LRU.apply(jax.tree.map(lambda p: p[i], params), wanted)[0]  # noqa: B023
+        wanted = wanted + LRU.apply(jax.tree.map(operator.itemgetter(i), params), wanted)[0]
     value, grads = jax.jit(jax.value_and_grad(lambda v: jnp.sum(Stack().apply(v, x))))(variables)
     assert_close(value, jnp.sum(wanted), 1e-5)
     assert np.all(np.isfinite(linen.unbox(grads)["params"]["block"]["nu_log"]))
