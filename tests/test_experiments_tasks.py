@@ -74,7 +74,7 @@ def test_packed_and_padded_losses_are_the_same():
     (one, by_one), (other, by_other) = gradient(params, padded), gradient(params, packed)
     assert float(one) == pytest.approx(float(other), rel=1e-5)
     for a, b in zip(jax.tree.leaves(by_one), jax.tree.leaves(by_other), strict=True):
-        # float32 sums over the batch in another order; small entries are what is left of large ones.
+        # float32 sums in another order; small entries are what is left of large ones.
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
