@@ -10,11 +10,13 @@
 Every row is one shape; every candidate is timed once per round, in turn, and what is printed is
 the median over the rounds of its time divided by the reference's time in the same round. Lone
 times say more about the machine and its neighbours than about the code. A call that is not timed
-goes before each that is, so that nobody finds memory that another candidate left behind.
+goes before each that is, so that nobody finds memory that another candidate left behind; what takes
+less than 5 ms is called as often as fills them.
 """
 
 import functools
 import itertools
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,11 +28,12 @@ from jax import lax
 
 import seqjax
 from experiments import bench_cases, bench_newton, bench_tpu
-from experiments.bench_tools import Candidates, Table, ratios
+from experiments.bench_tools import Candidates, Table, ratios, seconds
 
 ONLY = flags.DEFINE_string("only", "", "Only the rows of `choice` whose name begins so.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
+SHORT = 1e-3  # seconds
 SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
 
 
@@ -129,13 +132,38 @@ def bench_choice(rounds: int) -> None:
         if not f"{name}, {shape}".startswith(ONLY.value):
             continue
         arrays = bench_cases.arrays(name, batch, length, width)
-        candidates: Candidates = {}
-        for algorithm in (None, *bench_cases.ALGORITHMS[name]):
-            run = bench_cases.with_gradients(bench_cases.by(algorithm, name))
-            candidates[str(algorithm)] = functools.partial(jax.jit(run), *arrays)
-        times = ratios(candidates, "None", rounds)
-        best = min(times[algorithm] for algorithm in bench_cases.ALGORITHMS[name])
-        table.row(f"{name}, {shape}", {"None over the best": 1 / best} | times)
+        found = [_compare_choices(name, arrays, rounds)]
+        # Short calls differ by where code and buffers happen to lie: a new draw.
+        while found[0][1] < SHORT and len(found) < 3:
+            jax.clear_caches()
+            found.append(_compare_choices(name, arrays, rounds))
+        row = {key: statistics.median(times[key] for times, _ in found) for key in found[0][0]}
+        best = min(row[algorithm] for algorithm in bench_cases.ALGORITHMS[name])
+        table.row(f"{name}, {shape}", {"None over the best": 1 / best} | row)
+
+
+def _compare_choices(name: str, arrays: Any, rounds: int) -> tuple[dict[str, float], float]:
+    """The ratios of a row, and about how many seconds a call takes."""
+    compiled = {
+        str(algorithm): jax.jit(bench_cases.with_gradients(bench_cases.by(algorithm, name)))
+        .lower(*arrays)
+        .compile()
+        for algorithm in (None, *bench_cases.ALGORITHMS[name])
+    }
+    # Equal programs are one candidate: None is as fast as what it picks, however lucky that was.
+    kinds = {algorithm: _work(program) for algorithm, program in compiled.items()}
+    programs = {kinds[algorithm]: program for algorithm, program in compiled.items()}
+    runs: Candidates = {
+        kind: functools.partial(program, *arrays) for kind, program in programs.items()
+    }
+    times = ratios(runs, kinds["None"], rounds)
+    return {name: times[kind] for name, kind in kinds.items()}, seconds(runs[kinds["None"]])
+
+
+def _work(compiled: Any) -> str:
+    """What tells programs apart: what they compute, read and write, and keep."""
+    cost = compiled.cost_analysis()
+    return f"{cost['flops']} {cost['bytes accessed']} {temporary_bytes(compiled)}"
 
 
 SUITES = {

@@ -8,17 +8,22 @@ from typing import Any
 import jax
 
 Candidates = dict[str, Callable[..., Any]]
+# Seconds that calls are repeated for, one after the other, to be timed together: shorter ones
+# differ by what the threads were doing when they began.
+SHORTEST = 5e-3
 
 
 def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, float]:
     """The median over rounds of each candidate's time over the reference's."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():  # compile
-        jax.block_until_ready(run())
+    calls: dict[str, int] = {}
+    for name, run in candidates.items():
+        jax.block_until_ready(run())  # compile
+        calls[name] = 1 + int(SHORTEST / seconds(run))
     for _ in range(rounds):
         for name, run in candidates.items():
             jax.block_until_ready(run())
-            times[name].append(seconds(run))
+            times[name].append(statistics.fmean(seconds(run) for _ in range(calls[name])))
     return {
         name: statistics.median(t / r for t, r in zip(ts, times[reference], strict=True))
         for name, ts in times.items()

@@ -38,15 +38,15 @@ class Recurrence:
       complex_ok: whether arguments may be complex.
       diagonal: whether f adds to D S something that does not depend on S.
       reads: the inputs that read S_{t-1}, which a reset clears.
-      cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU, without
-        decay or with one per head, and with decays per channel.
+      cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU: without
+        decay, with one per head, and with decays per channel.
       kernels: imports and returns its module of Pallas kernels.
     """
 
     name: str
     step: Callable[[jax.Array, jax.Array, _chunked.Arrays], jax.Array]
     prepare: _chunked.Prepare
-    cpu_chunks_from: tuple[int, int]
+    cpu_chunks_from: tuple[int, int, int]
     complex_ok: bool = False
     diagonal: bool = False
     reads: tuple[str, ...] = ()
@@ -68,20 +68,29 @@ class Plan:
 
 
 def choose(
-    recurrence: Recurrence, length: int, elements: int, per_channel: bool
+    recurrence: Recurrence, sizes: Mapping[str, int], log_decay: jax.Array | None
 ) -> tuple[str, str]:
-    """The algorithms on CPU and elsewhere, for T steps and so many elements in a state.
+    """The algorithms on CPU and elsewhere, for T steps of B x H states of K x V elements.
 
     On a CPU, a step on a small state costs little more than a kernel call, and small matmuls run
     far below their peak: what a state must hold for chunks to pay depends on how many matmuls
-    a chunk takes, and a chunk of a few steps takes few. Where chunks do little each, as the small
-    ones of a diagonal recurrence, many at once are the faster. All with gradients; only forward,
-    steps stay the faster for longer (`experiments.bench choice`). Elsewhere steps wait for each
-    other and matmuls are what the machine is made for, but for a handful of steps; not measured
-    there.
+    a chunk takes, and a chunk of a few steps takes few. Where all states together are few, the
+    kernel calls that a chunk saves are all that counts, unless its decays take many themselves.
+    Where chunks do little each, as the small ones of a diagonal recurrence, many at once are the
+    faster. All with gradients; only forward, steps stay the faster for longer (`experiments.bench
+    choice`). Elsewhere steps wait for each other and matmuls are what the machine is made for, but
+    for a handful of steps; not measured there.
     """
-    enough = elements >= recurrence.cpu_chunks_from[per_channel] or length < 16 <= elements // 256
-    if length < 4 or length * elements < 8192 or not enough:
+    length, elements = sizes["T"], sizes["K"] * sizes["V"]
+    together = sizes["B"] * sizes["H"] * elements
+    axes = 0 if log_decay is None else log_decay.ndim - 2
+    light = recurrence.diagonal or axes == 0
+    if length < 16:
+        pays = length >= 4 and elements >= 4096 and (recurrence.diagonal or together >= 2**17)
+    else:
+        pays = elements >= recurrence.cpu_chunks_from[axes] and length * elements >= 8192
+        pays |= together <= 1024 and light and (axes < 2 or length <= 64)
+    if not pays:
         on_cpu = "sequential"
     else:
         many = recurrence.diagonal and elements <= 1024 and length >= 256
@@ -112,8 +121,7 @@ def call(
     if given["initial_state"] is None:
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
-    per_channel = given["log_decay"] is not None and given["log_decay"].ndim == 4
-    chosen = choose(recurrence, sizes["T"], sizes["K"] * sizes["V"], per_channel)
+    chosen = choose(recurrence, sizes, given["log_decay"])
     scale = sizes["K"] ** -0.5 if scale is None else scale
     use = _dispatch.kernel_use(
         op,

@@ -48,6 +48,19 @@ class Newton:
         changes the way to the solution and not the solution.
       scan_dtype: dtype of the linear recurrence of a step (not of what is checked); None is the
         state's.
+
+    Raises:
+      ValueError: a field is out of range, as soon as it is given.
+
+    >>> import jax.numpy as jnp
+    >>> import seqjax
+    >>> def cell(w, h, x):
+    ...     return jnp.tanh(w * h + x)
+    >>> solver = seqjax.Newton(window=32, max_iterations=8)
+    >>> w, xs, h0 = jnp.full(3, 0.9), jnp.ones((2, 100, 3)), jnp.zeros((2, 3))
+    >>> _, _, info = seqjax.nonlinear_scan(cell, w, xs, h0, solver=solver, algorithm="newton")
+    >>> print(info.converged)
+    [ True  True]
     """
 
     tol: float | None = None
@@ -83,6 +96,15 @@ class SolveInfo(NamedTuple):
         zero by construction where the algorithm was "sequential".
       converged: whether every state met the tolerance in what is returned.
       sequential_steps: states that had to be computed one after the other.
+
+    >>> import jax.numpy as jnp
+    >>> import seqjax
+    >>> def cell(w, h, x):
+    ...     return jnp.tanh(w * h + x)
+    >>> w, xs, h0 = jnp.full(3, 0.9), jnp.ones((2, 100, 3)), jnp.zeros((2, 3))
+    >>> _, _, info = seqjax.nonlinear_scan(cell, w, xs, h0, algorithm="sequential")
+    >>> print(info.iterations, info.residual, info.sequential_steps)
+    [0 0] [0. 0.] [100 100]
     """
 
     iterations: jax.Array

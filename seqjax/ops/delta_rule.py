@@ -130,5 +130,5 @@ def _kernels() -> Any:
 
 
 _RECURRENCE = _matrix_op.Recurrence(
-    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48, 48 * 48), kernels=_kernels
+    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48,) * 3, kernels=_kernels
 )

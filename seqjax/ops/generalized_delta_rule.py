@@ -125,5 +125,5 @@ def _down(rows: Array) -> Array:
 
 
 _RECURRENCE = _matrix_op.Recurrence(
-    "generalized_delta_rule", _step, _prepare, cpu_chunks_from=(96 * 96, 96 * 96), reads=("a",)
+    "generalized_delta_rule", _step, _prepare, cpu_chunks_from=(96 * 96,) * 3, reads=("a",)
 )

@@ -113,7 +113,7 @@ _RECURRENCE = _matrix_op.Recurrence(
     "linear_attention",
     _step,
     _prepare,
-    cpu_chunks_from=(1, 32 * 32),
+    cpu_chunks_from=(1, 32 * 32, 32 * 32),
     complex_ok=True,
     diagonal=True,
     kernels=_kernels,
