@@ -38,12 +38,9 @@ LAYERS = (
     layers.LEM,
     layers.LTC,
 )
-LEARNERS = (layers.GRU, layers.LSTM, layers.ParaGRU, layers.ParaLSTM)
 LENGTHS = (256, 1024, 4096, 16384, 65536)
-# A row with times compiles six programs instead of one.
-TIMED = (256, 4096)
 # Seconds that a call may be expected to take for it to be made at all, and seconds that a row's
-# rounds may take together.
+# rounds may take together; one round is always made.
 LONGEST_CALL, LONGEST_ROW = 20.0, 6.0
 ITERATIONS, STEPS = "iterations", "steps one by one"
 GRADIENTS = ", with gradients"
@@ -75,11 +72,10 @@ class Subject(NamedTuple):
 
 
 def subjects(make: Any) -> Iterator[Subject]:
-    """A layer's cell as it is initialised and, if it is one of those, trained."""
+    """A layer's cell as it is initialised, and trained."""
     layer = make(DIM)
     yield Subject(f"{make.__name__}, initial", layer, layer.init(jax.random.key(0)), None)
-    if make in LEARNERS:
-        yield train_on_parity(make(DIM, algorithm="sequential"))
+    yield train_on_parity(make(DIM, algorithm="sequential"))
 
 
 def train_on_parity(layer: Any, steps: int = 1000) -> Subject:
@@ -136,11 +132,7 @@ def programs(cell: cells.Cell, h0: jax.Array) -> tuple[dict[str, Run], dict[str,
 
 def bench_newton(rounds: int) -> None:
     """Iterations of Newton, its time over that of steps, and theirs over a plain `lax.scan`'s."""
-    table = Table(
-        f"Newton on nonlinear RNNs, {DIM} channels, one sequence, float32. Times at"
-        f" T={' and '.join(map(str, TIMED))} only",
-        COLUMNS,
-    )
+    table = Table(f"Newton on nonlinear RNNs, {DIM} channels, one sequence, float32", COLUMNS)
     curves: dict[str, dict[int, int]] = {}
     for make in LAYERS:
         # The same programs for all states of a cell.
@@ -172,19 +164,17 @@ def bench_subject(
             ITERATIONS: found[length],
             STEPS: int(info.sequential_steps[0]),
         }
-        if length != LENGTHS[-1]:  # after it there is nothing to plan
-            taken = seconds(run)
-            each_step = taken / length
-        if length in TIMED:
-            # Every round calls Newton twice without and twice with gradients.
-            affordable = min(rounds, max(3, int(LONGEST_ROW / (4 * taken))))
-            for suffix, runs in (("", forward), (GRADIENTS, backward)):
-                candidates: Candidates = {
-                    name: functools.partial(run, *arrays) for name, run in runs.items()
-                }
-                times = ratios(candidates, "sequential", affordable)
-                row |= {NEWTON + suffix: times["newton"], LOOP + suffix: 1 / times["lax.scan"]}
-            row["rounds"] = affordable
+        taken = seconds(run)
+        each_step = taken / length
+        # Every round calls Newton twice without and twice with gradients.
+        affordable = min(rounds, max(1, int(LONGEST_ROW / (4 * taken))))
+        for suffix, runs in (("", forward), (GRADIENTS, backward)):
+            candidates: Candidates = {
+                name: functools.partial(run, *arrays) for name, run in runs.items()
+            }
+            times = ratios(candidates, "sequential", affordable)
+            row |= {NEWTON + suffix: times["newton"], LOOP + suffix: 1 / times["lax.scan"]}
+        row["rounds"] = affordable
         table.row(label, row)
     return found
 

@@ -1,6 +1,7 @@
 """What a training step would take on a TPU slice that is not there: memory, traffic, time.
 
     python -m experiments.plan --config=experiments/configs/pod_deltanet_1b.py --topology=v5e:16x16
+    python -m experiments.plan --table=v5e:16x16,v5p:4x4x4      # a table of every recipe
 
 Compiles the real training step ahead of time with the real TPU compiler; needs the `aot` extra.
 """
@@ -8,7 +9,9 @@ Compiles the real training step ahead of time with the real TPU compiler; needs 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -23,6 +26,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from experiments import build, cli, collectives, flops, optimizer, training
+from experiments.configs import pods
 from experiments.errors import UserError, nearest
 from seqjax import sharding
 
@@ -114,15 +118,34 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "topology", "v5e:16x16", "TPU slice, such as v5p:4x4x4.", flag_values=values
     )
     flags.DEFINE_string("mesh", "", "Mesh; empty: the configuration's.", flag_values=values)
-    flags.DEFINE_boolean("row", False, "Print a row of the recipes' table.", flag_values=values)
+    flags.DEFINE_list(
+        "table", [], "Slices to print a table of every recipe for, no other.", flag_values=values
+    )
 
 
 def main(values: Any) -> int:
-    """Plans the configuration given by flags; exit code 1 if it does not fit."""
+    """Plans the configuration given by flags, or all recipes; exit code 1 if one does not fit."""
+    if values.table:
+        return 0 if table(values.table) else 1
     config = cli.require_config(values)
     plan = make_plan(config, values.topology, values.mesh or config.mesh)
-    print(row(config, values.topology, plan) if values.row else report(config, plan), flush=True)
+    print(report(config, plan))
     return 0 if plan.fits else 1
+
+
+def table(topologies: Sequence[str]) -> bool:
+    """Prints a row for every recipe, length and slice; returns whether all fit."""
+    for topology in topologies:
+        topology_devices(topology)  # a mistake is told at once
+    print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}\n\n{HEADER}")
+    fit = []
+    for topology, name, length in itertools.product(topologies, pods.RECIPES, pods.LENGTHS):
+        config = importlib.import_module(f"experiments.configs.{name}").get_config(length)
+        plan = make_plan(config, topology, config.mesh)
+        print(row(config, topology, plan), flush=True)
+        fit.append(plan.fits)
+        jax.clear_caches()
+    return all(fit)
 
 
 def topology_devices(topology: str) -> tuple[Chip, list[Any]]:

@@ -257,4 +257,4 @@ else:
     print("libtpu is not installed (or this is a test): pip install 'seqjax[aot]'")
 
 # %% [markdown]
-# That was a toy. The path is the same for a model that needs the pod: write it with named axes, say where names go, look at the collectives, let the TPU's compiler have its word, and only then ask for the machine. When one *sequence* is too long for a device, time itself can be split: see the guide on sharding, `sequence_axis`.
+# That was a toy. The path is the same for a model that needs the pod: write it with named axes, say where names go, look at the collectives, let the TPU's compiler have its word, and only then ask for the machine. When one *sequence* is too long for a device, time itself can be split: see the guide on sharding, `sequence_axis`. Models that are configurations rather than notebooks are planned by one command, with what is sent and a roofline: `python -m experiments.plan --config=experiments/configs/pod_mamba_1b.py:131k --topology=v5e:16x16`.

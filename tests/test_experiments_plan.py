@@ -16,15 +16,13 @@ from experiments.errors import UserError
 from seqjax.layers import GRU, LRU, DeltaNet, SlidingWindowAttention
 from seqjax.models import Backbone, LanguageModel
 
-RECIPES = ("pod_deltanet_1b", "pod_mamba_1b", "pod_paragru_1b", "pod_deltanet_7b")
-
 
 def recipe(name, arg=""):
     return importlib.import_module(f"experiments.configs.{name}").get_config(arg)
 
 
 @pytest.mark.parametrize("arg", sorted(pods.LENGTHS))
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", pods.RECIPES)
 def test_recipes_are_of_the_size_they_say(name, arg):
     config = recipe(name, arg)
     model = build.build_model(config.model)
@@ -127,6 +125,37 @@ def test_what_would_fit_is_said():
     assert "more chips" in plan.report(config, full)
     message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by 4G."
     assert plan._used(message) == 20.5 * 2**30
+
+
+def test_the_table_has_every_recipe_and_slice(monkeypatch, capsys):
+    def made(config, topology, mesh):
+        return plan.Plan(
+            chips=8,
+            mesh={"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
+            parameters=1,
+            tokens=8,
+            model_flops=8 * 10**12,
+            hbm=2.0**30,
+            limit=16 * 2**30,
+            fits=topology != "small",
+            state_bytes=2**29,
+            temporary_bytes=2**29,
+            traffic=collectives.Traffic({"all-gather": 1}, {"all-gather": 2**20}, 0),
+            seconds=1.0,
+            remat=False,
+            chip=plan.CHIPS["v5e"],
+        )
+
+    monkeypatch.setattr(plan, "make_plan", made)
+    monkeypatch.setattr(plan, "topology_devices", lambda topology: None)
+    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "0")
+    assert plan.table(["large"])
+    assert not plan.table(["large", "small"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| pod-")]
+    assert len(rows) == 3 * len(pods.RECIPES) * len(pods.LENGTHS)
+    assert rows[0].startswith("| pod-deltanet-1.3b-8k | large | fsdp=8 |")
+    assert "does not fit" in rows[-1]
 
 
 @pytest.mark.slow
