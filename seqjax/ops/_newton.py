@@ -118,6 +118,7 @@ class Problem(NamedTuple):
 
     Attributes:
       evaluate: (states before, x) -> next states.
+      step: the same of one step, states [B, ...].
       linearise: (states before, x) -> (next states, Jacobians).
       correct: (Jacobians, gaps, reset) -> the d of a Newton step.
       previous: (state before the range, states, reset) -> states before each step.
@@ -126,6 +127,7 @@ class Problem(NamedTuple):
     """
 
     evaluate: Callable[[jax.Array, PyTree], jax.Array]
+    step: Callable[[jax.Array, PyTree], jax.Array]
     linearise: Callable[[jax.Array, PyTree], tuple[jax.Array, jax.Array]]
     correct: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     previous: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -240,8 +242,8 @@ def iterate(
 
 
 def as_state(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """A mask [B, T], or [B, 1], that broadcasts against states."""
-    return mask.reshape(*mask.shape, *(1 for _ in like.shape[2:]))
+    """A mask [B, T], [B, 1] or [B] that broadcasts against states."""
+    return mask.reshape(*mask.shape, *(1 for _ in range(like.ndim - mask.ndim)))
 
 
 def in_windows(
@@ -304,13 +306,14 @@ def in_windows(
     return states[:, :length], taken, stepped
 
 
-def step_all(problem: Problem, h: jax.Array, xs: PyTree, reset: jax.Array) -> jax.Array:
+def step_all(problem: Problem, h: jax.Array, xs: PyTree, reset: jax.Array | None) -> jax.Array:
     """All states, one after the other."""
 
     def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        x, cut = jax.tree.map(lambda v: v[:, None], inputs)
-        found = jnp.where(as_state(cut, h[:, None]), jnp.zeros_like(h[:, None]), h[:, None])
-        h = problem.evaluate(found, x)[:, 0]
+        x, cut = inputs
+        if cut is not None:
+            h = jnp.where(as_state(cut, h), jnp.zeros_like(h), h)
+        h = problem.step(h, x)
         return h, h
 
     inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, reset))

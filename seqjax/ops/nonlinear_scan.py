@@ -123,6 +123,7 @@ def nonlinear_scan(
         algorithm=algorithm,
         on_failure=on_failure,
         sequence_axis=sequence_axis,
+        resets=reset is not None,
     )
 
 
@@ -135,6 +136,7 @@ def nonlinear_scan(
         "algorithm",
         "on_failure",
         "sequence_axis",
+        "resets",
     ),
 )
 def _run(
@@ -151,6 +153,7 @@ def _run(
     algorithm: str | None,
     on_failure: str,
     sequence_axis: str | None,
+    resets: bool,
 ) -> tuple[Array, Array, SolveInfo]:
     out = _structure.float_leaves(xs)[0].dtype
     leaves, tree = jax.tree.flatten((params, xs, h0, reset, guess))
@@ -160,14 +163,17 @@ def _run(
     # What is followed by derivatives is the rule below, not the way to the solution.
     fixed = jax.tree.map(lax.stop_gradient, (params, xs, h0))
     problem = _problem(cell, fixed[0], structure[0], bounds, sequence_axis)
+    # On a CPU a step of a small cell costs what its kernels cost to start: where nothing is reset,
+    # no step asks.
+    cuts = reset if resets else None
 
     def by(algorithm: str, h0: Array) -> tuple[Array, SolveInfo]:
         arrays = (h0, fixed[1], reset, guess)
         if algorithm == "sequential":
-            return _stepped(problem, *arrays[:3], sequence_axis)
+            return _stepped(problem, h0, fixed[1], cuts, sequence_axis)
         rescue = None
         if sequence_axis is not None:
-            rescue = functools.partial(_in_turn, problem, h0, fixed[1], reset, sequence_axis)
+            rescue = functools.partial(_in_turn, problem, h0, fixed[1], cuts, sequence_axis)
         finish = on_failure == "sequential"
         states, iterations, steps = _newton.solve(
             problem, solver, *arrays, finish=finish, rescue=rescue
@@ -204,6 +210,8 @@ def _problem(
 
     return _newton.Problem(
         evaluate=over_steps(lambda h, x: cell(params, h, x)),
+        # Not `evaluate` on one step: the axis more gives XLA's CPU compiler twice the kernels.
+        step=jax.vmap(lambda h, x: cell(params, h, x)),
         linearise=over_steps(
             lambda h, x: _structure.jacobian(lambda h: cell(params, h, x), h, structure)
         ),
@@ -215,7 +223,7 @@ def _problem(
 
 
 def _in_turn(
-    problem: _newton.Problem, h0: Array, xs: PyTree, reset: Array, sequence_axis: str
+    problem: _newton.Problem, h0: Array, xs: PyTree, reset: Array | None, sequence_axis: str
 ) -> Array:
     """All states step by step, one device after the other."""
     size = lax.axis_size(sequence_axis)
@@ -232,7 +240,7 @@ def _stepped(
     problem: _newton.Problem,
     h0: Array,
     xs: PyTree,
-    reset: Array,
+    reset: Array | None,
     sequence_axis: str | None,
 ) -> tuple[Array, SolveInfo]:
     """All states step by step. They are what they are said to be, unless they are not numbers."""
@@ -242,7 +250,7 @@ def _stepped(
         states = _in_turn(problem, h0, xs, reset, sequence_axis)
     finite = ~problem.anywhere(~_newton.over_state(jnp.isfinite(states), jnp.all).all(axis=1))
     none = jnp.zeros_like(finite, jnp.int32)
-    steps = none + reset.shape[1] * (lax.axis_size(sequence_axis) if sequence_axis else 1)
+    steps = none + states.shape[1] * (lax.axis_size(sequence_axis) if sequence_axis else 1)
     residual = jnp.where(finite, 0.0, jnp.nan).astype(states.dtype)
     return states, SolveInfo(none, residual, finite, steps)
 
