@@ -6,6 +6,7 @@
     python -m experiments.bench choice     # what algorithm=None picks
     python -m experiments.bench newton     # nonlinear RNNs: Newton against step by step
     python -m experiments.bench tpu        # kernels on TPUs that are not there; only if named
+    python -m experiments.bench gpu        # what ptxas says of kernels for H100; only if named
 
 Every row is one shape; every candidate is timed once per round, in turn, and what is printed is
 the median over the rounds of its time divided by the reference's time in the same round. Lone
@@ -27,7 +28,7 @@ from absl import app, flags
 from jax import lax
 
 import seqjax
-from experiments import bench_cases, bench_newton, bench_tpu
+from experiments import bench_cases, bench_gpu, bench_newton, bench_tpu
 from experiments.bench_tools import Candidates, Table, ratios, seconds
 
 ONLY = flags.DEFINE_string("only", "", "Only the rows of `choice` whose name begins so.")
@@ -172,12 +173,13 @@ SUITES = {
     "choice": bench_choice,
     "newton": bench_newton.bench_newton,
     "tpu": bench_tpu.bench_tpu,
+    "gpu": bench_gpu.bench_gpu,
 }
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the suites named on the command line, all that are timed here if none is."""
-    names = list(argv[1:]) or [name for name in SUITES if name != "tpu"]
+    names = list(argv[1:]) or [name for name in SUITES if name not in ("tpu", "gpu")]
     unknown = [name for name in names if name not in SUITES]
     if unknown:
         sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}.")

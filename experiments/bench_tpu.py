@@ -172,19 +172,39 @@ def compile_apart(
 
     Its profiler crashes on some kernels, after it has written their schedule.
     """
-    env = dict(
-        os.environ,
-        LIBTPU_INIT_ARGS=flags.replace("DIR", str(folder)),
-        JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    )
+    env = {
+        "LIBTPU_INIT_ARGS": flags.replace("DIR", str(folder)),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    return run_apart("experiments.bench_tpu", request, folder, env, may_crash=may_crash)
+
+
+def run_apart(
+    module: str,
+    request: Any,
+    folder: pathlib.Path,
+    env: dict[str, str],
+    *,
+    may_crash: bool = False,
+) -> str:
+    """What a module, run in a process of its own, answers to a request: see `answer`."""
     (folder / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-m", "experiments.bench_tpu", str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode and not may_crash:
         raise RuntimeError(f"{request}: {done.stderr.strip().splitlines()[-1]}")
     return (folder / "program.txt").read_text()
+
+
+def answer(respond: Callable[..., str]) -> None:
+    """In that process: `respond` to the request in the folder that the command line names."""
+    folder = pathlib.Path(sys.argv[1])
+    (folder / "program.txt").write_text(respond(*json.loads((folder / "request.json").read_text())))
 
 
 def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, float]:
@@ -232,5 +252,4 @@ def bench_tpu(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    where = pathlib.Path(sys.argv[1])
-    (where / "program.txt").write_text(_compile(*json.loads((where / "request.json").read_text())))
+    answer(_compile)

@@ -6,7 +6,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["array_like", "pl", "pltpu"]
+__all__ = ["array_like", "gpu_interpreter", "pl", "pltpu"]
 
 
 def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -15,3 +15,19 @@ def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDty
     Inside `jax.shard_map` with varying-axes checks `pallas_call` wants that stated.
     """
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
+
+
+def gpu_interpreter() -> Any:
+    """What runs a Mosaic GPU kernel on a CPU.
+
+    Raises:
+      NotImplementedError: where jax has nothing that does.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    made = getattr(plgpu, "InterpretGPUParams", None)
+    if made is None:
+        raise NotImplementedError(
+            f"jax {jax.__version__} cannot interpret a kernel for GPU; 0.11.2 and newer can."
+        )
+    return made()

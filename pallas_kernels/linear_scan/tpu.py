@@ -1,17 +1,12 @@
 """The elementwise linear recurrence on TPU: one pass over the arrays, forward and backward.
 
-    pre:      h <- a_t h + x_t;   y_t = h
-    post:     y_t = c + x_t;      c <- a_t y_t
-    adjoint:  post, run on cotangents against time, and  da_t = y_t h_{t-1}  beside it
-
 The arrays come as the user has them, [B, T, D], and are read in blocks of whole rows: [Tb, Db] of
 one sequence, which lie in one piece of memory if Db is D. Time is an inner axis of the grid and
 the state stays in VMEM, so every element is read once and written once. Inside a block the rows
 are taken one after the other; a row is wide enough to be independent work for a step, and all of
 it hides behind the copies from and to memory.
 
-Where `reset` is set the product with a_t is replaced by zero. Complex numbers are pairs of real
-arrays. Why these forms are enough is in `seqjax.ops._recurrence`.
+What is computed is in `_form`.
 """
 
 import functools
@@ -24,8 +19,8 @@ from jax import lax
 
 from pallas_kernels._compat import array_like, pl, pltpu
 from pallas_kernels._rows import close, each, groups, put, scalars, take
-
-Numbers = tuple[jax.Array, ...]  # one real array, or a real and an imaginary one
+from pallas_kernels.linear_scan import _form
+from pallas_kernels.linear_scan._form import Numbers
 
 
 class Plan(NamedTuple):
@@ -75,61 +70,6 @@ def block_sizes(length: int, width: int, arrays: int) -> tuple[int, int]:
     rows = 12 * 2**20 // (2 * 4 * arrays * min(lanes, columns + 127))
     rows = 1 << max(4, min(9, rows.bit_length() - 1))
     return min(rows, -(-length // 16) * 16), columns
-
-
-def scan(
-    a: Numbers,
-    x: Numbers,
-    h0: Numbers,
-    reset: jax.Array | None,
-    *,
-    post: bool,
-    reverse: bool,
-    out_dtype: Any,
-    blocks: tuple[int, int] | None = None,
-    interpret: bool = False,
-) -> tuple[Numbers, Numbers]:
-    """Run one of the two forms.
-
-    Args:
-      a: parts [B|1, T|1, D].
-      x: parts [B, T, D].
-      h0: parts [B, D] in the dtype of the state.
-      reset: [B, T] bool or None.
-      post: the form.
-      reverse: time runs from the last row to the first.
-      out_dtype: of the outputs.
-      blocks: rows (a multiple of 16) and columns (of 128, or all) of a block.
-      interpret: run without a TPU, slowly.
-
-    Returns:
-      (y, parts [B, T, D]; final state, parts [B, D]).
-    """
-    y, final, _ = _run(a, x, h0, reset, None, post, reverse, out_dtype, blocks, interpret)
-    return y, final
-
-
-def adjoint(
-    a: Numbers,
-    y: Numbers,
-    h0: Numbers,
-    reset: jax.Array | None,
-    dy: Numbers,
-    d_final: Numbers,
-    *,
-    reverse: bool,
-    out_dtype: Any,
-    blocks: tuple[int, int] | None = None,
-    interpret: bool = False,
-) -> tuple[Numbers, Numbers, Numbers]:
-    """The cotangents of (a, x, h0) of the `pre` form, from its outputs `y` and their cotangents.
-
-    `reverse` is that of the form itself; `out_dtype` is that of dx.
-    """
-    dx, d_h0, da = _run(
-        a, dy, d_final, reset, (y, h0), True, not reverse, out_dtype, blocks, interpret
-    )
-    return da, dx, d_h0
 
 
 def _run(
@@ -228,10 +168,10 @@ def _run(
         name="linear_scan_adjoint" if plan.adjoint else "linear_scan",
     )(*flat)
     y, final, da = (tuple(out[i * parts : (i + 1) * parts]) for i in range(3))
-    if states is not None:
-        axes = tuple(i for i in range(3) if a[0].shape[i] == 1 and da[0].shape[i] > 1)
-        da = tuple(jnp.sum(p, axis=axes, keepdims=True).astype(a[0].dtype) for p in da)
     return y, tuple(p[:, 0] for p in final), da
+
+
+scan, adjoint = functools.partial(_form.scan, _run), functools.partial(_form.adjoint, _run)
 
 
 def _grid(plan: Plan, batch: int, parts: int) -> tuple[tuple[int, ...], Callable[..., Any]]:
@@ -252,11 +192,7 @@ def _semantics(plan: Plan) -> tuple[Any, ...]:
 
 
 def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
-    ref: dict[str, Any] = {}
-    first = 0
-    for name, count in counts.items():
-        ref[name] = refs[first : first + count]
-        first += count
+    ref = _form.named(counts, refs)
     ids = [pl.program_id(axis) for axis in range(3)]
     time, place = (ids[1], ids[2]) if plan.batch_inside else (ids[2], 0)
     block = plan.blocks - 1 - time if plan.reverse else time
@@ -287,24 +223,18 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
             h, total = carry
             a, x = a_row(r) if a_row else fixed, x_row(r)
             cut = ref["reset"][0][0, base + r] != 0 if plan.resets else None
-            if plan.post:
-                y = _add(h, x)
-                new = _unless(cut, _multiply(a, y))
-            else:
-                new = y = _add(_unless(cut, _multiply(a, h)), x)
-            if ragged:
-                inside = base + r < valid
-                new = tuple(jnp.where(inside, p, q) for p, q in zip(new, h, strict=True))
+            inside = base + r < valid if ragged else None
+            y, new = _form.step(plan.post, h, a, x, cut)
+            new = _form.either(inside, new, h)
             _put(ref, "y", base, r, y)
             if plan.adjoint:
                 shift = 7 if plan.reverse else 9
                 found = tuple(f[pl.ds(base + r + shift, 1), :] for f in ref["found"])
-                da = _unless(cut, _multiply(y, found))
+                da = _form.unless(cut, _form.multiply(y, found))
                 if plan.a_in_time:
                     _put(ref, "da", base, r, da, ids[2] == 0 if plan.batch_inside else None)
                 else:
-                    da = _unless(~inside, da) if ragged else da
-                    total = _add(total, da)
+                    total = _form.either(inside, _form.add(total, da), total)
             return new, total
 
         carry = each(plan.group, row, carry, reverse=plan.reverse, unroll=not plan.interpret)
@@ -368,18 +298,3 @@ def _put(ref: Any, name: str, base: Any, r: Any, value: Numbers, first: Any = No
         if first is not None:
             part = part + jnp.where(first, jnp.zeros_like(part), block[pl.ds(base + r, 1), :])
         put(block, wide, base, r, part)
-
-
-def _multiply(u: Numbers, v: Numbers) -> Numbers:
-    if len(u) == 1:
-        return (u[0] * v[0],)
-    return u[0] * v[0] - u[1] * v[1], u[0] * v[1] + u[1] * v[0]
-
-
-def _add(u: Numbers, v: Numbers) -> Numbers:
-    return tuple(p + q for p, q in zip(u, v, strict=True))
-
-
-def _unless(cut: Any, u: Numbers) -> Numbers:
-    """Zero where `cut`, by selection: what was there may be NaN."""
-    return u if cut is None else tuple(jnp.where(cut, jnp.zeros_like(p), p) for p in u)

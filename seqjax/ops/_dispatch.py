@@ -4,6 +4,7 @@ Two separate choices: `algorithm` (what is computed in which order) and `impleme
 runs it). A named choice is honoured or refused, never replaced.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,19 +17,27 @@ IMPLEMENTATIONS = ("xla", "pallas")
 
 
 class Kernel(NamedTuple):
-    """What there is to run an op besides XLA: the algorithm it follows, the platforms it is for."""
+    """What there is to run an op besides XLA.
+
+    Attributes:
+      algorithm: that it follows.
+      platforms: that it is for.
+      preferred: the platforms where None takes it; on the others it has to be named.
+    """
 
     algorithm: str
     platforms: tuple[str, ...] = ("tpu",)
+    preferred: tuple[str, ...] = ("tpu",)
 
 
 # The ops that have a Pallas kernel; a kernel that lands adds its op.
 KERNELS = {
     "delta_rule": Kernel("chunked"),
     "linear_attention": Kernel("chunked"),
-    "linear_scan": Kernel("sequential"),
+    "linear_scan": Kernel("sequential", platforms=("tpu", "cuda")),
     "selective_scan": Kernel("sequential"),
 }
+FILES = {"tpu": "tpu", "cuda": "gpu"}  # of a platform's kernels, in `pallas_kernels.<op>`
 
 
 class Use(NamedTuple):
@@ -36,8 +45,8 @@ class Use(NamedTuple):
 
     Attributes:
       op: its name.
-      mode: "never"; "may", where the program is compiled for a platform that has it; "must", and
-        compiling for another platform is refused; "interpret", on any platform, slowly.
+      mode: "never"; "may", where the program is compiled for a platform that prefers it; "must",
+        and compiling for a platform without it is refused; "interpret", on any platform, slowly.
     """
 
     op: str
@@ -68,7 +77,8 @@ class Use(NamedTuple):
             return False
         if self.interpret:
             return True
-        here = target.platform in KERNELS[self.op].platforms
+        kernel = KERNELS[self.op]
+        here = target.platform in (kernel.platforms if self.always else kernel.preferred)
         if self.mode == "must" and not here:
             raise NotImplementedError(
                 f"{self.op}: there is no Pallas kernel for {target.platform}; use "
@@ -80,6 +90,14 @@ class Use(NamedTuple):
                 "it inside jax.shard_map, or use implementation='xla' or None."
             )
         return here and not target.partitioned
+
+    def kernels(self, target: _compat.Target) -> Any:
+        """The module of `pallas_kernels` that runs it there; interpreted it is that for TPU.
+
+        Imported where it is run: half a second that programs for a CPU need not spend.
+        """
+        platform = "tpu" if self.interpret else target.platform
+        return importlib.import_module(f"pallas_kernels.{self.op}.{FILES[platform]}")
 
 
 def resolve(

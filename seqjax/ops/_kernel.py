@@ -7,6 +7,7 @@ XLA form, whoever computes the values.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,8 +53,8 @@ jax.tree_util.register_dataclass(_Kept)
 def kernel_call(use: Use, xla: Function, kernel: Function, smooth: Function | None = None) -> Any:
     """A function of pytrees of arrays that `kernel` computes where `use` says so, else `xla`.
 
-    Both return the same tree of floating-point arrays. Its derivatives are JAX's, of `smooth`,
-    which is `xla` unless given.
+    Both return the same tree of floating-point arrays; `kernel` takes the platform's module of
+    `pallas_kernels` first. Its derivatives are JAX's, of `smooth`, which is `xla` unless given.
     """
     if use.never:
         return xla
@@ -71,7 +72,7 @@ def kernel_call(use: Use, xla: Function, kernel: Function, smooth: Function | No
             *leaves,
             use=use,
             xla=flat(xla),
-            kernel=flat(kernel),
+            kernel=lambda kernels: flat(functools.partial(kernel, kernels)),
             smooth=flat(smooth or xla),
             avals=tuple(like.update(shape=s.shape, dtype=s.dtype, weak_type=False) for s in shapes),
         )
@@ -93,10 +94,11 @@ def kernel_op(
       use: where the kernels run.
       xla: of pytrees of arrays (None is a leafless tree); returns a tree of floating-point arrays.
         It must not close over arrays that are differentiated.
-      forward: (*args, save) -> (the same outputs, what the backward kernel wants kept). With
-        `save` false the second is ().
-      backward: (args, outputs, kept, cotangents) -> the cotangents of the floating-point leaves
-        of `args`, in a list in their order.
+      forward: (kernels, *args, save) -> (the same outputs, what the backward kernel wants kept),
+        `kernels` being the platform's module of `pallas_kernels`. With `save` false the second is
+        ().
+      backward: (kernels, args, outputs, kept, cotangents) -> the cotangents of the floating-point
+        leaves of `args`, in a list in their order.
       saved: *args -> the shapes and dtypes of what `forward` keeps, as a tree of
         `jax.ShapeDtypeStruct`.
     """
@@ -138,8 +140,8 @@ def kernel_op(
             out, kept = (xla(*args), []) if use.always else xla_keeping(*args)
             return out, (zeros(saved(*args)), kept)
 
-        def by_kernel(*args: PyTree) -> PyTree:
-            out, kept = forward(*args, save=True)
+        def by_kernel(kernels: Any, *args: PyTree) -> PyTree:
+            out, kept = forward(kernels, *args, save=True)
             return out, (kept, zeros(by_jax))
 
         def smooth(*args: PyTree) -> PyTree:
@@ -156,11 +158,16 @@ def kernel_op(
     def xla_again(args: Any, out: Any, kept: _Kept, cts: PyTree) -> list[jax.Array]:
         return list(pulled(args)[1](cts))
 
-    def kernel_backward(args: Any, out: Any, kept: _Kept, cts: PyTree) -> list[jax.Array]:
-        return list(backward(args, out, kept.by_kernel, cts))
+    def kernel_only(kernels: Any, *args: PyTree) -> PyTree:
+        return forward(kernels, *args, save=False)[0]
+
+    def kernel_backward(
+        kernels: Any, args: Any, out: Any, kept: _Kept, cts: PyTree
+    ) -> list[jax.Array]:
+        return list(backward(kernels, args, out, kept.by_kernel, cts))
 
     return reverse_rule(
-        kernel_call(use, xla, lambda *args: forward(*args, save=False)[0]),
+        kernel_call(use, xla, kernel_only),
         kernel_call(use, xla_again if use.always else xla_backward, kernel_backward, xla_again),
         keeping,
     )
@@ -171,10 +178,10 @@ def _implementation(
     *operands: jax.Array,
     use: Use,
     xla: Flat,
-    kernel: Flat,
+    kernel: Callable[[Any], Flat],
     **_: Any,
 ) -> Sequence[jax.Array]:
-    return kernel(*operands) if use.on(target) else xla(*operands)
+    return kernel(use.kernels(target))(*operands) if use.on(target) else xla(*operands)
 
 
 def _abstract(*_: Any, avals: tuple[Any, ...], **__: Any) -> Sequence[Any]:
@@ -199,8 +206,10 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 def _batch(args: Any, dims: Any, *, avals: Any, **params: Any) -> Any:
     """vmap: of all functions."""
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
-    for name in ("xla", "kernel", "smooth"):
-        params[name] = jax.vmap(params[name], in_axes=tuple(dims))
+    mapped = functools.partial(jax.vmap, in_axes=tuple(dims))
+    kernel = params["kernel"]
+    params |= {name: mapped(params[name]) for name in ("xla", "smooth")}
+    params["kernel"] = lambda kernels: mapped(kernel(kernels))
     avals = tuple(aval.update(shape=(size, *aval.shape)) for aval in avals)
     out = kernel_p.bind(*args, avals=avals, **params)
     return out, [0] * len(out)

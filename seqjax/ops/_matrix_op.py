@@ -40,7 +40,6 @@ class Recurrence:
       reads: the inputs that read S_{t-1}, which a reset clears.
       cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU: without
         decay, with one per head, and with decays per channel.
-      kernels: imports and returns its module of Pallas kernels.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Recurrence:
     complex_ok: bool = False
     diagonal: bool = False
     reads: tuple[str, ...] = ()
-    kernels: Callable[[], Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +187,7 @@ def _run(
 
         return _dispatch.by_platform(by, plan.on_cpu, plan.elsewhere, S0, arrays)
 
-    run = _kernel.kernel_op(plan.use, xla, *_as_kernels(recurrence, plan))
+    run = _kernel.kernel_op(plan.use, xla, *_as_kernels(plan))
 
     def local(S0: jax.Array, v: jax.Array = arrays["v"]) -> tuple[jax.Array, jax.Array]:
         return run(arrays | {"v": v}, log_decay, S0, reset)
@@ -225,28 +223,28 @@ def _lacking(given: Mapping[str, Any], scale: Any, interpret: bool) -> str | Non
     return None
 
 
-def _as_kernels(recurrence: Recurrence, plan: Plan) -> tuple[Callable[..., Any], ...]:
+def _as_kernels(plan: Plan) -> tuple[Callable[..., Any], ...]:
     """The kernels as `_kernel.kernel_op` wants them: forward, backward and what is saved."""
     shared = {"scale": plan.scale, "chunk_size": plan.chunk_size, "interpret": plan.use.interpret}
-
-    def module() -> Any:  # Pallas is imported where a kernel is traced, and not before
-        assert recurrence.kernels is not None
-        return recurrence.kernels()
 
     def inputs(arrays: Any, log_decay: Any) -> tuple[Any, ...]:
         return arrays["q"], arrays["k"], arrays["v"], arrays.get("beta"), log_decay
 
-    def forward(arrays: Any, log_decay: Any, S0: Any, reset: Any, *, save: bool) -> Any:
-        out, final, *states = module().forward(
+    def forward(
+        kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, *, save: bool
+    ) -> Any:
+        out, final, *states = kernels.forward(
             *inputs(arrays, log_decay), S0, reset, states=save, **shared
         )
         return (out, final), states
 
-    def backward(args: Any, outputs: Any, kept: Any, cotangents: Any) -> list[jax.Array]:
+    def backward(
+        kernels: Any, args: Any, outputs: Any, kept: Any, cotangents: Any
+    ) -> list[jax.Array]:
         del outputs
         arrays, log_decay, _, reset = args
         [states] = kept
-        found = module().backward(*inputs(arrays, log_decay), states, reset, *cotangents, **shared)
+        found = kernels.backward(*inputs(arrays, log_decay), states, reset, *cotangents, **shared)
         last = [] if log_decay is None else [found["log_decay"]]
         return [*(found[name] for name in sorted(arrays)), *last, found["initial_state"]]
 

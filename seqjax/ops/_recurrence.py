@@ -13,9 +13,9 @@ order are again these two forms, and the backward pass stores `a` and `y` only.
 
 At a step with `reset` the product with `a_t` is replaced by zero (selected, not multiplied).
 
-For `linear_scan` on a TPU each form is a kernel, whatever it is that is differentiated. One
-backward pass is a single one, that makes the cotangents of all arguments on the way
-(`with_adjoint`).
+For `linear_scan` on a TPU, and on a GPU that is asked for it, each form is a kernel, whatever it is
+that is differentiated. One backward pass is a single one, that makes the cotangents of all
+arguments on the way (`with_adjoint`).
 """
 
 from typing import Any
@@ -47,11 +47,8 @@ def _implementation(
     a, x, h0, *rest = operands
     reset = rest[0] if rest else None
     if use.on(target):
-        # Imported where it is run: half a second that programs for a CPU need not spend.
-        from pallas_kernels.linear_scan import tpu
-
         a_parts, x_parts, state = _parts(h0.dtype, a, x, h0)
-        y, final = tpu.scan(
+        y, final = use.kernels(target).scan(
             a_parts,
             x_parts,
             state,
@@ -165,16 +162,14 @@ def with_adjoint(
             **params,
         )
 
-    def forward(*args: Any, save: bool) -> Any:
-        del save  # the outputs are all that is needed
+    def forward(kernels: Any, *args: Any, save: bool) -> Any:
+        del kernels, save  # the form finds its own; the outputs are all that is needed
         return form(*args), ()
 
-    def backward(args: Any, outputs: Any, kept: Any, cotangents: Any) -> list[Array]:
-        from pallas_kernels.linear_scan import tpu
-
+    def backward(kernels: Any, args: Any, outputs: Any, kept: Any, cotangents: Any) -> list[Array]:
         a, x, h0, reset = args
         a_parts, y, state, dy, d_final = _parts(h0.dtype, a, outputs[0], h0, *cotangents)
-        given = tpu.adjoint(
+        given = kernels.adjoint(
             a_parts,
             y,
             state,

@@ -1,7 +1,5 @@
 """The delta rule: a matrix state that replaces what it holds under a key."""
 
-from typing import Any
-
 import jax.numpy as jnp
 
 from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
@@ -123,12 +121,6 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     )
 
 
-def _kernels() -> Any:
-    from pallas_kernels.delta_rule import tpu
-
-    return tpu
-
-
 _RECURRENCE = _matrix_op.Recurrence(
-    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48,) * 3, kernels=_kernels
+    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48,) * 3
 )

@@ -1,7 +1,5 @@
 """Linear attention: a matrix state, decayed and written to at every step."""
 
-from typing import Any
-
 from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
 from seqjax.types import Array, Inexact, Reset
 
@@ -103,12 +101,6 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     )
 
 
-def _kernels() -> Any:
-    from pallas_kernels.linear_attention import tpu
-
-    return tpu
-
-
 _RECURRENCE = _matrix_op.Recurrence(
     "linear_attention",
     _step,
@@ -116,5 +108,4 @@ _RECURRENCE = _matrix_op.Recurrence(
     cpu_chunks_from=(1, 32 * 32, 32 * 32),
     complex_ok=True,
     diagonal=True,
-    kernels=_kernels,
 )

@@ -48,15 +48,16 @@ def linear_scan(
         temporaries of the size of `x`), "chunked" (log depth inside chunks, chunks one after the
         other), or None: sequential when compiled for CPU or as a kernel; elsewhere associative,
         or chunked for long sequences.
-      implementation: "xla", "pallas" (a kernel, sequential; compiled for TPU only) or None: the
-        kernel when compiled for TPU, if it takes the dtypes (not float16, not float64) and the
-        compiler need not split it over devices, which `jax.shard_map` spares it.
+      implementation: "xla", "pallas" (a kernel, sequential; for TPU, and for GPU from Hopper on)
+        or None: the kernel when compiled for TPU, if it takes the dtypes (not float16, not
+        float64) and the compiler need not split it over devices, which `jax.shard_map` spares it.
+        On GPU the kernel has to be named, and rows of D numbers must be multiples of 16 bytes.
       chunk_size: steps in a chunk of the chunked algorithm; 256 if None.
       unroll: steps in an iteration of the sequential algorithm's loop; 4 if None (1 in the
         backward pass).
-      block_sizes: of the kernel, (steps, a multiple of 16; features, one of 128 or all of them);
-        chosen by shape if None.
-      interpret: run the kernel without its hardware, slowly: to try it.
+      block_sizes: of the kernel, (steps, a multiple of 16; features, one of 128 or all of them; on
+        GPU 128); chosen by shape if None.
+      interpret: run the kernel for TPU without its hardware, slowly: to try it.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split. `initial_state`
         and the final state are then those of the whole sequence, the same on every device.
 

@@ -148,23 +148,21 @@ def _run(
         _xla, on_cpu=on_cpu, elsewhere=elsewhere, chunk_size=chunk_size, negative=negative
     )
 
-    def forward(*args: Any, save: bool) -> Any:
-        from pallas_kernels.selective_scan import tpu
-
+    def forward(kernels: Any, *args: Any, save: bool) -> Any:
         x, dt, *rest, reset = args
         A, B, C, D, h0 = _for_kernel(*rest)
-        y, final, borders = tpu.forward(
+        y, final, borders = kernels.forward(
             x, dt, A, B, C, D, h0, reset, save=save, interpret=use.interpret
         )
         return (y, final.mT), borders if save else ()
 
-    def backward(args: Any, outputs: Any, borders: Array, cotangents: Any) -> list[Array]:
-        from pallas_kernels.selective_scan import tpu
-
+    def backward(
+        kernels: Any, args: Any, outputs: Any, borders: Array, cotangents: Any
+    ) -> list[Array]:
         x, dt, *rest, reset = args
         A, B, C, D, _ = _for_kernel(*rest)
         dy, d_final = cotangents
-        dx, d_dt, dA, dB, dC, dD, dh0 = tpu.backward(
+        dx, d_dt, dA, dB, dC, dD, dh0 = kernels.backward(
             x, dt, A, B, C, D, reset, borders, dy, d_final.mT, interpret=use.interpret
         )
         given = (dx, d_dt, dA.T, dB, dC, dD[0], dh0.mT)

@@ -1,0 +1,139 @@
+"""Kernels on GPUs that are not there: what ptxas makes of them.
+
+    python -m experiments.bench gpu        # needs seqjax[aot-gpu]
+
+Each program is compiled ahead of time, in a process of its own, for an H100. The report says
+whether a kernel compiles and fits; how fast it is, only hardware tells.
+"""
+
+import importlib.metadata
+import itertools
+import pathlib
+import re
+import tempfile
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments import bench_tpu
+from experiments.bench_tools import Table
+
+# An H100 SXM, as far as the compiler asks: NVIDIA's data sheet and CUDA's tables for 9.0.
+H100 = """
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  device_address_bits: 64
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+SHARED_LIMIT, SHARED_PER_CORE = 232448, 233472  # bytes that a block, and all of them, can have
+ROWS = {
+    name: row
+    for name, row in bench_tpu.ROWS.items()
+    if name.startswith("linear_scan") and row.length % 8 == 0
+}
+
+
+class Report(NamedTuple):
+    """Of one kernel.
+
+    Attributes:
+      registers: of a thread.
+      spills: bytes that a thread stores or loads again because it has no more registers.
+      shared: bytes of shared memory of a thread block.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def _compile(name: str, dtype: str) -> str:
+    """In the worker process: the compiled text."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+    ).devices
+    mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=devices[:1])
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    run, shapes = bench_tpu.program(ROWS[name], ROWS[name].length, dtype, "pallas")
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(run).lower(*args).compile().as_text() or ""
+
+
+def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
+    """Compile a program of one kernel in a process of its own, and read what ptxas said.
+
+    The process needs no GPU, and is told not to look for one.
+    """
+    env = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
+    bench_tpu.run_apart("experiments.bench_gpu", (name, dtype), folder, env)
+    [said], [resources] = folder.glob("*.ptxas"), folder.glob("*.resources.txt")
+    return read_report(said.read_text(), resources.read_text())
+
+
+def read_report(said: str, resources: str) -> Report:
+    """What ptxas said of one kernel, and what Mosaic asks for when it is launched."""
+
+    def numbers(pattern: str, text: str) -> list[int]:
+        found = [int(number) for number in re.findall(pattern, text)]
+        if not found:
+            raise ValueError(f"bench: no {pattern!r} in the compiler's report: {text!r}")
+        return found
+
+    [registers] = numbers(r"Used (\d+) registers", said)
+    [shared] = numbers(r"smem_scratch_bytes=(\d+)", resources)
+    return Report(registers, sum(numbers(r"(\d+) bytes spill", said)), shared)
+
+
+def bench_gpu(rounds: int) -> None:
+    """What ptxas says of each kernel."""
+    del rounds  # nothing is timed
+    plugin = importlib.metadata.version("jax-cuda13-plugin")
+    print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
+    table = Table("Kernels for H100, 128 threads a block; not yet run on hardware")
+    for name, dtype in itertools.product(ROWS, ("float32", "bfloat16")):
+        with tempfile.TemporaryDirectory() as folder:
+            report = compile_apart(name, dtype, pathlib.Path(folder))
+        blocks = SHARED_PER_CORE // (report.shared + 1024)  # each has 1 KiB for the system
+        values: dict[str, Any] = {
+            "registers a thread": report.registers,
+            "spilled bytes": report.spills,
+            "shared memory, KiB": f"{report.shared / 1024:.1f}",
+            "blocks a multiprocessor": blocks,
+        }
+        table.row(f"{name}, {dtype}", values)
+
+
+if __name__ == "__main__":
+    bench_tpu.answer(_compile)
