@@ -1,6 +1,6 @@
 """Kernels on GPUs that are not there: what ptxas makes of them.
 
-    python -m experiments.bench gpu        # needs seqjax[aot-gpu]
+    JAX_PLATFORMS=cpu python -m experiments.bench gpu        # needs seqjax[aot-gpu]
 
 Each program is compiled ahead of time, in a process of its own, for an H100. The report says
 whether a kernel compiles and fits; how fast it is, only hardware tells.
@@ -14,11 +14,12 @@ import tempfile
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import topologies
 
 from experiments import bench_tpu
 from experiments.bench_tools import Table
 
-# An H100 SXM, as far as the compiler asks: NVIDIA's data sheet and CUDA's tables for 9.0.
+# An H100 SXM, as far as the compiler asks, in the words and numbers of XLA's own description.
 H100 = """
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3"
@@ -76,18 +77,21 @@ class Report(NamedTuple):
     shared: int
 
 
-def _compile(name: str, dtype: str) -> str:
-    """In the worker process: the compiled text."""
-    from jax.experimental import topologies
-
+def h100() -> jax.sharding.NamedSharding:
+    """Where arguments of a program for an H100 are; lower it under that mesh's abstract one."""
     devices = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
     ).devices
     mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=devices[:1])
-    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _compile(name: str, dtype: str) -> str:
+    """In the worker process: the compiled text."""
+    place = h100()
     run, shapes = bench_tpu.program(ROWS[name], ROWS[name].length, dtype, "pallas")
     args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
         return jax.jit(run).lower(*args).compile().as_text() or ""
 
 
@@ -98,21 +102,16 @@ def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
     """
     env = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
     bench_tpu.run_apart("experiments.bench_gpu", (name, dtype), folder, env)
-    [said], [resources] = folder.glob("*.ptxas"), folder.glob("*.resources.txt")
-    return read_report(said.read_text(), resources.read_text())
+    [said], [passes] = folder.glob("*.ptxas"), folder.glob("*.mlir-passes.log")
 
-
-def read_report(said: str, resources: str) -> Report:
-    """What ptxas said of one kernel, and what Mosaic asks for when it is launched."""
-
-    def numbers(pattern: str, text: str) -> list[int]:
-        found = [int(number) for number in re.findall(pattern, text)]
+    def numbers(pattern: str, report: pathlib.Path) -> list[int]:
+        found = [int(number) for number in re.findall(pattern, report.read_text())]
         if not found:
-            raise ValueError(f"bench: no {pattern!r} in the compiler's report: {text!r}")
+            raise ValueError(f"bench: no {pattern!r} in {report.name}")
         return found
 
     [registers] = numbers(r"Used (\d+) registers", said)
-    [shared] = numbers(r"smem_scratch_bytes=(\d+)", resources)
+    [shared] = set(numbers(r"dynamic_shared_memory_size %c(\d+)_i32", passes))
     return Report(registers, sum(numbers(r"(\d+) bytes spill", said)), shared)
 
 

@@ -18,7 +18,7 @@ def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDty
 
 
 def gpu_interpreter() -> Any:
-    """What runs a Mosaic GPU kernel on a CPU.
+    """What runs a Mosaic GPU kernel on a CPU, and raises if its copies and accesses race.
 
     Raises:
       NotImplementedError: where jax has nothing that does.
@@ -30,4 +30,4 @@ def gpu_interpreter() -> Any:
         raise NotImplementedError(
             f"jax {jax.__version__} cannot interpret a kernel for GPU; 0.11.2 and newer can."
         )
-    return made()
+    return made(detect_races=True)

@@ -1,8 +1,8 @@
 """The kernels for GPU, interpreted, against float64 loops, and who may choose them.
 
 The contract tests run the TPU's kernels, which is what `interpret=True` means. Needs a jax whose
-Pallas interprets Mosaic GPU, 0.11.2 or newer; what needs none is at the end. `test_aot_gpu`
-compiles them.
+Pallas interprets Mosaic GPU, 0.11.2 or newer, and finds races; what needs none is at the end.
+`test_aot_gpu` compiles them.
 """
 
 import functools
@@ -71,8 +71,6 @@ def adjoint(a, y, h, reset, dy, d_final, reverse):
     return np.sum(da, axis=axes, keepdims=True), dx, dh
 
 
-# B, T, D: one block; blocks of time and features that hang over; fewer steps than a block.
-SHAPES = [(1, 16, 128), (2, 21, 136), (1, 3, 8)]
 FORMS = [
     pytest.param("BTD", False, "float32", id="float32"),
     pytest.param("BTD", False, "bfloat16", id="bfloat16"),
@@ -92,11 +90,12 @@ def narrowed(tree, dtype):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(("axes", "complex_", "dtype"), FORMS)
 def test_values(axes, complex_, dtype, reverse):
-    given = arrays(SHAPES[1], axes, complex_)
+    # More blocks of time than the copies are ahead; blocks of time and features hang over.
+    given = arrays((2, 27, 136), axes, complex_)
     decay, x, dy = narrowed([given[0], given[1], given[4]], dtype)
     h0, d_final = narrowed([given[2], given[5]], "float32")
     reset = given[3]
-    run = {"reverse": reverse, "out_dtype": dtype, "blocks": (16, 128), "interpret": True}
+    run = {"reverse": reverse, "out_dtype": dtype, "blocks": (4, 128), "interpret": True}
     y, final = gpu.scan(
         parts(decay, dtype), parts(x, dtype), parts(h0, "float32"), reset, post=False, **run
     )
@@ -114,7 +113,7 @@ def test_values(axes, complex_, dtype, reverse):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["one block", "a few steps"])
+@pytest.mark.parametrize("shape", [(1, 16, 128), (2, 21, 128), (1, 3, 8)], ids=str)
 def test_other_shapes_without_reset(shape):
     """In blocks that the kernel chooses, and the other form."""
     decay, x, h0, reset, *_ = arrays(shape, "BTD", seed=1)
@@ -146,15 +145,21 @@ def test_nothing_crosses_a_reset():
 
 @interpreted
 def test_vmap():
-    decay, x, h0, *_ = arrays((4, 9, 8), "BTD")
-    given = [parts(array.reshape(2, 2, *array.shape[1:]), "float32") for array in (decay, x, h0)]
-    run = functools.partial(
-        gpu.scan, reset=None, post=False, reverse=False, out_dtype="float32", interpret=True
-    )
-    y, final = jax.vmap(run)(*given)
-    expected = op_oracles.linear_scan({"decay": decay, "x": x}, h0, np.zeros((4, 9), bool))
-    found = [whole(z).reshape(e.shape) for z, e in zip((y, final), expected, strict=True)]
-    assert_close(found, list(expected), 2e-5)
+    """Over everything but the decays."""
+    decay, x, h0, reset, dy, d_final = arrays((4, 9, 8), "TD")
+    mapped = [z.reshape(2, 2, *z.shape[1:]) for z in (x, h0, reset, dy, d_final)]
+
+    def both(x, h0, reset, dy, d_final):
+        given = [parts(z, "float32") for z in (decay, x, h0, dy, d_final)]
+        run = {"reverse": False, "out_dtype": "float32", "interpret": True}
+        y, final = gpu.scan(*given[:3], reset, post=False, **run)
+        return y, final, *gpu.adjoint(given[0], y, given[2], reset, *given[3:], **run)
+
+    y, final, da, dx, dh = map(whole, jax.vmap(both)(*map(jnp.asarray, mapped)))
+    expected = op_oracles.linear_scan({"decay": decay[0], "x": x}, h0, reset)
+    cotangents = adjoint(decay, expected[0], h0, reset, dy, d_final, False)
+    found = (y.reshape(x.shape), final.reshape(h0.shape), da.sum(0), dx.reshape(x.shape))
+    assert_close((*found, dh.reshape(h0.shape)), (*expected, *cotangents), 2e-5)
 
 
 def lowered(run, *shapes):

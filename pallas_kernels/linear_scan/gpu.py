@@ -88,7 +88,7 @@ def _in_time(
         raise NotImplementedError(
             f"linear_scan: on GPU `block_sizes` must have {WIDTH} features, got {columns}."
         )
-    longest = min(256, MOST // (2 * fetched + BEHIND * made))
+    longest = min(256, MOST // (2 * fetched + BEHIND * made) // 16 * 16)
     if rows > longest:
         raise NotImplementedError(
             f"linear_scan: on GPU `block_sizes` of these arrays can have {longest} steps, got "

@@ -1,0 +1,73 @@
+"""The kernels for GPU compiled for an H100 that is not at hand, and what ptxas says of them.
+
+Needs jax's CUDA plugin, without NVIDIA's libraries: the extra `aot-gpu`. Every program is compiled
+in a process of its own, which writes the report.
+"""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import seqjax
+from experiments import bench_gpu
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="compiles for GPU ahead of time: pip install 'seqjax[aot-gpu]'",
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", ["", " backward"], ids=["forward", "backward"])
+def test_registers_and_shared_memory(way, dtype, tmp_path):
+    report = bench_gpu.compile_apart(
+        f"linear_scan{way}, B=8, T=4096, D=2560", dtype, folder=tmp_path
+    )
+    assert report.spills == 0
+    assert report.registers <= 128  # 512 threads of a multiprocessor's 65,536
+    # Two thread blocks on a multiprocessor: 160 of them find place on 132 at once.
+    assert 2 * (report.shared + 1024) <= bench_gpu.SHARED_PER_CORE
+
+
+@pytest.fixture(scope="module")
+def place():
+    before = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no CUDA here
+    yield bench_gpu.h100()
+    if before is None:
+        del os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay", "shape", "keywords"),
+    [
+        pytest.param("complex64", "BTD", (2, 300, 64), {}, id="complex"),
+        pytest.param("float32", "TD", (2, 300, 136), {"reverse": True}, id="shared over batch"),
+        pytest.param("bfloat16", "D", (2, 37, 8), {}, id="constant"),
+        pytest.param("float32", "BTD", (2, 37, 128), {}, id="steps that hang over"),
+        pytest.param("float32", "BTD", (2, 64, 128), {"block_sizes": (32, 128)}, id="block sizes"),
+    ],
+)
+def test_other_forms_compile(dtype, decay, shape, keywords, place):
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    sizes = dict(zip("BTD", shape, strict=True))
+    given = {"decay": array([sizes[axis] for axis in decay], dtype), "x": array(shape, dtype)}
+
+    def both(given, reset):
+        run = lambda given: seqjax.linear_scan(  # noqa: E731
+            **given, reset=reset, implementation="pallas", **keywords
+        )
+        out, pull = jax.vjp(run, given)
+        return out, pull(out)
+
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = jax.jit(both).lower(given, array(shape[:2], jnp.bool_)).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
