@@ -55,12 +55,8 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
-SHARED_LIMIT, SHARED_PER_CORE = 232448, 233472  # bytes that a block, and all of them, can have
-ROWS = {
-    name: row
-    for name, row in bench_tpu.ROWS.items()
-    if name.startswith("linear_scan") and row.length % 8 == 0
-}
+SHARED_PER_CORE = 233472  # bytes of shared memory for the thread blocks of a multiprocessor
+ROWS = {name: row for name, row in bench_tpu.ROWS.items() if row.op == "linear_scan"}
 
 
 class Report(NamedTuple):

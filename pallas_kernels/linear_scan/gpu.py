@@ -29,7 +29,7 @@ AHEAD = 4  # blocks of time on their way to shared memory, or in use there, if t
 BEHIND = 2  # blocks on their way back, or being made
 MARKS = 32  # resets of a block of time, at least: what is copied starts at multiples of 128 bytes
 SHARED = 100 * 2**10  # bytes of shared memory for a thread block, so that two fit a multiprocessor
-MOST = 220 * 2**10  # and the most that a thread block can have, less what is not counted here
+MOST = 208 * 2**10  # and the most that it can have (227), less what is not kept by block of time
 
 
 class Plan(NamedTuple):
@@ -297,7 +297,7 @@ def _kernel(
 
 
 def _exactly(size: int, block: int, last: Any, copy: Callable[[int], None]) -> None:
-    """Copy a block of `size` things, or what there is of the last one.
+    """Copy a whole block, or what there is of the last one if blocks do not divide `size`.
 
     What hangs over is not dropped if the copy is of contiguous memory: it would land in the next
     row or sequence.
