@@ -121,6 +121,4 @@ def _prepare(chunk: _chunked.Arrays) -> _chunked.ChunkMap:
     )
 
 
-_RECURRENCE = _matrix_op.Recurrence(
-    "delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48,) * 3
-)
+_RECURRENCE = _matrix_op.Recurrence("delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48,) * 3)
