@@ -29,9 +29,8 @@ from jax import lax
 
 import seqjax
 from experiments import bench_cases, bench_gpu, bench_newton, bench_tpu
-from experiments.bench_tools import Candidates, Table, ratios, seconds
+from experiments.bench_tools import ONLY, Candidates, Table, ratios, seconds
 
-ONLY = flags.DEFINE_string("only", "", "Only the rows of `choice` whose name begins so.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
 SHORT = 1e-3  # seconds
