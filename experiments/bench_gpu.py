@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from experiments import bench_tpu
-from experiments.bench_tools import Table
+from experiments.bench_tools import Table, answer, run_apart
 
 # An H100 SXM, as far as the compiler asks, in the words and numbers of XLA's own description.
 H100 = """
@@ -97,7 +97,7 @@ def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
     The process needs no GPU, and is told not to look for one.
     """
     env = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
-    bench_tpu.run_apart("experiments.bench_gpu", (name, dtype), folder, env)
+    run_apart("experiments.bench_gpu", (name, dtype), folder, env)
     [said], [passes] = folder.glob("*.ptxas"), folder.glob("*.mlir-passes.log")
 
     def numbers(pattern: str, report: pathlib.Path) -> list[int]:
@@ -131,4 +131,4 @@ def bench_gpu(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    bench_tpu.answer(_compile)
+    answer(_compile)

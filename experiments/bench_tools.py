@@ -1,6 +1,11 @@
 """What the suites of `experiments.bench` share: how ratios are measured, how they are printed."""
 
+import json
+import os
+import pathlib
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,6 +45,33 @@ def seconds(run: Callable[..., Any]) -> float:
     taken = time.perf_counter() - start
     del result
     return taken
+
+
+def run_apart(
+    module: str,
+    request: Any,
+    folder: pathlib.Path,
+    env: dict[str, str],
+    *,
+    may_crash: bool = False,
+) -> str:
+    """What a module, run in a process of its own, answers to a request: see `answer`."""
+    (folder / "request.json").write_text(json.dumps(request))
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode and not may_crash:
+        raise RuntimeError(f"{request}: {done.stderr.strip().splitlines()[-1]}")
+    return (folder / "program.txt").read_text()
+
+
+def answer(respond: Callable[..., str]) -> None:
+    """In that process: `respond` to the request in the folder that the command line names."""
+    folder = pathlib.Path(sys.argv[1])
+    (folder / "program.txt").write_text(respond(*json.loads((folder / "request.json").read_text())))
 
 
 class Table:

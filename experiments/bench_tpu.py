@@ -10,11 +10,7 @@ moves, and at an eighth of it for the cycles of its kernels, which are the same 
 import functools
 import importlib.metadata
 import itertools
-import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +21,7 @@ from jax.experimental.layout import Format, Layout
 
 import seqjax
 from experiments import schedule
-from experiments.bench_tools import ONLY, Table
+from experiments.bench_tools import ONLY, Table, answer, run_apart
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -188,33 +184,6 @@ def compile_apart(
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     return run_apart("experiments.bench_tpu", request, folder, env, may_crash=may_crash)
-
-
-def run_apart(
-    module: str,
-    request: Any,
-    folder: pathlib.Path,
-    env: dict[str, str],
-    *,
-    may_crash: bool = False,
-) -> str:
-    """What a module, run in a process of its own, answers to a request: see `answer`."""
-    (folder / "request.json").write_text(json.dumps(request))
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(folder)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **env},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode and not may_crash:
-        raise RuntimeError(f"{request}: {done.stderr.strip().splitlines()[-1]}")
-    return (folder / "program.txt").read_text()
-
-
-def answer(respond: Callable[..., str]) -> None:
-    """In that process: `respond` to the request in the folder that the command line names."""
-    folder = pathlib.Path(sys.argv[1])
-    (folder / "program.txt").write_text(respond(*json.loads((folder / "request.json").read_text())))
 
 
 def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, float]:

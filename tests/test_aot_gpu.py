@@ -62,9 +62,9 @@ def test_other_forms_compile(dtype, decay, shape, keywords, place):
     given = {"decay": array([sizes[axis] for axis in decay], dtype), "x": array(shape, dtype)}
 
     def both(given, reset):
-        run = lambda given: seqjax.linear_scan(  # noqa: E731
-            **given, reset=reset, implementation="pallas", **keywords
-        )
+        def run(given):
+            return seqjax.linear_scan(**given, reset=reset, implementation="pallas", **keywords)
+
         out, pull = jax.vjp(run, given)
         return out, pull(out)
 
