@@ -8,10 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from experiments import loops
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
-_HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) (?:\(.*\) -> .*)?\{")
 _CALLED = re.compile(
     r"\b(?:calls|body|to_apply|true_computation|false_computation)=%?([^\s,)}]+)"
     r"|\bbranch_computations=\{([^}]*)\}"
@@ -42,12 +43,7 @@ class Traffic:
 @dataclasses.dataclass
 class _Computation:
     collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-    # Name and turns; a loop whose turns are not stated has the name of its condition instead.
-    called: list[tuple[str, int | str]] = dataclasses.field(default_factory=list)
-    constants: dict[str, int] = dataclasses.field(default_factory=dict)
-    elements: dict[str, int] = dataclasses.field(default_factory=dict)
-    added: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    compared: tuple[str, ...] = ()
+    called: list[tuple[str, int | None]] = dataclasses.field(default_factory=list)  # and turns
     done: bool = False
 
 
@@ -73,12 +69,7 @@ def read(text: str) -> Traffic:
             counts[kind] += times
             sent[kind] += times * size
             found = True
-        for callee, how_often in here.called:
-            turns = (
-                how_often
-                if isinstance(how_often, int)
-                else _turns(computations[how_often], computations[callee])
-            )
+        for callee, turns in here.called:
             inside = visit(callee, times * (1 if turns is None else turns))
             unknown += inside and turns is None
             found = found or inside
@@ -93,57 +84,25 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
     for name in ("replica_count", "num_partitions"):
         given = re.search(rf"\b{name}=(\d+)", text.split("\n", 1)[0])
         devices *= int(given[1]) if given else 1
+    turns = loops.turns(text)
     found: dict[str, _Computation] = {}
     current, entry = _Computation(), ""
     for line in text.splitlines():
-        header = None if line.startswith(" ") else _HEADER.match(line)
+        header = None if line.startswith(" ") else loops.HEADER.match(line)
         if header:
             current = found.setdefault(header[2], _Computation())
             entry = header[2] if header[1] else entry
         elif " = " in line:
             name, instruction = line.split(" = ", 1)
-            name = name.strip()
+            name = name.strip().removeprefix("ROOT ").lstrip("%")
             if 'custom_call_target="AsyncCollectiveDone"' in instruction:
                 current.done = True
-            _arithmetic(name.removeprefix("ROOT "), instruction, current, name.startswith("ROOT "))
-            _instruction(instruction, devices, current)
+            _instruction(instruction, devices, turns.get(name, 1), current)
     return found, entry
 
 
-def _arithmetic(name: str, line: str, into: _Computation, is_root: bool) -> None:
-    """Notes what a loop's number of turns follows from."""
-    shape, rest = _split_shape(line)
-    if not re.match(r"(pred|[su]32)\[\]", shape):
-        return
-    opcode, _, inside = rest.partition("(")
-    if opcode == "constant" and (number := re.match(r"-?\d+", inside)):
-        into.constants[name] = int(number[0])
-    elif opcode == "get-tuple-element" and (place := re.search(r"index=(\d+)", rest)):
-        into.elements[name] = int(place[1])
-    operands = tuple(re.findall(r"%[^\s,)]+", inside.partition(")")[0]))
-    if opcode == "add" and len(operands) == 2:
-        into.added.append((operands[0], operands[1]))
-    if is_root and (opcode == "fusion" or (opcode == "compare" and "direction=LT" in rest)):
-        into.compared = operands
-
-
-def _turns(condition: _Computation, body: _Computation) -> int | None:
-    """The turns of a loop that counts from 0 to a constant; None for any other."""
-    bounds = [condition.constants[n] for n in condition.compared if n in condition.constants]
-    counters = [condition.elements[n] for n in condition.compared if n in condition.elements]
-    if len(bounds) != 1 or len(counters) != 1 or len(condition.compared) != 2:
-        return None
-    steps = {
-        body.constants[by]
-        for pair in body.added
-        for counter, by in (pair, pair[::-1])
-        if body.elements.get(counter) == counters[0] and by in body.constants
-    }
-    return -(-bounds[0] // max(steps, default=1))
-
-
-def _instruction(line: str, devices: int, into: _Computation) -> None:
-    shape, rest = _split_shape(line)
+def _instruction(line: str, devices: int, turns: int | None, into: _Computation) -> None:
+    shape, rest = loops.split_shape(line)
     opcode = rest.split("(", 1)[0]
     for kind in KINDS:
         if opcode in (kind, f"{kind}-start"):
@@ -153,27 +112,9 @@ def _instruction(line: str, devices: int, into: _Computation) -> None:
             return
     if opcode.endswith(("-done", "-update")):
         return  # Its work was counted where it started.
-    turns: int | str = 1
-    if opcode == "while":
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-        condition = re.search(r"\bcondition=%?([^\s,)}]+)", rest)
-        turns = int(known[1]) if known else condition[1] if condition else 1
     for called in _CALLED.finditer(rest):
         names = [called[1]] if called[1] else called[2].split(",")
         into.called += [(name.strip().lstrip("%"), turns) for name in names]
-
-
-def _split_shape(line: str) -> tuple[str, str]:
-    """The result's shape, and the instruction from its opcode on."""
-    if not line.startswith("("):
-        shape, _, rest = line.partition(" ")
-        return shape, rest
-    depth = 0
-    for place, character in enumerate(line):
-        depth += (character == "(") - (character == ")")
-        if depth == 0:
-            return line[: place + 1], line[place + 1 :].strip()
-    return line, ""
 
 
 def _sizes(shape: str) -> list[int]:

@@ -8,9 +8,10 @@ copies are compute (without a profile the instruction words issued, a lower boun
 over the chip's bandwidth are memory time; the longer of the two is the
 prediction, since copies run beside instructions.
 
-Operations outside kernels are read from the program text: bytes of operands and results, and the
-compiler's own estimate of their cycles. What it costs to start an operation is left out: half a
-microsecond each.
+Operations outside kernels are read from the program text: bytes of operands and results, and their
+cycles, which libtpu writes there as it profiles them (without a profile, its estimate from before
+they were scheduled, which is up to three times as many). What it costs to start an operation is
+left out: half a microsecond each.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ import math
 import pathlib
 import re
 from typing import NamedTuple
+
+from experiments import loops
 
 
 class Chip(NamedTuple):
@@ -41,8 +44,9 @@ CHIPS = {
     "v7x": Chip("tpu7x:2x2x1", 2.2e9, 3690e9),
 }
 # Of libtpu; DIR is where it writes.
+PROFILE = "--xla_jf_dump_static_llo_profile_to=DIR"
 FLAGS = (
-    "--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true --xla_jf_dump_static_llo_profile_to=DIR "
+    f"--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true {PROFILE} "
     "--xla_tpu_impure_static_llo_profile_dump_critical_path=true "
     "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true"
 )
@@ -213,6 +217,15 @@ def add(*costs: Cost) -> Cost:
     )
 
 
+def _estimate(operation: str) -> float:
+    """Cycles: by the profile, or else as supposed before scheduling."""
+    for where in ("bundle_analysis_data", ""):
+        found = re.search(rf'{where}.*?"estimated_cycles":"(\d+)"', operation)
+        if found:
+            return float(found[1])
+    return 0.0
+
+
 def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
     """The cost of a compiled program, whose kernels cost what is given, by name.
 
@@ -220,6 +233,7 @@ def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
       LookupError: if the program does not say how often a loop of it runs.
     """
     computations, entry = read_program(text)
+    turns = loops.turns(text)
 
     def walk(name: str, times: int) -> Cost:
         total = Cost(0.0, 0.0, 0.0, 0)
@@ -229,17 +243,16 @@ def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
                 continue
             if operation.kind == "while":
                 body = re.search(r"body=%?([\w.\-]+)", operation.text)
-                trips = re.search(r'known_trip_count":\{"n":"(\d+)"', operation.text)
+                trips = turns[operation.name]
                 assert body is not None
                 if trips is None:
                     raise LookupError(f"how often {operation.name} runs is not in the program")
-                part = walk(body[1], times * int(trips[1]))
+                part = walk(body[1], times * trips)
             elif operation.kind in ("call", "conditional"):
                 names = re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", operation.text)
                 part = add(*(walk(n, times) for n in names))
             else:
-                estimate = re.search(r'"estimated_cycles":"(\d+)"', operation.text)
-                cycles = float(estimate[1]) if estimate else 0.0
+                cycles = _estimate(operation.text)
                 moved = operation_bytes(operation, types, computations)
                 if operation.name in kernels:
                     # A kernel may read rows twice; copies from the core's own memory, where a

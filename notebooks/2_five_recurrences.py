@@ -136,15 +136,7 @@ width = max(STEPS // 30, 1)
 for name, curve in curves.items():
     smooth = np.convolve(curve, np.full(width, 1 / width), mode="valid")
     axis.plot(np.arange(width - 1, STEPS), smooth, color=COLORS[name], label=name, linewidth=2)
-axis.axhline(1 / PAIRS, color="k", linestyle=":", linewidth=1)
-axis.annotate(
-    "1 / pairs: one of the values it has seen",
-    (STEPS, 1 / PAIRS),
-    xytext=(0, -14),
-    textcoords="offset points",
-    ha="right",
-    fontsize=8,
-)
+axis.axhline(1 / PAIRS, color="k", linestyle=":", linewidth=1, label="1 / pairs")
 axis.set(title="accuracy on questions", xlabel="step", ylim=(0, 1.02))
 axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
