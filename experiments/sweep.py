@@ -141,7 +141,9 @@ def run(grid: str, job: Job, overrides: dict[str, Any], folder: Path) -> dict[st
         "config": job.config,
         "overrides": overrides,
         "seconds": round(time.perf_counter() - started, 1),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "seqjax")},
     }

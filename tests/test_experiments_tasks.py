@@ -129,7 +129,8 @@ def test_accuracy_is_what_it_says():
     made = objective.make(config)
     made.model = Perfect()
     evaluate = made.make_evaluate(None)
-    assert evaluate(0, True) == {"accuracy_9": 1.0, "accuracy": 1.0, "chance": 0.5}
+    perfect = {"accuracy_9": 1.0, "accuracy": 1.0, "chance": 0.5, "scaled_accuracy": 1.0}
+    assert evaluate(0, True) == perfect
     assert evaluate(1, True)["accuracy"] == 0
 
 

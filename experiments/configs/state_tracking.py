@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.01},
         }
     )
+    config.model.options.deltanet.gated = False  # as in that paper: what decays is forgotten
     if "negative" in switches:
         for options in (config.model.options.deltanet, config.model.options.mamba):
             options.negative_eigenvalues = True

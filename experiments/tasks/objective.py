@@ -138,7 +138,7 @@ class TokenTask(_Judged):
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
-        """Accuracy at every test length, and `accuracy`, that at the longest."""
+        """Accuracy at every test length, and `accuracy`, that at the longest; scaled, chance is 0."""
         task, evaluation = self._task, self._config.eval
         count = evaluation.sequences if final else evaluation.quick
         found: dict[str, Any] = {}
@@ -154,6 +154,7 @@ class TokenTask(_Judged):
         found["accuracy"] = found[f"accuracy_{task.test_lengths[-1]}"]
         if final and task.chance is not None:
             found["chance"] = task.chance
+            found["scaled_accuracy"] = (found["accuracy"] - task.chance) / (1 - task.chance)
         return found
 
 
