@@ -138,7 +138,7 @@ class TokenTask(_Judged):
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
-        """Accuracy at every test length, and `accuracy`, that at the longest; scaled, chance is 0."""
+        """Accuracy at every test length; `accuracy` is that at the longest, scaled with chance 0."""
         task, evaluation = self._task, self._config.eval
         count = evaluation.sequences if final else evaluation.quick
         found: dict[str, Any] = {}
