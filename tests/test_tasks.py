@@ -171,6 +171,22 @@ def test_digits_are_split():
     assert 0.05 < data.majority() < 0.2
 
 
+def test_images_are_pixels_in_a_row():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=4):
+        data = labelled.images("cifar10", "")
+        assert (data.num_classes, data.input_dim, len(data.train.labels)) == (10, 3, 4)
+        pixels = data.test.inputs[0]
+        assert (pixels.shape, pixels.dtype) == ((32 * 32, 3), np.float32)
+        assert 0 <= pixels.min() < pixels.max() <= 1
+        with pytest.raises(UserError, match="has no image"):
+            labelled.images("imdb_reviews", "")
+    with pytest.raises(UserError, match=r"config\.task\.tfds: mnist"):
+        labelled.images("", "")
+    with pytest.raises(UserError, match=r"config\.task\.tfds='mnst'.*did you mean 'mnist'"):
+        labelled.images("mnst", "")
+
+
 SERIES = """# made by hand
 @problemName Tiny
 @timeStamps false

@@ -1,13 +1,17 @@
-"""One label per sequence: ListOps, digits pixel by pixel, source code by package, time series.
+"""One label per sequence: ListOps, images pixel by pixel, source code by package, time series.
 
     python -m experiments.train --config=experiments/configs/classify.py:digits,s5
     python -m experiments.train --config=experiments/configs/classify.py:time_series,lru \
         --config.task.path=ACSF1
+    python -m experiments.train --config=experiments/configs/classify.py:images,lru \
+        --config.task.tfds=mnist
 
-The words are a task (`digits`, `listops`, `packages`, `time_series`) and a layer. `digits` are
-scikit-learn's 8 x 8 images (pip install scikit-learn); `listops` is the Long Range Arena's (arXiv
-2011.04006); `packages` asks from which package of Python's standard library a window of 1,024 bytes
-is; `time_series` reads a folder of `.ts` files, or a set that comes with aeon, by its name.
+The words are a task (`digits`, `images`, `listops`, `packages`, `time_series`) and a layer.
+`digits` are scikit-learn's 8 x 8 images (pip install scikit-learn); `images` a set of TensorFlow
+Datasets that is prepared on this machine, such as mnist, fashion_mnist or cifar10; `listops` is the
+Long Range Arena's (arXiv 2011.04006); `packages` asks from which package of Python's standard
+library a window of 1,024 bytes is; `time_series` reads a folder of `.ts` files, such as EigenWorms,
+or a set that comes with aeon, by its name.
 
 Hardware: any; meant for some minutes on two CPU cores. For their sake ListOps is of 50 to 200
 tokens; `full` takes the Arena's 500 to 2,000 and its 96,000 expressions, for an accelerator, and
@@ -22,7 +26,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import common
 
-TASKS = ("digits", "listops", "packages", "time_series")
+TASKS = ("digits", "images", "listops", "packages", "time_series")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -34,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.options.s5.update({"dt_min": 1e-3, "dt_max": 1e-1, "bidirectional": True})
     every: dict[str, dict[str, Any]] = {
         "digits": {},
+        "images": {"tfds": "", "tfds_dir": ""},
         "listops": {"train_size": 10_000, "test_size": 1_000, "shortest": 50, "longest": 200},
         "packages": {"longest": 1024, "classes": 6},
         "time_series": {"path": ""},

@@ -11,7 +11,7 @@ from grain import experimental as grain_experimental
 from ml_collections import ConfigDict
 
 from experiments.data import corpus as corpora
-from experiments.data import tfds_text
+from experiments.data import tfds_sets
 from experiments.errors import UserError
 
 # What the model reads before the first byte of a document, which it predicts like any other.
@@ -27,7 +27,7 @@ def load_corpus(data: ConfigDict) -> corpora.Corpus:
             f"config.data.heldout_fraction={data.heldout_fraction}: must be between 0 and 1"
         )
     if data.tfds:
-        corpus = tfds_text.load(data)
+        corpus = tfds_sets.load(data)
     elif data.path:
         corpus = corpora.load_path(data.path, data.heldout_fraction)
     else:

@@ -7,12 +7,12 @@ import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.data import corpus
-from experiments.errors import UserError
+from experiments.data import corpus, tfds_sets
+from experiments.errors import UserError, nearest
 from experiments.tasks import listops
 
 HELD_OUT = 0.2
@@ -72,6 +72,40 @@ def digits(seed: int) -> LabelledSet:
     held, kept = np.split(order, [len(order) // 5])
     train, test = (Split(pixels[i], data.target[i].astype(np.int32)) for i in (kept, held))
     return LabelledSet("digits", 10, train, test, input_dim=1)
+
+
+class _Pixels(Sequence[np.ndarray]):
+    """Images as sequences of pixels, row after row: [H * W, channels] float32 in [0, 1]."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._images = images  # as bytes, which is a quarter of it
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:
+        image = self._images[index]
+        return image.reshape(-1, image.shape[-1]).astype(np.float32) / 255
+
+
+def images(name: str, folder: str) -> LabelledSet:
+    """An image set of TensorFlow Datasets that is prepared here, such as mnist or cifar10."""
+    if not name:
+        raise UserError("the task images needs --config.task.tfds: mnist, fashion_mnist, cifar10")
+    splits = []
+    for split in ("train", "test"):
+        source = tfds_sets.open_split(name, split, folder, "config.task")
+        features = source.dataset_info.features
+        for feature in ("image", "label"):
+            if feature not in features:
+                raise UserError(f"{name!r} has no {feature}: {nearest(feature, list(features))}")
+        if None in features["image"].shape:
+            raise UserError(f"the images of {name!r} differ in size, which is not supported")
+        rows = [source[index] for index in range(len(source))]
+        labels = np.array([row["label"] for row in rows], np.int32)
+        splits.append(Split(_Pixels(np.stack([row["image"] for row in rows])), labels))
+    classes, channels = features["label"].num_classes, features["image"].shape[-1]
+    return LabelledSet(name, classes, splits[0], splits[1], input_dim=channels)
 
 
 def packages(length: int, classes: int, seed: int) -> LabelledSet:

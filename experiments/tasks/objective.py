@@ -37,6 +37,7 @@ LABELLED: dict[str, Callable[[ConfigDict, int], labelled.LabelledSet]] = {
         task.train_size, task.test_size, seed, shortest=task.shortest, longest=task.longest
     ),
     "digits": lambda task, seed: labelled.digits(seed),
+    "images": lambda task, seed: labelled.images(task.tfds, task.tfds_dir),
     "packages": lambda task, seed: labelled.packages(task.longest, task.classes, seed),
     "time_series": lambda task, seed: labelled.time_series(task.path),
 }
@@ -138,7 +139,7 @@ class TokenTask(_Judged):
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
-        """Accuracy at every test length; `accuracy` is that at the longest, scaled with chance 0."""
+        """Accuracy at every test length; `accuracy` is the longest's, and scaled, chance is 0."""
         task, evaluation = self._task, self._config.eval
         count = evaluation.sequences if final else evaluation.quick
         found: dict[str, Any] = {}

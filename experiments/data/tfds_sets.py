@@ -1,4 +1,4 @@
-"""Text sets of TensorFlow Datasets by name, read at random without TensorFlow."""
+"""Sets of TensorFlow Datasets by name, read at random without TensorFlow."""
 
 from __future__ import annotations
 
@@ -40,24 +40,7 @@ def load(data: ConfigDict) -> Corpus:
 
 
 def _column(data: ConfigDict, split: str) -> _TextColumn:
-    tfds = _import()
-    try:
-        # Downloading is left to the user: offline, an attempt hangs for minutes.
-        source = tfds.data_source(
-            data.tfds, split=split, data_dir=data.tfds_dir or None, download=False
-        )
-    except tfds.core.registered.DatasetNotFoundError as error:
-        names = tfds.list_builders(with_community_datasets=False)
-        hint = nearest(data.tfds, names).split(" known: ")[0] if names else ""
-        raise UserError(f"config.data.tfds={data.tfds!r}: no such data set: {hint}") from error
-    except (NotImplementedError, AssertionError, OSError) as error:
-        raise UserError(
-            f"the data set {data.tfds!r} is not prepared here: run tfds.builder({data.tfds!r}, "
-            "file_format='array_record').download_and_prepare() in Python first, and name its "
-            "folder with config.data.tfds_dir if it is not the default one"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"config.data.tfds={data.tfds!r}: {error}") from error
+    source = open_split(data.tfds, split, data.tfds_dir, "config.data")
     keys = source.dataset_info.features.keys()
     if data.tfds_text not in keys:
         raise UserError(
@@ -67,12 +50,38 @@ def _column(data: ConfigDict, split: str) -> _TextColumn:
     return _TextColumn(source, data.tfds_text)
 
 
-def _import() -> Any:
+def open_split(name: str, split: str, folder: str, where: str) -> Any:
+    """A split of a prepared set, by index; never downloads one.
+
+    Args:
+      name: of the set.
+      split: such as "train" or "train[:90%]".
+      folder: where sets are prepared, "" for TFDS's own choice.
+      where: the fields `tfds` and `tfds_dir` of the configuration, for messages.
+    """
+    tfds = _import(where)
+    try:
+        # Downloading is left to the user: offline, an attempt hangs for minutes.
+        return tfds.data_source(name, split=split, data_dir=folder or None, download=False)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        names = tfds.list_builders(with_community_datasets=False)
+        hint = nearest(name, names).split(" known: ")[0] if names else ""
+        raise UserError(f"{where}.tfds={name!r}: no such data set: {hint}") from error
+    except (NotImplementedError, AssertionError, OSError) as error:
+        raise UserError(
+            f"the data set {name!r} is not prepared here: run tfds.builder({name!r}, "
+            "file_format='array_record').download_and_prepare() in Python first, and name its "
+            f"folder with {where}.tfds_dir if it is not the default one"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{where}.tfds={name!r}: {error}") from error
+
+
+def _import(where: str) -> Any:
     try:
         import tensorflow_datasets as tfds  # Slow to import, and few runs need it.
     except ImportError as error:
         raise UserError(
-            f"config.data.tfds needs tensorflow-datasets ({error}): "
-            "pip install 'seqjax[experiments]'"
+            f"{where}.tfds needs tensorflow-datasets ({error}): pip install 'seqjax[experiments]'"
         ) from error
     return tfds
