@@ -1,7 +1,7 @@
 """Runs on tasks: every task trains, packed as padded, resumes exactly, and is judged rightly."""
 
-import importlib
 import contextlib
+import importlib
 import json
 
 import numpy as np
