@@ -89,7 +89,7 @@ MIXERS = ("lru", "s5", "gateloop", "mamba", "deltanet", "attention")
 
 GRIDS: dict[str, Grid] = {
     "parity": _state("parity", (*EIGENVALUES, *NONLINEAR)),
-    "modular_arithmetic": _state("modular_arithmetic", (*EIGENVALUES, *NONLINEAR)),
+    "modular_arithmetic": _state("modular_arithmetic", (*EIGENVALUES[1:], *NONLINEAR)),
     "S3": _state("S3", ("deltanet", "deltanet,negative", "mamba,negative", "gru")),
     "A5": _state("A5", ("deltanet,negative", *NONLINEAR)),
     "mqar": Grid(
