@@ -47,8 +47,8 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "data": {"batch_size": 1024 if full else 64, "packed_length": 0},
             "eval": {"sequences": 512, "quick": 128, "tokens": 1 << 15},
-            # Recurrence parameters learn as fast as others: what counts is not to be forgotten but
-            # to be turned over, and at a quarter of the rate a GRU takes six times as long.
+            # Recurrence parameters learn as fast as others: with a quarter of the rate a GRU has
+            # not learned parity after 3,000 steps, with all of it after 500.
             "optimizer": {
                 "learning_rate": 3e-3,
                 "weight_decay": 0.01,
