@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -113,29 +114,58 @@ def _spread(found: list[float]) -> str:
 
 
 def figure(path: Path, grid: Grid, rows: Rows) -> None:
-    """The metric over the override that the grid names, a line for every layer."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    """Draws what the grid asks for, a line for every layer."""
+    curves = grid.figure == "curve"
+    lines = _curves(grid, rows) if curves else _points(grid, rows)
+    drawing = Figure(figsize=(9.5 if curves else 6.5, 4.2), layout="constrained")
+    FigureCanvasAgg(drawing)
+    names = ["tokens", "seconds, compilation left out"] if curves else [grid.figure.split(".")[-1]]
+    for axis, name, found in zip(
+        np.atleast_1d(drawing.subplots(1, len(names), sharey=True)), names, lines, strict=True
+    ):
+        for index, (layer, points) in enumerate(found.items()):
+            xs, ys = zip(*sorted(points), strict=True)
+            axis.plot(xs, ys, "os^Dvp*X"[index % 8] + "-", label=layer, markersize=4)
+        axis.set_xlabel(name)
+        axis.set_xscale("log", base=10 if curves else 2)
+        if not curves:
+            axis.set_xticks(sorted({x for points in found.values() for x, _ in points}))
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    drawing.axes[0].set_ylabel(grid.columns.get(grid.metric, grid.metric))
+    drawing.axes[0].legend(frameon=False, fontsize="small")
+    drawing.savefig(path, dpi=110)
+
+
+Lines = dict[str, list[tuple[float, float]]]
+
+
+def _points(grid: Grid, rows: Rows) -> list[Lines]:
+    """The metric over the override that the grid names."""
+    lines: Lines = {}
     for label, (overrides, same) in best(grid, rows).items():
         found = numbers(same, grid.metric)
         if found:
             point = (overrides[grid.figure], statistics.fmean(found))
             lines.setdefault(label.split(",")[0], []).append(point)
-    drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
-    FigureCanvasAgg(drawing)
-    axis = drawing.subplots()
-    for index, (layer, points) in enumerate(lines.items()):
-        xs, ys = zip(*sorted(points), strict=True)
-        axis.plot(xs, ys, "os^Dvp"[index % 6] + "-", label=layer)
-    axis.set_xlabel(grid.figure.split(".")[-1])
-    axis.set_ylabel(grid.metric)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.legend(frameon=False, fontsize="small")
-    axis.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    drawing.savefig(path, dpi=120)
+    return [lines]
+
+
+def _curves(grid: Grid, rows: Rows) -> list[Lines]:
+    """The metric over tokens and over seconds at the run's mean speed, of the first seed."""
+    by_tokens: Lines = {}
+    by_seconds: Lines = {}
+    for label, (_, same) in best(grid, rows).items():
+        ended = [row for row in same if "summary" in row]
+        for row in ended[:1]:
+            found = row["summary"]
+            each = found["tokens"] / found["step"]
+            by_tokens[label] = [(step * each, value) for step, value in row["curve"]]
+            speed = found["tokens_per_second"]
+            by_seconds[label] = [(tokens / speed, value) for tokens, value in by_tokens[label]]
+    return [by_tokens, by_seconds]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from experiments import cli
+from experiments import cli, logs
 from experiments.configs.grids import GRIDS, Job
 from experiments.errors import UserError, nearest
 
@@ -37,10 +37,10 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_list("seeds", ["0"], "Seeds of every job.", flag_values=values)
     flags.DEFINE_string("results", RESULTS, "Where results are appended.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/sweep", "Folder of the runs.", flag_values=values)
-    flags.DEFINE_list(
+    flags.DEFINE_multi_string(
         "set",
         [],
-        "More fields for every job, as steps=10; kept in the results.",
+        "A field for every job, as steps=10; kept in the results. May be given several times.",
         flag_values=values,
     )
 
@@ -152,7 +152,11 @@ def run(grid: str, job: Job, overrides: dict[str, Any], folder: Path) -> dict[st
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{' '.join(command)} failed: {last}")
-    return row | {"summary": json.loads((folder / "summary.json").read_text())}
+    metric = GRIDS[grid].metric
+    return row | {
+        "summary": json.loads((folder / "summary.json").read_text()),
+        "curve": [[x["step"], x[metric]] for x in logs.read_rows(folder) if metric in x],
+    }
 
 
 if __name__ == "__main__":

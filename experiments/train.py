@@ -7,6 +7,7 @@ python -m experiments.train --config=experiments/configs/state_tracking.py:parit
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,7 +86,8 @@ def finish(run: Run) -> dict[str, Any]:
     config, workdir = run.config, run.workdir
     result = run.evaluate(run.state["params"], True)
     say(run.objective.describe(result))
-    result |= {"exit_code": 0, "step": run.step, **run.timing()}
+    tokens = run.step * math.prod(run.objective.batch_shape)
+    result |= {"exit_code": 0, "step": run.step, "tokens": tokens, **run.timing()}
     files = "metrics.jsonl, tensorboard, curves.png, checkpoints, best"
     if "sample" in config and jax.process_count() == 1:
         save_sample(run)

@@ -73,7 +73,7 @@ def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     assert "8 of 8 runs are in" in capsys.readouterr().out
 
 
-def row(label, seed, rate, accuracy, seconds=60.0):
+def row(label, seed, rate, accuracy=None, seconds=60.0):
     summary = {} if accuracy is None else {"summary": {"accuracy": accuracy}}
     return {
         "grid": "tiny",
@@ -114,6 +114,15 @@ def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
     assert "![tiny](tiny.png)" in capsys.readouterr().out
 
 
+def test_curves_run_over_tokens_and_seconds():
+    grid = grids.dataclasses.replace(TINY, figure="curve")
+    summary = {"accuracy": 0.5, "step": 10, "tokens": 1000, "tokens_per_second": 50.0}
+    ran = row("lru, width 16", 0, 0.1) | {"summary": summary, "curve": [[5, 0.4], [10, 0.5]]}
+    by_tokens, by_seconds = report._curves(grid, [ran, row("gru, width 16", 0, 0.1, None)])
+    assert by_tokens == {"lru, width 16": [(500.0, 0.4), (1000.0, 0.5)]}
+    assert by_seconds == {"lru, width 16": [(10.0, 0.4), (20.0, 0.5)]}
+
+
 def test_bad_flags_end_with_one_line(tmp_path, tiny):
     values = ["sweep", "--grids=tyni"]
     assert cli.run(sweep.define_flags, sweep.main, values) == 2
@@ -145,6 +154,7 @@ def test_a_real_sweep(tiny, tmp_path, monkeypatch):
     assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
     [row] = sweep.read(tmp_path / "results.jsonl")
     assert 0 <= row["summary"]["accuracy"] <= 1
+    assert [step for step, _ in row["curve"]] == [2]
 
 
 def test_a_run_that_crashes_stops_the_sweep(tmp_path, monkeypatch):

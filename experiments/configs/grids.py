@@ -42,7 +42,8 @@ class Grid:
       published: what papers report, by label.
       source: where they do.
       lower: whether smaller is better.
-      figure: the override that is the horizontal axis of a figure, if there is one.
+      figure: the override that is the horizontal axis of a figure, or "curve" for the metric over
+        tokens and over seconds, if there is a figure.
     """
 
     title: str
@@ -129,5 +130,6 @@ GRIDS: dict[str, Grid] = {
         {"heldout_bits_per_byte": "bits per byte", "tokens_per_second": "tokens/s"},
         "heldout_bits_per_byte",
         lower=True,
+        figure="curve",
     ),
 }
