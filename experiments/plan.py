@@ -218,7 +218,7 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
         if "hbm" not in str(error).lower():
             raise
         held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((state, batch)))
-        used = _used(str(error))
+        used = _used(str(error), held)
         return Plan(
             **known,
             hbm=used,
@@ -256,12 +256,16 @@ def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return size
 
 
-def _used(message: str) -> float | None:
-    """The bytes that a compiler that ran out of memory would have needed."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    if found is None:
-        return None
-    return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")
+def _used(message: str, held: int) -> float | None:
+    """The bytes that a compiler that ran out of memory would have needed, in two wordings.
+
+    What is held is known; the newer wording (libtpu 0.0.50) names the rest.
+    """
+    for words, more in ((r"[Uu]sed", 0), (r"required for HLO temporaries \(", held)):
+        found = re.search(rf"{words} ?([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
+        if found is not None:
+            return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ") + more
+    return None
 
 
 def what_would_fit(config: ConfigDict, plan: Plan) -> str:

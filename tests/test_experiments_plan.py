@@ -124,7 +124,10 @@ def test_what_would_fit_is_said():
     full = dataclasses.replace(made, state_bytes=20 * 2**30)
     assert "more chips" in plan.report(config, full)
     message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by 4G."
-    assert plan._used(message) == 20.5 * 2**30
+    assert plan._used(message, 2**30) == 20.5 * 2**30
+    message = "total memory required for HLO temporaries (19.5G) exceeds available HBM (15.75G)."
+    assert plan._used(message, 2**30) == 20.5 * 2**30
+    assert plan._used("out of luck", 2**30) is None
 
 
 def test_the_table_has_every_recipe_and_slice(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from experiments import collectives
 from seqjax import sharding
 from seqjax.layers import LRU, S5, DeltaNet, Mamba, ShortConv
 from seqjax.models import Backbone, LanguageModel
@@ -165,3 +166,37 @@ def test_blocks_that_differ_are_stacked_by_their_order():
         "final_norm",
     ]
     assert len(Backbone(mixers, depth=8, scan=True)._params()) == 5
+
+
+def test_no_activation_crosses_devices():
+    """A training step's traffic is the same for four times the sequences: weights, no rows.
+
+    The transpose of the embedding's lookup once brought every device the rows of all others.
+    """
+    mesh = sharding.make_mesh("data=2,fsdp=2,sequence=2")
+    model = model_of(LRU(8), mlp_ratio=2)
+    placed = sharding.place_activations(model, mesh)
+
+    def traffic(batch):
+        where = sharding.shard(model, mesh, batch_shape=(batch, 64))
+
+        def apply(params, tokens, sequence_axis):
+            logits, _ = placed.apply(params, tokens, sequence_axis=sequence_axis)
+            return jax.lax.pmean(jnp.mean(logits**2), sequence_axis)
+
+        def loss(params, tokens):
+            specs = (P(), P(None, "sequence"))
+            return sharding.split_time(apply, mesh, specs, P())(params, tokens)
+
+        params = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            jax.eval_shape(model.init, jax.random.key(0)),
+            where.params,
+        )
+        tokens = jax.ShapeDtypeStruct((batch, 64), jnp.int32, sharding=where.batch)
+        step = jax.jit(jax.grad(loss), out_shardings=where.params).lower(params, tokens)
+        sent = collectives.read(step.compile().as_text()).sent
+        del sent["collective-permute"]  # states and halos of sequences, as many as there are
+        return sent
+
+    assert traffic(4) == traffic(16)

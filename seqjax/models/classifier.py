@@ -201,7 +201,8 @@ class Classifier(Layer):
         if mask is not None:
             x = jnp.where(mask if x.ndim == 2 else mask[..., None], x, 0)
         if self.vocab_size is not None:
-            inputs = embed(whole(params["embedding"], self.backbone), x, self.dtype)
+            table = whole(params["embedding"], self.backbone)
+            inputs = embed(table, x, self.dtype, self.backbone)
         else:
             inputs = dense(x.astype(self.dtype), params["input_proj"])
             inputs = inputs + params["input_bias"].astype(self.dtype)

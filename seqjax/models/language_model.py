@@ -93,8 +93,9 @@ class LanguageModel(Layer):
         sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
         table = whole(params["embedding"], self.backbone)
+        inputs = embed(table, x, self.dtype, self.backbone)
         hidden, state = self.backbone._apply(
-            params["backbone"], embed(table, x, self.dtype), state, reset, sequence_axis
+            params["backbone"], inputs, state, reset, sequence_axis
         )
         weight = table.T if self.tie_embeddings else whole(params["head"], self.backbone)
         logits = jnp.matmul(
