@@ -230,11 +230,14 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
         )
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
+    # What lives at once. `temp_size_in_bytes` of a TPU adds up what lies in its other memories and
+    # what the holes between arrays are: half as much again.
+    between = memory.peak_memory_in_bytes or memory.temp_size_in_bytes
     hbm = (
         held
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
+        + between
         + memory.generated_code_size_in_bytes
     )
     return Plan(
@@ -242,7 +245,7 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
         hbm=hbm,
         fits=hbm <= chip.hbm,
         state_bytes=held,
-        temporary_bytes=memory.temp_size_in_bytes,
+        temporary_bytes=between,
         traffic=collectives.read(compiled.as_text()),
         seconds=time.perf_counter() - began,
     )

@@ -24,6 +24,7 @@ from experiments.configs.grids import GRIDS, Grid
 from experiments.errors import UserError
 
 Rows = list[dict[str, Any]]
+COMMAND = "python -m experiments.sweep --grids="
 HEAD = """# Results
 
 What the configurations of `experiments/configs` reach, beside what papers report. Printed by
@@ -48,6 +49,8 @@ def main(values: Any) -> int:
         found = [row for row in rows if row["grid"] == name]
         if found:
             print(table(name, grid, found))
+        else:
+            print(f"## {grid.title}\n\nNot run yet: `{COMMAND}{name}`.\n")
         if found and grid.figure:
             path = Path(values.figures) / f"{name}.png"
             figure(path, grid, found)
@@ -82,7 +85,9 @@ def table(name: str, grid: Grid, rows: Rows) -> str:
     head = ["", *grid.columns.values(), *(["published"] if with_published else [])]
     head += ["seeds", "learning rate", "minutes"]
     lines = [f"## {grid.title}", ""]
-    lines.append(f"`python -m experiments.sweep --grids={name}`; {_made_with(rows)}.")
+    left = _missing(grid, rows)
+    partly = f"; {left} of {len(grid.jobs)} jobs have not run yet" if left else ""
+    lines.append(f"`{COMMAND}{name}`; {_made_with(rows)}{partly}.")
     if grid.source:
         lines.append(f"Published: {grid.source}.")
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -95,7 +100,18 @@ def table(name: str, grid: Grid, rows: Rows) -> str:
         minutes = statistics.fmean(row["seconds"] for row in same) / 60
         rate = overrides.get("optimizer.learning_rate", "")
         lines.append("| " + " | ".join([*cells, seeds, str(rate), f"{minutes:.1f}"]) + " |")
+    if grid.note:
+        lines += ["", grid.note]
     return "\n".join(lines) + "\n"
+
+
+def _missing(grid: Grid, rows: Rows) -> int:
+    """How many jobs have no row, whatever the seed."""
+    done = [
+        (row["config"], {name: x for name, x in row["overrides"].items() if name != "seed"})
+        for row in rows
+    ]
+    return sum((job.config, job.overrides) not in done for job in grid.jobs)
 
 
 def _made_with(rows: Rows) -> str:

@@ -101,6 +101,12 @@ def test_a_report_shows_the_best_rate_and_every_seed():
     assert "| lru, width 32 | 0.900 |  | 1 | 0.1 | 1.0 |" in text
     assert "| gru, width 16 | diverged |  | 1, 1 diverged | 0.1 | 1.0 |" in text
     assert "Published: a paper." in text
+    assert "4 of 4 jobs have not run yet" in text  # the rows are of another configuration
+    done = [
+        r | {"config": j.config, "overrides": j.overrides}
+        for r, j in zip(ROWS[:4], JOBS, strict=True)
+    ]
+    assert "have not run yet" not in report.table("tiny", TINY, done)
 
 
 def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
@@ -111,7 +117,9 @@ def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
     arguments = ["report", f"--results={results}", f"--figures={tmp_path}"]
     assert cli.run(report.define_flags, report.main, arguments) == 0
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
-    assert "![tiny](tiny.png)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "![tiny](tiny.png)" in printed
+    assert "Not run yet: `python -m experiments.sweep --grids=mqar`." in printed
 
 
 def test_curves_run_over_tokens_and_seconds():
