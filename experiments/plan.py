@@ -230,22 +230,15 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
         )
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
-    # What lives at once. `temp_size_in_bytes` of a TPU adds up what lies in its other memories and
-    # what the holes between arrays are: half as much again.
-    between = memory.peak_memory_in_bytes or memory.temp_size_in_bytes
-    hbm = (
-        held
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + between
-        + memory.generated_code_size_in_bytes
-    )
+    # The peak is of all that lives at once, arguments and results with it; `temp_size_in_bytes`
+    # adds what lies in a TPU's other memories and the holes between arrays, half as much again.
+    hbm = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return Plan(
         **known,
         hbm=hbm,
         fits=hbm <= chip.hbm,
         state_bytes=held,
-        temporary_bytes=between,
+        temporary_bytes=hbm - held,
         traffic=collectives.read(compiled.as_text()),
         seconds=time.perf_counter() - began,
     )
