@@ -56,7 +56,9 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 SHARED_PER_CORE = 233472  # bytes of shared memory for the thread blocks of a multiprocessor
-ROWS = {name: row for name, row in bench_tpu.ROWS.items() if row.op == "linear_scan"}
+ROWS = {
+    name: row for name, row in bench_tpu.ROWS.items() if row.op in ("linear_scan", "selective_scan")
+}
 
 
 class Report(NamedTuple):
