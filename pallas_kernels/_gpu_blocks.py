@@ -22,6 +22,7 @@ BEHIND = 2  # blocks on their way back, or being made
 MARKS = 32  # resets of a block of time, at least: what is copied starts at multiples of 128 bytes
 SHARED = 100 * 2**10  # bytes of shared memory for a thread block, so that two fit a multiprocessor
 HALF = 112 * 2**10  # and what it can have at most, if two are to fit
+WHOLE = 225 * 2**10  # and alone, less a little for barriers and single rows
 MOST = 208 * 2**10  # and the most that it can have (227), less what is not kept by block of time
 
 

@@ -5,7 +5,8 @@ through all of time; the state stays in registers. The arrays come as the user h
 in blocks of [Tb, 128], which the copy engine (TMA) brings to shared memory several blocks ahead
 and takes back from there; it fills up what hangs over the end of an array. So every
 element is read once and written once, and all that a thread does is hidden behind the copies, if
-B x D / 128 thread blocks are enough to keep the memory busy (time is not split over them).
+B x D / 128 thread blocks are enough to keep the memory busy; time is split over more where they
+are not (`_gpu_pieces`).
 
 What is computed is in `_form`. For Hopper and newer, by Mosaic GPU.
 """
@@ -21,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import _gpu_blocks as gpu
 from pallas_kernels._compat import array_like, pl
 from pallas_kernels._rows import each, groups
-from pallas_kernels.linear_scan import _form
+from pallas_kernels.linear_scan import _form, _gpu_pieces
 from pallas_kernels.linear_scan._form import Numbers
 
 
@@ -36,7 +37,8 @@ class Plan(NamedTuple):
       post: the form.
       reverse: whether time runs from the last row to the first.
       a_in_time: whether `a` has rows, or is the same at all times.
-      lone: whether `a` is shared by the batch.
+      sequences: that `a` has; the others take them in turn.
+      summary: whether only the final state is made, and the product of the decays.
       interpret: whether it runs without a GPU.
     """
 
@@ -47,7 +49,8 @@ class Plan(NamedTuple):
     post: bool
     reverse: bool
     a_in_time: bool
-    lone: bool
+    sequences: int
+    summary: bool
     interpret: bool
 
     @property
@@ -100,15 +103,19 @@ def _run(
     out_dtype: Any,
     blocks: tuple[int, int] | None,
     interpret: bool,
+    summary: bool = False,
 ) -> tuple[Numbers, Numbers, Numbers]:
+    """Both forms, and the adjoint if there are states; a summary's third are the products."""
     batch, length, width = x[0].shape
     wide, parts = h0[0].dtype, len(x)
-    a_in_time, lone = a[0].shape[1] > 1 or length == 1, a[0].shape[0] == 1
+    a_in_time, shared_by_all = a[0].shape[1] > 1 or length == 1, a[0].shape[0] < batch
     # The outputs of a block of time, and those of a whole sequence.
     made: dict[str, Any] = {"y": jax.ShapeDtypeStruct((batch, length, width), out_dtype)}
     ends: dict[str, Any] = {"final": jax.ShapeDtypeStruct((batch, width), wide)}
+    if summary:
+        made, ends["product"] = {}, ends["final"]
     if states is not None and a_in_time:  # summed over the batch after
-        made["da"] = jax.ShapeDtypeStruct(x[0].shape, wide if lone else a[0].dtype)
+        made["da"] = jax.ShapeDtypeStruct(x[0].shape, wide if shared_by_all else a[0].dtype)
     elif states is not None:
         ends["da"] = jax.ShapeDtypeStruct((batch, width), wide)
     # The inputs in the same way.
@@ -138,7 +145,8 @@ def _run(
         post=post,
         reverse=reverse,
         a_in_time=a_in_time,
-        lone=lone,
+        sequences=a[0].shape[0],
+        summary=summary,
         interpret=interpret,
     )
 
@@ -181,15 +189,24 @@ def _run(
         ],
         scratch,
         batch * plan.across,
-        name="linear_scan" if states is None else "linear_scan_adjoint",
+        name="linear_scan" + ("_summary" if summary else "" if states is None else "_adjoint"),
         interpret=interpret,
     )
     found = {name: tuple(out[i * parts : (i + 1) * parts]) for i, name in enumerate(outputs)}
+    if summary:
+        return (), found["final"], found["product"]
     da = found.get("da", ())
     return found["y"], found["final"], da if a_in_time else tuple(p[:, None] for p in da)
 
 
-scan, adjoint = functools.partial(_form.scan, _run), functools.partial(_form.adjoint, _run)
+def _run_in_pieces(*args: Any) -> tuple[Numbers, Numbers, Numbers]:
+    x = args[1]
+    count = _gpu_pieces.pieces(*x[0].shape)
+    return _run(*args) if count == 1 else _gpu_pieces.in_pieces(_run, count, *args)
+
+
+scan = functools.partial(_form.scan, _run_in_pieces)
+adjoint = functools.partial(_form.adjoint, _run_in_pieces)
 
 
 def _kernel(
@@ -206,7 +223,7 @@ def _kernel(
     far = _form.named(counts, refs)
     sequence, column = gpu.position(plan.across)
     columns = pl.ds(column * gpu.WIDTH, gpu.WIDTH)
-    of_a = 0 if plan.lone else sequence
+    of_a = lax.rem(sequence, jnp.int32(plan.sequences))
 
     def in_time(step: Any) -> Any:
         return plan.blocks - 1 - step if plan.reverse else step
@@ -237,7 +254,9 @@ def _kernel(
     h, wide = tuple(ref[...] for ref in begun["h0"]), begun["h0"][0].dtype
     fixed = {name: tuple(ref[...].astype(wide) for ref in near) for name, near in begun.items()}
     total: Numbers = ()
-    if "da" in ends:
+    if plan.summary:
+        total = tuple(gpu.zeros(wide) + one for one in (1, 0)[: len(h)])
+    elif "da" in ends:
         total = tuple(gpu.zeros(wide) for _ in h)
 
     def block_of_time(i: Any, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
@@ -306,6 +325,9 @@ def _through(
             inside = gpu.everywhere(t < valid) if plan.length % plan.group else None
             y, new = _form.step(plan.post, h, a, x, cut)
             new = _form.either(inside, new, h)
+            if plan.summary:
+                product = _form.unless(cut, _form.multiply(a, total))
+                return new, _form.either(inside, product, total)
             put("y", t, y)
             if "edge" in fetched:
                 before = jnp.clip(t - 1 if plan.reverse else t + 1, 0, plan.rows - 1)

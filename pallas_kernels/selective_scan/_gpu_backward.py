@@ -83,7 +83,7 @@ def backward(
     }
     held = (APART + 1) * states + PITCH + gpu.BEHIND * 2  # rows of 128 numbers
     made = gpu.BEHIND * GROUP * gpu.WIDTH * (x.dtype.itemsize + dt.dtype.itemsize)
-    left = gpu.MOST - held * gpu.WIDTH * wide.itemsize - made
+    left = gpu.WHOLE - held * gpu.WIDTH * wide.itemsize - made
     of_group = GROUP * (bytes_of_step(again) + bytes_of_step(timed))
     ahead = min(gpu.AHEAD, total, left // of_group)
     scratch["again"], scratch["ring"] = ring(again, ahead, GROUP), ring(timed, ahead, GROUP)
