@@ -95,6 +95,7 @@ def test_other_forms_compile(dtype, decay, shape, keywords, place):
     assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
 
 
+@pytest.mark.slow
 def test_selective_scan_of_any_length_compiles(place):
     def array(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
