@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from absl import flags
 
-ONLY = flags.DEFINE_string("only", "", "Only the rows of choice or tpu whose name begins so.")
+ONLY = flags.DEFINE_string("only", "", "Only the rows of choice, tpu or gpu whose name begins so.")
 
 Candidates = dict[str, Callable[..., Any]]
 # Seconds that calls are repeated for, one after the other, to be timed together: shorter ones

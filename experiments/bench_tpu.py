@@ -50,7 +50,9 @@ class Row(NamedTuple):
     xla: bool = True
 
 
-def _linear(B: int, D: int) -> Callable[[int, str], Shapes]:
+def linear(B: int, D: int) -> Callable[[int, str], Shapes]:
+    """Of `linear_scan`."""
+
     def shapes(T: int, dtype: str) -> Shapes:
         array = jax.ShapeDtypeStruct((B, T, D), jnp.dtype(dtype))
         return {"decay": array, "x": array}
@@ -105,12 +107,12 @@ def _matrix_rows() -> dict[str, Row]:
 
 ALL = ("v5e", "v6e", "v7x")
 ROWS = {
-    "linear_scan, B=8, T=4096, D=2560": Row("linear_scan", _linear(8, 2560), 4096, chips=ALL),
+    "linear_scan, B=8, T=4096, D=2560": Row("linear_scan", linear(8, 2560), 4096, chips=ALL),
     "linear_scan backward, B=8, T=4096, D=2560": Row(
-        "linear_scan", _linear(8, 2560), 4096, backward=True, chips=ALL
+        "linear_scan", linear(8, 2560), 4096, backward=True, chips=ALL
     ),
-    "linear_scan, B=8, T=4096, D=1000": Row("linear_scan", _linear(8, 1000), 4096),
-    "linear_scan, B=8, T=4097, D=1000": Row("linear_scan", _linear(8, 1000), 4097),
+    "linear_scan, B=8, T=4096, D=1000": Row("linear_scan", linear(8, 1000), 4096),
+    "linear_scan, B=8, T=4097, D=1000": Row("linear_scan", linear(8, 1000), 4097),
     "selective_scan, B=8, T=4096, D=2048, N=16": Row(
         "selective_scan", _selective(8, 2048, 16), 4096
     ),

@@ -1,12 +1,13 @@
 """What the kernels need of jax that differs between its versions or may still move."""
 
+import inspect
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["array_like", "gpu_interpreter", "pl", "pltpu"]
+__all__ = ["array_like", "gpu_interpreter", "gpu_load", "pl", "pltpu"]
 
 
 def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -31,3 +32,12 @@ def gpu_interpreter() -> Any:
             f"jax {jax.__version__} cannot interpret a kernel for GPU; 0.11.2 and newer can."
         )
     return made(detect_races=True)
+
+
+def gpu_load(ref: Any, layout: Any) -> jax.Array:
+    """What is in shared memory, spread over the threads of a warpgroup as the layout says."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    # The check that it is read without bank conflicts cannot follow rows of odd length.
+    indices = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *indices, layout=layout, optimized=False)

@@ -5,7 +5,9 @@ in a process of its own, which writes the report.
 """
 
 import importlib.util
+import math
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,26 @@ def test_registers_and_shared_memory(way, dtype, tmp_path):
     assert report.registers <= 128  # 512 threads of a multiprocessor's 65,536
     # Two thread blocks on a multiprocessor: 160 of them find place on 132 at once.
     assert 2 * (report.shared + 1024) <= bench_gpu.SHARED_PER_CORE
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "blocks"),
+    [("", "bfloat16", 2), (" backward", "float32", 1)],
+    ids=["forward", "backward"],
+)
+def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
+    """Of the selective scan: in registers without spills, and [B, T, D, N] is nowhere."""
+    report = bench_gpu.compile_apart(
+        f"selective_scan{way}, B=8, T=4096, D=2048, N=16", dtype, folder=tmp_path
+    )
+    assert report.spills == 0
+    assert report.registers <= 255
+    assert blocks * (report.shared + 1024) <= bench_gpu.SHARED_PER_CORE
+    program = (tmp_path / "program.txt").read_text()
+    arrays = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in arrays]
+    # At the borders of blocks of 64 steps, and B's cotangents by each of 16 blocks of features.
+    assert max(sizes) == 8 * 4096 * 2048
 
 
 @pytest.fixture(scope="module")
@@ -70,4 +92,23 @@ def test_other_forms_compile(dtype, decay, shape, keywords, place):
 
     with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
         program = jax.jit(both).lower(given, array(shape[:2], jnp.bool_)).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
+
+
+@pytest.mark.slow
+def test_selective_scan_of_any_length_compiles(place):
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    def both(given, reset):
+        def run(given):
+            return seqjax.selective_scan(*given, reset=reset, implementation="pallas")
+
+        out, pull = jax.vjp(run, given)
+        return out, pull(out)
+
+    given = [array(2, 73, 72), array(2, 73, 72), array(72, 3), array(2, 73, 3), array(2, 73, 3)]
+    reset = jax.ShapeDtypeStruct((2, 73), jnp.bool_, sharding=place)
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = jax.jit(both).lower(given, reset).compile()
     assert program.as_text().count('custom_call_target="mosaic_gpu') == 2

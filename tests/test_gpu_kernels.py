@@ -130,6 +130,37 @@ def test_other_shapes_without_reset(shape):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    ("axes", "complex_", "reverse"),
+    [("BTD", True, False), ("TD", False, True), ("D", False, False)],
+    ids=["complex", "shared over batch, reverse", "constant"],
+)
+def test_time_in_pieces(axes, complex_, reverse, monkeypatch):
+    """Of two steps, with a NaN before a reset: it does not go from piece to piece either."""
+    monkeypatch.setattr(gpu._gpu_pieces, "pieces", lambda *shape: 3)
+    decay, x, h0, reset, dy, d_final = arrays((2, 6, 8), axes, complex_)
+    h0[0], reset[0, 5 if reverse else 0] = np.nan, True
+    given = [parts(z, "float32") for z in (decay, x, h0, dy, d_final)]
+    run = {"reverse": reverse, "out_dtype": "float32", "interpret": True}
+    y, final = gpu.scan(*given[:3], reset, post=False, **run)
+    inputs = {"decay": decay[tuple(0 if n == 1 else slice(None) for n in decay.shape[:2])], "x": x}
+    expected = op_oracles.linear_scan(inputs, h0, reset, reverse)
+    assert_close((whole(y), whole(final)), expected, TOLERANCE["float32"])
+    found = gpu.adjoint(given[0], y, given[2], reset, *given[3:], **run)
+    cotangents = adjoint(decay, expected[0], h0, reset, dy, d_final, reverse)
+    assert_close(tuple(map(whole, found)), cotangents, TOLERANCE["float32"])
+
+
+def test_time_is_split_where_the_chip_is_not_full():
+    assert gpu._gpu_pieces.pieces(8, 4096, 2560) == 1  # 160 thread blocks
+    assert gpu._gpu_pieces.pieces(1, 8192, 2048) == 16  # 16: as many as make 256 of them
+    assert gpu._gpu_pieces.pieces(1, 1024, 128) == 4  # pieces of 256 steps
+    assert gpu._gpu_pieces.pieces(1, 8191, 128) == 1  # which 2 does not divide
+    text = lowered(by_kernel, (1, 1024, 128), (1, 1024, 128))
+    assert text.count(KERNEL) == 2
+
+
+@interpreted
 def test_nothing_crosses_a_reset():
     decay, x, h0, reset, *_ = arrays((1, 12, 128), "BTD")
     reset[:], reset[0, 7] = False, True

@@ -5,13 +5,13 @@ through all of time; the state stays in registers. The arrays come as the user h
 in blocks of [Tb, 128], which the copy engine (TMA) brings to shared memory several blocks ahead
 and takes back from there; it fills up what hangs over the end of an array. So every
 element is read once and written once, and all that a thread does is hidden behind the copies, if
-B x D / 128 thread blocks are enough to keep the memory busy (time is not split over them).
+B x D / 128 thread blocks are enough to keep the memory busy; time is split over more where they
+are not (`_gpu_pieces`).
 
 What is computed is in `_form`. For Hopper and newer, by Mosaic GPU.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,17 +19,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels._compat import array_like, gpu_interpreter, pl
+from pallas_kernels import _gpu_blocks as gpu
+from pallas_kernels._compat import array_like, pl
 from pallas_kernels._rows import each, groups
-from pallas_kernels.linear_scan import _form
+from pallas_kernels.linear_scan import _form, _gpu_pieces
 from pallas_kernels.linear_scan._form import Numbers
-
-WIDTH = 128  # features of a block: the threads of a warpgroup
-AHEAD = 4  # blocks of time on their way to shared memory, or in use there, if that fits
-BEHIND = 2  # blocks on their way back, or being made
-MARKS = 32  # resets of a block of time, at least: what is copied starts at multiples of 128 bytes
-SHARED = 100 * 2**10  # bytes of shared memory for a thread block, so that two fit a multiprocessor
-MOST = 208 * 2**10  # and the most that it can have (227), less what is not kept by block of time
 
 
 class Plan(NamedTuple):
@@ -43,7 +37,8 @@ class Plan(NamedTuple):
       post: the form.
       reverse: whether time runs from the last row to the first.
       a_in_time: whether `a` has rows, or is the same at all times.
-      lone: whether `a` is shared by the batch.
+      sequences: that `a` has; the others take them in turn.
+      summary: whether only the final state is made, and the product of the decays.
       interpret: whether it runs without a GPU.
     """
 
@@ -54,7 +49,8 @@ class Plan(NamedTuple):
     post: bool
     reverse: bool
     a_in_time: bool
-    lone: bool
+    sequences: int
+    summary: bool
     interpret: bool
 
     @property
@@ -65,7 +61,7 @@ class Plan(NamedTuple):
     @property
     def across(self) -> int:
         """Blocks of features."""
-        return -(-self.width // WIDTH)
+        return -(-self.width // gpu.WIDTH)
 
     @property
     def group(self) -> int:
@@ -81,31 +77,19 @@ def _in_time(
     A step takes so many bytes of shared memory for what is fetched and for what is made.
     """
     if blocks is None:
-        most = (SHARED // (AHEAD * fetched + BEHIND * made)).bit_length() - 1
-        return 1 << max(2, min(6, most, (length - 1).bit_length())), AHEAD
+        return gpu.steps(length, fetched, made), gpu.AHEAD
     rows, columns = blocks
-    if columns != WIDTH and not columns == width < WIDTH:
+    if columns != gpu.WIDTH and not columns == width < gpu.WIDTH:
         raise NotImplementedError(
-            f"linear_scan: on GPU `block_sizes` must have {WIDTH} features, got {columns}."
+            f"linear_scan: on GPU `block_sizes` must have {gpu.WIDTH} features, got {columns}."
         )
-    longest = min(256, MOST // (2 * fetched + BEHIND * made) // 16 * 16)
+    longest = min(256, gpu.MOST // (2 * fetched + gpu.BEHIND * made) // 16 * 16)
     if rows > longest:
         raise NotImplementedError(
             f"linear_scan: on GPU `block_sizes` of these arrays can have {longest} steps, got "
             f"{rows}."
         )
-    return rows, min(AHEAD, (MOST // rows - BEHIND * made) // fetched)
-
-
-def _check_alignment(arrays: list[jax.Array]) -> None:
-    for array in arrays:
-        width, size = array.shape[-1], array.dtype.itemsize
-        if width * size % 16:
-            raise NotImplementedError(
-                f"linear_scan: the GPU kernel copies rows of multiples of 16 bytes, D={width} "
-                f"numbers of {array.dtype} are not; make D a multiple of {16 // size}, or use "
-                "implementation='xla' or None."
-            )
+    return rows, min(gpu.AHEAD, (gpu.MOST // rows - gpu.BEHIND * made) // fetched)
 
 
 def _run(
@@ -119,15 +103,19 @@ def _run(
     out_dtype: Any,
     blocks: tuple[int, int] | None,
     interpret: bool,
+    summary: bool = False,
 ) -> tuple[Numbers, Numbers, Numbers]:
+    """Both forms, and the adjoint if there are states; a summary's third are the products."""
     batch, length, width = x[0].shape
     wide, parts = h0[0].dtype, len(x)
-    a_in_time, lone = a[0].shape[1] > 1 or length == 1, a[0].shape[0] == 1
+    a_in_time, shared_by_all = a[0].shape[1] > 1 or length == 1, a[0].shape[0] < batch
     # The outputs of a block of time, and those of a whole sequence.
     made: dict[str, Any] = {"y": jax.ShapeDtypeStruct((batch, length, width), out_dtype)}
     ends: dict[str, Any] = {"final": jax.ShapeDtypeStruct((batch, width), wide)}
+    if summary:
+        made, ends["product"] = {}, ends["final"]
     if states is not None and a_in_time:  # summed over the batch after
-        made["da"] = jax.ShapeDtypeStruct(x[0].shape, wide if lone else a[0].dtype)
+        made["da"] = jax.ShapeDtypeStruct(x[0].shape, wide if shared_by_all else a[0].dtype)
     elif states is not None:
         ends["da"] = jax.ShapeDtypeStruct((batch, width), wide)
     # The inputs in the same way.
@@ -139,13 +127,14 @@ def _run(
         begun["a"] = tuple(p[:, 0] for p in a)
     if states is not None:
         fetched["states"], begun["start"] = states
-    _check_alignment([array for arrays in (*fetched.values(), *begun.values()) for array in arrays])
+    given = [array for arrays in (*fetched.values(), *begun.values()) for array in arrays]
+    gpu.check_alignment("linear_scan", given)
 
     rows, ahead = _in_time(
         length,
         width,
-        WIDTH * sum(p.dtype.itemsize for arrays in fetched.values() for p in arrays),
-        WIDTH * parts * sum(jnp.dtype(out.dtype).itemsize for out in made.values()),
+        gpu.WIDTH * sum(p.dtype.itemsize for arrays in fetched.values() for p in arrays),
+        gpu.WIDTH * parts * sum(jnp.dtype(out.dtype).itemsize for out in made.values()),
         blocks,
     )
     plan = Plan(
@@ -156,7 +145,8 @@ def _run(
         post=post,
         reverse=reverse,
         a_in_time=a_in_time,
-        lone=lone,
+        sequences=a[0].shape[0],
+        summary=summary,
         interpret=interpret,
     )
 
@@ -165,21 +155,21 @@ def _run(
 
     scratch: dict[str, Any] = {
         "fetched": {
-            name: shared(plan.ahead, plan.rows, WIDTH, dtype=arrays[0].dtype)
+            name: shared(plan.ahead, plan.rows, gpu.WIDTH, dtype=arrays[0].dtype)
             for name, arrays in fetched.items()
         },
-        "begun": {name: shared(WIDTH, dtype=arrays[0].dtype) for name, arrays in begun.items()},
+        "begun": {name: shared(gpu.WIDTH, dtype=arrays[0].dtype) for name, arrays in begun.items()},
         "made": {
-            name: shared(BEHIND, plan.rows, WIDTH, dtype=out.dtype) for name, out in made.items()
+            name: shared(gpu.BEHIND, plan.rows, gpu.WIDTH, dtype=out.dtype)
+            for name, out in made.items()
         },
-        "ends": {name: shared(WIDTH, dtype=out.dtype) for name, out in ends.items()},
+        "ends": {name: shared(gpu.WIDTH, dtype=out.dtype) for name, out in ends.items()},
     }
     if states is not None:
-        scratch["fetched"]["edge"] = shared(plan.ahead, WIDTH, dtype=states[0][0].dtype)
-    if reset is not None:  # rows of whole 16 bytes
-        marks = jnp.pad(reset.astype(jnp.int32), ((0, 0), (0, -length % 4)))
-        fetched["reset"] = (marks,)
-        most = max(plan.rows, MARKS)
+        scratch["fetched"]["edge"] = shared(plan.ahead, gpu.WIDTH, dtype=states[0][0].dtype)
+    if reset is not None:
+        fetched["reset"] = (gpu.marks(reset),)
+        most = max(plan.rows, gpu.MARKS)
         scratch["fetched"]["reset"] = shared(plan.ahead, most, dtype=jnp.int32, count=1)
     scratch["ready"] = plgpu.Barrier(
         num_arrivals=sum(map(len, scratch["fetched"].values())), num_barriers=plan.ahead
@@ -189,27 +179,34 @@ def _run(
     inputs, outputs = fetched | begun, made | ends
     counts = {name: len(arrays) for name, arrays in inputs.items()}
     counts |= {f"out_{name}": parts for name in outputs}
-    out = plgpu.kernel(
+    out = gpu.launch(
         functools.partial(_kernel, plan, counts),
-        out_type=[
+        [array for arrays in inputs.values() for array in arrays],
+        [
             array_like(x[0], like.shape, like.dtype)
             for like in outputs.values()
             for _ in range(parts)
         ],
-        scratch_types=scratch,
-        grid=(batch * plan.across,),
-        grid_names=("block",),
-        # What a thread writes to shared memory only the copy engine reads.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=gpu_interpreter() if interpret else None,
-        kernel_name="linear_scan" if states is None else "linear_scan_adjoint",
-    )(*(array for arrays in inputs.values() for array in arrays))
+        scratch,
+        batch * plan.across,
+        name="linear_scan" + ("_summary" if summary else "" if states is None else "_adjoint"),
+        interpret=interpret,
+    )
     found = {name: tuple(out[i * parts : (i + 1) * parts]) for i, name in enumerate(outputs)}
+    if summary:
+        return (), found["final"], found["product"]
     da = found.get("da", ())
     return found["y"], found["final"], da if a_in_time else tuple(p[:, None] for p in da)
 
 
-scan, adjoint = functools.partial(_form.scan, _run), functools.partial(_form.adjoint, _run)
+def _run_in_pieces(*args: Any) -> tuple[Numbers, Numbers, Numbers]:
+    x = args[1]
+    count = _gpu_pieces.pieces(*x[0].shape)
+    return _run(*args) if count == 1 else _gpu_pieces.in_pieces(_run, count, *args)
+
+
+scan = functools.partial(_form.scan, _run_in_pieces)
+adjoint = functools.partial(_form.adjoint, _run_in_pieces)
 
 
 def _kernel(
@@ -224,10 +221,9 @@ def _kernel(
     first: Any,
 ) -> None:
     far = _form.named(counts, refs)
-    index, across = lax.axis_index("block"), jnp.int32(plan.across)
-    sequence, column = lax.div(index, across), lax.rem(index, across)
-    columns = pl.ds(column * WIDTH, WIDTH)
-    of_a = 0 if plan.lone else sequence
+    sequence, column = gpu.position(plan.across)
+    columns = pl.ds(column * gpu.WIDTH, gpu.WIDTH)
+    of_a = lax.rem(sequence, jnp.int32(plan.sequences))
 
     def in_time(step: Any) -> Any:
         return plan.blocks - 1 - step if plan.reverse else step
@@ -249,12 +245,6 @@ def _kernel(
             for source, to in zip(far["states" if name == "edge" else name], near, strict=True):
                 plgpu.copy_gmem_to_smem(source.at[where], to.at[slot], ready.at[slot])
 
-    def send(name: str, near: Any, start: Any, rest: tuple[Any, ...], count: int) -> None:
-        """Have the first `count` of what is in shared memory taken away."""
-        for source, to in zip(near, far[f"out_{name}"], strict=True):
-            where = (sequence, pl.ds(start, count), *rest)
-            plgpu.copy_smem_to_gmem(source.at[pl.ds(0, count)], to.at[where], commit_group=False)
-
     lax.fori_loop(0, plan.ahead, lambda i, _: fetch(i.astype(jnp.int32)), None)
     for name, near in begun.items():
         for source, to in zip(far[name], near, strict=True):
@@ -264,22 +254,23 @@ def _kernel(
     h, wide = tuple(ref[...] for ref in begun["h0"]), begun["h0"][0].dtype
     fixed = {name: tuple(ref[...].astype(wide) for ref in near) for name, near in begun.items()}
     total: Numbers = ()
-    if "da" in ends:
-        layout = plgpu.Layout.WG_STRIDED((WIDTH,), vec_size=1)  # that of what is read from memory
-        total = tuple(plgpu.layout_cast(jnp.zeros((WIDTH,), wide), layout) for _ in h)
+    if plan.summary:
+        total = tuple(gpu.zeros(wide) + one for one in (1, 0)[: len(h)])
+    elif "da" in ends:
+        total = tuple(gpu.zeros(wide) for _ in h)
 
     def block_of_time(i: Any, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
         step = i.astype(jnp.int32)
         block, slot = in_time(step), lax.rem(step, jnp.int32(plan.ahead))
-        place = lax.rem(step, jnp.int32(BEHIND))
+        place = lax.rem(step, jnp.int32(gpu.BEHIND))
         plgpu.barrier_wait(ready.at[slot])
-        plgpu.wait_smem_to_gmem(BEHIND - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(gpu.BEHIND - 1, wait_read_only=True)
         carry = _through(plan, block, slot, place, carry, fetched, fixed, made)
         plgpu.commit_smem()
         for name, near in made.items():
-            blocks = [ref.at[place] for ref in near]
-            copy = functools.partial(send, name, blocks, block * plan.rows, (columns,))
-            _exactly(plan.length, plan.rows, block == plan.blocks - 1, copy)
+            for source, to in zip(near, far[f"out_{name}"], strict=True):
+                start = block * plan.rows
+                gpu.send(source.at[place], to, (sequence,), start, plan.length, column)
         plgpu.commit_smem_to_gmem_group()
         pl.when(step + plan.ahead < plan.blocks)(lambda: fetch(step + plan.ahead))
         return carry
@@ -290,22 +281,10 @@ def _kernel(
             ref[...] = value
     plgpu.commit_smem()
     for name, near in ends.items():
-        copy = functools.partial(send, name, near, column * WIDTH, ())
-        _exactly(plan.width, WIDTH, column == across - 1, copy)
+        for source, to in zip(near, far[f"out_{name}"], strict=True):
+            gpu.send_row(source, to, (sequence,), column, plan.across)
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0)
-
-
-def _exactly(size: int, block: int, last: Any, copy: Callable[[int], None]) -> None:
-    """Copy a whole block, or what there is of the last one if blocks do not divide `size`.
-
-    What hangs over is not dropped if the copy is of contiguous memory: it would land in the next
-    row or sequence.
-    """
-    if size % block == 0:
-        copy(block)
-    else:
-        lax.cond(last, lambda: copy(size % block), lambda: copy(block))
 
 
 def _through(
@@ -329,13 +308,10 @@ def _through(
         for ref, part in zip(made[name], value, strict=True):
             ref[place, t] = part.astype(ref.dtype)
 
-    def everywhere(flag: Any) -> jax.Array:
-        return jnp.broadcast_to(flag, (WIDTH,))
-
     if "edge" in fetched:
         # What the form's first step found in this block, and which step that is.
         outset = block == (0 if plan.reverse else plan.blocks - 1)
-        edge = _form.either(everywhere(outset), fixed["start"], load("edge"))
+        edge = _form.either(gpu.everywhere(outset), fixed["start"], load("edge"))
         at_edge = 0 if plan.reverse else jnp.minimum(valid, plan.rows) - 1
 
     def group(i: Any, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
@@ -345,14 +321,17 @@ def _through(
             h, total = carry
             t = base + r
             a, x = load("a", t) if plan.a_in_time else fixed["a"], load("x", t)
-            cut = everywhere(fetched["reset"][0][slot, t] != 0) if "reset" in fetched else None
-            inside = everywhere(t < valid) if plan.length % plan.group else None
+            cut = gpu.everywhere(fetched["reset"][0][slot, t] != 0) if "reset" in fetched else None
+            inside = gpu.everywhere(t < valid) if plan.length % plan.group else None
             y, new = _form.step(plan.post, h, a, x, cut)
             new = _form.either(inside, new, h)
+            if plan.summary:
+                product = _form.unless(cut, _form.multiply(a, total))
+                return new, _form.either(inside, product, total)
             put("y", t, y)
             if "edge" in fetched:
                 before = jnp.clip(t - 1 if plan.reverse else t + 1, 0, plan.rows - 1)
-                found = _form.either(everywhere(t == at_edge), edge, load("states", before))
+                found = _form.either(gpu.everywhere(t == at_edge), edge, load("states", before))
                 da = _form.unless(cut, _form.multiply(y, found))
                 if plan.a_in_time:
                     put("da", t, da)

@@ -35,7 +35,7 @@ KERNELS = {
     "delta_rule": Kernel("chunked"),
     "linear_attention": Kernel("chunked"),
     "linear_scan": Kernel("sequential", platforms=("tpu", "cuda")),
-    "selective_scan": Kernel("sequential"),
+    "selective_scan": Kernel("sequential", platforms=("tpu", "cuda")),
 }
 FILES = {"tpu": "tpu", "cuda": "gpu"}  # of a platform's kernels, in `pallas_kernels.<op>`
 

@@ -53,10 +53,11 @@ def selective_scan(
       algorithm: "sequential" (step after step), "chunked" (an elementwise scan of all states of a
         chunk, which exist only while the chunk is at work) or None, which is sequential on CPU
         or as a kernel, and chunked elsewhere.
-      implementation: "xla", "pallas" (a kernel, sequential; compiled for TPU only) or None: the
-        kernel when compiled for TPU, if it takes the dtypes (not float16, not float64) and the
-        state (N up to 64) and the compiler need not split it over devices, which `jax.shard_map`
-        spares it. It keeps a state every 64 steps.
+      implementation: "xla", "pallas" (a kernel, sequential; for TPU, and for GPU from Hopper on)
+        or None: the kernel when compiled for TPU, if it takes the dtypes (not float16, not
+        float64) and the state (N up to 64) and the compiler need not split it over devices, which
+        `jax.shard_map` spares it. It keeps a state every 64 steps. On GPU the kernel has to be
+        named, N can be up to 16, and rows of D numbers must be multiples of 16 bytes.
       chunk_size: steps in a chunk, 16 if None. One state per chunk is kept for the backward pass,
         which computes the others again; states [B, T, D, N] never exist.
       interpret: run the kernel without its hardware, slowly: to try it.
