@@ -1,0 +1,1 @@
+"""Nonlinear recurrences whose channels do not meet, step by step."""
