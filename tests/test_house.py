@@ -61,8 +61,8 @@ def upward(module: str, source: str) -> list[str]:
         return []
     wrong = [name for name in imported(source) if (floor(name) or 0) > here]
     if here == 0:
-        # A leaf: jax, itself and what comes with Python.
-        known = {"jax", "pallas_kernels", *sys.stdlib_module_names}
+        # A leaf: jax, NumPy that comes with it, itself and what comes with Python.
+        known = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
         wrong += [name for name in imported(source) if name.split(".")[0] not in known]
     return wrong
 

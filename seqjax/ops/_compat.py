@@ -91,10 +91,14 @@ def make_primitive(
 
     With `local` there is no communication between devices in it, and it is compiled without
     regard to the mesh axes that its operands vary over, about which a kernel knows nothing.
+    A parameter `side_effects` is those that `implementation` has besides computing.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_abstract_eval(abstract)
+
+    @primitive.def_effectful_abstract_eval
+    def _abstract(*args: Any, **params: Any) -> tuple[Sequence[Any], Any]:
+        return abstract(*args, **params), params.get("side_effects", frozenset())
 
     @functools.cache
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
@@ -107,11 +111,14 @@ def make_primitive(
 
     def lower(platform: str, ctx: Any, *args: Any, **params: Any) -> Any:
         target = Target(platform, _is_partitioned(ctx.module_context.axis_context))
-        run = functools.partial(implementation, target)
+        run, inner = functools.partial(implementation, target), ctx
         if local:
             kind = type(ctx.avals_in[0].mat)
-            ctx = ctx.replace(avals_in=[a.update(manual_axis_type=kind()) for a in ctx.avals_in])
-        return mlir.lower_fun(run, multiple_results=True)(ctx, *args, **params)
+            inner = ctx.replace(avals_in=[a.update(manual_axis_type=kind()) for a in ctx.avals_in])
+        out = mlir.lower_fun(run, multiple_results=True)(inner, *args, **params)
+        if params.get("side_effects"):
+            ctx.set_tokens_out(inner.tokens_out)
+        return out
 
     for platform in ("cpu", "tpu", "cuda", "rocm"):
         mlir.register_lowering(primitive, functools.partial(lower, platform), platform=platform)

@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
 
     Attributes:
       algorithm: that it follows.
-      platforms: that it is for.
+      platforms: that it is for; the first is that whose kernel is interpreted.
       preferred: the platforms where None takes it; on the others it has to be named.
     """
 
@@ -35,6 +35,7 @@ KERNELS = {
     "delta_rule": Kernel("chunked"),
     "linear_attention": Kernel("chunked"),
     "linear_scan": Kernel("sequential", platforms=("tpu", "cuda")),
+    "nonlinear_scan": Kernel("sequential", platforms=("cuda",), preferred=()),
     "selective_scan": Kernel("sequential", platforms=("tpu", "cuda")),
 }
 FILES = {"tpu": "tpu", "cuda": "gpu"}  # of a platform's kernels, in `pallas_kernels.<op>`
@@ -91,12 +92,20 @@ class Use(NamedTuple):
             )
         return here and not target.partitioned
 
-    def kernels(self, target: _compat.Target) -> Any:
-        """The module of `pallas_kernels` that runs it there; interpreted it is that for TPU.
+    @property
+    def by_tpu(self) -> bool:
+        """Whether the kernel that is interpreted is that for TPU."""
+        return KERNELS[self.op].platforms[0] == "tpu"
+
+    def kernels(self, target: _compat.Target | None) -> Any:
+        """The module of `pallas_kernels` that runs it there; interpreted the first there is.
 
         Imported where it is run: half a second that programs for a CPU need not spend.
         """
-        platform = "tpu" if self.interpret else target.platform
+        if self.interpret or target is None:
+            platform = KERNELS[self.op].platforms[0]
+        else:
+            platform = target.platform
         return importlib.import_module(f"pallas_kernels.{self.op}.{FILES[platform]}")
 
 
@@ -181,7 +190,7 @@ def kernel_use(
                 f"{op}: the Pallas kernel {lacking}; use implementation='xla' or None."
             )
         return Use(op, "interpret" if interpret else "must")
-    if op not in KERNELS or lacking is not None or not faster:
+    if op not in KERNELS or not KERNELS[op].preferred or lacking is not None or not faster:
         return Use(op)
     return Use(op, "may" if algorithm in (None, KERNELS[op].algorithm) else "never")
 

@@ -68,6 +68,10 @@ def kernel_call(use: Use, xla: Function, kernel: Function, smooth: Function | No
             return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
         like = jax.typeof(leaves[0])
+        effects: frozenset[Any] = frozenset()
+        if use.interpret and not use.by_tpu:  # what interprets a GPU calls back, in order
+            interpreted = flat(functools.partial(kernel, use.kernels(None)))
+            effects = frozenset(jax.make_jaxpr(interpreted)(*leaves).effects)
         out = kernel_p.bind(
             *leaves,
             use=use,
@@ -75,6 +79,7 @@ def kernel_call(use: Use, xla: Function, kernel: Function, smooth: Function | No
             kernel=lambda kernels: flat(functools.partial(kernel, kernels)),
             smooth=flat(smooth or xla),
             avals=tuple(like.update(shape=s.shape, dtype=s.dtype, weak_type=False) for s in shapes),
+            side_effects=effects,
         )
         return jax.tree.unflatten(out_tree, out)
 

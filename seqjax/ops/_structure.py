@@ -173,6 +173,8 @@ def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
         out = axis if params["slice_sizes"][axis] == shape[axis] else MIXED
     elif name == "concatenate":
         out = axis if params["dimension"] != axis else MIXED
+    elif name == "stack":
+        out = axis + (axis >= params["axis"])
     elif name == "split":
         out = axis if params["axis"] != axis else MIXED
     elif name == "rev":

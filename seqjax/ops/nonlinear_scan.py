@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _checks, _compat, _dispatch, _newton, _sequence, _structure
+from seqjax.ops import _cell_kernel, _checks, _compat, _dispatch, _newton, _sequence, _structure
 from seqjax.ops._affine_scan import correction
 from seqjax.ops._implicit import derivatives
 from seqjax.ops._newton import Newton, SolveInfo
@@ -33,6 +33,7 @@ def nonlinear_scan(
     algorithm: str | None = None,
     implementation: str | None = None,
     on_failure: str = "sequential",
+    interpret: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Array, Array, SolveInfo]:
     """Nonlinear recurrence over time.
@@ -62,9 +63,15 @@ def nonlinear_scan(
         parameters.
       solver: a `Newton`.
       algorithm: "newton", "sequential" or None, which is sequential on CPU.
-      implementation: "xla", "pallas" or None.
+      implementation: "xla", "pallas" (a kernel for GPU from Hopper on, sequential, forward and
+        backward in one pass each) or None, which is XLA. The kernel takes any cell whose channels
+        do not meet (Jacobian "diagonal" or "block") and that is made of elementwise operations;
+        every leaf of `xs` with an axis of D channels, the last of that length; float32, bfloat16
+        and int32; and rows of D numbers that are multiples of 16 bytes.
       on_failure: what to do when Newton does not converge: "sequential" finishes step by step,
         "error" raises, "warn" prints a warning and returns what there is, flagged in `info`.
+      interpret: run the kernel for GPU without its hardware, slowly: to try it (jax 0.11.2 or
+        newer).
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -106,6 +113,13 @@ def nonlinear_scan(
     own = getattr(cell, "bounds", None)
     if bounds is None and own is not None:
         bounds = own(params)
+    use = _dispatch.kernel_use(
+        op,
+        algorithm,
+        implementation,
+        interpret,
+        lacking=_cell_kernel.lacking(structure[1], sequence_axis, params, xs, h0),
+    )
     wanted = (batch, length, *h0.shape[1:])
     guess = jnp.zeros(wanted, state) if guess is None else jnp.asarray(guess)
     if guess.shape != wanted:
@@ -124,6 +138,7 @@ def nonlinear_scan(
         on_failure=on_failure,
         sequence_axis=sequence_axis,
         resets=reset is not None,
+        use=use,
     )
 
 
@@ -137,6 +152,7 @@ def nonlinear_scan(
         "on_failure",
         "sequence_axis",
         "resets",
+        "use",
     ),
 )
 def _run(
@@ -154,18 +170,39 @@ def _run(
     on_failure: str,
     sequence_axis: str | None,
     resets: bool,
+    use: _dispatch.Use,
 ) -> tuple[Array, Array, SolveInfo]:
     out = _structure.float_leaves(xs)[0].dtype
     leaves, tree = jax.tree.flatten((params, xs, h0, reset, guess))
     params, xs, h0, reset, guess = jax.tree.unflatten(tree, _compat.match_varying(*leaves))
-    params, xs = jax.tree.map(lambda x: _widened(x, h0.dtype), (params, xs))
+    # On a CPU a step of a small cell costs what its kernels cost to start: where nothing is reset,
+    # no step asks.
+    cuts = reset if resets else None
+    params = jax.tree.map(lambda x: _widened(x, h0.dtype), params)
+    if not use.never:
+        by_xla = functools.partial(
+            _run,
+            cell=cell,
+            structure=structure,
+            solver=solver,
+            algorithm="sequential",
+            on_failure="sequential",
+            sequence_axis=None,
+            resets=resets,
+            use=_dispatch.Use(use.op),
+        )
+        hs, final = _cell_kernel.by_kernel(use, cell, out, by_xla)(params, xs, h0, cuts)
+        found = lax.stop_gradient(hs)
+        info = _of_steps(found, _newton.over_state(jnp.isfinite(found), jnp.all).all(axis=1))
+        info = info._replace(residual=info.residual.astype(h0.dtype))
+        if on_failure != "sequential":
+            _report(info, on_failure)
+        return hs, final, info
+    xs = jax.tree.map(lambda x: _widened(x, h0.dtype), xs)
 
     # What is followed by derivatives is the rule below, not the way to the solution.
     fixed = jax.tree.map(lax.stop_gradient, (params, xs, h0))
     problem = _problem(cell, fixed[0], structure[0], bounds, sequence_axis)
-    # On a CPU a step of a small cell costs what its kernels cost to start: where nothing is reset,
-    # no step asks.
-    cuts = reset if resets else None
 
     def by(algorithm: str, h0: Array) -> tuple[Array, SolveInfo]:
         arrays = (h0, fixed[1], reset, guess)
@@ -249,10 +286,14 @@ def _stepped(
     else:
         states = _in_turn(problem, h0, xs, reset, sequence_axis)
     finite = ~problem.anywhere(~_newton.over_state(jnp.isfinite(states), jnp.all).all(axis=1))
+    return states, _of_steps(states, finite, sequence_axis)
+
+
+def _of_steps(states: Array, finite: Array, sequence_axis: str | None = None) -> SolveInfo:
     none = jnp.zeros_like(finite, jnp.int32)
     steps = none + states.shape[1] * (lax.axis_size(sequence_axis) if sequence_axis else 1)
     residual = jnp.where(finite, 0.0, jnp.nan).astype(states.dtype)
-    return states, SolveInfo(none, residual, finite, steps)
+    return SolveInfo(none, residual, finite, steps)
 
 
 def _judge(
