@@ -175,6 +175,7 @@ def kernel_op(
         kernel_call(use, xla, kernel_only),
         kernel_call(use, xla_again if use.always else xla_backward, kernel_backward, xla_again),
         keeping,
+        xla,  # not to run the kernel for tangents that are none of its
     )
 
 

@@ -36,6 +36,7 @@ def reverse_rule(
     function: Callable[..., PyTree],
     adjoint: Callable[..., Sequence[jax.Array]],
     keeping: Callable[..., tuple[PyTree, PyTree]] | None = None,
+    smooth: Callable[..., PyTree] | None = None,
 ) -> Callable[..., PyTree]:
     """`function(*args)`, whose reverse pass is `adjoint(args, cotangents)`.
 
@@ -47,6 +48,8 @@ def reverse_rule(
       keeping: *args -> (the outputs, a tree of arrays that the adjoint wants kept): evaluated in
         place of `function` where it is differentiated. The adjoint then is
         `adjoint(args, outputs, kept, cotangents)`.
+      smooth: what the tangents are those of, where JAX can differentiate it more cheaply than
+        `function`, which it must equal.
     """
 
     @jax.custom_jvp
@@ -62,7 +65,7 @@ def reverse_rule(
         held, held_tree = jax.tree.flatten(() if keeping is None else (value, kept))
 
         def flat(*leaves: jax.Array) -> Sequence[jax.Array]:
-            return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
+            return jax.tree.leaves((smooth or function)(*jax.tree.unflatten(tree, leaves)))
 
         def flat_adjoint(leaves: Any, held: Any, cts: Any) -> Any:
             args, kept = jax.tree.unflatten(tree, leaves), jax.tree.unflatten(held_tree, held)
