@@ -6,16 +6,20 @@ Each program is compiled ahead of time, in a process of its own, for an H100. Th
 whether a kernel compiles and fits; how fast it is, only hardware tells.
 """
 
+import functools
 import importlib.metadata
 import itertools
 import pathlib
 import re
 import tempfile
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
+import seqjax
 from experiments import bench_tpu
 from experiments.bench_tools import ONLY, Table, answer, run_apart
 
@@ -58,12 +62,39 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 SHARED_PER_CORE = 233472  # bytes of shared memory for the thread blocks of a multiprocessor
 # Besides those of TPU, sequences too few to fill the chip: time is split over thread blocks.
 _FEW = bench_tpu.Row("linear_scan", bench_tpu.linear(1, 2048), 8192)
+
+
+def _nonlinear(cell: seqjax.cells.Cell, B: int) -> Callable[[int, str], bench_tpu.Shapes]:
+    """A cell's inputs in a dtype; parameters and state are float32."""
+
+    def shapes(T: int, dtype: str) -> bench_tpu.Shapes:
+        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+        return {
+            "params": {name: array((cell.dim,)) for name in cell.recurrent},
+            "xs": jax.ShapeDtypeStruct((B, T, cell.gates, cell.dim), jnp.dtype(dtype)),
+            "initial_state": jax.eval_shape(lambda: cell.initial_state(B)),
+        }
+
+    return shapes
+
+
+def _nonlinear_rows() -> dict[str, bench_tpu.Row]:
+    made = {}
+    for cell in (seqjax.cells.ParaGRU(2560), seqjax.cells.ParaLSTM(2560)):
+        row = bench_tpu.Row("nonlinear_scan", _nonlinear(cell, 8), 4096, keywords=(("cell", cell),))
+        form = f"{type(cell).__name__}, B=8, T=4096, D=2560"
+        made[f"nonlinear_scan, {form}"] = row
+        made[f"nonlinear_scan backward, {form}"] = row._replace(backward=True)
+    return made
+
+
 ROWS = {
     name: row for name, row in bench_tpu.ROWS.items() if row.op in ("linear_scan", "selective_scan")
 } | {
     "linear_scan, B=1, T=8192, D=2048": _FEW,
     "linear_scan backward, B=1, T=8192, D=2048": _FEW._replace(backward=True),
 }
+ROWS |= _nonlinear_rows()
 
 
 class Report(NamedTuple):

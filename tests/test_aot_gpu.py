@@ -4,7 +4,9 @@ Needs jax's CUDA plugin, without NVIDIA's libraries: the extra `aot-gpu`. Every 
 in a process of its own, which writes the report.
 """
 
+import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -25,12 +27,21 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("way", ["", " backward"], ids=["forward", "backward"])
-def test_registers_and_shared_memory(way, dtype, tmp_path):
-    report = bench_gpu.compile_apart(
-        f"linear_scan{way}, B=8, T=4096, D=2560", dtype, folder=tmp_path
-    )
+SIZES = "B=8, T=4096, D=2560"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(
+            [f"linear_scan, {SIZES}", f"linear_scan backward, {SIZES}"], ["float32", "bfloat16"]
+        ),
+        (f"nonlinear_scan, ParaLSTM, {SIZES}", "bfloat16"),
+        (f"nonlinear_scan backward, ParaLSTM, {SIZES}", "bfloat16"),
+    ],
+)
+def test_registers_and_shared_memory(name, dtype, tmp_path):
+    report = bench_gpu.compile_apart(name, dtype, folder=tmp_path)
     assert report.spills == 0
     assert report.registers <= 128  # 512 threads of a multiprocessor's 65,536
     # Two thread blocks on a multiprocessor: 160 of them find place on 132 at once.
@@ -111,4 +122,25 @@ def test_selective_scan_of_any_length_compiles(place):
     reset = jax.ShapeDtypeStruct((2, 73), jnp.bool_, sharding=place)
     with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
         program = jax.jit(both).lower(given, reset).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
+
+
+def test_an_elementwise_cell_compiles(place):
+    """Logarithms, infinities and four numbers a channel; mapped; a last block of a single step."""
+    cell = seqjax.cells.SLSTM(136)
+
+    def array(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    params = {name: array(cell.dim) for name in cell.recurrent}
+    given = (params, array(2, 2, 65, cell.gates, cell.dim), array(2, cell.dim, cell.width))
+
+    def both(reset, *given):
+        run = functools.partial(seqjax.nonlinear_scan, cell, reset=reset, implementation="pallas")
+        out, pull = jax.vjp(lambda *given: run(*given)[:2], *given)
+        return out, pull(out)
+
+    mapped = jax.vmap(both, in_axes=(None, None, 0, None))
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = jax.jit(mapped).lower(array(2, 65, dtype="bool"), *given).compile()
     assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
