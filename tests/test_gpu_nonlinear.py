@@ -141,6 +141,8 @@ def test_it_has_to_be_named_and_has_a_backward_pass():
     named = functools.partial(run, implementation="pallas")
     assert lowered(named, params, xs).count(KERNEL) == 1
     assert lowered(jax.grad(named, argnums=(0, 1)), params, xs).count(KERNEL) == 2
+    layer = seqjax.layers.ParaLSTM(8, implementation="pallas")
+    assert lowered(layer.apply, layer.init(jax.random.key(0)), xs[:, :, 0]).count(KERNEL) == 1
     mapped = jax.vmap(jax.grad(named), in_axes=(None, 0))
     assert lowered(mapped, params, jnp.stack([xs, xs])).count(KERNEL) == 2
 

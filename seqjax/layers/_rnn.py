@@ -57,12 +57,15 @@ class RNN(Layer):
       algorithm: "newton" (all steps at once), "sequential" (one after the other) or None, the
         faster one here; see `seqjax.nonlinear_scan`.
       solver: a `seqjax.Newton`; None takes its defaults.
+      implementation: "xla", "pallas" (on GPU, for a cell whose channels do not meet) or None; see
+        `seqjax.nonlinear_scan`.
     """
 
     dim: int
     state_dim: int = DERIVED
     algorithm: str | None = None
     solver: Newton | None = None
+    implementation: str | None = None
 
     # Gate -> bias of its first and its last channel at initialisation, evenly spaced between.
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {}
@@ -77,6 +80,11 @@ class RNN(Layer):
             self,
             self.algorithm in (None, "newton", "sequential"),
             f"algorithm must be 'newton', 'sequential' or None, given {self.algorithm!r}.",
+        )
+        _checks.require(
+            self,
+            self.implementation in (None, "xla", "pallas"),
+            f"implementation must be 'xla', 'pallas' or None, given {self.implementation!r}.",
         )
         _ = self.cell  # checks the cell's own fields
 
@@ -138,6 +146,7 @@ class RNN(Layer):
             state,
             reset=reset,
             algorithm=self.algorithm,
+            implementation=self.implementation,
             solver=self.solver,
             sequence_axis=sequence_axis,
         )
