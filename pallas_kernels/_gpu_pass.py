@@ -171,10 +171,10 @@ def call(
       name: the kernel's.
       plan: the blocks.
       work: what is done.
-      fetched: by name, arrays [B|1, T, (R,) D] that come in blocks of time.
-      begun: arrays [B|1, (R,) D] that come once.
+      fetched: by name, arrays [S, T, (R,) D] that come in blocks of time, S a divisor of B.
+      begun: arrays [S, (R,) D] that come once.
       made: arrays [B, T, (R,) D] that go in blocks of time.
-      ends: arrays [B, (R,) D] that go once.
+      ends: arrays [B, (R,) D] that go once; there is at least one.
       reset: [B, T] bool; comes as "reset", in int32.
       edge: the name among `fetched` of what each block also needs the row before its first of, in
         time as it is in the array; comes as "edge".
@@ -234,8 +234,8 @@ def _kernel(
     columns = pl.ds(column * WIDTH, WIDTH)
 
     def member(source: Any) -> Any:
-        """Which of the batch: an array may be shared by all."""
-        return 0 if source.shape[0] == 1 else sequence
+        """Which of its sequences: all take them in turn."""
+        return lax.rem(sequence, jnp.int32(source.shape[0]))
 
     def middle(near: Any, lead: int) -> tuple[Any, ...]:
         """All the R numbers of a feature."""
