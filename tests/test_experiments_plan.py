@@ -11,7 +11,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
 from experiments import build, collectives, flops, plan
-from experiments.configs import lm, pods
+from experiments.configs import lm, pod_deltanet_1b, pod_mamba_1b, pods
 from experiments.errors import UserError
 from seqjax.layers import GRU, LRU, DeltaNet, SlidingWindowAttention
 from seqjax.models import Backbone, LanguageModel
@@ -163,13 +163,14 @@ def test_the_table_has_every_recipe_and_slice(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.aot
-@pytest.mark.parametrize("layer", ["lru", "mamba"])
-def test_a_step_compiles_for_a_slice_that_is_not_there(layer):
-    """Two recipes in small, every axis of the mesh in use."""
+@pytest.mark.parametrize("recipe", [pod_deltanet_1b, pod_mamba_1b], ids=["deltanet", "mamba"])
+def test_a_recipe_compiles_for_a_slice_that_is_not_there(recipe):
+    """Narrow and for eight chips, every axis of the mesh in use; a whole one takes minutes."""
     pytest.importorskip("libtpu")
-    config = lm.get_config(f"{layer},quicktest")
-    config.model.update(dtype="bfloat16", remat=True, scan=True, depth=3)
-    config.data.update(length=64, batch_size=8)
+    config = recipe.get_config("131k")
+    config.model.update(depth=3, dim=256)
+    config.model.options.deltanet.heads = 2
+    config.data.update(length=512, batch_size=8)
     made = plan.make_plan(config, "v5e:2x4", "fsdp=2,tensor=2,sequence=2")
     assert made.fits
     assert made.traffic.total > 0
