@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -30,3 +31,10 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def check_positive(section: Any, *names: str) -> None:
+    """Raises unless these fields of a configuration are at least 1."""
+    for name in names:
+        if section[name] < 1:
+            raise UserError(f"the config field {name}={section[name]} must be at least 1")

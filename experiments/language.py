@@ -15,8 +15,7 @@ import seqjax
 from experiments import build, devices, heldout
 from experiments.data import corpus as corpora
 from experiments.data import pipeline
-from experiments.errors import UserError
-from experiments.objective import check_positive
+from experiments.errors import UserError, check_positive
 
 
 def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import jax
 from ml_collections import ConfigDict
 
+from experiments import language
 from experiments.devices import Devices
-from experiments.errors import UserError
+from experiments.tasks import objective as tasks
 
 
 class Objective(Protocol):
@@ -56,15 +57,4 @@ class Objective(Protocol):
 
 def make(config: ConfigDict) -> Objective:
     """The objective of a configuration: its task, or its text where it has none."""
-    # Here, because both import what stands above.
-    from experiments import language
-    from experiments.tasks import objective as tasks
-
     return tasks.make(config) if "task" in config else language.Text(config)
-
-
-def check_positive(section: ConfigDict, *names: str) -> None:
-    """Raises unless the fields are at least 1."""
-    for name in names:
-        if section[name] < 1:
-            raise UserError(f"the config field {name}={section[name]} must be at least 1")

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import seqjax
 from experiments import build, checkpoints, devices, language, logs, objective, optimizer, solves
 from experiments.data import pipeline
-from experiments.errors import UserError
+from experiments.errors import UserError, check_positive
 from experiments.interrupt import Interrupt
 from seqjax import sharding
 
@@ -284,5 +284,5 @@ class Run:
 
 
 def _check(config: ConfigDict) -> None:
-    objective.check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
-    objective.check_positive(config.data, "batch_size")
+    check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
+    check_positive(config.data, "batch_size")
