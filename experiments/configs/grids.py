@@ -96,6 +96,15 @@ NOTES = {
         "is right on the first forty of them: so the others stand above 0. The elementwise cells "
         "ParaGRU and ParaLSTM had not learned the task after these 1,500 steps; GRU and LSTM had."
     ),
+    "S3": (
+        "Not learned to the end after these 1,500 steps by anybody, GRU included; DeltaNet with "
+        "eigenvalues of both signs is ahead of DeltaNet without."
+    ),
+    "A5": (
+        "Nobody has learned this after 1,500 steps at this learning rate, GRU and LSTM included, "
+        "which the paper trains to 100 %: too few steps to say who could. Longer runs: "
+        "`--set=steps=...`."
+    ),
 }
 MIXERS = ("lru", "s5", "gateloop", "mamba", "deltanet", "attention")
 
