@@ -31,10 +31,17 @@ def mine(params, h, x):
 
 
 def own_arrays(rng, channels, lead=()):
-    draw = lambda *shape: rng.standard_normal(shape).astype("float32")  # noqa: E731
+    def draw(*shape):
+        return rng.standard_normal(shape).astype("float32")
+
     params = {"mix": draw(channels, 1), "scale": draw(), "wide": draw(2, channels)}
     keep = rng.integers(0, 2, (*lead, channels), "int32")
     return params, {"both": draw(*lead, channels, 2), "keep": keep}
+
+
+def narrow(array, dtype="float32"):
+    """In a dtype; integers stay what they are."""
+    return jnp.asarray(array, "int32" if array.dtype == "int32" else dtype)
 
 
 def arrays(cell, batch, length, seed=0):
@@ -60,7 +67,6 @@ def test_a_cell_by_rows(cell):
         (params, xs), h = own_arrays(rng, 128, (1, 1)), rng.standard_normal((1, 128, 2))
     else:
         params, xs, h, *_ = arrays(cell, 1, 1)
-    narrow = lambda a: jnp.asarray(a, "int32" if a.dtype == "int32" else "float32")  # noqa: E731
     params, xs, h = jax.tree.map(narrow, (params, xs, h))
     program = gpu._program(cell, params, xs, h)
 
@@ -169,7 +175,6 @@ def gradients_in_float64(cell, params, xs, state, reset, *cts):
 )
 def test_values(cell, dtype, shape):
     params, xs, state, reset, *cts = arrays(cell, *shape)
-    narrow = lambda a, dtype="float32": jnp.asarray(a, dtype)  # noqa: E731
     given = [jax.tree.map(narrow, params), narrow(xs, dtype), narrow(state), jnp.asarray(reset)]
     params, xs, state = jax.tree.map(lambda a: whole([a]), tuple(given[:3]))
     cts = [whole([narrow(cts[0], dtype)]), whole([narrow(cts[1])])]
@@ -192,12 +197,12 @@ def test_nothing_crosses_a_reset():
     params, xs, state, reset, *cts = arrays(cell, 1, 12)
     reset[:], reset[0, 7] = False, True
     xs[0, 5], state[:] = np.nan, np.nan
-    given = [*jax.tree.map(lambda a: jnp.asarray(a, "float32"), (params, xs, state)), reset]
+    given = [*jax.tree.map(narrow, (params, xs, state)), reset]
     hs, final, kept = gpu.scan(cell, *given, out_dtype="float32", keep=True, interpret=True)
     assert np.isnan(hs[0, :7]).all()
     expected = rnn_oracles.nonlinear_scan(cell, {"params": params, "x": xs}, state, reset)
     assert_close((hs[:, 7:], final), (expected[0][:, 7:], expected[1]), TOLERANCE["float32"])
-    cts = [jnp.asarray(ct, "float32") for ct in cts]
+    cts = list(map(narrow, cts))
     _, [d_xs], _ = gpu.adjoint(cell, *given, kept, *cts, interpret=True)
     after = [np.asarray(cts[0][:, 7:], "float64"), np.asarray(cts[1], "float64")]
     zero = np.zeros_like(state)
@@ -226,7 +231,7 @@ def test_the_op(compiled_quickly):
 def test_other_derivatives(compiled_quickly):
     """Forward mode and second order are those of the sequential form; vmap is the kernel's."""
     cell = seqjax.cells.ParaGRU(4)
-    params, xs, state, *_ = jax.tree.map(lambda a: jnp.asarray(a, "float32"), arrays(cell, 1, 2))
+    params, xs, state, *_ = jax.tree.map(narrow, arrays(cell, 1, 2))
 
     def of_state(state, **keywords):
         hs, last, _ = seqjax.nonlinear_scan(cell, params, xs, state, **keywords)

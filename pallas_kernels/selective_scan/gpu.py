@@ -58,20 +58,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Outputs, final state, and the states before each block of 64 steps if they are to be saved.
 
-    Args:
-      x: [B, T, D].
-      dt: [B, T, D].
-      A: [N, D] in the dtype of the state.
-      B: [B, T, N], likewise.
-      C: [B, T, N], likewise.
-      D: [1, D], likewise.
-      h0: [B, N, D], likewise.
-      reset: [B, T] bool or None.
-      save: whether states are wanted.
-      interpret: run without a GPU, slowly.
-
-    Returns:
-      (y [B, T, D] like x, final state [B, N, D], [B, blocks, N, D] or None).
+    Arguments and results are those of the kernel for TPU; `interpret` runs it without a GPU.
 
     Raises:
       NotImplementedError: for rows of no multiple of 16 bytes, or N above 16.
