@@ -18,6 +18,7 @@ from experiments.errors import UserError
 _MAY_CHANGE = (
     "optimizer",
     "steps",
+    "stop_at",
     "log_every",
     "eval_every",
     "save_every",

@@ -160,7 +160,7 @@ class Run:
         first = self.step + 1
         stop = False
         with Interrupt() as interrupt:
-            while self.step < config.steps:
+            while self.step < config.steps and not self._good_enough():
                 self._batch = self._devices.place(next(self._batches))
                 self.state, metrics = self._train_step(self.state, self._batch, np.int32(self.step))
                 self.step += 1
@@ -173,6 +173,7 @@ class Run:
                 best = False
                 if self.step % config.eval_every == 0 or last:
                     best = self._evaluate()
+                    last = last or self._good_enough()
                 stop = self._asked_to_stop(interrupt)
                 if best or last or stop or self.step % config.save_every == 0:
                     self._save(best)
@@ -181,6 +182,13 @@ class Run:
             self._progress.close()
             self._checkpoints.wait()
             return interrupt.exit_code if stop else 0
+
+    def _good_enough(self) -> bool:
+        """Whether what is held out has been as good as `config.stop_at`; 0 is never."""
+        wanted = self.config.stop_at
+        if not wanted:
+            return False
+        return self._best <= (wanted if self.objective.lower_is_better else -wanted)
 
     def _asked_to_stop(self, interrupt: Interrupt) -> bool:
         """Whether a signal has arrived; several processes ask each other now and then."""

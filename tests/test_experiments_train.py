@@ -117,6 +117,20 @@ def test_a_finished_run_started_again_only_reports(reference, text, capsys):
     assert "resumed at step 12" in capsys.readouterr().out
 
 
+def test_a_run_that_is_good_enough_ends_early(reference, text, tmp_path):
+    bits = {
+        row["step"]: row["heldout_bits_per_byte"]
+        for row in losses(reference[0])
+        if "heldout_bits_per_byte" in row
+    }
+    config = quick(text, steps=12, stop_at=bits[5])
+    assert train.train(config, tmp_path)["step"] == 5
+    assert train.train(config, tmp_path)["step"] == 5  # started again, it only reports
+    config.stop_at = 0.0
+    assert train.train(config, tmp_path)["step"] == 12
+    assert losses(tmp_path) == losses(reference[0])
+
+
 def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monkeypatch):
     real, count = training.pipeline.train_batches, iter(range(1, 100))
 

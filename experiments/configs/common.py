@@ -91,6 +91,7 @@ def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict
         "seed": 0,
         "mesh": "",
         "steps": 500,
+        "stop_at": 0.0,  # as good on what is held out, a run ends early; 0: never
         "log_every": 20,
         "eval_every": 100,
         "save_every": 100,

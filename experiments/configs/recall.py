@@ -51,8 +51,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.update(
         {
             "steps": steps,
+            "stop_at": 0.99,  # as in zoology: what is learned needs no more steps
             "log_every": 100,
-            "eval_every": steps // 5,
+            "eval_every": steps // 10,
             "save_every": steps // 5,
             "task": {"name": task, "seed": 1000} | sizes,
             "data": {"batch_size": 64 if task == "mqar" else 16, "packed_length": 0},

@@ -33,8 +33,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.update(
         {
             "steps": steps,
+            "stop_at": 0.9999,
             "log_every": 100,
-            "eval_every": steps // 5,
+            "eval_every": steps // 10,
             "save_every": steps // 5,
             "task": {
                 "name": task,
