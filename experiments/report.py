@@ -83,7 +83,7 @@ def table(name: str, grid: Grid, rows: Rows) -> str:
     """The results of a grid as markdown."""
     with_published = bool(grid.published)
     head = ["", *grid.columns.values(), *(["published"] if with_published else [])]
-    head += ["seeds", "learning rate", "minutes"]
+    head += ["steps", "seeds", "learning rate", "minutes"]
     lines = [f"## {grid.title}", ""]
     left = _missing(grid, rows)
     partly = f"; {left} of {len(grid.jobs)} jobs have not run yet" if left else ""
@@ -95,7 +95,9 @@ def table(name: str, grid: Grid, rows: Rows) -> str:
         cells = [label, *(_spread(numbers(same, column)) for column in grid.columns)]
         if with_published:
             cells.append(grid.published.get(label, ""))
-        ended = sum("summary" in row for row in same)
+        steps = numbers(same, "step")
+        cells.append(f"{statistics.fmean(steps):,.0f}" if steps else "")
+        ended = len(steps)
         seeds = str(len(same)) + (f", {len(same) - ended} diverged" if ended < len(same) else "")
         minutes = statistics.fmean(row["seconds"] for row in same) / 60
         rate = overrides.get("optimizer.learning_rate", "")

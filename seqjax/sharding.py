@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,23 +106,32 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor and sequence, all `AxisType.Auto`.
 
-    Auto is stated because `jax.make_mesh` takes Explicit by default: the partitioner chooses the
-    shardings between those that are given, and time is split by hand inside `jax.shard_map`.
+    The partitioner chooses the shardings between those that are given (Auto), and time is split by
+    hand inside `jax.shard_map`.
 
     Args:
       sizes: of the axes, as a mapping or a text, see `parse_mesh`.
       devices: the devices; None takes all.
 
     Raises:
-      ValueError: see `parse_mesh`.
+      ValueError: see `parse_mesh`; or the devices are of several slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if not isinstance(sizes, str):
         sizes = ",".join(f"{name}={size}" for name, size in sizes.items())
     parsed = parse_mesh(sizes, len(devices))
-    return jax.make_mesh(
-        tuple(parsed.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        raise ValueError(
+            f"the devices are of {len(slices)} slices: make_mesh takes one slice; give `shard` a "
+            "mesh of mesh_utils.create_hybrid_device_mesh with the same axes."
+        )
+    # As `jax.make_mesh`, which splits an axis of the torus on some generations of TPU only: on a
+    # v5p:4x4x4 it has no mesh fsdp=8,sequence=8.
+    placed = mesh_utils.create_device_mesh(
+        tuple(parsed.values()), devices, allow_split_physical_axes=True
     )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shard(

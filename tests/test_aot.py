@@ -14,6 +14,7 @@ import pytest
 from jax.experimental import topologies
 
 import seqjax
+from seqjax import sharding
 
 pytestmark = [
     pytest.mark.aot,
@@ -164,3 +165,13 @@ def test_xla_is_xla():
     _, shapes = selective_scan("float32", 128, 4)
     program = compiled("v5e", lambda a: seqjax.selective_scan(**a, implementation="xla"), shapes)
     assert KERNEL not in program.as_text()
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
+def test_a_mesh_splits_axes_of_the_torus(topology):
+    """The mesh of the 131k recipes: eight parts of time are no axis of these slices."""
+    devices("v5e")  # sets what libtpu wants to be set
+    chips = topologies.get_topology_desc(topology, platform="tpu").devices
+    mesh = sharding.make_mesh("fsdp=-1,sequence=8", devices=chips)
+    assert mesh.shape["fsdp"] == len(chips) // 8
+    assert set(mesh.devices.flat) == set(chips)

@@ -74,7 +74,7 @@ def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
 
 
 def row(label, seed, rate, accuracy=None, seconds=60.0):
-    summary = {} if accuracy is None else {"summary": {"accuracy": accuracy}}
+    summary = {} if accuracy is None else {"summary": {"accuracy": accuracy, "step": 9}}
     return {
         "grid": "tiny",
         "label": label,
@@ -97,9 +97,9 @@ ROWS = [
 
 def test_a_report_shows_the_best_rate_and_every_seed():
     text = report.table("tiny", TINY, ROWS)
-    assert "| lru, width 16 | 0.600 (spread 0.200) | 0.9 | 2 | 0.2 | 1.0 |" in text
-    assert "| lru, width 32 | 0.900 |  | 1 | 0.1 | 1.0 |" in text
-    assert "| gru, width 16 | diverged |  | 1, 1 diverged | 0.1 | 1.0 |" in text
+    assert "| lru, width 16 | 0.600 (spread 0.200) | 0.9 | 9 | 2 | 0.2 | 1.0 |" in text
+    assert "| lru, width 32 | 0.900 |  | 9 | 1 | 0.1 | 1.0 |" in text
+    assert "| gru, width 16 | diverged |  |  | 1, 1 diverged | 0.1 | 1.0 |" in text
     assert "Published: a paper." in text
     assert "4 of 4 jobs have not run yet" in text  # the rows are of another configuration
     done = [

@@ -1,5 +1,7 @@
 """Meshes, partition rules, stacked blocks, and what a mesh that does not fit is told."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,6 +48,12 @@ def test_meshes():
 def test_bad_meshes(text, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(text)
+
+
+def test_several_slices_are_refused():
+    chips = [types.SimpleNamespace(slice_index=i) for i in range(2)]
+    with pytest.raises(ValueError, match=r"of 2 slices: .*create_hybrid_device_mesh"):
+        sharding.make_mesh("data=2", devices=chips)
 
 
 @pytest.mark.parametrize(
