@@ -2,14 +2,16 @@
 
 import importlib
 import json
+import math
 import subprocess
 
+import jax
 import pytest
 
 pytest.importorskip("ml_collections")
 
-from experiments import cli, report, sweep
-from experiments.configs import grids
+from experiments import build, cli, report, sweep
+from experiments.configs import common, grids, lm
 from experiments.errors import UserError
 
 JOBS = tuple(
@@ -153,6 +155,18 @@ def test_every_job_has_a_configuration(name):
         seen.add(sweep.key(name, job.config, job.overrides))
     assert len(seen) == len(grid.jobs)
     assert set(grid.published) <= {job.label for job in grid.jobs}
+
+
+def test_models_of_text_are_of_one_size():
+    def size(job):
+        config = lm.get_config(job.config.split(":")[1])
+        config.update_from_flattened_dict(job.overrides)
+        shapes = jax.eval_shape(build.build_model(config.model).init, jax.random.key(0))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+    sizes = {job.label: size(job) for job in grids.GRIDS["text"].jobs}
+    assert set(sizes) == set(common.MIXERS) - {"hybrid"}
+    assert all(abs(size / 463_000 - 1) < 0.01 for size in sizes.values()), sizes
 
 
 @pytest.mark.slow
