@@ -11,28 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import seqjax
 from pallas_kernels.linear_scan import gpu
 from tests import op_oracles
+from tests.gpu import KERNEL, TOLERANCE, interpreted, narrowed, parts, whole
 from tests.harness import assert_close
-
-interpreted = pytest.mark.skipif(
-    not hasattr(plgpu, "InterpretGPUParams"), reason="this jax cannot interpret Mosaic GPU"
-)
-
-
-def parts(array, dtype):
-    """As the kernel takes it."""
-    if np.iscomplexobj(array):
-        return jnp.asarray(array.real, dtype), jnp.asarray(array.imag, dtype)
-    return (jnp.asarray(array, dtype),)
-
-
-def whole(given):
-    wide = [np.asarray(part).astype(np.float64) for part in given]
-    return wide[0] if len(wide) == 1 else wide[0] + 1j * wide[1]
 
 
 def arrays(shape, axes, complex_=False, seed=0):
@@ -78,12 +62,6 @@ FORMS = [
     pytest.param("TD", False, "float32", id="shared over batch"),
     pytest.param("D", False, "float32", id="constant"),
 ]
-TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}  # those of the contract
-
-
-def narrowed(tree, dtype):
-    """What the kernel is given, in float64."""
-    return [whole(parts(x, dtype)) for x in tree]
 
 
 @interpreted
@@ -197,9 +175,6 @@ def lowered(run, *shapes):
     """The program for a GPU, which needs none to be lowered."""
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-
-
-KERNEL = "custom_call @mosaic_gpu"
 
 
 def by_kernel(decay, x):

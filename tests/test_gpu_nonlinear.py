@@ -15,8 +15,8 @@ import seqjax
 from pallas_kernels.nonlinear_scan import gpu
 from tests import rnn_oracles
 from tests.cases import cell_params
+from tests.gpu import KERNEL, TOLERANCE, interpreted, whole
 from tests.harness import assert_close
-from tests.test_gpu_kernels import KERNEL, TOLERANCE, interpreted, whole
 
 CONSTANT = np.linspace(0.5, 1.5, 128, dtype="float32")
 

@@ -12,8 +12,8 @@ import pytest
 
 import seqjax
 from pallas_kernels.selective_scan import gpu
+from tests.gpu import KERNEL, TOLERANCE, interpreted, narrowed, whole
 from tests.harness import assert_close
-from tests.test_gpu_kernels import KERNEL, TOLERANCE, interpreted, narrowed, whole
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "h0")
 

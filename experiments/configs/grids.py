@@ -58,10 +58,15 @@ class Grid:
     figure: str = ""
 
 
-def _state(task: str, layers: tuple[str, ...], rates: tuple[float, ...] = (3e-3,)) -> Grid:
+def _state(task: str, layers: tuple[str, ...], longer: tuple[str, ...] = ()) -> Grid:
+    """A grid of state tracking; layers named in `longer` take four times the steps."""
     jobs = tuple(
-        Job(words.replace(",negative", ", [-1, 1]"), f"{STATE}:{task},{words}", {RATE: rate})
-        for words, rate in itertools.product(layers, rates)
+        Job(
+            words.replace(",negative", ", [-1, 1]"),
+            f"{STATE}:{task},{words}",
+            {RATE: 3e-3} | ({"steps": 6000} if words in longer else {}),
+        )
+        for words in layers
     )
     lengths = (39, 65, 129, 255) if task == "modular_arithmetic" else (40, 64, 128, 256)
     columns = {f"accuracy_{n}": f"T = {n}" for n in lengths}
@@ -129,8 +134,10 @@ LABELLED = {"accuracy": "accuracy", "majority": "majority"}
 
 GRIDS: dict[str, Grid] = {
     "parity": _state("parity", (*EIGENVALUES, *NONLINEAR)),
-    "modular_arithmetic": _state("modular_arithmetic", (*EIGENVALUES[1:], *NONLINEAR)),
-    "S3": _state("S3", ("deltanet", "deltanet,negative", "mamba,negative", "gru")),
+    "modular_arithmetic": _state(
+        "modular_arithmetic", (*EIGENVALUES[1:], *NONLINEAR), longer=NONLINEAR
+    ),
+    "S3": _state("S3", ("deltanet", "deltanet,negative", "mamba,negative", "gru"), longer=("gru",)),
     "A5": _state("A5", ("deltanet,negative", *NONLINEAR)),
     "S5": _state("S5", ("deltanet,negative", "gru")),
     "mqar": Grid(
