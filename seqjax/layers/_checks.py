@@ -2,13 +2,10 @@
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-if TYPE_CHECKING:
-    from seqjax.layers._base import Layer
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -110,12 +107,12 @@ def boolean(layer: object, name: str, value: jax.Array, wanted: tuple[int, ...])
     )
 
 
-def params(layer: "Layer", given: Any) -> None:
+def params(layer: Any, given: Any) -> None:
     """Raises unless `given` has the names and shapes that `layer.init` makes."""
     _compare_params(layer, _param_shapes(layer), given, "params")
 
 
-def state(layer: "Layer", given: Any, batch: int, dtype: Any) -> None:
+def state(layer: Any, given: Any, batch: int, dtype: Any) -> None:
     """Raises unless `given` has the structure, shapes and dtypes of the layer's state."""
     wanted = _state_spec(layer, batch, jnp.dtype(dtype).name)
     hint = f"start from layer.initial_state({batch}, dtype) or pass a state that apply returned."
@@ -147,12 +144,12 @@ def _not_empty(layer: object, name: str, x: jax.Array) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _param_shapes(layer: "Layer") -> dict[str, Any]:
+def _param_shapes(layer: Any) -> dict[str, Any]:
     return layer.param_shapes()
 
 
 @functools.lru_cache(maxsize=1024)
-def _state_spec(layer: "Layer", batch: int, dtype: str) -> Any:
+def _state_spec(layer: Any, batch: int, dtype: str) -> Any:
     return jax.eval_shape(lambda: layer._initial_state(batch, jnp.dtype(dtype)))
 
 
