@@ -20,7 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments import cli, sweep
-from experiments.configs.grids import GRIDS, Grid
+from experiments.configs.grids import GRIDS, Grid, Job
 from experiments.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -46,16 +46,42 @@ def main(values: Any) -> int:
         raise UserError(f"no results in {values.results}: run python -m experiments.sweep first")
     print(HEAD)
     for name, grid in GRIDS.items():
-        found = [row for row in rows if row["grid"] == name]
-        if found:
+        groups = by_settings(grid, [row for row in rows if row["grid"] == name])
+        print(f"## {grid.title}\n")
+        if found := groups.pop("", []):
             print(table(name, grid, found))
         else:
-            print(f"## {grid.title}\n\nNot run yet: `{COMMAND}{name}`.\n")
-        if found and grid.figure:
+            print(f"Not run yet: `{COMMAND}{name}`.\n")
+        if grid.note and found:
+            print(f"{grid.note}\n")
+        if grid.figure and found:
             path = Path(values.figures) / f"{name}.png"
             figure(path, grid, found)
             print(f"![{name}]({path.name})\n")
+        for settings, others in groups.items():
+            print(table(name, grid, others, settings))
     return 0
+
+
+def by_settings(grid: Grid, rows: Rows) -> dict[str, Rows]:
+    """The rows by what `--set` gave them besides the grid's own fields, as flags.
+
+    Rows of jobs that the grid no longer has are left out.
+    """
+    groups: dict[str, Rows] = {}
+    for row in rows:
+        for job in grid.jobs:
+            if _is_of(row, job):
+                own = {"seed", *job.overrides}
+                given = sorted(item for item in row["overrides"].items() if item[0] not in own)
+                flags = "".join(f" --set={name}={value}" for name, value in given)
+                groups.setdefault(flags, []).append(row)
+                break
+    return groups
+
+
+def _is_of(row: dict[str, Any], job: Job) -> bool:
+    return row["config"] == job.config and job.overrides.items() <= row["overrides"].items()
 
 
 def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
@@ -71,7 +97,8 @@ def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
         mean = statistics.fmean(found) if found else float("-inf")
         return -mean if grid.lower and found else mean
 
-    return {label: max(jobs.values(), key=score) for label, jobs in groups.items()}
+    labels = dict.fromkeys(job.label for job in grid.jobs)
+    return {label: max(groups[label].values(), key=score) for label in labels if label in groups}
 
 
 def numbers(rows: Rows, name: str) -> list[float]:
@@ -79,15 +106,14 @@ def numbers(rows: Rows, name: str) -> list[float]:
     return [row["summary"][name] for row in rows if "summary" in row]
 
 
-def table(name: str, grid: Grid, rows: Rows) -> str:
-    """The results of a grid as markdown."""
+def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
+    """The results of a grid as markdown; `settings` are the flags that it was run with."""
     with_published = bool(grid.published)
     head = ["", *grid.columns.values(), *(["published"] if with_published else [])]
     head += ["steps", "seeds", "learning rate", "minutes"]
-    lines = [f"## {grid.title}", ""]
     left = _missing(grid, rows)
-    partly = f"; {left} of {len(grid.jobs)} jobs have not run yet" if left else ""
-    lines.append(f"`{COMMAND}{name}`; {_made_with(rows)}{partly}.")
+    partly = f"; {left} of {len(grid.jobs)} jobs have not run" if left else ""
+    lines = [f"`{COMMAND}{name}{settings}`; {_made_with(rows)}{partly}."]
     if grid.source:
         lines.append(f"Published: {grid.source}.")
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -102,18 +128,12 @@ def table(name: str, grid: Grid, rows: Rows) -> str:
         minutes = statistics.fmean(row["seconds"] for row in same) / 60
         rate = overrides.get("optimizer.learning_rate", "")
         lines.append("| " + " | ".join([*cells, seeds, str(rate), f"{minutes:.1f}"]) + " |")
-    if grid.note:
-        lines += ["", grid.note]
     return "\n".join(lines) + "\n"
 
 
 def _missing(grid: Grid, rows: Rows) -> int:
     """How many jobs have no row, whatever the seed."""
-    done = [
-        (row["config"], {name: x for name, x in row["overrides"].items() if name != "seed"})
-        for row in rows
-    ]
-    return sum((job.config, job.overrides) not in done for job in grid.jobs)
+    return sum(not any(_is_of(row, job) for row in rows) for job in grid.jobs)
 
 
 def _made_with(rows: Rows) -> str:

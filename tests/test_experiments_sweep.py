@@ -75,12 +75,22 @@ def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     assert "8 of 8 runs are in" in capsys.readouterr().out
 
 
+RATED = grids.dataclasses.replace(
+    TINY,
+    jobs=tuple(
+        grids.Job(job.label, job.label.split(",")[0], job.overrides | {grids.RATE: rate})
+        for job in JOBS
+        for rate in (0.1, 0.2)
+    ),
+)
+
+
 def row(label, seed, rate, accuracy=None, seconds=60.0):
     summary = {} if accuracy is None else {"summary": {"accuracy": accuracy, "step": 9}}
     return {
         "grid": "tiny",
         "label": label,
-        "config": "c",
+        "config": label.split(",")[0],
         "overrides": {"seed": seed, "model.dim": int(label[-2:]), grids.RATE: rate},
         "seconds": seconds,
         "cores": 2,
@@ -98,21 +108,25 @@ ROWS = [
 
 
 def test_a_report_shows_the_best_rate_and_every_seed():
-    text = report.table("tiny", TINY, ROWS)
+    text = report.table("tiny", RATED, ROWS)
     assert "| lru, width 16 | 0.600 (spread 0.200) | 0.9 | 9 | 2 | 0.2 | 1.0 |" in text
     assert "| lru, width 32 | 0.900 |  | 9 | 1 | 0.1 | 1.0 |" in text
     assert "| gru, width 16 | diverged |  |  | 1, 1 diverged | 0.1 | 1.0 |" in text
     assert "Published: a paper." in text
-    assert "4 of 4 jobs have not run yet" in text  # the rows are of another configuration
-    done = [
-        r | {"config": j.config, "overrides": j.overrides}
-        for r, j in zip(ROWS[:4], JOBS, strict=True)
-    ]
-    assert "have not run yet" not in report.table("tiny", TINY, done)
+    assert "4 of 8 jobs have not run" in text
+    every = [row(job.label, 0, job.overrides[grids.RATE]) for job in RATED.jobs]
+    assert "have not run" not in report.table("tiny", RATED, every)
+
+
+def test_a_report_keeps_other_settings_apart():
+    other = {"overrides": ROWS[0]["overrides"] | {"steps": 7}}
+    gone = {"config": "a grid may lose jobs"}
+    groups = report.by_settings(RATED, [ROWS[3], ROWS[4] | other, ROWS[0] | gone])
+    assert groups == {"": [ROWS[3]], " --set=steps=7": [ROWS[4] | other]}
 
 
 def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
-    grid = grids.dataclasses.replace(TINY, figure="model.dim")
+    grid = grids.dataclasses.replace(RATED, figure="model.dim")
     monkeypatch.setitem(grids.GRIDS, "tiny", grid)
     results = tmp_path / "r.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -125,7 +139,7 @@ def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
 
 
 def test_curves_run_over_tokens_and_seconds():
-    grid = grids.dataclasses.replace(TINY, figure="curve")
+    grid = grids.dataclasses.replace(RATED, figure="curve")
     summary = {"accuracy": 0.5, "step": 10, "tokens": 1000, "tokens_per_second": 50.0}
     ran = row("lru, width 16", 0, 0.1) | {"summary": summary, "curve": [[5, 0.4], [10, 0.5]]}
     by_tokens, by_seconds = report._curves(grid, [ran, row("gru, width 16", 0, 0.1, None)])
