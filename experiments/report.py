@@ -8,6 +8,7 @@ seeds; a spread is the difference between the best and the worst seed.
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -48,18 +49,17 @@ def main(values: Any) -> int:
     for name, grid in GRIDS.items():
         groups = by_settings(grid, [row for row in rows if row["grid"] == name])
         print(f"## {grid.title}\n")
-        if found := groups.pop("", []):
-            print(table(name, grid, found))
-        else:
+        if "" not in groups:
             print(f"Not run yet: `{COMMAND}{name}`.\n")
-        if grid.note and found:
-            print(f"{grid.note}\n")
-        if grid.figure and found:
-            path = Path(values.figures) / f"{name}.png"
-            figure(path, grid, found)
-            print(f"![{name}]({path.name})\n")
-        for settings, others in groups.items():
-            print(table(name, grid, others, settings))
+        # The grid's own settings first.
+        for settings in sorted(groups):
+            print(table(name, grid, groups[settings], settings))
+            if grid.note and not settings:
+                print(f"{grid.note}\n")
+            if grid.figure:
+                path = Path(values.figures) / (re.sub(r"[^\w.]+", "-", name + settings) + ".png")
+                figure(path, grid, groups[settings])
+                print(f"![{name}]({path.name})\n")
     return 0
 
 

@@ -129,12 +129,15 @@ def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
     grid = grids.dataclasses.replace(RATED, figure="model.dim")
     monkeypatch.setitem(grids.GRIDS, "tiny", grid)
     results = tmp_path / "r.jsonl"
-    results.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    longer = ROWS[0] | {"overrides": ROWS[0]["overrides"] | {"data.path": "my/text"}}
+    results.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, longer]))
     arguments = ["report", f"--results={results}", f"--figures={tmp_path}"]
     assert cli.run(report.define_flags, report.main, arguments) == 0
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "![tiny](tiny.png)" in printed
+    assert "![tiny](tiny-set-data.path-my-text.png)" in printed
+    assert (tmp_path / "tiny-set-data.path-my-text.png").exists()
     assert "Not run yet: `python -m experiments.sweep --grids=mqar`." in printed
 
 
