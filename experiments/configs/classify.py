@@ -10,7 +10,7 @@ The words are a task (`digits`, `images`, `listops`, `packages`, `time_series`) 
 `digits` are scikit-learn's 8 x 8 images (pip install scikit-learn); `images` a set of TensorFlow
 Datasets that is prepared on this machine, such as mnist, fashion_mnist or cifar10; `listops` is the
 Long Range Arena's (arXiv 2011.04006); `packages` asks from which package of Python's standard
-library a window of 1,024 bytes is; `time_series` reads a folder of `.ts` files, such as EigenWorms,
+library a window of 512 bytes is; `time_series` reads a folder of `.ts` files, such as EigenWorms,
 or a set that comes with aeon, by its name.
 
 Hardware: any; meant for some minutes on two CPU cores. For their sake ListOps is of 50 to 200
@@ -40,13 +40,13 @@ def get_config(arg: str = "") -> ConfigDict:
         "digits": {},
         "images": {"tfds": "", "tfds_dir": ""},
         "listops": {"train_size": 10_000, "test_size": 1_000, "shortest": 50, "longest": 200},
-        "packages": {"longest": 1024, "classes": 6},
+        "packages": {"longest": 512, "classes": 6},
         "time_series": {"path": ""},
     }
     sizes = every[task]
     if full and task == "listops":
         sizes = {"train_size": 96_000, "test_size": 2_000, "shortest": 500, "longest": 2_000}
-    steps = 2_000
+    steps = {"digits": 1_500, "packages": 1_000, "time_series": 500}.get(task, 2_000)
     config.update(
         {
             "steps": steps,

@@ -4,7 +4,7 @@
 
 Hardware: a TPU slice; experiments/README.md has what `experiments.plan` says of v5e:16x16,
 v5p:4x4x4 and v6e:16x16. `:131k` splits windows of 131,072 bytes over 8 chips each. Never trained
-by us, nor compiled for the slices that are not in that table yet.
+by us.
 """
 
 from __future__ import annotations
