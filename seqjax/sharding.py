@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -114,24 +115,40 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
       devices: the devices; None takes all.
 
     Raises:
-      ValueError: see `parse_mesh`; or the devices are of several slices.
+      ValueError: see `parse_mesh`; or no product of axes is the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     if not isinstance(sizes, str):
         sizes = ",".join(f"{name}={size}" for name, size in sizes.items())
     parsed = parse_mesh(sizes, len(devices))
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1:
+    return Mesh(_placed(parsed, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as they stand in a mesh, neighbours on it near each other.
+
+    `jax.make_mesh` takes one slice only, and splits an axis of the torus on some generations of TPU
+    only: on a v5p:4x4x4 it has no mesh fsdp=8,sequence=8. Between slices, or the hosts of a
+    cluster of GPUs, the network is slow, and the batch's axes cross it first.
+    """
+    shape = tuple(sizes.values())
+    left = slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = dict.fromkeys(AXES, 1)
+    for name in (*BATCH_AXES, "sequence", "tensor"):
+        across[name] = math.gcd(sizes[name], left)
+        left //= across[name]
+    if left > 1:
+        given = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"the devices are of {len(slices)} slices: make_mesh takes one slice; give `shard` a "
-            "mesh of mesh_utils.create_hybrid_device_mesh with the same axes."
+            f"mesh: the devices are {slices} slices of {len(devices) // slices}, which {given} does"
+            f" not divide into; make the product of some axes {slices}, as in data={slices}."
         )
-    # As `jax.make_mesh`, which splits an axis of the torus on some generations of TPU only: on a
-    # v5p:4x4x4 it has no mesh fsdp=8,sequence=8.
-    placed = mesh_utils.create_device_mesh(
-        tuple(parsed.values()), devices, allow_split_physical_axes=True
+    within = tuple(size // across[name] for name, size in sizes.items())
+    return mesh_utils.create_hybrid_device_mesh(
+        within, tuple(across.values()), devices, allow_split_physical_axes=True
     )
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shard(

@@ -1,6 +1,6 @@
 """Meshes, partition rules, stacked blocks, and what a mesh that does not fit is told."""
 
-import types
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -50,10 +50,43 @@ def test_bad_meshes(text, message):
         sharding.make_mesh(text)
 
 
-def test_several_slices_are_refused():
-    chips = [types.SimpleNamespace(slice_index=i) for i in range(2)]
-    with pytest.raises(ValueError, match=r"of 2 slices: .*create_hybrid_device_mesh"):
-        sharding.make_mesh("data=2", devices=chips)
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a device as placing it takes."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "a chip"
+    process_index: int = 0
+
+
+CHIPS = [Chip(i, i // 4) for i in range(16)]  # four slices
+
+
+@pytest.mark.parametrize(
+    ("mesh", "crossing"),
+    [
+        ({"data": 2, "fsdp": 4, "tensor": 1, "sequence": 2}, {"data": 2, "fsdp": 2}),
+        ({"data": 1, "fsdp": 16, "tensor": 1, "sequence": 1}, {"fsdp": 4}),
+        ({"data": 1, "fsdp": 1, "tensor": 4, "sequence": 4}, {"sequence": 4}),
+    ],
+)
+def test_the_batch_crosses_slices_first(mesh, crossing):
+    placed = sharding._placed(mesh, CHIPS)
+    assert placed.shape == tuple(mesh.values())
+    assert set(placed.flat) == set(CHIPS)
+    slices = np.vectorize(lambda chip: chip.slice_index)(placed)
+    for axis, (name, size) in enumerate(mesh.items()):
+        blocks = np.split(slices, crossing.get(name, 1), axis=axis)
+        assert size % len(blocks) == 0
+        seen = [set(block.flat) for block in blocks]
+        assert sum(map(len, seen)) == len(set().union(*seen))  # no slice on both sides
+
+
+def test_slices_that_no_axes_divide_are_refused():
+    with pytest.raises(ValueError, match=r"4 slices of 4, which .* as in data=4"):
+        sharding._placed({"data": 1, "fsdp": 2, "tensor": 1, "sequence": 3}, CHIPS)
 
 
 @pytest.mark.parametrize(
