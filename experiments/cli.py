@@ -42,7 +42,7 @@ def run(
             return 0
         return main(values)
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
@@ -55,9 +55,9 @@ def run(
         )
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, exit_code: int = UserError.exit_code) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    return 2
+    return exit_code
 
 
 def _parse(

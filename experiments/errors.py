@@ -11,6 +11,14 @@ from typing import Any
 class UserError(Exception):
     """Something the user can put right; the message says what and how, on one line."""
 
+    exit_code = 2
+
+
+class DivergedError(UserError):
+    """A training run came to numbers that are not finite: a result, where a mistake is none."""
+
+    exit_code = 3
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns a hint that names the closest of `choices`, else lists all of them."""

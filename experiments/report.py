@@ -8,7 +8,9 @@ seeds; a spread is the difference between the best and the worst seed.
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -49,39 +51,49 @@ def main(values: Any) -> int:
     for name, grid in GRIDS.items():
         groups = by_settings(grid, [row for row in rows if row["grid"] == name])
         print(f"## {grid.title}\n")
-        if "" not in groups:
+        if not groups:
             print(f"Not run yet: `{COMMAND}{name}`.\n")
         # The grid's own settings first.
         for settings in sorted(groups):
+            if settings:
+                print(f"### With `{settings.strip()}`\n")
             print(table(name, grid, groups[settings], settings))
-            if grid.note and not settings:
+            if grid.note and not settings and values.results == sweep.RESULTS:
                 print(f"{grid.note}\n")
             if grid.figure:
-                path = Path(values.figures) / (re.sub(r"[^\w.]+", "-", name + settings) + ".png")
+                path = Path(values.figures) / f"{name}{_short(settings)}.png"
                 figure(path, grid, groups[settings])
                 print(f"![{name}]({path.name})\n")
     return 0
 
 
 def by_settings(grid: Grid, rows: Rows) -> dict[str, Rows]:
-    """The rows by what `--set` gave them besides the grid's own fields, as flags.
+    """The rows by what `--set` gave them, as flags.
 
     Rows of jobs that the grid no longer has are left out.
     """
     groups: dict[str, Rows] = {}
     for row in rows:
-        for job in grid.jobs:
-            if _is_of(row, job):
-                own = {"seed", *job.overrides}
-                given = sorted(item for item in row["overrides"].items() if item[0] not in own)
-                flags = "".join(f" --set={name}={value}" for name, value in given)
-                groups.setdefault(flags, []).append(row)
-                break
+        if any(_is_of(row, job) for job in grid.jobs):
+            given = (
+                f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+                for name, value in sorted(row.get("set", {}).items())
+            )
+            flags = "".join(f" --set={shlex.quote(text)}" for text in given)
+            groups.setdefault(flags, []).append(row)
     return groups
 
 
+def _short(settings: str) -> str:
+    """A short name for settings, of which two may differ by a sign only."""
+    return "-" + hashlib.sha256(settings.encode()).hexdigest()[:8] if settings else ""
+
+
 def _is_of(row: dict[str, Any], job: Job) -> bool:
-    return row["config"] == job.config and job.overrides.items() <= row["overrides"].items()
+    """Whether a row is of this job."""
+    wanted = job.overrides | row.get("set", {}) | {"seed": row["overrides"]["seed"]}
+    named = (job.config, job.label) == (row["config"], row["label"])
+    return named and wanted == row["overrides"]
 
 
 def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
@@ -103,7 +115,7 @@ def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
 
 def numbers(rows: Rows, name: str) -> list[float]:
     """A number of every run that ended."""
-    return [row["summary"][name] for row in rows if "summary" in row]
+    return [row["summary"][name] for row in rows if name in row.get("summary", {})]
 
 
 def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
@@ -137,14 +149,16 @@ def _missing(grid: Grid, rows: Rows) -> int:
 
 
 def _made_with(rows: Rows) -> str:
-    last = rows[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
-    return f"{versions}, {last['cores']} CPU cores"
+    """The versions and numbers of cores of all runs."""
+    parts = {name: {row["versions"][name] for row in rows} for name in rows[-1]["versions"]}
+    versions = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in parts.items())
+    cores = {row["cores"] for row in rows}
+    return f"{versions}, CPU cores: {' and '.join(map(str, sorted(cores)))}"
 
 
 def _spread(found: list[float]) -> str:
     if not found:
-        return "diverged"
+        return ""
     mean = statistics.fmean(found)
     text = f"{mean:,.0f}" if mean > 100 else f"{mean:.3f}"
     spread = max(found) - min(found)
@@ -196,7 +210,8 @@ def _curves(grid: Grid, rows: Rows) -> list[Lines]:
     by_tokens: Lines = {}
     by_seconds: Lines = {}
     for label, (_, same) in best(grid, rows).items():
-        ended = [row for row in same if "summary" in row]
+        # A run that was only evaluated again, after a kill, knows no speed.
+        ended = [row for row in same if row.get("curve") and row["summary"]["tokens_per_second"]]
         for row in ended[:1]:
             found = row["summary"]
             each = found["tokens"] / found["step"]

@@ -4,7 +4,7 @@
 
 Each run is a training run in a process and a folder of its own. What it reached becomes one line of
 the results, a file of JSON lines that `python -m experiments.report` makes tables of; a run that
-fails leaves a line that says so.
+diverges leaves a line that says so, and one that cannot run stops the sweep.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from absl import flags
 
 from experiments import cli, logs
 from experiments.configs.grids import GRIDS, Job
-from experiments.errors import UserError, nearest
+from experiments.errors import DivergedError, UserError, nearest
 
 RESULTS = "experiments/results.jsonl"
 
@@ -53,7 +53,7 @@ def main(values: Any) -> int:
             raise UserError(f"--grids: unknown grid {name!r}: {nearest(name, GRIDS)}")
     extra = dict(_field(text) for text in values.set)
     wanted = [
-        (name, job, extra | {"seed": _integer(seed)})
+        (name, job, extra, _integer(seed))
         for seed in values.seeds
         for name in names
         for job in GRIDS[name].jobs
@@ -93,18 +93,19 @@ def _drop_unfinished(results: Path) -> None:
         os.replace(temporary, results)
 
 
-def sweep(wanted: list[tuple[str, Job, dict[str, Any]]], results: Path, workdir: Path) -> int:
-    """Runs the (grid, job, overrides) that have no line in the results; returns an exit code."""
+def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, workdir: Path) -> int:
+    """Runs the (grid, job, fields set, seed) that have no line yet; returns an exit code."""
     _drop_unfinished(results)
     done = {key(row["grid"], row["config"], row["overrides"]) for row in read(results)}
     left = []
-    for grid, job, extra in wanted:
-        overrides = job.overrides | extra
-        if key(grid, job.config, overrides) not in done:
-            left.append((grid, job, overrides))
+    for grid, job, extra, seed in wanted:
+        overrides = job.overrides | extra | {"seed": seed}
+        if (name := key(grid, job.config, overrides)) not in done:
+            done.add(name)  # jobs that differ in what is set are one
+            left.append((grid, job, extra, overrides))
     print(f"{len(wanted) - len(left)} of {len(wanted)} runs are in {results}", flush=True)
     bar = tqdm.tqdm(left, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    for number, (grid, job, overrides) in enumerate(bar, start=1):
+    for number, (grid, job, extra, overrides) in enumerate(bar, start=1):
         bar.set_postfix_str(f"{grid}: {job.label}")
         row = run(grid, job, overrides, workdir / key(grid, job.config, overrides))
         if row is None:
@@ -112,9 +113,11 @@ def sweep(wanted: list[tuple[str, Job, dict[str, Any]]], results: Path, workdir:
             return 130
         results.parent.mkdir(parents=True, exist_ok=True)
         with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row | {"set": extra}) + "\n")
         said = row.get("error") or ", ".join(
-            f"{name} {row['summary'][name]:.3f}" for name in GRIDS[grid].columns
+            f"{name} {row['summary'][name]:.3f}"
+            for name in GRIDS[grid].columns
+            if name in row["summary"]
         )
         bar.write(f"{number}/{len(left)} {grid}, {job.label}, seed {overrides['seed']}: {said}")
         sys.stdout.flush()
@@ -147,10 +150,10 @@ def run(grid: str, job: Job, overrides: dict[str, Any], folder: Path) -> dict[st
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "seqjax")},
     }
-    if done.returncode == 2:  # a training run that diverged is a result too
+    if done.returncode == DivergedError.exit_code:  # which is a result too
         return row | {"error": done.stderr.strip().splitlines()[-1]}
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
         raise UserError(f"{' '.join(command)} failed: {last}")
     metric = GRIDS[grid].metric
     return row | {

@@ -48,7 +48,7 @@ def default_workdir(config: ConfigDict) -> str:
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains to the last step, evaluates and samples; returns what it wrote to summary.json."""
+    """Trains, evaluates and samples; returns what it wrote to summary.json."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:

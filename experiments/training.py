@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 import seqjax
 from experiments import build, checkpoints, devices, language, logs, objective, optimizer, solves
 from experiments.data import pipeline
-from experiments.errors import UserError, check_positive
+from experiments.errors import DivergedError, UserError, check_positive
 from experiments.interrupt import Interrupt
 from seqjax import sharding
 
@@ -105,6 +105,7 @@ class Run:
         self.step = 0
         self._batches = self.objective.batches(self._devices.rows(shape[0]))
         self._best = math.inf
+        self._score: float | None = None  # of these parameters, where they have been evaluated
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._timed = {"steps": 0, "seconds": 0.0}
         self._checkpoints = checkpoints.Checkpoints(workdir, config.keep)
@@ -133,12 +134,15 @@ class Run:
         self.state = self._checkpoints.restore(step, self.state)
         pipeline.resume(self._batches, meta["data"])
         self._best = math.inf if meta["best"] is None else meta["best"]
+        self._score = meta.get("score")
         self.step = step
 
     def describe(self) -> str:
         """A line on what is about to happen."""
         config, count = self.config, sum(map(np.size, jax.tree.leaves(self.state["params"])))
         start = f"resumed at step {self.step} of" if self.step else "training for"
+        if self.good_enough():
+            start = f"as good as config.stop_at={config.stop_at:g} at step {self.step} of"
         return (
             f"{config.name}: {count:,} parameters, {start} {config.steps} steps of "
             f"{' x '.join(map(str, self.objective.batch_shape))} {self.objective.unit} on "
@@ -153,17 +157,21 @@ class Run:
         return {"train_seconds": self._timed["seconds"], "tokens_per_second": tokens / seconds}
 
     def loop(self) -> int:
-        """Trains to the last step; returns 0, or the exit code of the signal that stopped it."""
+        """Trains to the last step, or until it is good enough.
+
+        Returns 0, or the exit code of the signal that stopped it.
+        """
         config = self.config
         self._progress = logs.Progress(self.step, config.steps, quiet=not devices.is_main())
         self._clock = time.perf_counter()
         first = self.step + 1
         stop = False
         with Interrupt() as interrupt:
-            while self.step < config.steps and not self._good_enough():
+            while self.step < config.steps and not self.good_enough():
                 self._batch = self._devices.place(next(self._batches))
                 self.state, metrics = self._train_step(self.state, self._batch, np.int32(self.step))
                 self.step += 1
+                self._score = None
                 self._pending.append((self.step, metrics))
                 self._progress.step()
                 last = self.step == config.steps
@@ -173,8 +181,8 @@ class Run:
                 best = False
                 if self.step % config.eval_every == 0 or last:
                     best = self._evaluate()
-                    last = last or self._good_enough()
-                stop = self._asked_to_stop(interrupt)
+                    last = last or self.good_enough()
+                stop = self._asked_to_stop(interrupt, last)
                 if best or last or stop or self.step % config.save_every == 0:
                     self._save(best)
                 if stop:
@@ -183,17 +191,17 @@ class Run:
             self._checkpoints.wait()
             return interrupt.exit_code if stop else 0
 
-    def _good_enough(self) -> bool:
-        """Whether what is held out has been as good as `config.stop_at`; 0 is never."""
+    def good_enough(self) -> bool:
+        """Whether these parameters were evaluated and are as good as `config.stop_at`."""
         wanted = self.config.stop_at
-        if not wanted:
+        if not wanted or self._score is None:
             return False
-        return self._best <= (wanted if self.objective.lower_is_better else -wanted)
+        return self._score <= (wanted if self.objective.lower_is_better else -wanted)
 
-    def _asked_to_stop(self, interrupt: Interrupt) -> bool:
+    def _asked_to_stop(self, interrupt: Interrupt, last: bool) -> bool:
         """Whether a signal has arrived; several processes ask each other now and then."""
         if jax.process_count() > 1:
-            if self.step % self.config.log_every and self.step != self.config.steps:
+            if self.step % self.config.log_every and not last:
                 return False
             interrupt.signal = devices.agree(interrupt.signal or 0) or None
         return interrupt.signal is not None
@@ -257,9 +265,11 @@ class Run:
         )
         self._progress.note(f"step {self.step}: {self.objective.describe(row)}")
         self._clock = time.perf_counter()
-        score = value if self.objective.lower_is_better else -value
-        better = score < self._best
-        self._best = min(score, self._best)
+        self._score = value if self.objective.lower_is_better else -value
+        better = self._score < self._best
+        self._best = min(self._score, self._best)
+        if self.good_enough():
+            self._progress.note(f"that is as good as config.stop_at={self.config.stop_at:g}: done")
         return better
 
     def _save(self, best: bool) -> None:
@@ -272,6 +282,7 @@ class Run:
             "data": devices.gather_json(self._batches.get_state()),
             "fingerprint": self.objective.fingerprint,
             "best": self._best if math.isfinite(self._best) else None,
+            "score": self._score,
         }
         self._checkpoints.save(self.step, self.state, meta, best=best)
         self._saved = self.step
@@ -285,7 +296,7 @@ class Run:
             else "no checkpoint was saved yet"
         )
         rate = self.config.optimizer.learning_rate
-        raise UserError(
+        raise DivergedError(
             f"the {what} became {value} at step {step} and training stopped; {kept}: start again "
             f"with a smaller --config.optimizer.learning_rate (now {rate:g})"
         )
@@ -294,3 +305,5 @@ class Run:
 def _check(config: ConfigDict) -> None:
     check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
     check_positive(config.data, "batch_size")
+    if config.stop_at < 0:
+        raise UserError(f"the config field stop_at={config.stop_at} must not be negative")

@@ -18,6 +18,7 @@ Example:
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -107,15 +108,21 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
 def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes data, fsdp, tensor and sequence, all `AxisType.Auto`.
 
-    The partitioner chooses the shardings between those that are given (Auto), and time is split by
-    hand inside `jax.shard_map`.
+    Auto is stated because a mesh of `jax.make_mesh` is Explicit by default: the partitioner chooses
+    the shardings between those that are given, and time is split by hand inside `jax.shard_map`.
+
+    Neighbours on the mesh are near each other on a TPU's torus, of which axes are split where the
+    sizes ask for it. Between slices (by default hosts, on GPUs) the network is slow: data, fsdp,
+    sequence and tensor cross it, in this order, as far as their sizes have common factors with the
+    number of slices. `data` of that size keeps everything but the gradients' sum inside.
 
     Args:
       sizes: of the axes, as a mapping or a text, see `parse_mesh`.
       devices: the devices; None takes all.
 
     Raises:
-      ValueError: see `parse_mesh`; or no product of axes is the number of slices.
+      ValueError: see `parse_mesh`; or the devices are of slices of different sizes, or no part of
+        the torus that a mesh can be laid on.
     """
     devices = jax.devices() if devices is None else list(devices)
     if not isinstance(sizes, str):
@@ -125,30 +132,38 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
 
 
 def _placed(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as they stand in a mesh, neighbours on it near each other.
+    """The devices as they stand in a mesh.
 
     `jax.make_mesh` takes one slice only, and splits an axis of the torus on some generations of TPU
-    only: on a v5p:4x4x4 it has no mesh fsdp=8,sequence=8. Between slices, or the hosts of a
-    cluster of GPUs, the network is slow, and the batch's axes cross it first.
+    only: on a v5p:4x4x4 it has no mesh fsdp=8,sequence=8.
     """
-    shape = tuple(sizes.values())
-    left = slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    across = dict.fromkeys(AXES, 1)
-    for name in (*BATCH_AXES, "sequence", "tensor"):
-        across[name] = math.gcd(sizes[name], left)
-        left //= across[name]
-    if left > 1:
-        given = ",".join(f"{name}={size}" for name, size in sizes.items())
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(set(slices.values())) > 1:
         raise ValueError(
-            f"mesh: the devices are {slices} slices of {len(devices) // slices}, which {given} does"
-            f" not divide into; make the product of some axes {slices}, as in data={slices}."
+            f"mesh: of {len(slices)} slices there are {', '.join(map(str, slices.values()))}"
+            " devices; take equally many of each."
         )
-    within = tuple(size // across[name] for name, size in sizes.items())
-    return mesh_utils.create_hybrid_device_mesh(
-        within, tuple(across.values()), devices, allow_split_physical_axes=True
-    )
+    within, across, left = dict(sizes), dict.fromkeys(AXES, 1), len(slices)
+    for name in (*BATCH_AXES, "sequence", "tensor"):
+        across[name] = math.gcd(within[name], left)
+        within[name] //= across[name]
+        left //= across[name]
+    try:
+        if len(slices) == 1:
+            return mesh_utils.create_device_mesh(
+                tuple(within.values()), devices, allow_split_physical_axes=True
+            )
+        return mesh_utils.create_hybrid_device_mesh(
+            tuple(within.values()),
+            tuple(across.values()),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    except (AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"mesh: {len(devices)} devices cannot be laid out as {tuple(sizes.values())}: {error};"
+            " take all devices of a slice, or other sizes."
+        ) from error
 
 
 def shard(

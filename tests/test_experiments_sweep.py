@@ -52,7 +52,7 @@ class FakeRuns:
 
 
 def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
-    first = FakeRuns([0, 2, 143])
+    first = FakeRuns([0, 3, 143])
     monkeypatch.setattr(subprocess, "run", first)
     arguments = flags_for(tmp_path, "--seeds=0,1", "--set=steps=2")
     assert cli.run(sweep.define_flags, sweep.main, arguments) == 130
@@ -62,6 +62,7 @@ def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
         (False, "error: the loss became nan"),
     ]
     assert rows[0]["overrides"] == {"model.dim": 16, "steps": 2, "seed": 0}
+    assert rows[0]["set"] == {"steps": 2}
     assert set(rows[0]["versions"]) == {"python", "jax", "seqjax"}
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"grid": "ti')  # a line cut short by a kill is a run to be done again
@@ -111,7 +112,7 @@ def test_a_report_shows_the_best_rate_and_every_seed():
     text = report.table("tiny", RATED, ROWS)
     assert "| lru, width 16 | 0.600 (spread 0.200) | 0.9 | 9 | 2 | 0.2 | 1.0 |" in text
     assert "| lru, width 32 | 0.900 |  | 9 | 1 | 0.1 | 1.0 |" in text
-    assert "| gru, width 16 | diverged |  |  | 1, 1 diverged | 0.1 | 1.0 |" in text
+    assert "| gru, width 16 |  |  |  | 1, 1 diverged | 0.1 | 1.0 |" in text
     assert "Published: a paper." in text
     assert "4 of 8 jobs have not run" in text
     every = [row(job.label, 0, job.overrides[grids.RATE]) for job in RATED.jobs]
@@ -119,25 +120,30 @@ def test_a_report_shows_the_best_rate_and_every_seed():
 
 
 def test_a_report_keeps_other_settings_apart():
-    other = {"overrides": ROWS[0]["overrides"] | {"steps": 7}}
-    gone = {"config": "a grid may lose jobs"}
-    groups = report.by_settings(RATED, [ROWS[3], ROWS[4] | other, ROWS[0] | gone])
-    assert groups == {"": [ROWS[3]], " --set=steps=7": [ROWS[4] | other]}
+    other, own = dict(ROWS[4]), dict(ROWS[0])
+    other |= {"set": {"steps": 7}, "overrides": other["overrides"] | {"steps": 7}}
+    own |= {"set": {"model.dim": 8}, "overrides": own["overrides"] | {"model.dim": 8}}
+    gone = ROWS[0] | {"config": "a grid may lose jobs"}
+    groups = report.by_settings(RATED, [ROWS[3], other, own, gone])
+    assert groups == {"": [ROWS[3]], " --set=steps=7": [other], " --set=model.dim=8": [own]}
 
 
 def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
     grid = grids.dataclasses.replace(RATED, figure="model.dim")
     monkeypatch.setitem(grids.GRIDS, "tiny", grid)
     results = tmp_path / "r.jsonl"
-    longer = ROWS[0] | {"overrides": ROWS[0]["overrides"] | {"data.path": "my/text"}}
+    given = {"data.path": "my text"}
+    longer = ROWS[0] | {"overrides": ROWS[0]["overrides"] | given, "set": given}
     results.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, longer]))
     arguments = ["report", f"--results={results}", f"--figures={tmp_path}"]
     assert cli.run(report.define_flags, report.main, arguments) == 0
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "![tiny](tiny.png)" in printed
-    assert "![tiny](tiny-set-data.path-my-text.png)" in printed
-    assert (tmp_path / "tiny-set-data.path-my-text.png").exists()
+    assert "### With `--set='data.path=my text'`" in printed
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert len(drawn) == 2
+    assert all(f"![tiny]({name})" in printed for name in drawn)
     assert "Not run yet: `python -m experiments.sweep --grids=mqar`." in printed
 
 
@@ -196,7 +202,8 @@ def test_a_real_sweep(tiny, tmp_path, monkeypatch):
     assert [step for step, _ in row["curve"]] == [2]
 
 
-def test_a_run_that_crashes_stops_the_sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", FakeRuns([1]))
-    with pytest.raises(UserError, match=r"none\.py failed: error: the loss became nan"):
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_run_that_cannot_run_stops_the_sweep(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", FakeRuns([code]))
+    with pytest.raises(UserError, match=r"none\.py failed: the loss became nan"):
         sweep.run("tiny", grids.Job("bad", "experiments/configs/none.py", {}), {}, tmp_path)

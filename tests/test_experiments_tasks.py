@@ -61,6 +61,12 @@ def test_every_task_trains(module, task, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
+def test_an_accuracy_is_good_enough_when_it_is_high(tmp_path):
+    config = quick(state_tracking, "parity")
+    config.update({"steps": 4, "eval_every": 2, "stop_at": 0.01})
+    assert train.train(config, tmp_path)["step"] == 2
+
+
 def test_packed_and_padded_losses_are_the_same():
     """The same sequences, each in a row of its own or end to end, and one mean over them."""
     config = quick(state_tracking, "parity")

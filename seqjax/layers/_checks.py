@@ -2,12 +2,20 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+class _Layer(Protocol):
+    def __hash__(self) -> int: ...
+
+    def param_shapes(self) -> dict[str, Any]: ...
+
+    def _initial_state(self, batch: int, dtype: Any, /) -> Any: ...
 
 
 def positive(layer: object, **values: int) -> None:
@@ -107,12 +115,12 @@ def boolean(layer: object, name: str, value: jax.Array, wanted: tuple[int, ...])
     )
 
 
-def params(layer: Any, given: Any) -> None:
+def params(layer: _Layer, given: Any) -> None:
     """Raises unless `given` has the names and shapes that `layer.init` makes."""
     _compare_params(layer, _param_shapes(layer), given, "params")
 
 
-def state(layer: Any, given: Any, batch: int, dtype: Any) -> None:
+def state(layer: _Layer, given: Any, batch: int, dtype: Any) -> None:
     """Raises unless `given` has the structure, shapes and dtypes of the layer's state."""
     wanted = _state_spec(layer, batch, jnp.dtype(dtype).name)
     hint = f"start from layer.initial_state({batch}, dtype) or pass a state that apply returned."
@@ -144,12 +152,12 @@ def _not_empty(layer: object, name: str, x: jax.Array) -> None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _param_shapes(layer: Any) -> dict[str, Any]:
+def _param_shapes(layer: _Layer) -> dict[str, Any]:
     return layer.param_shapes()
 
 
 @functools.lru_cache(maxsize=1024)
-def _state_spec(layer: Any, batch: int, dtype: str) -> Any:
+def _state_spec(layer: _Layer, batch: int, dtype: str) -> Any:
     return jax.eval_shape(lambda: layer._initial_state(batch, jnp.dtype(dtype)))
 
 
