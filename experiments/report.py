@@ -27,6 +27,7 @@ from experiments.configs.grids import GRIDS, Grid, Job
 from experiments.errors import UserError
 
 Rows = list[dict[str, Any]]
+OURS = Path(sweep.RESULTS).name  # the notes are on these results, and on no others
 COMMAND = "python -m experiments.sweep --grids="
 HEAD = """# Results
 
@@ -58,7 +59,7 @@ def main(values: Any) -> int:
             if settings:
                 print(f"### With `{settings.strip()}`\n")
             print(table(name, grid, groups[settings], settings))
-            if grid.note and not settings and values.results == sweep.RESULTS:
+            if grid.note and not settings and Path(values.results).name == OURS:
                 print(f"{grid.note}\n")
             if grid.figure:
                 path = Path(values.figures) / f"{name}{_short(settings)}.png"

@@ -13,6 +13,11 @@ import seqjax.nnx
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+TEXTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", "experiments", "pallas_kernels")
+    for path in (ROOT / folder).glob("*.md")
+)
 WITH_CODE = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
 ARCHITECTURES = [
     made
@@ -55,6 +60,15 @@ def test_the_reference_has_every_public_name():
 def test_every_page_can_be_found():
     listed = re.findall(r"^ +- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     assert sorted(f"docs/{page}" for page in listed) == sorted(set(PAGES) - {"README.md"})
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    """Those to files here; figures are links too."""
+    links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
+    files = [link.split("#")[0] for link in links if "://" not in link and link[0] != "#"]
+    missing = [link for link in files if not (ROOT / page).parent.joinpath(link).exists()]
+    assert not missing
 
 
 def test_there_is_code():

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import subprocess
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,6 +15,7 @@ from experiments import build, cli, report, sweep
 from experiments.configs import common, grids, lm
 from experiments.errors import UserError
 
+REPOSITORY = Path(__file__).parent.parent
 JOBS = tuple(
     grids.Job(f"{layer}, width {dim}", f"{grids.RECALL}:mqar,{layer},quicktest", {"model.dim": dim})
     for layer in ("lru", "gru")
@@ -145,6 +147,13 @@ def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
     assert len(drawn) == 2
     assert all(f"![tiny]({name})" in printed for name in drawn)
     assert "Not run yet: `python -m experiments.sweep --grids=mqar`." in printed
+
+
+def test_the_page_is_the_report_of_the_results(tmp_path, capsys):
+    arguments = ["report", f"--results={REPOSITORY / sweep.RESULTS}", f"--figures={tmp_path}"]
+    assert cli.run(report.define_flags, report.main, arguments) == 0
+    assert capsys.readouterr().out == (REPOSITORY / "experiments" / "RESULTS.md").read_text()
+    assert all((REPOSITORY / "experiments" / made.name).exists() for made in tmp_path.iterdir())
 
 
 def test_curves_run_over_tokens_and_seconds():
