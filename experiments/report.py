@@ -19,14 +19,17 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
 from experiments import cli, sweep
 from experiments.configs.grids import GRIDS, Grid, Job
 from experiments.errors import UserError
 
 Rows = list[dict[str, Any]]
+_STRONG_FIRST = [*range(0, 20, 2), *range(1, 20, 2)]  # of the colours, which come in pairs
 OURS = Path(sweep.RESULTS).name  # the notes are on these results, and on no others
 COMMAND = "python -m experiments.sweep --grids="
 HEAD = """# Results
@@ -170,7 +173,7 @@ def figure(path: Path, grid: Grid, rows: Rows) -> None:
     """Draws what the grid asks for, a line for every layer."""
     curves = grid.figure == "curve"
     lines = _curves(grid, rows) if curves else _points(grid, rows)
-    drawing = Figure(figsize=(9.5 if curves else 6.5, 4.2), layout="constrained")
+    drawing = Figure(figsize=(10.5 if curves else 7.5, 4.2), layout="constrained")
     FigureCanvasAgg(drawing)
     names = ["tokens", "seconds, compilation left out"] if curves else [grid.figure.split(".")[-1]]
     for axis, name, found in zip(
@@ -178,17 +181,23 @@ def figure(path: Path, grid: Grid, rows: Rows) -> None:
     ):
         for index, (layer, points) in enumerate(found.items()):
             xs, ys = zip(*sorted(points), strict=True)
-            axis.plot(xs, ys, "os^Dvp*X"[index % 8] + "-", label=layer, markersize=4)
+            look = {
+                "marker": "os^Dvp*X"[index % 8],
+                "color": colormaps["tab20"](_STRONG_FIRST[index % 20]),
+            }
+            axis.plot(xs, ys, label=layer, markersize=4, **look)
         axis.set_xlabel(name)
-        axis.set_xscale("log", base=10 if curves else 2)
-        if not curves:
-            axis.set_xticks(sorted({x for points in found.values() for x, _ in points}))
-            axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xscale("log")
+        xs = sorted({x for points in found.values() for x, _ in points})
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if curves else FixedLocator(xs))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.25)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     drawing.axes[0].set_ylabel(grid.columns.get(grid.metric, grid.metric))
-    drawing.axes[0].legend(frameon=False, fontsize="small")
+    handles = drawing.axes[0].get_legend_handles_labels()
+    drawing.legend(*handles, loc="outside right upper", frameon=False, fontsize="small")
     drawing.savefig(path, dpi=110)
 
 
