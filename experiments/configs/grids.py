@@ -134,6 +134,7 @@ NOTES = {
         "Far from the papers' figures, on shorter expressions: 2,000 steps of 32 are about six "
         "passes over 10,000 of them, a tenth of what the papers have."
     ),
+    "S5": "As A5: not learned in 1,500 steps by DeltaNet or GRU.",
     "A5": (
         "Nobody has learned this after 1,500 steps at this learning rate, GRU and LSTM included, "
         "which the paper trains to 100 %: too few steps to say who could. Longer runs: "
