@@ -31,10 +31,10 @@ KERNEL = 'custom_call_target="tpu_custom_call"'
 
 @functools.cache
 def devices(chip):
-    """Of the smallest topology that every libtpu knows by name."""
+    """Of a topology, or of a chip's smallest one that every libtpu knows by name."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no cloud machine
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the tests run in several processes
-    return topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices
+    return topologies.get_topology_desc(CHIPS.get(chip, chip), platform="tpu").devices
 
 
 def compiled(chip, run, shapes):
@@ -170,8 +170,7 @@ def test_xla_is_xla():
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
 def test_a_mesh_splits_axes_of_the_torus(topology):
     """The mesh of the 131k recipes: eight parts of time are no axis of these slices."""
-    devices("v5e")  # sets what libtpu wants to be set
-    chips = topologies.get_topology_desc(topology, platform="tpu").devices
+    chips = devices(topology)
     mesh = sharding.make_mesh("fsdp=-1,sequence=8", devices=chips)
     assert mesh.shape["fsdp"] == len(chips) // 8
     assert set(mesh.devices.flat) == set(chips)

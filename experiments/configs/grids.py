@@ -77,6 +77,11 @@ def _state(task: str, layers: tuple[str, ...], longer: tuple[str, ...] = ()) -> 
     return Grid(title, jobs, columns, metric, published, source, note=NOTES.get(task, ""))
 
 
+def _each(file: str, task: str, layers: tuple[str, ...]) -> tuple[Job, ...]:
+    """The task with every layer, as its configuration has it."""
+    return tuple(Job(layer, f"{file}:{task},{layer}", {}) for layer in layers)
+
+
 RATE = "optimizer.learning_rate"
 EIGENVALUES = ("deltanet", "deltanet,negative", "mamba", "mamba,negative")
 NONLINEAR = ("gru", "lstm", "paragru", "paralstm")
@@ -191,7 +196,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "selective_copying": Grid(
         "Selective copying: 8 tokens among 64 positions",
-        tuple(Job(layer, f"{RECALL}:selective_copying,{layer}", {}) for layer in LINEAR),
+        _each(RECALL, "selective_copying", LINEAR),
         {"accuracy": "accuracy"},
         "accuracy",
         {"mamba": "99.8 %", "s5": "18.3 % (S4)"},
@@ -200,7 +205,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "induction_heads": Grid(
         "Induction heads, trained on 64 tokens",
-        tuple(Job(layer, f"{RECALL}:induction_heads,{layer}", {}) for layer in LINEAR),
+        _each(RECALL, "induction_heads", LINEAR),
         {f"accuracy_{n}": f"T = {n:,}" for n in (64, 256, 1024, 4096)},
         "accuracy_4096",
         {"mamba": "100 %"},
@@ -209,7 +214,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "listops": Grid(
         "ListOps, expressions of 50 to 200 tokens",
-        tuple(Job(layer, f"{CLASSIFY}:listops,{layer}", {}) for layer in ("lru", "s5")),
+        _each(CLASSIFY, "listops", ("lru", "s5")),
         BESIDE_MAJORITY,
         "accuracy",
         {"lru": "60.2 %", "s5": "62.2 %"},
@@ -218,13 +223,13 @@ GRIDS: dict[str, Grid] = {
     ),
     "packages": Grid(
         "From which of six packages are these 512 bytes",
-        tuple(Job(layer, f"{CLASSIFY}:packages,{layer}", {}) for layer in ("lru", "s5")),
+        _each(CLASSIFY, "packages", ("lru", "s5")),
         BESIDE_MAJORITY,
         "accuracy",
     ),
     "digits": Grid(
         "Digits, 8 x 8 pixels one after the other",
-        tuple(Job(layer, f"{CLASSIFY}:digits,{layer}", {}) for layer in ("lru", "s5", "gru")),
+        _each(CLASSIFY, "digits", ("lru", "s5", "gru")),
         BESIDE_MAJORITY,
         "accuracy",
     ),
