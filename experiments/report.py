@@ -51,6 +51,7 @@ def main(values: Any) -> int:
     rows = sweep.read(Path(values.results))
     if not rows:
         raise UserError(f"no results in {values.results}: run python -m experiments.sweep first")
+    Path(values.figures).mkdir(parents=True, exist_ok=True)
     print(HEAD)
     for name, grid in GRIDS.items():
         groups = by_settings(grid, [row for row in rows if row["grid"] == name])

@@ -150,10 +150,11 @@ def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
 
 
 def test_the_page_is_the_report_of_the_results(tmp_path, capsys):
-    arguments = ["report", f"--results={REPOSITORY / sweep.RESULTS}", f"--figures={tmp_path}"]
+    figures = tmp_path / "not" / "there"
+    arguments = ["report", f"--results={REPOSITORY / sweep.RESULTS}", f"--figures={figures}"]
     assert cli.run(report.define_flags, report.main, arguments) == 0
     assert capsys.readouterr().out == (REPOSITORY / "experiments" / "RESULTS.md").read_text()
-    assert all((REPOSITORY / "experiments" / made.name).exists() for made in tmp_path.iterdir())
+    assert all((REPOSITORY / "experiments" / made.name).exists() for made in figures.iterdir())
 
 
 def test_curves_run_over_tokens_and_seconds():
