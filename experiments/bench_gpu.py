@@ -113,8 +113,13 @@ class Report(NamedTuple):
 
 def h100() -> jax.sharding.NamedSharding:
     """Where arguments of a program for an H100 are; lower it under that mesh's abstract one."""
+    return single_gpu("h100", H100)
+
+
+def single_gpu(name: str, description: str) -> jax.sharding.NamedSharding:
+    """Return a sharding over one GPU of XLA's description, as `h100` does."""
     devices = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", topology="1x1x1", target_config=H100
+        platform="cuda", topology_name=name, topology="1x1x1", target_config=description
     ).devices
     mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=devices[:1])
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

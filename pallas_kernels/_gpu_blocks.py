@@ -15,8 +15,8 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels._compat import gpu_interpreter, pl
+from pallas_kernels.gpu_limits import ROW_BYTES, WIDTH, whole_rows
 
-WIDTH = 128  # features of a block: the threads of a warpgroup
 AHEAD = 4  # blocks of time on their way to shared memory, or in use there, if that fits
 BEHIND = 2  # blocks on their way back, or being made
 MARKS = 32  # resets of a block of time, at least: what is copied starts at multiples of 128 bytes
@@ -34,11 +34,11 @@ def check_alignment(op: str, arrays: Iterable[jax.Array]) -> None:
     """
     for array in arrays:
         width, size = array.shape[-1], array.dtype.itemsize
-        if width * size % 16:
+        if not whole_rows(width, size):
             raise NotImplementedError(
-                f"{op}: the GPU kernel copies rows of multiples of 16 bytes, D={width} "
-                f"numbers of {array.dtype} are not; make D a multiple of {16 // size}, or use "
-                "implementation='xla' or None."
+                f"{op}: the GPU kernel copies rows of multiples of {ROW_BYTES} bytes, D={width} "
+                f"numbers of {array.dtype} are not; make D a multiple of {ROW_BYTES // size}, or "
+                "use implementation='xla' or None."
             )
 
 

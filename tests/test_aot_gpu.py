@@ -77,6 +77,42 @@ def place():
         del os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"]
 
 
+def _both(op):
+    """The values of an op and all gradients, from its arrays."""
+
+    def run(*given):
+        out, pull = jax.vjp(lambda *given: op(*given), *given)
+        return out, pull(out)
+
+    return jax.jit(run)
+
+
+DEFAULTS = {
+    "linear_scan": [(2, 64, 128)] * 2,
+    "selective_scan": [(2, 64, 128), (2, 64, 128), (128, 4), (2, 64, 4), (2, 64, 4)],
+}
+
+
+@pytest.mark.parametrize("op", DEFAULTS)
+def test_kernels_are_the_default_for_an_h100(op, place):
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in DEFAULTS[op]]
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = _both(getattr(seqjax, op)).lower(*given).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
+
+
+@pytest.mark.parametrize("op", DEFAULTS)
+def test_xla_is_the_default_for_an_a100(op, place):
+    del place  # sets the environment
+    older = bench_gpu.H100.replace(
+        "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 0"
+    )
+    a100 = bench_gpu.single_gpu("a100", older)
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=a100) for shape in DEFAULTS[op]]
+    with jax.sharding.use_abstract_mesh(a100.mesh.abstract_mesh):
+        assert "mosaic_gpu" not in _both(getattr(seqjax, op)).lower(*given).as_text()
+
+
 @pytest.mark.parametrize(
     ("dtype", "decay", "shape", "keywords"),
     [

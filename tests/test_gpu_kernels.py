@@ -2,7 +2,7 @@
 
 The contract tests run the TPU's kernels, which is what `interpret=True` means. Needs a jax whose
 Pallas interprets Mosaic GPU, 0.11.2 or newer, and finds races; what needs none is at the end.
-`test_aot_gpu` compiles them.
+`test_aot_gpu` compiles them, `test_gpu_defaults` tests when they are the default.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import seqjax
-from pallas_kernels.linear_scan import gpu
+from pallas_kernels.linear_scan import gpu, pieces
 from tests import op_oracles
 from tests.gpu import KERNEL, TOLERANCE, interpreted, narrowed, parts, whole
 from tests.harness import assert_close
@@ -115,7 +115,7 @@ def test_other_shapes_without_reset(shape):
 )
 def test_time_in_pieces(axes, complex_, reverse, monkeypatch):
     """Of two steps, with a NaN before a reset: it does not go from piece to piece either."""
-    monkeypatch.setattr(gpu._gpu_pieces, "pieces", lambda *shape: 3)
+    monkeypatch.setattr(gpu, "pieces", lambda *shape: 3)
     decay, x, h0, reset, dy, d_final = arrays((2, 6, 8), axes, complex_)
     h0[0], reset[0, 5 if reverse else 0] = np.nan, True
     given = [parts(z, "float32") for z in (decay, x, h0, dy, d_final)]
@@ -130,10 +130,10 @@ def test_time_in_pieces(axes, complex_, reverse, monkeypatch):
 
 
 def test_time_is_split_where_the_chip_is_not_full():
-    assert gpu._gpu_pieces.pieces(8, 4096, 2560) == 1  # 160 thread blocks
-    assert gpu._gpu_pieces.pieces(1, 8192, 2048) == 16  # 16: as many as make 256 of them
-    assert gpu._gpu_pieces.pieces(1, 1024, 128) == 4  # pieces of 256 steps
-    assert gpu._gpu_pieces.pieces(1, 8191, 128) == 1  # which 2 does not divide
+    assert pieces(8, 4096, 2560) == 1  # 160 thread blocks
+    assert pieces(1, 8192, 2048) == 16  # 16: as many as make 256 of them
+    assert pieces(1, 1024, 128) == 4  # pieces of 256 steps
+    assert pieces(1, 8191, 128) == 1  # which 2 does not divide
     text = lowered(by_kernel, (1, 1024, 128), (1, 1024, 128))
     assert text.count(KERNEL) == 2
 
@@ -179,12 +179,6 @@ def lowered(run, *shapes):
 
 def by_kernel(decay, x):
     return seqjax.linear_scan(decay, x, implementation="pallas")[0]
-
-
-def test_on_gpu_it_has_to_be_named():
-    shape = (2, 32, 128)
-    assert KERNEL not in lowered(lambda a, x: seqjax.linear_scan(a, x), shape, shape)
-    assert lowered(by_kernel, shape, shape).count(KERNEL) == 1
 
 
 def test_its_backward_pass_is_a_kernel():

@@ -15,30 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._gpu_blocks import WIDTH
 from pallas_kernels.linear_scan import _form
 from pallas_kernels.linear_scan._form import Numbers, Run
-
-CORES = 132  # multiprocessors of an H100
-SHORTEST = 256  # steps of a piece
-
-
-def pieces(batch: int, length: int, width: int) -> int:
-    """How many pieces time is cut into: a power of two that divides it.
-
-    A thread block has about 50 KiB on their way to it and the memory of an H100 wants 3.4 MB, what
-    it delivers in a microsecond: some 70 thread blocks keep it busy. Two passes move 5 arrays where
-    one moves 3, so that they pay off where less than three fifths of that are there: below a third
-    of the multiprocessors. Then there are pieces until each has a thread block or two.
-    """
-    blocks = batch * -(-width // WIDTH)
-    count = 1
-    if 3 * blocks < CORES:
-        while length % (2 * count) == 0 and length // (2 * count) >= SHORTEST:
-            if 2 * count * blocks > 2 * CORES:
-                break
-            count *= 2
-    return count
 
 
 def in_pieces(

@@ -17,7 +17,7 @@ from pallas_kernels import _gpu_pass
 from pallas_kernels._gpu_blocks import everywhere, zeros
 from pallas_kernels._gpu_pass import Blocks, Near, Place
 from pallas_kernels._rows import each, groups
-from pallas_kernels.linear_scan import _form, _gpu_pieces
+from pallas_kernels.linear_scan import _form, _gpu_pieces, pieces
 from pallas_kernels.linear_scan._form import Numbers
 
 Carry = tuple[Numbers, Numbers]
@@ -114,7 +114,7 @@ def _run(
 
 
 def _run_in_pieces(*args: Any) -> tuple[Numbers, Numbers, Numbers]:
-    count = _gpu_pieces.pieces(*args[1][0].shape)
+    count = pieces(*args[1][0].shape)
     return _run(*args) if count == 1 else _gpu_pieces.in_pieces(_run, count, *args)
 
 

@@ -1,6 +1,7 @@
 """The selective scan of Mamba."""
 
 ROWS = 64  # of time in a block: the backward pass holds two states of each of them in VMEM
+GPU_STATES = 16  # N on GPU, at most: the backward pass has those of 8 steps in registers
 
 
 def border_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,9 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _gpu_blocks as gpu
 from pallas_kernels._compat import pl
+from pallas_kernels.selective_scan import GPU_STATES
 
 GROUP = 8  # steps that are unrolled together
-STATES = 16  # N, at most: a thread of the backward pass has those of a group in its 255 registers
 Refs = Mapping[str, Any]
 State = tuple[jax.Array, ...]
 
@@ -53,9 +53,9 @@ def check(states: int, *arrays: jax.Array) -> None:
     Raises:
       NotImplementedError: for it.
     """
-    if states > STATES:
+    if states > GPU_STATES:
         raise NotImplementedError(
-            f"selective_scan: the GPU kernel holds {STATES} states per channel at most, not "
+            f"selective_scan: the GPU kernel holds {GPU_STATES} states per channel at most, not "
             f"N={states}; use implementation='xla' or None."
         )
     gpu.check_alignment("selective_scan", arrays)

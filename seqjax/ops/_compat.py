@@ -66,10 +66,19 @@ class Target(NamedTuple):
         host's.
       partitioned: whether the compiler splits arrays over devices by itself, which it cannot do
         with a kernel. Inside `jax.shard_map` it does not.
+      capability: the lowest compute capability of the GPUs, such as (9, 0); None for other
+        platforms, and where none is given: in exports, and when lowered for CUDA without a GPU.
     """
 
     platform: str
     partitioned: bool
+    capability: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The platform, or "hopper" for CUDA on GPUs of compute capability 9."""
+        hopper = self.platform == "cuda" and self.capability is not None and self.capability[0] == 9
+        return "hopper" if hopper else self.platform
 
 
 def _is_partitioned(axis_context: Any) -> bool:
@@ -78,6 +87,20 @@ def _is_partitioned(axis_context: Any) -> bool:
         return getattr(axis_context, "num_devices", 1) not in (None, 1)
     manual = axis_context.manual_axes | set(mesh.manual_axes)
     return manual != frozenset(mesh.axis_names)
+
+
+def _capability(module: Any) -> tuple[int, int] | None:
+    """Return the lowest compute capability of the GPUs that a module is compiled for, if known.
+
+    An exported program may run on any GPU, so its capability is unknown.
+    """
+    if module.backend is None or module.lowering_parameters.for_export:
+        return None
+    devices = module.backend.devices()
+    if not all(hasattr(device, "compute_capability") for device in devices):
+        return None  # a CPU that lowers for CUDA
+    versions = [device.compute_capability.split(".") for device in devices]
+    return min((int(major), int(minor)) for major, minor in versions)
 
 
 def make_primitive(
@@ -110,7 +133,9 @@ def make_primitive(
     primitive.def_impl(eager)
 
     def lower(platform: str, ctx: Any, *args: Any, **params: Any) -> Any:
-        target = Target(platform, _is_partitioned(ctx.module_context.axis_context))
+        module = ctx.module_context
+        capability = _capability(module) if platform == "cuda" else None
+        target = Target(platform, _is_partitioned(module.axis_context), capability)
         run, inner = functools.partial(implementation, target), ctx
         if local:
             kind = type(ctx.avals_in[0].mat)

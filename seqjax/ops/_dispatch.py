@@ -22,7 +22,8 @@ class Kernel(NamedTuple):
     Attributes:
       algorithm: that it follows.
       platforms: that it is for; the first is that whose kernel is interpreted.
-      preferred: the platforms where None takes it; on the others it has to be named.
+      preferred: the platforms where it is the default; elsewhere it has to be named. "hopper" is
+        CUDA on GPUs of compute capability 9.
     """
 
     algorithm: str
@@ -34,9 +35,9 @@ class Kernel(NamedTuple):
 KERNELS = {
     "delta_rule": Kernel("chunked"),
     "linear_attention": Kernel("chunked"),
-    "linear_scan": Kernel("sequential", platforms=("tpu", "cuda")),
+    "linear_scan": Kernel("sequential", ("tpu", "cuda"), preferred=("tpu", "hopper")),
     "nonlinear_scan": Kernel("sequential", platforms=("cuda",), preferred=()),
-    "selective_scan": Kernel("sequential", platforms=("tpu", "cuda")),
+    "selective_scan": Kernel("sequential", ("tpu", "cuda"), preferred=("tpu", "hopper")),
 }
 FILES = {"tpu": "tpu", "cuda": "gpu"}  # of a platform's kernels, in `pallas_kernels.<op>`
 
@@ -48,10 +49,13 @@ class Use(NamedTuple):
       op: its name.
       mode: "never"; "may", where the program is compiled for a platform that prefers it; "must",
         and compiling for a platform without it is refused; "interpret", on any platform, slowly.
+      excluded: platforms whose kernel "may" leaves out, because it does not support the call or
+        is slower.
     """
 
     op: str
     mode: str = "never"
+    excluded: tuple[str, ...] = ()
 
     @property
     def never(self) -> bool:
@@ -74,23 +78,29 @@ class Use(NamedTuple):
         Raises:
           NotImplementedError: if it must and cannot.
         """
-        if not self.always and self.mode != "may":
-            return False
-        if self.interpret:
-            return True
+        if self.never or self.interpret:
+            return self.interpret
         kernel = KERNELS[self.op]
-        here = target.platform in (kernel.platforms if self.always else kernel.preferred)
-        if self.mode == "must" and not here:
+        if self.mode == "may":
+            preferred = target.name in kernel.preferred and target.platform not in self.excluded
+            return preferred and not target.partitioned
+        if target.platform not in kernel.platforms:
             raise NotImplementedError(
                 f"{self.op}: there is no Pallas kernel for {target.platform}; use "
                 "implementation='xla' or None, or interpret=True to try the kernel there."
             )
-        if self.mode == "must" and target.partitioned:
+        if target.capability is not None and target.capability < (9, 0):
+            major, minor = target.capability
+            raise NotImplementedError(
+                f"{self.op}: the Pallas kernel for GPU must have compute capability 9.0 (Hopper) "
+                f"or newer, got {major}.{minor}; use implementation='xla' or None."
+            )
+        if target.partitioned:
             raise NotImplementedError(
                 f"{self.op}: a Pallas kernel cannot be split over devices by the compiler; call "
                 "it inside jax.shard_map, or use implementation='xla' or None."
             )
-        return here and not target.partitioned
+        return True
 
     @property
     def by_tpu(self) -> bool:
@@ -160,6 +170,7 @@ def kernel_use(
     *,
     lacking: str | None = None,
     faster: bool = True,
+    excluded: tuple[str, ...] = (),
 ) -> Use:
     """How a call whose names `resolve` has checked uses the kernel of its op.
 
@@ -169,7 +180,8 @@ def kernel_use(
       implementation: as the caller named it.
       interpret: as the caller gave it.
       lacking: what the kernel cannot do of this call ("takes no float16"), None if it can do all.
-      faster: whether None should prefer the kernel for these shapes.
+      faster: whether the kernel is the default for these shapes.
+      excluded: platforms on which it is not the default for this call.
 
     Raises:
       ValueError: for `interpret` without a kernel to interpret.
@@ -192,7 +204,9 @@ def kernel_use(
         return Use(op, "interpret" if interpret else "must")
     if op not in KERNELS or not KERNELS[op].preferred or lacking is not None or not faster:
         return Use(op)
-    return Use(op, "may" if algorithm in (None, KERNELS[op].algorithm) else "never")
+    if algorithm not in (None, KERNELS[op].algorithm):
+        return Use(op)
+    return Use(op, "may", excluded)
 
 
 def by_platform(run: Callable[..., Any], on_cpu: str, elsewhere: str, *operands: jax.Array) -> Any:

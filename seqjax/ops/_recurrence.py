@@ -13,8 +13,8 @@ order are again these two forms, and the backward pass stores `a` and `y` only.
 
 At a step with `reset` the product with `a_t` is replaced by zero (selected, not multiplied).
 
-For `linear_scan` on a TPU, and on a GPU that is asked for it, each form is a kernel, whatever it is
-that is differentiated. One backward pass is a single one, that makes the cotangents of all
+For `linear_scan` on TPUs and Hopper GPUs each form is a kernel, whatever it is that is
+differentiated. One backward pass is a single one, that makes the cotangents of all
 arguments on the way (`with_adjoint`).
 """
 
@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu_limits import whole_rows
+from pallas_kernels.linear_scan import faster_on_gpu
 from seqjax.ops import _compat, _dispatch, _kernel
 from seqjax.ops._recurrence_xla import Form, run
 from seqjax.types import Array
@@ -120,9 +122,22 @@ def recurrence(
 
 
 def kernel_use(
-    algorithm: str | None, implementation: str | None, interpret: bool, *arrays: Array
+    algorithm: str | None,
+    implementation: str | None,
+    interpret: bool,
+    block_sizes: tuple[int, int] | None,
+    *arrays: Array,
 ) -> _dispatch.Use:
     """How a call uses the kernel, for the arrays a, x and h0."""
+    shape = arrays[1].shape
+    narrowest = min(_real(x.dtype).itemsize for x in arrays)
+    # Block sizes that suit a TPU are refused on GPU, so there a call with them names the kernel.
+    on_gpu = (
+        block_sizes is None
+        and all(isinstance(n, int) for n in shape)  # not symbolic
+        and whole_rows(shape[2], narrowest)
+        and faster_on_gpu(*shape)
+    )
     refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
     found = refused.intersection(_real(x.dtype) for x in arrays)
     return _dispatch.kernel_use(
@@ -131,7 +146,8 @@ def kernel_use(
         implementation,
         interpret,
         lacking=f"takes no {found.pop()} arrays" if found else None,
-        faster=arrays[1].shape[1] >= 8,  # a handful of steps is no work for anyone
+        faster=shape[1] >= 8,  # short sequences are not worth a kernel launch
+        excluded=() if on_gpu else ("cuda",),
     )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan import border_shape
+from pallas_kernels.gpu_limits import whole_rows
+from pallas_kernels.selective_scan import GPU_STATES, border_shape
 from seqjax.ops import _checks, _compat, _dispatch, _kernel, _sequence
 from seqjax.ops._broadcast import down_columns, everywhere
 from seqjax.ops._recurrence import recurrence
@@ -54,10 +55,10 @@ def selective_scan(
         chunk, which exist only while the chunk is at work) or None, which is sequential on CPU
         or as a kernel, and chunked elsewhere.
       implementation: "xla", "pallas" (a kernel, sequential; for TPU, and for GPU from Hopper on)
-        or None: the kernel when compiled for TPU, if it takes the dtypes (not float16, not
-        float64) and the state (N up to 64) and the compiler need not split it over devices, which
-        `jax.shard_map` spares it. It keeps a state every 64 steps. On GPU the kernel has to be
-        named, N can be up to 16, and rows of D numbers must be multiples of 16 bytes.
+        or None: the kernel when compiled for TPU or a Hopper GPU, if it takes the dtypes (not
+        float16, not float64) and the state (N up to 64) and the compiler need not split it over
+        devices, which `jax.shard_map` spares it. It keeps a state every 64 steps. On GPU, N can
+        be up to 16, and rows of D numbers must be multiples of 16 bytes.
       chunk_size: steps in a chunk, 16 if None. One state per chunk is kept for the backward pass,
         which computes the others again; states [B, T, D, N] never exist.
       interpret: run the kernel without its hardware, slowly: to try it.
@@ -110,8 +111,16 @@ def selective_scan(
         lacking = f"holds 64 states per channel at most, not N={sizes['N']}"
     elif negative_eigenvalues:
         lacking = "has no decays below 0, as negative_eigenvalues=True wants them"
+    itemsize = min(given[name].dtype.itemsize for name in ("x", "dt"))
+    on_gpu = sizes["N"] <= GPU_STATES and whole_rows(sizes["D"], itemsize)
     use = _dispatch.kernel_use(
-        op, algorithm, implementation, interpret, lacking=lacking, faster=sizes["T"] >= 8
+        op,
+        algorithm,
+        implementation,
+        interpret,
+        lacking=lacking,
+        faster=sizes["T"] >= 8,
+        excluded=() if on_gpu else ("cuda",),
     )
     return _run(
         *given.values(),
