@@ -161,7 +161,7 @@ def bench_gpu(rounds: int) -> None:
     del rounds  # nothing is timed
     plugin = importlib.metadata.version("jax-cuda13-plugin")
     print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
-    table = Table("Kernels for H100, 128 threads a block; not yet run on hardware")
+    table = Table("Kernels for H100, 128 threads a block; compiled, not run")
     for name, dtype in itertools.product(ROWS, ("float32", "bfloat16")):
         if not name.startswith(ONLY.value):
             continue

@@ -1,4 +1,4 @@
-"""What runs by default on GPU, read from programs that are lowered for CUDA on a CPU.
+"""Default algorithms and kernels on GPU, read from programs that are lowered for CUDA on a CPU.
 
 A CPU has no compute capability, so the tests give one. `test_aot_gpu` has that of an H100.
 """
@@ -28,7 +28,7 @@ def on(monkeypatch):
 
 def lowered(run, *shapes, dtype="float32"):
     given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    # A function of its own for each call: JAX keeps what it has lowered.
+    # A new function for each call, because JAX caches lowered programs.
     return (
         jax.jit(lambda *args: run(*args))
         .trace(*given)

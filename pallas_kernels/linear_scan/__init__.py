@@ -6,7 +6,7 @@ SHORTEST = 256  # steps of a piece of time on GPU
 
 
 def pieces(batch: int, length: int, width: int) -> int:
-    """How many pieces time is cut into on GPU: a power of two that divides it.
+    """Return how many pieces time is cut into on GPU: a power of two that divides it.
 
     A thread block has about 50 KiB on their way to it and the memory of an H100 wants 3.4 MB, what
     it delivers in a microsecond: some 70 thread blocks keep it busy. Two passes move 5 arrays where

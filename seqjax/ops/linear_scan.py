@@ -46,15 +46,15 @@ def linear_scan(
       reverse: run backwards in time.
       algorithm: "sequential" (one step after the other), "associative" (log depth, with
         temporaries of the size of `x`), "chunked" (log depth inside chunks, chunks one after the
-        other), or None: sequential when compiled for CPU or as a kernel. On GPU, None is
-        associative while the states take at most 2 GiB, and chunked above; on other platforms it
-        is associative up to T = 4096.
+        other), or None: sequential when compiled for CPU or as a kernel. On GPU the
+        default is associative while the states take at most 2 GiB, and chunked above; on
+        other platforms it is associative up to T = 4096.
       implementation: "xla", "pallas" (a kernel, sequential; for TPU, and for GPU from Hopper on)
         or None: the kernel when compiled for TPU or a Hopper GPU, if it takes the dtypes (not
         float16, not float64) and the compiler need not split it over devices, which
         `jax.shard_map` spares it. On GPU, rows of D numbers must be multiples of 16 bytes. There
-        None excludes calls with `block_sizes`, and long ones of few thread blocks (more than 1024
-        steps each in fewer than 44 blocks of 128 features), where XLA is expected to be faster.
+        the default is XLA for calls with `block_sizes`, and for long calls of few thread blocks
+        (more than 1024 steps each in fewer than 44 blocks of 128 features).
       chunk_size: steps in a chunk of the chunked algorithm; 256 if None.
       unroll: steps in an iteration of the sequential algorithm's loop; 4 if None (1 in the
         backward pass).
