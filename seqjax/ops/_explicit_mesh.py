@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,9 +72,9 @@ def _explicit_mesh(leaves: list[Any]) -> AbstractMesh | None:
 
 
 def spec_of(array: Any) -> tuple[Any, ...]:
-    """Return the mesh axes of each axis of an array; a NumPy array has none."""
+    """Return the mesh axes of each axis of an array; those of a NumPy array are None."""
     if not isinstance(array, jax.Array):
-        return (None,) * getattr(array, "ndim", 0)
+        return (None,) * np.ndim(array)
     spec = tuple(jax.typeof(array).sharding.spec)
     return spec + (None,) * (array.ndim - len(spec))
 
@@ -94,9 +95,20 @@ def like_state(given: PyTree, state: PyTree, batch: Any) -> PyTree:
 
     A loop carries the state, so its type must stay the same.
     """
-    if given is None:
+    if not jax.tree.leaves(given):
         return jax.tree.map(lambda x: joined(batch, *(None,) * (x.ndim - 1)), state)
     return jax.tree.map(lambda x: P(*spec_of(x)), given)
+
+
+def of_layer(arguments: Arguments, out: Any) -> tuple[P, PyTree]:
+    """Return the specs of a layer's (outputs, state): split as its input and its state are."""
+    x = arguments["x"] if "x" in arguments else arguments["x_t"]
+    y, state = out
+    spec = spec_of(x)
+    if y.shape[: len(spec)] != np.shape(x):  # one output per sequence
+        spec = spec[:1]
+    outputs = joined(*spec, *(None,) * (y.ndim - len(spec)))
+    return outputs, like_state(arguments.get("state"), state, spec[0])
 
 
 def by_axes(patterns: Mapping[str, str], output: str, state: str) -> Specs:
