@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels._chunk import chunk_steps
-from seqjax.ops import _checks, _chunked, _compat, _decays, _dispatch, _kernel, _linalg, _sequence
+from seqjax.ops import (
+    _checks,
+    _chunked,
+    _compat,
+    _decays,
+    _dispatch,
+    _explicit_mesh,
+    _kernel,
+    _linalg,
+    _sequence,
+)
 from seqjax.ops._broadcast import along_rows
 from seqjax.ops._time_scan import time_scan
 
@@ -25,6 +35,10 @@ PATTERNS = {
     "log_decay": "B T H | B T H K",
     "initial_state": "B H K V",
 }
+
+auto_inside = _explicit_mesh.auto_inside(
+    _explicit_mesh.by_axes(PATTERNS, "B T H V", "B H K V")
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
 from seqjax.types import Array, Float, Reset
 
 
+@_matrix_op.auto_inside
 def generalized_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],

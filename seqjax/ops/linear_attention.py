@@ -4,6 +4,7 @@ from seqjax.ops import _chunked, _decays, _linalg, _matrix_op
 from seqjax.types import Array, Inexact, Reset
 
 
+@_matrix_op.auto_inside
 def linear_attention(
     q: Inexact[Array, "B T H K"],
     k: Inexact[Array, "B T H K"],

@@ -6,11 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops import _checks, _compat, _dispatch, _explicit_mesh, _sequence
 from seqjax.ops._recurrence import kernel_use, with_adjoint
 from seqjax.types import Array, Inexact, Reset
 
+PATTERNS = {"x": "B T D", "decay": "B T D | T D | D", "initial_state": "B D"}
 
+
+@_explicit_mesh.auto_inside(_explicit_mesh.by_axes(PATTERNS, "B T D", "B D"))
 def linear_scan(
     decay: Inexact[Array, "B T D"] | Inexact[Array, "T D"] | Inexact[Array, "D"],
     x: Inexact[Array, "B T D"],
@@ -80,8 +83,7 @@ def linear_scan(
     """
     op = "linear_scan"
     given = _checks.as_arrays({"x": x, "decay": decay, "initial_state": initial_state})
-    wanted = {"x": "B T D", "decay": "B T D | T D | D", "initial_state": "B D"}
-    sizes = _checks.check_shapes(op, wanted, given)
+    sizes = _checks.check_shapes(op, PATTERNS, given)
     _checks.check_dtypes(op, given, complex_ok=True)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size, unroll=unroll)

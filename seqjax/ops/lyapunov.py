@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _checks, _sequence
+from seqjax.ops import _checks, _explicit_mesh, _sequence
 from seqjax.types import Array, Float, PyTree, Reset
 
 
+
+@_explicit_mesh.auto_inside(
+    lambda arguments, _: _explicit_mesh.joined(_explicit_mesh.spec_of(arguments["hs"])[0])
+)
 def lyapunov(
     cell: Callable[[PyTree, Array, PyTree], Array],
     params: PyTree,

@@ -2,18 +2,33 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _checks, _compat, _dispatch, _sequence
+from seqjax.ops import _checks, _compat, _dispatch, _explicit_mesh, _sequence
 from seqjax.ops._time_scan import Advance, chunk_scan
 from seqjax.types import Array, PyTree, Reset
 
 Combine = Callable[[PyTree, PyTree], PyTree]
 
 
+
+def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
+    """Return the specs of the results: those of the elements, and these without their time axis."""
+    elems = jax.tree.map(_explicit_mesh.spec_of, arguments["elems"])
+    tree = jax.tree.structure(arguments["elems"])
+    states = [_explicit_mesh.joined(spec[0], *spec[2:]) for spec in tree.flatten_up_to(elems)]
+    given = arguments.get("initial_state")
+    if given is not None:
+        states = [_explicit_mesh.joined(*_explicit_mesh.spec_of(s)) for s in jax.tree.leaves(given)]
+    outputs = [_explicit_mesh.joined(*spec) for spec in tree.flatten_up_to(elems)]
+    return tree.unflatten(outputs), tree.unflatten(states)
+
+
+@_explicit_mesh.auto_inside(_specs)
 def monoid_scan(
     combine: Combine,
     elems: PyTree,

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _cell_kernel, _checks, _compat, _dispatch, _newton, _sequence, _structure
+from seqjax.ops import (
+    _cell_kernel,
+    _checks,
+    _compat,
+    _dispatch,
+    _explicit_mesh,
+    _newton,
+    _sequence,
+    _structure,
+)
 from seqjax.ops._affine_scan import correction
 from seqjax.ops._implicit import derivatives
 from seqjax.ops._newton import Newton, SolveInfo
@@ -19,6 +28,18 @@ CellFunction = Callable[[PyTree, Array, PyTree], Array]
 ON_FAILURE = ("sequential", "error", "warn")
 
 
+
+def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
+    """Return the specs of (states, final state, info): split as the inputs and the initial state."""
+    h0 = _explicit_mesh.spec_of(arguments["initial_state"])
+    xs = [_explicit_mesh.spec_of(x) for x in jax.tree.leaves(arguments["xs"])]
+    batch = next((spec[0] for spec in (*xs, h0) if spec[0]), None)
+    states = _explicit_mesh.joined(batch, xs[0][1], *h0[1:])
+    info = SolveInfo(*(_explicit_mesh.joined(batch) for _ in SolveInfo._fields))
+    return states, _explicit_mesh.joined(*h0), info
+
+
+@_explicit_mesh.auto_inside(_specs)
 def nonlinear_scan(
     cell: CellFunction,
     params: PyTree,

@@ -8,13 +8,24 @@ import jax.numpy as jnp
 
 from pallas_kernels.gpu_limits import whole_rows
 from pallas_kernels.selective_scan import GPU_STATES, border_shape
-from seqjax.ops import _checks, _compat, _dispatch, _kernel, _sequence
+from seqjax.ops import _checks, _compat, _dispatch, _explicit_mesh, _kernel, _sequence
 from seqjax.ops._broadcast import down_columns, everywhere
 from seqjax.ops._recurrence import recurrence
 from seqjax.ops._time_scan import chunk_scan, time_scan
 from seqjax.types import Array, Float, Reset
 
+PATTERNS = {
+    "x": "B T D",
+    "dt": "B T D",
+    "A": "D N",
+    "B": "B T N",
+    "C": "B T N",
+    "D": "D",
+    "initial_state": "B D N",
+}
 
+
+@_explicit_mesh.auto_inside(_explicit_mesh.by_axes(PATTERNS, "B T D", "B D N"))
 def selective_scan(
     x: Float[Array, "B T D"],
     dt: Float[Array, "B T D"],
@@ -83,16 +94,7 @@ def selective_scan(
     given = _checks.as_arrays(
         {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
     )
-    wanted = {
-        "x": "B T D",
-        "dt": "B T D",
-        "A": "D N",
-        "B": "B T N",
-        "C": "B T N",
-        "D": "D",
-        "initial_state": "B D N",
-    }
-    sizes = _checks.check_shapes(op, wanted, given)
+    sizes = _checks.check_shapes(op, PATTERNS, given)
     _checks.check_dtypes(op, given, complex_ok=False)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size)
