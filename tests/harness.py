@@ -147,7 +147,8 @@ def error(actual: Any, expected: Any) -> tuple[float, str]:
         a, e = np.asarray(a).astype(wide), np.asarray(e).astype(wide)
         assert a.shape == e.shape, f"{jax.tree_util.keystr(path)}: {a.shape} != {e.shape}"
         scale = max(float(np.abs(e).max(initial=0)), 1e-30)
-        errors = np.abs(a - e) / scale
+        with np.errstate(invalid="ignore"):  # inf - inf
+            errors = np.abs(a - e) / scale
         errors = np.where(np.isnan(errors), np.inf, errors)
         index = np.unravel_index(np.argmax(errors), e.shape)
         largest = float(errors[index])
