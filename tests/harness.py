@@ -134,7 +134,10 @@ def runner_with_gradients(case: Case, algorithm: str | None) -> Any:
 
 
 def error(actual: Any, expected: Any) -> tuple[float, str]:
-    """The largest error of any element relative to its array's largest magnitude, and where."""
+    """Return the largest error of any element relative to its array's largest magnitude, and where.
+
+    An error that is not a number counts as infinite, so that no later leaf can hide it.
+    """
     worst, place = 0.0, ""
     actual_leaves = jax.tree_util.tree_leaves_with_path(actual)
     expected_leaves = jax.tree.leaves(expected)
@@ -144,10 +147,12 @@ def error(actual: Any, expected: Any) -> tuple[float, str]:
         a, e = np.asarray(a).astype(wide), np.asarray(e).astype(wide)
         assert a.shape == e.shape, f"{jax.tree_util.keystr(path)}: {a.shape} != {e.shape}"
         scale = max(float(np.abs(e).max(initial=0)), 1e-30)
-        errors = np.abs(a - e) / scale
-        index = np.unravel_index(np.argmax(np.where(np.isnan(errors), np.inf, errors)), e.shape)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            errors = np.abs(a - e) / scale
+        errors = np.where(np.isnan(errors), np.inf, errors)
+        index = np.unravel_index(np.argmax(errors), e.shape)
         largest = float(errors[index])
-        if not largest <= worst:
+        if largest > worst:
             worst = largest
             place = (
                 f"{jax.tree_util.keystr(path)}{list(map(int, index))}: {a[index]} for {e[index]}"

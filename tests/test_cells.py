@@ -82,6 +82,16 @@ def test_bounds_leave_out_no_number_that_has_some(cell, x64):
 
 
 @EACH
+def test_infinite_bounds_pass_debug_infs(cell, strict):
+    """An eager call, as `jax.debug_infs` checks the result of every eager operation."""
+    params, h, u = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draws(cell, 1.0, 2))
+    params = jax.tree.map(lambda p: p[0], params)
+    with jax.debug_infs(True):
+        hs, *_ = seqjax.nonlinear_scan(cell, params, u[:, None], h, algorithm="sequential")
+    assert np.isfinite(hs).all()
+
+
+@EACH
 @AT_SCALES
 def test_the_jacobian_has_the_declared_structure(cell, scale, x64, strict):
     jacobians = np.asarray(jax.jit(jax.vmap(jax.jacfwd(cell, 1)))(*draws(cell, scale)))

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
 
@@ -28,6 +29,7 @@ class LSTM(Cell):
 
     Example:
       >>> import jax.numpy as jnp
+import numpy as np
       >>> cell = LSTM(dim=3)
       >>> params = dict.fromkeys(("W_i", "W_f", "W_g", "W_o"), jnp.eye(3))
       >>> cell(params, jnp.zeros((3, 2)), jnp.ones((4, 3))).shape
@@ -54,8 +56,8 @@ class LSTM(Cell):
         return jnp.stack([c, o * jnp.tanh(c)], axis=-1)
 
     def bounds(self, params: Params) -> Bounds:
-        """None for c, [-1, 1] for h."""
-        high = jnp.array([jnp.inf, 1.0], params["W_i"].dtype)
+        """Return no bounds for c, and [-1, 1] for h."""
+        high = np.array([np.inf, 1.0], params["W_i"].dtype)  # of NumPy, for `jax.debug_infs`
         return -high, high
 
     def output(self, h: jax.Array) -> jax.Array:

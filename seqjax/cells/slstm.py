@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
 
@@ -37,6 +38,7 @@ class SLSTM(Cell):
 
     Example:
       >>> import jax.numpy as jnp
+import numpy as np
       >>> cell = SLSTM(dim=3)
       >>> params = dict.fromkeys(("R_i", "R_f", "R_z", "R_o"), jnp.ones(3))
       >>> cell(params, jnp.zeros((3, 4)), jnp.ones((4, 3))).shape
@@ -67,10 +69,9 @@ class SLSTM(Cell):
         return jnp.stack([c, n, o * c / n, m], axis=-1)
 
     def bounds(self, params: Params) -> Bounds:
-        """n >= 0, h in [-1, 1], none for c and m."""
-        inf = jnp.inf
-        dtype = params["R_i"].dtype
-        return jnp.array([-inf, 0, -1, -inf], dtype), jnp.array([inf, inf, 1, inf], dtype)
+        """Return n >= 0, h in [-1, 1], and no bounds for c and m."""
+        inf, dtype = np.inf, params["R_i"].dtype  # of NumPy, for `jax.debug_infs`
+        return np.array([-inf, 0, -1, -inf], dtype), np.array([inf, inf, 1, inf], dtype)
 
     def output(self, h: jax.Array) -> jax.Array:
         """The h of (c, n, h, m)."""

@@ -9,8 +9,8 @@ and O_c, R_c, X_c, M_c do not depend on S. So chunks are prepared side by side, 
 line runs from chunk to chunk, in order or in log depth.
 
 A matmul multiplies what a mask sets to zero, and zero times NaN is NaN. So steps with non-finite
-input are taken out before the matmuls, and every output and state that they reach, and no other,
-is NaN.
+input, and non-finite numbers of a state, are set to zero before the matmuls. Every output and
+state that they reach, and no other, is NaN.
 """
 
 import functools
@@ -42,20 +42,21 @@ class ChunkMap(NamedTuple):
 Prepare = Callable[[Arrays], ChunkMap]
 
 
-def apply_transition(transition: jax.Array, state: jax.Array) -> jax.Array:
-    """M S, for a full or a diagonal M."""
-    return transition * state if transition.shape[-1] == 1 else matmul(transition, state)
-
-
 def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> jax.Array:
-    """M S in the rows that are alive, zero in the others, whatever S holds.
+    """Return M S in the rows that are alive, and zero in the others, for any values in S.
 
-    M is masked as well, so that the gradients of the others are zero and not zero times S.
+    Non-finite numbers of S never enter a product: in the transpose of a product they would turn
+    zero cotangents into NaN, which later products spread to steps after a reset. The result is
+    NaN in all elements that read such a number.
     """
-    zero = jnp.zeros((), state.dtype)
+    zero, nan = (jnp.asarray(value, state.dtype) for value in (0, jnp.nan))
+    finite = jnp.isfinite(state)
     if transition.shape[-1] == 1:  # a diagonal: all of the state is alive or none of it
-        return transition * jnp.where(alive, state, zero)
-    return jnp.where(alive, matmul(jnp.where(alive, transition, zero), state), zero)
+        product = transition * jnp.where(alive & finite, state, zero)
+    else:
+        product = matmul(jnp.where(alive, transition, zero), jnp.where(finite, state, zero))
+        finite = jnp.all(finite, axis=-2, keepdims=True)
+    return jnp.where(alive, jnp.where(finite, product, nan), zero)
 
 
 def scan_chunks(
@@ -163,7 +164,7 @@ def _carry(
         def combine(early: Any, late: Any) -> Any:
             transition, offset, alive = late
             return (
-                apply_transition(transition, early[0]),
+                apply_alive(alive, transition, early[0]),
                 apply_alive(alive, transition, early[1]) + offset,
                 early[2] & alive,
             )

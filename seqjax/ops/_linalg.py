@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqjax.ops import _compat
 from seqjax.ops._broadcast import along_rows
 
 SUB = 16  # the size up to which a block is inverted without cutting it apart
@@ -49,6 +50,8 @@ def inverse_unit_lower(n: jax.Array) -> jax.Array:
     # blocks of size `width`, `links` what joins them in pairs.
     rows, columns = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=n.dtype), n.shape)
+    # With the varying mesh axes of its tangent, also where size 1 adds nothing to the identity.
+    inverse, _ = _compat.match_varying(inverse, n)
     width = 1
     while width < size:
         joined = (rows // (2 * width) == columns // (2 * width)) & (

@@ -42,19 +42,22 @@ def combine_before(
         links = [(i, i + distance) for i in range(size - distance)]
         return lax.ppermute(value, axis_name, [(j, i) for i, j in links] if reverse else links)
 
+    def select(mask: jax.Array, new: T, old: T) -> T:
+        return jax.tree.map(lambda new, old: jnp.where(mask, new, old), new, old)
+
     distance = 1
     while distance < size:
-        combined = compose(receive(summary, distance), summary)
         has_earlier = place >= distance
-        summary = jax.tree.map(
-            lambda new, old, keep=has_earlier: jnp.where(keep, new, old), combined, summary
-        )
+        # The zeros that a first device receives are replaced before `compose`, not only after it:
+        # its derivative there may not be finite.
+        early = select(has_earlier, receive(summary, distance), summary)
+        summary = select(has_earlier, compose(early, summary), summary)
         distance *= 2
     return receive(summary, 1)
 
 
 class Affine(NamedTuple):
-    """S -> where(cut, X, M S + X)."""
+    """S -> where(cut, 0, M S) + X."""
 
     transition: jax.Array  # M
     offset: jax.Array  # X
@@ -90,18 +93,22 @@ def run_split(
     cut = jnp.zeros(batch, bool) if reset is None else reset.any(axis=1)
     cut = cut.reshape(batch, *(1 for _ in initial_state.shape[1:]))
 
+    def onward(late: Affine, state: jax.Array) -> jax.Array:
+        """Return M S, and zero where a reset lies in `late`, where M and S may not be finite."""
+        return apply(*(jnp.where(late.cut, jnp.zeros_like(x), x) for x in (late.transition, state)))
+
     def compose(early: Affine, late: Affine) -> Affine:
-        through = apply(late.transition, early.offset) + late.offset
         return Affine(
-            apply(late.transition, early.transition),
-            jnp.where(late.cut, late.offset, through),
+            onward(late, early.transition),
+            onward(late, early.offset) + late.offset,
             early.cut | late.cut,
         )
 
     before = combine_before(Affine(transition, offset, cut), compose, axis_name, reverse)
-    through = apply(before.transition, initial_state) + before.offset
-    entered = jnp.where(before.cut, before.offset, through)
-    entered = jnp.where(is_first(axis_name, reverse), initial_state, entered)
+    first = is_first(axis_name, reverse)
+    before = before._replace(cut=before.cut | first)
+    entered = onward(before, initial_state) + before.offset
+    entered = jnp.where(first, initial_state, entered)
     outputs, final = local(entered)
     return outputs, from_last(final, axis_name, reverse)
 

@@ -128,9 +128,16 @@ def _run(
     else:
         _, part = local(state, cuts.at[:, 0].set(True))  # of this part by itself
         before = _sequence.combine_before((part, cuts.any(axis=1)), merge, sequence_axis)
-        entered, _ = merge((state, jnp.zeros_like(cuts[:, 0])), before)
         first = _sequence.is_first(sequence_axis)
-        entered = jax.tree.map(lambda s, e: jnp.where(first, s, e), state, entered)
+
+        def unless_first(value: PyTree, other: PyTree) -> PyTree:
+            return jax.tree.map(lambda v, o: jnp.where(first, o, v), value, other)
+
+        # The first device has nothing to merge: it merges an element with itself and drops it.
+        some = jax.tree.map(lambda e: e[:, 0], elems)
+        none = jnp.zeros_like(cuts[:, 0])
+        pair = unless_first(((state, none), before), ((some, none), (some, none)))
+        entered = unless_first(merge(*pair)[0], state)
         ys, final = local(entered, cuts)
         final = _sequence.from_last(final, sequence_axis)
     return jax.tree.map(lambda y, dtype: y.astype(dtype), ys, dtypes), final

@@ -152,7 +152,7 @@ def nonlinear_scan(
         h0.astype(state),
         jnp.zeros((batch, length), bool) if reset is None else reset,
         lax.stop_gradient(guess.astype(state)),
-        lax.stop_gradient(bounds),
+        bounds,
         cell=cell,
         structure=structure,
         solver=solver or Newton(),
@@ -201,6 +201,7 @@ def _run(
     # no step asks.
     cuts = reset if resets else None
     params = jax.tree.map(lambda x: _widened(x, h0.dtype), params)
+    bounds = lax.stop_gradient(bounds)
     if not use.never:
         by_xla = functools.partial(
             _run,
