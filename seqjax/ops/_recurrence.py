@@ -130,8 +130,10 @@ def kernel_use(
         algorithm,
         implementation,
         interpret,
-        lacking=f"takes no {found.pop()} arrays" if found else None,
-        faster=arrays[1].shape[1] >= 8,  # a handful of steps is no work for anyone
+        lacking=f"takes no {found.pop()} arrays"
+        if found
+        else _dispatch.unsupported_length(arrays[1].shape[1]),
+        faster=_dispatch.long_enough(arrays[1].shape[1]),
     )
 
 

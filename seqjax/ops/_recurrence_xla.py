@@ -48,8 +48,8 @@ def choose(shape: tuple[int, ...], platform: str) -> str:
     Elsewhere: log depth, but in chunks once a whole-T scan's log2(T) temporaries of [B, T, D]
     would be large (measured nowhere yet on hardware: kernels are the answer there).
     """
-    if platform == "cpu" or shape[1] == 1:
-        return "sequential"
+    if platform == "cpu" or shape[1] == 1 or not isinstance(shape[1], int):
+        return "sequential"  # the only one for a symbolic T
     return "associative" if shape[1] <= 4096 else "chunked"
 
 
@@ -63,7 +63,8 @@ def _sequential(
     XLA's executor spends longer on scheduling the calls than on running them.
     """
     length = x.shape[1]
-    unroll = min(unroll, length)
+    # A symbolic T is a multiple of 1 only.
+    unroll = min(unroll, length) if isinstance(length, int) else 1
 
     def advance(start: Any, rows: int, h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         first = jnp.uint32(length - rows) - start if form.reverse else start
