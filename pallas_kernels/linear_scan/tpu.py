@@ -99,6 +99,7 @@ def _run(
         resets=reset is not None,
         adjoint=states is not None,
         batch_inside=a[0].shape[:2] == (1, length)
+        and isinstance(batch, int)  # under `jax.export` the batch size may be a symbol
         and batch > 1
         and parts * batch * columns * 4 <= 2**20,
         interpret=interpret,

@@ -125,10 +125,11 @@ class SlidingWindowAttention(Layer):
         q = jnp.where(bad_q[..., None, None], 0, q)
         k, v = (jnp.where(bad[..., None, None], 0, z) for z in (k, v))
 
-        block = min(self.window, length)
+        # Under `jax.export` T may be a symbol.
+        block = min(self.window, length) if isinstance(length, int) else self.window
         count = -(-length // block)
         padding = ((0, 0), (0, count * block - length))
-        rows = np.arange(count)[:, None] * block + np.arange(past + block)
+        rows = jnp.arange(count)[:, None] * block + np.arange(past + block)
 
         def queries(z: jax.Array) -> jax.Array:
             padded = jnp.pad(z, padding + ((0, 0),) * (z.ndim - 2))

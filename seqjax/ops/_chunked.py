@@ -89,11 +89,17 @@ def scan_chunks(
     """
     batch, length, heads = arrays["q"].shape[:3]
     dtype = state.dtype
-    size = 1 << (min(chunk_size, length) - 1).bit_length()
+    # Symbolic sizes, under `jax.export`, count as large ones.
+    known = isinstance(length, int)
+    size = 1 << ((min(chunk_size, length) if known else chunk_size) - 1).bit_length()
     count = -(-length // size)
-    few = batch * heads * count <= 2 * PRODUCTS
-    blocks = 1 if log_depth or few else -(-count // max(1, PRODUCTS // (batch * heads)))
-    at_once = -(-count // blocks)
+    products = batch * heads if isinstance(batch, int) else PRODUCTS
+    if log_depth or (known and products * count <= 2 * PRODUCTS):
+        blocks, at_once = 1, count
+    else:
+        at_once = max(1, PRODUCTS // products)
+        blocks = -(-count // at_once)
+        at_once = -(-count // blocks) if known else at_once
 
     def chunks(x: jax.Array) -> jax.Array:  # [B, T, H, F] -> [blocks, at_once, B, H, C, F]
         x = jnp.pad(x, [(0, 0), (0, blocks * at_once * size - length), (0, 0), (0, 0)])

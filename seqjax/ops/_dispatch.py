@@ -125,8 +125,18 @@ def resolve(
     implementation: str | None,
     *,
     algorithms: Sequence[str],
+    length: Any,
+    any_length: Sequence[str] = ("sequential",),
 ) -> str | None:
     """Check the two keywords and return the algorithm to run (None: the op chooses).
+
+    Args:
+      op: its name.
+      algorithm: as the caller named it.
+      implementation: as the caller named it.
+      algorithms: those of the op.
+      length: T, a number, or a symbol under `jax.export`.
+      any_length: the algorithms that run with a symbolic T.
 
     Raises:
       ValueError: for a name that does not exist.
@@ -145,9 +155,27 @@ def resolve(
         raise NotImplementedError(
             f"{op}: there is no {algorithm!r} algorithm for this op; use {' or '.join(algorithms)}."
         )
+    if not isinstance(length, int) and algorithm not in (None, *any_length):
+        raise NotImplementedError(
+            f"{op}: the {algorithm!r} algorithm must have a T that is known at trace time, got the"
+            f" symbolic T={length}; use algorithm={any_length[0]!r} or None, or export with a fixed"
+            " T."
+        )
     if implementation == "pallas":
         _check_kernel(op, algorithm)
     return algorithm
+
+
+def long_enough(length: Any) -> bool:
+    """Return whether a kernel or a chunk pays for T steps; not for a symbolic T."""
+    return isinstance(length, int) and length >= 8
+
+
+def unsupported_length(length: Any) -> str | None:
+    """Return what a kernel cannot do with a symbolic T, or None for a known one."""
+    if isinstance(length, int):
+        return None
+    return f"must have a T that is known at trace time, got the symbolic T={length}"
 
 
 def _check_kernel(op: str, algorithm: str | None) -> None:

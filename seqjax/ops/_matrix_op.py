@@ -93,8 +93,10 @@ def choose(
     choice`). Elsewhere steps wait for each other and matmuls are what the machine is made for, but
     for a handful of steps; not measured there.
     """
-    length, elements = sizes["T"], sizes["K"] * sizes["V"]
-    together = sizes["B"] * sizes["H"] * elements
+    # Symbolic sizes, under `jax.export`, count as large ones.
+    batch, length = (size if isinstance(size, int) else 2**31 for size in (sizes["B"], sizes["T"]))
+    elements = sizes["K"] * sizes["V"]
+    together = batch * sizes["H"] * elements
     axes = 0 if log_decay is None else log_decay.ndim - 2
     light = recurrence.diagonal or axes == 0
     if length < 16:
@@ -106,6 +108,7 @@ def choose(
         on_cpu = "sequential"
     else:
         many = recurrence.diagonal and elements <= 1024 and length >= 256
+        many &= isinstance(sizes["T"], int)
         on_cpu = "associative" if many else "chunked"
     return on_cpu, "sequential" if length < 8 else "chunked"
 
@@ -129,7 +132,14 @@ def call(
     _checks.check_dtypes(op, given, complex_ok=recurrence.complex_ok)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = _dispatch.resolve(op, algorithm, implementation, algorithms=ALGORITHMS)
+    algorithm = _dispatch.resolve(
+        op,
+        algorithm,
+        implementation,
+        algorithms=ALGORITHMS,
+        length=sizes["T"],
+        any_length=("sequential", "chunked"),
+    )
     if given["initial_state"] is None:
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
@@ -141,7 +151,7 @@ def call(
         implementation,
         interpret,
         lacking=_lacking(given, scale, interpret),
-        faster=sizes["T"] >= 8,  # of a handful of steps most of a chunk would be empty
+        faster=_dispatch.long_enough(sizes["T"]),  # most of a chunk would be empty
     )
     fixed = None if use.never else float(scale)
     plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size, use, fixed)
@@ -229,6 +239,8 @@ def _lacking(given: Mapping[str, Any], scale: Any, interpret: bool) -> str | Non
         return "takes no float16; cast to bfloat16 or float32"
     if jnp.dtype(jnp.float64) in dtypes and not interpret:
         return "takes no float64, which TPUs do not have"
+    if (unsupported := _dispatch.unsupported_length(given["q"].shape[1])) is not None:
+        return unsupported
     widest = max(given["k"].shape[-1], given["v"].shape[-1])
     if widest > KERNEL_WIDTH:
         return f"takes keys and values of at most {KERNEL_WIDTH} numbers, these have {widest}"

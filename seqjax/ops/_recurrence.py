@@ -145,8 +145,10 @@ def kernel_use(
         algorithm,
         implementation,
         interpret,
-        lacking=f"takes no {found.pop()} arrays" if found else None,
-        faster=shape[1] >= 8,  # short sequences are not worth a kernel launch
+        lacking=f"takes no {found.pop()} arrays"
+        if found
+        else _dispatch.unsupported_length(shape[1]),
+        faster=_dispatch.long_enough(shape[1]),
         excluded=() if on_gpu else ("cuda",),
     )
 

@@ -52,10 +52,9 @@ def choose(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
     temporaries fit: with gradients they take twice the memory of the states.
     Elsewhere: associative for up to 4096 steps. Not measured on hardware.
     """
-    if platform == "cpu" or shape[1] == 1:
-        return "sequential"
-    fixed = all(isinstance(n, int) for n in shape)  # not symbolic
-    if platform in ("cuda", "rocm") and fixed:
+    if platform == "cpu" or shape[1] == 1 or not isinstance(shape[1], int):
+        return "sequential"  # the only one for a symbolic T
+    if platform in ("cuda", "rocm") and isinstance(shape[0], int):
         fits = math.prod(shape) * jnp.dtype(dtype).itemsize <= ASSOCIATIVE_BYTES
     else:
         fits = shape[1] <= 4096
@@ -72,7 +71,8 @@ def _sequential(
     XLA's executor spends longer on scheduling the calls than on running them.
     """
     length = x.shape[1]
-    unroll = min(unroll, length)
+    # A symbolic T is a multiple of 1 only.
+    unroll = min(unroll, length) if isinstance(length, int) else 1
 
     def advance(start: Any, rows: int, h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         first = jnp.uint32(length - rows) - start if form.reverse else start

@@ -34,8 +34,9 @@ def chunk_scan(
       (outputs, pytree of [B, T, ...]; final state).
     """
     length = jax.tree.leaves(xs)[0].shape[1]
-    chunk_size = min(chunk_size, length)
-    whole = length - length % chunk_size
+    # A symbolic T, under `jax.export`, is known to be a multiple of 1 only.
+    chunk_size = min(chunk_size, length) if isinstance(length, int) else 1
+    whole = length // chunk_size * chunk_size
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
     blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk_size, *x.shape[1:]), xs)
     advance = jax.checkpoint(advance, prevent_cse=False)

@@ -88,7 +88,11 @@ def linear_scan(
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size, unroll=unroll)
     algorithm = _dispatch.resolve(
-        op, algorithm, implementation, algorithms=("sequential", "associative", "chunked")
+        op,
+        algorithm,
+        implementation,
+        algorithms=("sequential", "associative", "chunked"),
+        length=sizes["T"],
     )
     state, out = _checks.state_dtype(*given.values()), _checks.output_dtype(*given.values())
     h0 = given["initial_state"]

@@ -80,7 +80,11 @@ def monoid_scan(
     reset = _checks.check_reset(op, reset, batch, length)
     _checks.check_positive(op, chunk_size=chunk_size)
     algorithm = _dispatch.resolve(
-        op, algorithm, implementation, algorithms=("sequential", "associative", "chunked")
+        op,
+        algorithm,
+        implementation,
+        algorithms=("sequential", "associative", "chunked"),
+        length=length,
     )
     if initial_state is not None:
         initial_state = _check_state(op, initial_state, elems)
@@ -89,7 +93,7 @@ def monoid_scan(
         initial_state,
         reset,
         combine=combine,
-        algorithm=algorithm or "chunked",
+        algorithm=algorithm or ("chunked" if isinstance(length, int) else "sequential"),
         chunk_size=length if algorithm == "associative" else chunk_size or 128,
         sequence_axis=sequence_axis,
     )

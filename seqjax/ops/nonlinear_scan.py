@@ -118,8 +118,10 @@ def nonlinear_scan(
     batch, length, state = _check_arrays(op, params, xs, h0)
     reset = _checks.check_reset(op, reset, batch, length)
     algorithm = _dispatch.resolve(
-        op, algorithm, implementation, algorithms=("newton", "sequential")
+        op, algorithm, implementation, algorithms=("newton", "sequential"), length=length
     )
+    if not isinstance(length, int):
+        algorithm = "sequential"
     if on_failure not in ON_FAILURE:
         raise ValueError(
             f"{op}: `on_failure` must be one of {', '.join(ON_FAILURE)}, got {on_failure!r}."
@@ -140,7 +142,8 @@ def nonlinear_scan(
         algorithm,
         implementation,
         interpret,
-        lacking=_cell_kernel.lacking(structure[1], sequence_axis, params, xs, h0),
+        lacking=_dispatch.unsupported_length(length)
+        or _cell_kernel.lacking(structure[1], sequence_axis, params, xs, h0),
     )
     wanted = (batch, length, *h0.shape[1:])
     guess = jnp.zeros(wanted, state) if guess is None else jnp.asarray(guess)

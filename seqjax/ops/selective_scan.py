@@ -99,14 +99,14 @@ def selective_scan(
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
     _checks.check_positive(op, chunk_size=chunk_size)
     algorithm = _dispatch.resolve(
-        op, algorithm, implementation, algorithms=("sequential", "chunked")
+        op, algorithm, implementation, algorithms=("sequential", "chunked"), length=sizes["T"]
     )
     if initial_state is None:
         state = _checks.state_dtype(*given.values())
         given["initial_state"] = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
     narrow = {a.dtype for a in given.values() if a is not None}
     refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
-    lacking = None
+    lacking = _dispatch.unsupported_length(sizes["T"])
     if narrow & refused:
         lacking = f"takes no {(narrow & refused).pop()} arrays"
     elif sizes["N"] > 64:
@@ -121,7 +121,7 @@ def selective_scan(
         implementation,
         interpret,
         lacking=lacking,
-        faster=sizes["T"] >= 8,
+        faster=_dispatch.long_enough(sizes["T"]),
         excluded=() if on_gpu else ("cuda",),
     )
     return _run(
@@ -131,7 +131,7 @@ def selective_scan(
         # Steps in order need the least work, and on a CPU nothing else counts; elsewhere every one
         # of them costs a launch or a round of the loop (measured on CPU only).
         on_cpu=algorithm or "sequential",
-        elsewhere=algorithm or ("sequential" if sizes["T"] < 8 else "chunked"),
+        elsewhere=algorithm or ("chunked" if long_enough else "sequential"),
         chunk_size=chunk_size or 16,
         negative=negative_eigenvalues,
         sequence_axis=sequence_axis,
@@ -252,7 +252,7 @@ def _xla(
         decay, write = factors(x, dt, B, A_t)  # [B, chunk, N, D]
         flat = (*x.shape[:2], -1)
         hs, last = recurrence(
-            decay.reshape(flat), write.reshape(flat), h.reshape(len(h), -1), cut, out_dtype=state
+            decay.reshape(flat), write.reshape(flat), h.reshape(h.shape[0], -1), cut, out_dtype=state
         )
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
