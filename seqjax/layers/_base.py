@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks
+from seqjax.types import PyTree
 
 Role = Literal["weight", "bias", "norm", "embedding", "recurrence"]
 Params = dict[str, Any]
@@ -177,7 +178,7 @@ class Layer(abc.ABC):
 
     def apply(
         self,
-        params: Params,
+        params: PyTree,
         x: jax.Array,
         state: State = None,
         reset: jax.Array | None = None,
@@ -207,7 +208,7 @@ class Layer(abc.ABC):
         return self._apply(params, x, state, reset, sequence_axis)
 
     def step(
-        self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None = None
+        self, params: PyTree, x_t: jax.Array, state: State, reset: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
         """Takes one step: the numbers `apply` would give at that position.
 

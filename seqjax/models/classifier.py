@@ -13,6 +13,7 @@ from seqjax.layers._math import dense
 from seqjax.models import _pool
 from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
+from seqjax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Classifier(Layer):
 
     def apply(
         self,
-        params: Params,
+        params: PyTree,
         x: jax.Array,
         state: State = None,
         reset: jax.Array | None = None,
