@@ -68,7 +68,7 @@ def test_license():
 
 @pytest.mark.slow
 def test_contents_of_the_wheel(tmp_path):
-    """A build in an environment of its own, as pip makes it for users."""
+    """The build is isolated, as it is for users."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
