@@ -30,6 +30,7 @@ from jax import lax
 import seqjax
 from experiments import bench_cases, bench_gpu, bench_newton, bench_tpu
 from experiments.bench_tools import ONLY, Candidates, Table, ratios, seconds
+from experiments.errors import UserError
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
@@ -184,8 +185,12 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}.")
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.platform}, {device.device_kind}, {ROUNDS.value} rounds")
-    for name in names:
-        SUITES[name](ROUNDS.value)
+    try:
+        for name in names:
+            SUITES[name](ROUNDS.value)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Kernels on GPUs that are not there: what ptxas makes of them.
 
-    JAX_PLATFORMS=cpu python -m experiments.bench gpu        # needs seqjax[aot-gpu]
+    JAX_PLATFORMS=cpu python -m experiments.bench gpu        # pip install -e '.[aot-gpu]'
 
 Each program is compiled ahead of time, in a process of its own, for an H100. The report says
 whether a kernel compiles and fits; how fast it is, only hardware tells.
 """
 
 import functools
-import importlib.metadata
 import itertools
 import pathlib
 import re
@@ -22,6 +21,7 @@ from jax.experimental import topologies
 import seqjax
 from experiments import bench_tpu
 from experiments.bench_tools import ONLY, Table, answer, run_apart
+from experiments.errors import installed_version
 
 # An H100 SXM, as far as the compiler asks, in the words and numbers of XLA's own description.
 H100 = """
@@ -159,7 +159,7 @@ def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
 def bench_gpu(rounds: int) -> None:
     """What ptxas says of each kernel."""
     del rounds  # nothing is timed
-    plugin = importlib.metadata.version("jax-cuda13-plugin")
+    plugin = installed_version("jax-cuda13-plugin", "aot-gpu")
     print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
     table = Table("Kernels for H100, 128 threads a block; compiled, not run")
     for name, dtype in itertools.product(ROWS, ("float32", "bfloat16")):

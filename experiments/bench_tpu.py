@@ -1,6 +1,6 @@
 """Kernels on TPUs that are not there: bytes, cycles and time as the compiler schedules them.
 
-    python -m experiments.bench tpu        # needs seqjax[aot] and libtpu 0.0.51 or newer
+    python -m experiments.bench tpu        # pip install -e '.[aot]', libtpu >= 0.0.51
 
 Each program is compiled ahead of time, in a process of its own, at its full length for what it
 moves, and at an eighth of it for the cycles of its kernels, which are the same for every step.
@@ -8,7 +8,6 @@ moves, and at an eighth of it for the cycles of its kernels, which are the same 
 """
 
 import functools
-import importlib.metadata
 import itertools
 import pathlib
 import tempfile
@@ -22,6 +21,7 @@ from jax.experimental.layout import Format, Layout
 import seqjax
 from experiments import schedule
 from experiments.bench_tools import ONLY, Table, answer, run_apart
+from experiments.errors import installed_version
 
 Shapes = dict[str, Any]  # trees of jax.ShapeDtypeStruct
 
@@ -215,7 +215,7 @@ def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, 
 def bench_tpu(rounds: int) -> None:
     """Kernels, and the same op by XLA, against reading and writing everything once."""
     del rounds  # nothing is timed
-    print(f"libtpu {importlib.metadata.version('libtpu')}, no TPU: compiled ahead of time")
+    print(f"libtpu {installed_version('libtpu', 'aot')}, no TPU: compiled ahead of time")
     table = Table("Predicted on one chip; the roofline is every argument and result moved once")
     for name, row in ROWS.items():
         if not name.startswith(ONLY.value):

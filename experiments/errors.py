@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,6 +28,16 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}? known: {', '.join(known)}"
     return f"known: {', '.join(known)}"
+
+
+def installed_version(distribution: str, extra: str) -> str:
+    """Return the version of a distribution; raise with the install command if there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"{distribution} is not installed: pip install -e '.[{extra}]' from a clone"
+        ) from error
 
 
 def is_disk_full(error: BaseException | None) -> bool:

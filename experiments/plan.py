@@ -154,7 +154,7 @@ def topology_devices(topology: str) -> tuple[Chip, list[Any]]:
     if name not in CHIPS:
         raise UserError(f"--topology={topology}: unknown chip {name!r}: {nearest(name, CHIPS)}")
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for a TPU needs libtpu: pip install 'seqjax[aot]'")
+        raise UserError("compiling for a TPU needs libtpu: pip install -e '.[aot]' from a clone")
     # Else libtpu asks a metadata server that only Google's machines have, and waits.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies

@@ -235,7 +235,7 @@ plt.show()
 # %% [markdown]
 # ## A slice that is not there
 #
-# The TPU's compiler runs on any machine: `pip install "seqjax[aot]"` brings it (200 MB). It takes the same step, now of a model of a size worth the trip, for the same mesh on chips that exist only by name, and says what memory each would need. What fits here fits there. (In Colab: install it in a cell of its own and run this again.)
+# The TPU's compiler runs on any machine: `pip install -e ".[aot]"` from a clone brings it (200 MB). It takes the same step, now of a model of a size worth the trip, for the same mesh on chips that exist only by name, and says what memory each would need. What fits here fits there. (In Colab: install it in a cell of its own and run this again.)
 
 # %%
 if importlib.util.find_spec("libtpu") and not TINY:
@@ -254,7 +254,7 @@ if importlib.util.find_spec("libtpu") and not TINY:
     print(f"  everything between           {temporary / 2**20:7.1f} MiB")
     print("  collectives", {kind: n for kind, n in collectives(compiled).items() if n})
 else:
-    print("libtpu is not installed (or this is a test): pip install 'seqjax[aot]'")
+    print("libtpu is not installed (or this is a test): pip install -e '.[aot]' from a clone")
 
 # %% [markdown]
 # That was a toy. The path is the same for a model that needs the pod: write it with named axes, say where names go, look at the collectives, let the TPU's compiler have its word, and only then ask for the machine. When one *sequence* is too long for a device, time itself can be split: see the guide on sharding, `sequence_axis`. Models that are configurations rather than notebooks are planned by one command, with what is sent and a roofline: `python -m experiments.plan --config=experiments/configs/pod_mamba_1b.py:131k --topology=v5e:16x16`.

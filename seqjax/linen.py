@@ -11,7 +11,7 @@ try:
     from flax import linen as nn
 except ImportError as error:
     raise ImportError(
-        "seqjax.linen needs Flax, which is not installed: pip install 'seqjax[flax]'."
+        "seqjax.linen needs Flax, which is not installed: pip install -e '.[flax]' from a clone."
     ) from error
 
 

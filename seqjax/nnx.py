@@ -13,7 +13,7 @@ try:
     from flax.core.spmd import get_logical_axis_rules
 except ImportError as error:
     raise ImportError(
-        "seqjax.nnx needs Flax, which is not installed: pip install 'seqjax[flax]'."
+        "seqjax.nnx needs Flax, which is not installed: pip install -e '.[flax]' from a clone."
     ) from error
 
 Rules = Mapping[str, Any] | Iterable[tuple[str, Any]]

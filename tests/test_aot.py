@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
-        reason="compiles for TPU ahead of time: pip install 'seqjax[aot]'",
+        reason="compiles for TPU ahead of time: pip install -e '.[aot]'",
     ),
 ]
 

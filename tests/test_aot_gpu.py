@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(
         importlib.util.find_spec("jax_cuda13_plugin") is None,
-        reason="compiles for GPU ahead of time: pip install 'seqjax[aot-gpu]'",
+        reason="compiles for GPU ahead of time: pip install -e '.[aot-gpu]'",
     ),
 ]
 

@@ -362,7 +362,7 @@ def test_only_the_adapters_need_flax():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "seqjax.nnx needs Flax, which is not installed: pip install 'seqjax[flax]'.",
-        "seqjax.linen needs Flax, which is not installed: pip install 'seqjax[flax]'.",
+        "seqjax.nnx needs Flax, which is not installed: pip install -e '.[flax]' from a clone.",
+        "seqjax.linen needs Flax, which is not installed: pip install -e '.[flax]' from a clone.",
         "False",
     ]

@@ -82,6 +82,7 @@ def _import(where: str) -> Any:
         import tensorflow_datasets as tfds  # Slow to import, and few runs need it.
     except ImportError as error:
         raise UserError(
-            f"{where}.tfds needs tensorflow-datasets ({error}): pip install 'seqjax[experiments]'"
+            f"{where}.tfds needs tensorflow-datasets ({error}):"
+            " pip install -e '.[experiments]' from a clone"
         ) from error
     return tfds

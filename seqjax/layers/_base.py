@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks
 from seqjax.ops import _explicit_mesh
+from seqjax.types import PyTree
 
 Role = Literal["weight", "bias", "norm", "embedding", "recurrence"]
 Params = dict[str, Any]
@@ -179,7 +180,7 @@ class Layer(abc.ABC):
     @_explicit_mesh.auto_inside(_explicit_mesh.of_layer)
     def apply(
         self,
-        params: Params,
+        params: PyTree,
         x: jax.Array,
         state: State = None,
         reset: jax.Array | None = None,
@@ -210,7 +211,7 @@ class Layer(abc.ABC):
 
     @_explicit_mesh.auto_inside(_explicit_mesh.of_layer)
     def step(
-        self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None = None
+        self, params: PyTree, x_t: jax.Array, state: State, reset: jax.Array | None = None
     ) -> tuple[jax.Array, State]:
         """Takes one step: the numbers `apply` would give at that position.
 

@@ -14,6 +14,7 @@ from seqjax.models import _pool
 from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
 from seqjax.ops import _explicit_mesh
+from seqjax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Classifier(Layer):
     @_explicit_mesh.auto_inside(_explicit_mesh.of_layer)
     def apply(
         self,
-        params: Params,
+        params: PyTree,
         x: jax.Array,
         state: State = None,
         reset: jax.Array | None = None,

@@ -11,3 +11,17 @@ from seqjax.ops.nonlinear_scan import SolveInfo as SolveInfo
 from seqjax.ops.nonlinear_scan import nonlinear_scan as nonlinear_scan
 from seqjax.ops.segments import segment_starts as segment_starts
 from seqjax.ops.selective_scan import selective_scan as selective_scan
+
+__all__ = [
+    "Newton",
+    "SolveInfo",
+    "delta_rule",
+    "generalized_delta_rule",
+    "linear_attention",
+    "linear_scan",
+    "lyapunov",
+    "monoid_scan",
+    "nonlinear_scan",
+    "segment_starts",
+    "selective_scan",
+]
