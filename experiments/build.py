@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,12 +14,13 @@ from ml_collections import ConfigDict
 from experiments.errors import UserError, nearest
 from seqjax import layers, models
 
-LAYERS: dict[str, type] = {
+LAYERS: dict[str, Callable[..., layers.Layer]] = {
     "lru": layers.LRU,
     "s5": layers.S5,
     "gateloop": layers.GateLoop,
     "mamba": layers.Mamba,
     "deltanet": layers.DeltaNet,
+    "gated_deltanet": functools.partial(layers.DeltaNet, gated=True),
     "attention": layers.SlidingWindowAttention,
     "elman": layers.Elman,
     "gru": layers.GRU,
@@ -71,7 +73,7 @@ def _build_layer(name: str, model: ConfigDict) -> Any:
         raise UserError(f"config.model.mixers: unknown layer {name!r}: {nearest(name, LAYERS)}")
     layer = LAYERS[name]
     options = model.options.get(name, ConfigDict()).to_dict()
-    fields = {field.name for field in dataclasses.fields(layer) if field.init}
+    fields = inspect.signature(layer).parameters
     for option in options:
         if option not in fields:
             raise UserError(

@@ -11,7 +11,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
 from experiments import build, collectives, flops, plan
-from experiments.configs import lm, pod_deltanet_1b, pod_mamba_1b, pods
+from experiments.configs import lm, pod_gated_deltanet_1b, pod_mamba_1b, pods
 from experiments.errors import UserError
 from seqjax.layers import GRU, LRU, DeltaNet, SlidingWindowAttention
 from seqjax.models import Backbone, LanguageModel
@@ -157,19 +157,21 @@ def test_the_table_has_every_recipe_and_slice(monkeypatch, capsys):
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| pod-")]
     assert len(rows) == 3 * len(pods.RECIPES) * len(pods.LENGTHS)
-    assert rows[0].startswith("| pod-deltanet-1.3b-8k | large | fsdp=8 |")
+    assert rows[0].startswith("| pod-gated-deltanet-1.3b-8k | large | fsdp=8 |")
     assert "does not fit" in rows[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.aot
-@pytest.mark.parametrize("recipe", [pod_deltanet_1b, pod_mamba_1b], ids=["deltanet", "mamba"])
+@pytest.mark.parametrize(
+    "recipe", [pod_gated_deltanet_1b, pod_mamba_1b], ids=["gated_deltanet", "mamba"]
+)
 def test_a_recipe_compiles_for_a_slice_that_is_not_there(recipe):
     """Narrow and for eight chips, every axis of the mesh in use; a whole one takes minutes."""
     pytest.importorskip("libtpu")
     config = recipe.get_config("131k")
     config.model.update(depth=3, dim=256)
-    config.model.options.deltanet.heads = 2
+    config.model.options.gated_deltanet.heads = 2
     config.data.update(length=512, batch_size=8)
     made = plan.make_plan(config, "v5e:2x4", "fsdp=2,tensor=2,sequence=2")
     assert made.fits

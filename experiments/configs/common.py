@@ -14,6 +14,7 @@ MIXERS = {
     "gateloop": "gateloop",
     "mamba": "mamba",
     "deltanet": "deltanet",
+    "gated_deltanet": "gated_deltanet",
     "attention": "attention",
     "elman": "elman",
     "gru": "gru",
@@ -23,7 +24,7 @@ MIXERS = {
     "slstm": "slstm",
     "lem": "lem",
     "ltc": "ltc",
-    "hybrid": "deltanet,attention",
+    "hybrid": "gated_deltanet,attention",
 }
 
 
@@ -59,6 +60,7 @@ def parse(
 def layer_options(dim: int, heads: int) -> dict[str, dict[str, Any]]:
     """Options of every layer for blocks of a width."""
     state = {"state_dim": dim}
+    deltanet = {"heads": heads, "conv_size": 4, "negative_eigenvalues": False}
     return {
         "lru": {"state_dim": dim, "r_min": 0.0, "r_max": 1.0},
         # Short memories as well: the paper's steps of 1e-3 to 1e-1 and its few blocks are
@@ -66,12 +68,8 @@ def layer_options(dim: int, heads: int) -> dict[str, dict[str, Any]]:
         "s5": {"state_dim": 2 * dim, "blocks": max(dim // 4, 1), "dt_min": 1e-2, "dt_max": 2.0},
         "gateloop": {"heads": heads},
         "mamba": {"state_dim": 16, "expand": 2, "conv_size": 4, "negative_eigenvalues": False},
-        "deltanet": {
-            "heads": heads,
-            "conv_size": 4,
-            "gated": True,
-            "negative_eigenvalues": False,
-        },
+        "deltanet": dict(deltanet),
+        "gated_deltanet": dict(deltanet),
         "attention": {"heads": max(heads // 2, 1), "window": 64},
         "elman": dict(state),
         "gru": dict(state),
@@ -126,8 +124,7 @@ def small(layer: str) -> dict[str, Any]:
     options["mamba"]["state_dim"] = 4
     options["attention"]["window"] = 8
     for chosen in options.values():
-        for switch in ("negative_eigenvalues", "gated"):
-            chosen.pop(switch, None)
+        chosen.pop("negative_eigenvalues", None)
     return {
         "steps": 10,
         "log_every": 2,

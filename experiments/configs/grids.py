@@ -103,10 +103,10 @@ NOTES = {
     "mqar": (
         "As in the paper (arXiv 2312.04927, whose sizes are larger) attention recalls at every "
         "width, and Mamba, the other layer that it has as well, needs a larger one and one of the "
-        "two learning rates. DeltaNet, whose states are matrices, is right from a smaller width "
-        "on; LRU and S5, whose decays do not depend on the input, and GateLoop, which sees no two "
-        "neighbours at once, are at none of these. Who stands at a quarter says one of the four "
-        "values that are there, but not the key's own."
+        "two learning rates. Gated DeltaNet, whose states are matrices, is right from a smaller "
+        "width on; LRU and S5, whose decays do not depend on the input, and GateLoop, which sees "
+        "no two neighbours at once, are at none of these. Who stands at a quarter says one of the "
+        "four values that are there, but not the key's own."
     ),
     "parity": (
         "As in the paper, eigenvalues of both signs are what makes the difference. An answer is "
@@ -127,13 +127,13 @@ NOTES = {
         "signs is ahead of DeltaNet without then, and Mamba with them of both."
     ),
     "selective_copying": (
-        "As in the paper, what to keep has to depend on the input: Mamba and DeltaNet are at 99 % "
-        "after 1,600 steps, LRU and S5 are not after 4,000. Among so few positions they get "
+        "As in the paper, what to keep has to depend on the input: Mamba and gated DeltaNet are at "
+        "99 % after 1,600 steps, LRU and S5 are not after 4,000. Among so few positions they get "
         "further than S4 among 4,096."
     ),
     "induction_heads": (
-        "All are right at the length of the training. DeltaNet is at 64 times that, too; Mamba, "
-        "which the paper trains on 256 tokens for many more steps, is not after these."
+        "All are right at the length of the training. Gated DeltaNet is at 64 times that, too; "
+        "Mamba, which the paper trains on 256 tokens for many more steps, is not after these."
     ),
     "listops": (
         "Far from the papers' figures, on shorter expressions: 2,000 steps of 32 are about six "
@@ -150,14 +150,15 @@ NOTES = {
         "`--set=steps=...`."
     ),
 }
-MIXERS = ("lru", "s5", "gateloop", "mamba", "deltanet", "attention")
+MIXERS = ("lru", "s5", "gateloop", "mamba", "gated_deltanet", "attention")
 # What gives models of text the 463,000 parameters of Mamba's, within a percent, of whatever layer.
 MLP_RATIOS = {
     "lru": 3.0,
     "s5": 3.0,
     "gateloop": 2.0,
     "mamba": 2.0,
-    "deltanet": 2.625,
+    "deltanet": 3.0,
+    "gated_deltanet": 2.625,
     "attention": 3.0,
     "elman": 3.375,
     "gru": 2.0,
@@ -168,7 +169,7 @@ MLP_RATIOS = {
     "lem": 1.375,
     "ltc": 3.375,
 }
-LINEAR = ("lru", "s5", "mamba", "deltanet")
+LINEAR = ("lru", "s5", "mamba", "gated_deltanet")
 BESIDE_MAJORITY = {"accuracy": "accuracy", "majority": "majority"}
 
 GRIDS: dict[str, Grid] = {

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from experiments.configs import lm
 from experiments.errors import UserError, nearest
 
-RECIPES = ("pod_deltanet_1b", "pod_mamba_1b", "pod_paragru_1b", "pod_deltanet_7b")
+RECIPES = ("pod_gated_deltanet_1b", "pod_mamba_1b", "pod_paragru_1b", "pod_gated_deltanet_7b")
 # Window length -> (sequences a step, mesh). Two million bytes a step at 8k, four at 131k.
 LENGTHS = {
     "8k": (8192, 256, "fsdp=-1"),

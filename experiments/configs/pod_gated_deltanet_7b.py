@@ -1,6 +1,7 @@
 """A gated DeltaNet of 6.8 billion parameters, for a TPU pod.
 
-    python -m experiments.train --config=experiments/configs/pod_deltanet_7b.py:8k --distributed
+    python -m experiments.train --config=experiments/configs/pod_gated_deltanet_7b.py:8k \
+        --distributed
 
 Hardware: a TPU slice; experiments/README.md has what `experiments.plan` says of v5e:16x16,
 v5p:4x4x4 and v6e:16x16. `:131k` splits windows of 131,072 bytes over 8 chips each. Never trained
@@ -17,8 +18,8 @@ from experiments.configs import pods
 def get_config(arg: str = "") -> ConfigDict:
     """Builds the configuration; `arg` is 8k or 131k."""
     return pods.recipe(
-        "deltanet-7b",
-        "deltanet",
+        "gated-deltanet-7b",
+        "gated_deltanet",
         arg,
         {"dim": 4096, "depth": 32, "mlp_ratio": 8 / 3},
         {"heads": 32},

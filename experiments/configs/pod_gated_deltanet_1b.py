@@ -1,6 +1,7 @@
 """A gated DeltaNet of 1.3 billion parameters, for a TPU pod.
 
-    python -m experiments.train --config=experiments/configs/pod_deltanet_1b.py:8k --distributed
+    python -m experiments.train --config=experiments/configs/pod_gated_deltanet_1b.py:8k \
+        --distributed
 
 Hardware: a TPU slice; experiments/README.md has what `experiments.plan` says of v5e:16x16,
 v5p:4x4x4 and v6e:16x16. `:131k` splits windows of 131,072 bytes over 8 chips each. Never trained
@@ -17,8 +18,8 @@ from experiments.configs import pods
 def get_config(arg: str = "") -> ConfigDict:
     """Builds the configuration; `arg` is 8k or 131k."""
     return pods.recipe(
-        "deltanet-1.3b",
-        "deltanet",
+        "gated-deltanet-1.3b",
+        "gated_deltanet",
         arg,
         {"dim": 2048, "depth": 24, "mlp_ratio": 8 / 3},
         {"heads": 16},
