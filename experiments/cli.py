@@ -118,7 +118,7 @@ def _path_message(error: OSError, values: flags.FlagValues) -> str:
     path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else "a file"
     given = [name for name in values if _is_below(path, values[name].value)]
     if given:
-        name = max(given, key=lambda flag: len(values[flag].value))
+        name = max(given, key=lambda flag: len(str(values[flag].value)))
         return (
             f"--{name}={values[name].value} must be a path that this user can read and write, "
             f"got {path}: {reason}; give another --{name}"
@@ -135,6 +135,7 @@ def _is_below(path: str, folder: Any) -> bool:
 
 def _backend_message() -> str | None:
     """Return the line on a platform that JAX cannot initialize; None if it can."""
+    platforms = getattr(jax.config, "jax_platforms", None) or ""
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:
@@ -142,7 +143,7 @@ def _backend_message() -> str | None:
         reason = (str(error).splitlines() or ["no such device on this machine"])[0]
         reason = reason.partition(" (set JAX_PLATFORMS")[0]
         return (
-            f"JAX_PLATFORMS={jax.config.jax_platforms or ''} must name platforms of this machine, "
+            f"JAX_PLATFORMS={platforms} must name platforms of this machine, "
             f"got: {reason}; unset it, or set JAX_PLATFORMS=cpu"
         )
     return None
@@ -199,5 +200,5 @@ def require_config(values: Any) -> ConfigDict:
         raise UserError(f"no configuration: give --config={EXAMPLE_CONFIG}")
     if not isinstance(config, ConfigDict):
         # A file that cannot be read becomes an object that raises on any access.
-        raise UserError(_unreadable(f"--config={values['config'].config_filename}"))
+        raise UserError(_unreadable(f"--config={usage.config_path(values)}"))
     return config

@@ -44,7 +44,8 @@ def text(description: str, values: flags.FlagValues, detail: str) -> str:
       values: the parsed flags.
       detail: a result of `requested`.
     """
-    description = description.strip()
+    # Python 3.13 removes the indentation of docstrings, older versions keep it.
+    description = re.sub(r"^ *python -m", "    python -m", description.strip(), flags=re.MULTILINE)
     sections = [description, _flags(values, detail == "helpfull")]
     if "config" in values:
         example = re.search(r"--config=(\S+)", description)
@@ -99,7 +100,7 @@ def _config(values: flags.FlagValues, example: str, detail: str) -> Iterator[str
         ]
     )
     config = values["config"].value
-    given = example if config is None else values["config"].config_filename
+    given = example if config is None else config_path(values)
     path, _, arg = given.partition(":")
     file = _FOLDER / Path(path).name if config is None else Path(path)
     if config is None:
@@ -108,6 +109,12 @@ def _config(values: flags.FlagValues, example: str, detail: str) -> Iterator[str
     if words:
         yield "\n".join([f"Words of {path}, at most one of each kind:", *words])
     yield "\n".join([f"Fields of {given}:", *_fields(config, detail)])
+
+
+def config_path(values: flags.FlagValues) -> str:
+    """Return the value of `--config` as it was given, FILE:WORD,WORD."""
+    flag: Any = values["config"]  # of ml_collections, with an attribute that absl's flags lack
+    return flag.config_filename
 
 
 def _load(path: Path) -> ModuleType:
