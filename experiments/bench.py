@@ -24,13 +24,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from jax import lax
 
 import seqjax
-from experiments import bench_cases, bench_gpu, bench_newton, bench_tpu
+from experiments import bench_cases, bench_gpu, bench_newton, bench_tpu, cli
 from experiments.bench_tools import ONLY, Candidates, Table, ratios, seconds
-from experiments.errors import UserError
+from experiments.errors import UserError, nearest
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
@@ -177,21 +177,27 @@ SUITES = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define the flags of this script, which the suites read from absl's global flags."""
+    del argv
+    for flag in (ROUNDS, ONLY, bench_newton.FIGURE):
+        values[flag.name] = flags.FLAGS[flag.name]
+
+
+def main(values: flags.FlagValues, words: Sequence[str]) -> int:
     """Run the suites named on the command line, all that are timed here if none is."""
-    names = list(argv[1:]) or [name for name in SUITES if name not in ("tpu", "gpu")]
-    unknown = [name for name in names if name not in SUITES]
-    if unknown:
-        sys.exit(f"bench: no suite {unknown[0]!r}; there are {', '.join(SUITES)}.")
+    del values
+    flags.FLAGS.mark_as_parsed()
+    names = words or [name for name in SUITES if name not in ("tpu", "gpu")]
+    for name in names:
+        if name not in SUITES:
+            raise UserError(f"unknown suite {name!r}: {nearest(name, SUITES)}")
     device = jax.devices()[0]
     print(f"jax {jax.__version__}, {device.platform}, {device.device_kind}, {ROUNDS.value} rounds")
-    try:
-        for name in names:
-            SUITES[name](ROUNDS.value)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(UserError.exit_code)
+    for name in names:
+        SUITES[name](ROUNDS.value)
+    return 0
 
 
 if __name__ == "__main__":
-    app.run(main)
+    sys.exit(cli.run(define_flags, main, takes_words=True))

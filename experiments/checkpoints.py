@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from experiments import build, objective
-from experiments.errors import UserError
+from experiments.errors import UserError, system_error
 
 # A run goes on exactly only if nothing but these sections has changed.
 _MAY_CHANGE = (
@@ -27,6 +28,7 @@ _MAY_CHANGE = (
     "mesh",
 )
 
+_LONGEST_LINE = 200 - len("error: ")
 # Room for the metadata of a checkpoint and for the log.
 _SPARE_BYTES = 1 << 20
 
@@ -65,7 +67,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON stored with the newest checkpoint."""
-        return _restore(self._latest, step, meta=ocp.args.JsonRestore())["meta"]
+        return _restore_meta(self._latest, step)
 
     def restore(self, step: int, like: Any) -> Any:
         """The state at `step`, placed as the arrays of `like` are."""
@@ -89,8 +91,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes what is being saved and lets go of the folders."""
-        self._latest.close()
-        self._best.close()
+        try:
+            self._latest.close()
+        finally:
+            self._best.close()
 
 
 def _check_space(folder: Any, state: Any, copies: int) -> None:
@@ -113,11 +117,35 @@ def _manager(folder: Path, keep: int | None, read_only: bool = False) -> ocp.Che
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise UserError(
-            f"the checkpoint of step {step} in {manager.directory} cannot be read "
-            f"({str(error).splitlines()[0]}): delete that step, or start with a new --workdir"
-        ) from error
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        if not isinstance(error, FileNotFoundError) and system_error(error) is not None:
+            raise
+        raise _damaged(manager, step, str(error)) from error
+
+
+def _restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    meta = _restore(manager, step, meta=ocp.args.JsonRestore())["meta"]
+    if not isinstance(meta, dict):
+        raise _damaged(manager, step, "meta must be a JSON object")
+    missing = {"config", "data", "fingerprint", "best"} - meta.keys()
+    if missing:
+        raise _damaged(manager, step, f"meta has no {min(missing)!r}")
+    return meta
+
+
+def _damaged(manager: ocp.CheckpointManager, step: int, reason: str) -> UserError:
+    """Return an error of one line; `reason` may be pages of a C++ library's text."""
+    folder = _shorten(os.path.relpath(str(manager.directory / str(step))), 60, keep_end=True)
+    hint = "delete this folder or start with a new --workdir"
+    room = _LONGEST_LINE - len(f"checkpoint {folder} is damaged (): {hint}")
+    first = (reason.splitlines() or ["no reason given"])[0]
+    return UserError(f"checkpoint {folder} is damaged ({_shorten(first, room)}): {hint}")
+
+
+def _shorten(text: str, length: int, *, keep_end: bool = False) -> str:
+    if len(text) <= length:
+        return text
+    return "..." + text[3 - length :] if keep_end else text[: length - 3] + "..."
 
 
 def check_same_run(
@@ -157,7 +185,7 @@ def load_for_inference(workdir: str, which: str) -> tuple[Any, Any, ConfigDict, 
             raise UserError(
                 f"no {which} checkpoint in {workdir}: train first with python -m experiments.train"
             )
-        meta = _restore(manager, step, meta=ocp.args.JsonRestore())["meta"]
+        meta = _restore_meta(manager, step)
         config = ConfigDict(meta["config"])
         model = (
             objective.make(config).model if "task" in config else build.build_model(config.model)

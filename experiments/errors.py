@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib.metadata
+import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +25,7 @@ class DivergedError(UserError):
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns a hint that names the closest of `choices`, else lists all of them."""
-    known = sorted(choices)
+    known = sorted(set(choices))
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}? known: {', '.join(known)}"
@@ -38,6 +40,29 @@ def installed_version(distribution: str, extra: str) -> str:
         raise UserError(
             f"{distribution} is not installed: pip install -e '.[{extra}]' from a clone"
         ) from error
+
+
+# Errors of a read or a write, which name no file.
+_DISK_ERRORS = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+# Checkpoint libraries written in C++ report the errno as text only.
+_SYSTEM_TEXTS = {
+    os.strerror(number): number for number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+}
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the file system that an error is or was raised from, or None."""
+    while error is not None:
+        if isinstance(error, OSError):
+            if error.filename is not None or error.errno in _DISK_ERRORS:
+                return error
+        elif isinstance(error, ValueError):
+            for text, number in _SYSTEM_TEXTS.items():
+                if text in str(error):
+                    path = re.search(r'file "(.+?)"', str(error))
+                    return OSError(number, text, path[1] if path else None)
+        error = error.__cause__
+    return None
 
 
 def is_disk_full(error: BaseException | None) -> bool:

@@ -1,6 +1,9 @@
 """Bits per byte of a trained model on held-out text, or its accuracy on its task.
 
-python -m experiments.evaluate --workdir=runs/lm-deltanet
+    python -m experiments.evaluate --workdir=runs/lm-deltanet
+    python -m experiments.evaluate --workdir=runs/lm-deltanet --which=best --path=book.txt
+
+The configuration is the one of the run: `python -m experiments.train --help` lists its fields.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType
@@ -9,10 +11,16 @@ from typing import Any
 
 
 class Interrupt:
-    """A context in which the first Ctrl-C or SIGTERM asks to stop and the second one kills."""
+    """A context in which the first Ctrl-C or SIGTERM asks to stop and the second one kills.
 
-    def __init__(self) -> None:
+    Attributes:
+      signal: the number of the signal that has arrived, or None.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        """Print `message` on stderr as soon as a signal arrives."""
         self.signal: int | None = None
+        self._message = message
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -28,6 +36,10 @@ class Interrupt:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
+        if self._message:
+            # Not `print`: the signal may have interrupted a write to the same buffer.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

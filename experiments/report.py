@@ -1,6 +1,7 @@
 """Makes tables and figures of what `experiments.sweep` found.
 
     python -m experiments.report > experiments/RESULTS.md
+    python -m experiments.report --results=longer.jsonl --figures=figures > longer.md
 
 Jobs of one label that differ by learning rate are represented by the best one, by the mean over its
 seeds; a spread is the difference between the best and the worst seed.

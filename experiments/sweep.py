@@ -1,10 +1,12 @@
 """Runs grids of experiments one after another; start it again and it goes on where it was.
 
     python -m experiments.sweep --grids=parity,mqar --seeds=0,1
+    python -m experiments.sweep --grids=A5 --set=steps=10000 --results=longer.jsonl
 
 Each run is a training run in a process and a folder of its own. What it reached becomes one line of
 the results, a file of JSON lines that `python -m experiments.report` makes tables of; a run that
 diverges leaves a line that says so, and one that cannot run stops the sweep.
+`python -m experiments.train --help` lists the fields that `--set` takes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -109,16 +110,22 @@ class Run:
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._timed = {"steps": 0, "seconds": 0.0}
         self._checkpoints = checkpoints.Checkpoints(workdir, config.keep)
-        self._restore()
-        self._log = logs.RunLog(workdir, self.step) if devices.is_main() else logs.NoLog()
+        with contextlib.ExitStack() as stack:
+            # Else the threads of checkpoints report the same error once more at exit.
+            stack.callback(self._checkpoints.close)
+            self._restore()
+            self._log = logs.RunLog(workdir, self.step) if devices.is_main() else logs.NoLog()
+            stack.pop_all()
         self._saved = self.step
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._log.close()
-        self._checkpoints.close()
+        try:
+            self._log.close()
+        finally:
+            self._checkpoints.close()
 
     def _restore(self) -> None:
         step = self._checkpoints.latest_step()

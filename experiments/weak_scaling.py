@@ -1,6 +1,7 @@
 """Bytes that each device sends when sequences grow with the number of devices.
 
     python -m experiments.weak_scaling
+    python -m experiments.weak_scaling --figure=experiments/weak_scaling.png
 
 Compiles a layer and its gradients, T split over 1, 2, 4 and 8 virtual devices with as many steps
 on each, and reads what is sent from the program. Nothing is run, so it needs no accelerator.

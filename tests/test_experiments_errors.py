@@ -183,11 +183,6 @@ def test_nearest_lists_what_is_known_when_nothing_is_near():
     assert issubclass(UserError, Exception)
 
 
-def test_help(capsys):
-    assert cli.run(train.define_flags, train.main, ["train", "--help"]) == 0
-    assert "--workdir" in capsys.readouterr().out
-
-
 def test_the_exit_code_reaches_the_shell():
     """Once for real, as a module in a process of its own."""
     command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:lruu"]

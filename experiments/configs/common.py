@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.errors import UserError, nearest
@@ -28,8 +28,16 @@ MIXERS = {
 }
 
 
+QUICKTEST = {"quicktest": "a run of a few seconds, which learns next to nothing"}
+
+
+def layers(default: str) -> tuple[str, ...]:
+    """Return the words that name layers, each once, the default first."""
+    return tuple(dict.fromkeys([default, *MIXERS]))
+
+
 def parse(
-    arg: str, kinds: dict[str, Sequence[str]], switches: Sequence[str] = ()
+    arg: str, kinds: Mapping[str, Sequence[str]], switches: Iterable[str] = ()
 ) -> tuple[dict[str, str], set[str]]:
     """The words of `--config=FILE:WORD,WORD`: at most one of each kind, and switches.
 
@@ -38,19 +46,19 @@ def parse(
       kinds: the words of each kind, the first of them the default.
       switches: words that are there or not; `quicktest` is always one.
     """
-    switches = (*switches, "quicktest")
+    switches = (*switches, *QUICKTEST)
     known = [word for words in kinds.values() for word in words] + list(switches)
     words = [word.strip() for word in arg.split(",") if word.strip()]
     for word in words:
         if word not in known:
-            raise UserError(f"unknown word {word!r} in --config: {nearest(word, known)}")
+            raise UserError(f"unknown word {word!r}: {nearest(word, known)}")
     chosen = {}
     for kind, choices in kinds.items():
         found = [word for word in words if word in choices]
         if len(found) > 1:
             hint = ", and set others with --config.model.mixers=lru,attention"
             raise UserError(
-                f"--config names the {kind}s {' and '.join(found)}: give one"
+                f"the configuration names the {kind}s {' and '.join(found)}: give one"
                 + (hint if kind == "layer" else "")
             )
         chosen[kind] = found[0] if found else choices[0]

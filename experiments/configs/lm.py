@@ -18,10 +18,12 @@ from ml_collections import ConfigDict
 
 from experiments.configs import common
 
+KINDS = {"layer": common.layers("deltanet")}
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """Builds the configuration; `arg` is a layer name, `quicktest`, or both with a comma."""
-    words, switches = common.parse(arg, {"layer": ["deltanet", *common.MIXERS]})
+    words, switches = common.parse(arg, KINDS)
     layer = words["layer"]
     config = ConfigDict(common.settings(f"lm-{layer}", layer, dim=128, depth=2, heads=8))
     config.update(

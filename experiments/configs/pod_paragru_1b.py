@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 
 from experiments.configs import pods
 
+KINDS = pods.KINDS
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """Builds the configuration; `arg` is 8k or 131k."""

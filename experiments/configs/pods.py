@@ -15,6 +15,7 @@ LENGTHS = {
     "8k": (8192, 256, "fsdp=-1"),
     "131k": (131072, 32, "fsdp=-1,sequence=8"),
 }
+KINDS = {"length": tuple(LENGTHS)}
 
 
 def recipe(name: str, mixer: str, arg: str, model: dict[str, Any], options: Any) -> ConfigDict:
@@ -29,7 +30,7 @@ def recipe(name: str, mixer: str, arg: str, model: dict[str, Any], options: Any)
     """
     arg = arg or "8k"
     if arg not in LENGTHS:
-        raise UserError(f"unknown length {arg!r} in --config: {nearest(arg, LENGTHS)}")
+        raise UserError(f"unknown length {arg!r}: {nearest(arg, LENGTHS)}")
     length, batch_size, mesh = LENGTHS[arg]
     config = lm.get_config(mixer)
     config.update(

@@ -21,13 +21,16 @@ from ml_collections import ConfigDict
 from experiments.configs import common
 
 TASKS = ("parity", "modular_arithmetic", "S3", "A5", "S5")
+KINDS = {"task": TASKS, "layer": common.layers("deltanet")}
+SWITCHES = {
+    "negative": "eigenvalues in [-1, 1] for DeltaNet and Mamba",
+    "full": "the sizes of the paper, for an accelerator; not run yet",
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Builds the configuration; `arg` holds a task, a layer and switches."""
-    words, switches = common.parse(
-        arg, {"task": TASKS, "layer": ["deltanet", *common.MIXERS]}, ("negative", "full")
-    )
+    words, switches = common.parse(arg, KINDS, SWITCHES)
     task, layer, full = words["task"], words["layer"], "full" in switches
     name = "-".join([task, layer, *sorted(switches)])
     config = ConfigDict(common.settings(name, layer, dim=128 if full else 64, depth=2, heads=4))
