@@ -25,6 +25,7 @@ _MAY_CHANGE = (
     "keep",
     "eval",
     "mesh",
+    "mesh_axis_types",
 )
 
 # Room for the metadata of a checkpoint and for the log.
