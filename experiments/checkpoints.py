@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "keep",
     "eval",
     "mesh",
+    "mesh_axis_types",
 )
 
 _LONGEST_LINE = 200 - len("error: ")

@@ -10,11 +10,13 @@ import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.errors import UserError
 from seqjax import sharding
+
+_AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -91,9 +93,17 @@ class Devices:
         model: Any = None,
         batch_shape: tuple[int, int] | None = None,
         init: Callable[..., Any] | None = None,
+        axis_types: str = "auto",
     ) -> None:
-        """Makes the mesh that `text` names and the shardings of `init(key)`'s state."""
+        """Makes the mesh that `text` names and the shardings of `init(key)`'s state.
+
+        Its axes are "auto" or "explicit", see `sharding.make_mesh`.
+        """
         self._init = init
+        if axis_types not in _AXIS_TYPES:
+            raise UserError(
+                f"the config field mesh_axis_types={axis_types!r} must be auto or explicit"
+            )
         if not text:
             if jax.process_count() > 1:
                 raise UserError(
@@ -102,7 +112,7 @@ class Devices:
                 )
             return
         try:
-            self.mesh = sharding.make_mesh(text)
+            self.mesh = sharding.make_mesh(text, axis_types=_AXIS_TYPES[axis_types])
             self.plan = sharding.shard(
                 model,
                 self.mesh,

@@ -96,7 +96,9 @@ class Run:
             return {"params": params, "optimizer": transform.init(params)}
 
         shape = self.objective.batch_shape
-        self._devices = devices.Devices(config.mesh, self.model, shape, init)
+        self._devices = devices.Devices(
+            config.mesh, self.model, shape, init, config.get("mesh_axis_types", "auto")
+        )
         self._train_step = make_train_step(
             self.model, transform, schedule, self._devices.plan, self.objective
         )

@@ -17,6 +17,7 @@ Example:
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqjax.layers import Layer
 from seqjax.models import Backbone
+from seqjax.ops import _explicit_mesh
 
 Model = TypeVar("Model", bound=Layer)
 
@@ -105,11 +107,19 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor and sequence, all `AxisType.Auto`.
+def make_mesh(
+    sizes: str | Mapping[str, int],
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    axis_types: AxisType = AxisType.Auto,
+) -> Mesh:
+    """Make a mesh with the axes data, fsdp, tensor and sequence.
 
-    Auto is stated because a mesh of `jax.make_mesh` is Explicit by default: the partitioner chooses
-    the shardings between those that are given, and time is split by hand inside `jax.shard_map`.
+    On Auto axes, the default, the compiler chooses the shardings between those that are given.
+    `jax.make_mesh` creates Explicit axes by default, on which every array's type has its sharding.
+    All functions of this module take both. The default differs because the rules below shard the
+    batch and the parameters over the same axis `fsdp`, and on Explicit axes JAX rejects products of
+    two such arrays. Models accept them on both, your own functions of parameters may not.
 
     Neighbours on the mesh are near each other on a TPU's torus, of which axes are split where the
     sizes ask for it. Between slices (by default hosts, on GPUs) the network is slow: data, fsdp,
@@ -119,6 +129,7 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     Args:
       sizes: of the axes, as a mapping or a text, see `parse_mesh`.
       devices: the devices; None takes all.
+      axis_types: of all axes, `AxisType.Auto` or `AxisType.Explicit`.
 
     Raises:
       ValueError: see `parse_mesh`; or the devices are of slices of different sizes, or no part of
@@ -128,7 +139,7 @@ def make_mesh(sizes: str | Mapping[str, int], devices: Sequence[jax.Device] | No
     if not isinstance(sizes, str):
         sizes = ",".join(f"{name}={size}" for name, size in sizes.items())
     parsed = parse_mesh(sizes, len(devices))
-    return Mesh(_placed(parsed, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_placed(parsed, devices), AXES, axis_types=(axis_types,) * len(AXES))
 
 
 def _placed(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -241,6 +252,9 @@ def split_time(
     Only that axis is taken out of the partitioner's hands: inside, batch and parameters are what
     they were. Without such an axis the function is called as it is, with `sequence_axis=None`.
 
+    On a mesh with Explicit axes the function runs in Auto mode. Its results are Explicit again,
+    with the sharding that `out_specs` states: whole along all axes but `sequence`.
+
     Args:
       function: takes `sequence_axis` by keyword.
       mesh: from `make_mesh`; None for a single device.
@@ -248,13 +262,16 @@ def split_time(
     """
     if mesh is None or mesh.shape["sequence"] == 1:
         return lambda *args: function(*args, sequence_axis=None)
-    return jax.shard_map(
+    split = jax.shard_map(
         lambda *args: function(*args, sequence_axis="sequence"),
-        mesh=mesh,
+        mesh=_explicit_mesh.auto_mesh(mesh),
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names={"sequence"},
     )
+    specs = functools.partial(jax.tree.broadcast, out_specs, is_leaf=lambda x: isinstance(x, P))
+    # Around all of it, because JAX cannot differentiate a change of mode inside `jax.shard_map`.
+    return _explicit_mesh.auto_inside(lambda _, out: specs(out))(split)
 
 
 def place_activations(model: Model, mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Model:
@@ -287,7 +304,8 @@ class _Place:
         places: dict[str | None, Any] = {**dict(self.rules), "batch": BATCH_AXES}
         # Inside `shard_map` the mesh is the one around us, with the axis `sequence` gone from it.
         around = jax.sharding.get_abstract_mesh()
-        where = NamedSharding(self.mesh if around.empty else around, P(*map(places.get, axes)))
+        mesh = _explicit_mesh.auto_mesh(self.mesh) if around.empty else around
+        where = NamedSharding(mesh, P(*map(places.get, axes)))
         return jax.lax.with_sharding_constraint(x, where)
 
 

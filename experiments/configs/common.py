@@ -96,6 +96,7 @@ def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict
         "name": name,
         "seed": 0,
         "mesh": "",
+        "mesh_axis_types": "auto",  # or "explicit", the default of jax.make_mesh
         "steps": 500,
         "stop_at": 0.0,  # as good on what is held out, a run ends early; 0: never
         "log_every": 20,

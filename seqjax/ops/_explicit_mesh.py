@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seqjax.types import PyTree
@@ -60,6 +60,12 @@ def auto_inside(specs: Specs) -> Callable[[Callable[Parameters, Result]], Callab
         return run
 
     return decorate
+
+
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """Return the mesh with Auto axes in place of its Explicit ones."""
+    kinds = (AxisType.Auto if k == AxisType.Explicit else k for k in mesh.axis_types)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=tuple(kinds))
 
 
 def _explicit_mesh(leaves: list[Any]) -> AbstractMesh | None:
