@@ -125,6 +125,22 @@ def scalars(g: jax.Array, num: Numerics) -> Scalars:
     return Scalars(transposed(g, num), jnp.exp(upto), jnp.exp(after))
 
 
+class PairsBack(NamedTuple):
+    """The cotangents of the lefts, of the right and of g, from the cotangents of `pairs`."""
+
+    lefts: list[jax.Array]
+    right: jax.Array
+    decays: jax.Array
+
+
+class SpansBack(NamedTuple):
+    """The cotangents of sums of g [C, 1 or K], by the steps in the sums."""
+
+    through: jax.Array  # of g itself
+    reads: jax.Array  # of g_1 + ... + g_t
+    writes: jax.Array  # of g_{t+1} + ... + g_C
+
+
 class Shared:
     """One decay for all channels, or none: it comes out of every product.
 
@@ -158,14 +174,24 @@ class Shared:
         return [self._masked(made[n * size : (n + 1) * size]) for n in range(len(lefts))]
 
     def pairs_back(
-        self, cts: list[jax.Array], lefts: list[jax.Array], right: jax.Array
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """The cotangents of the lefts and of the right, from those of P."""
+        self,
+        cts: list[jax.Array],
+        lefts: list[jax.Array],
+        right: jax.Array,
+        pairs: list[jax.Array],
+    ) -> PairsBack:
+        """Pull the cotangents of P, which is `pairs`, back to its factors and decays."""
         made = jnp.concatenate([self._masked(ct) for ct in cts], axis=0)
         size = right.shape[0]
         d_lefts = self.num.dot(made, right)
         d_right = self.num.dot(made, jnp.concatenate(lefts, axis=0), TN)
-        return [d_lefts[n * size : (n + 1) * size] for n in range(len(lefts))], d_right
+        by_left = [d_lefts[n * size : (n + 1) * size] for n in range(len(lefts))]
+        # The decay of step i is in the pairs with j < i <= t: sum over t, then over j.
+        i, j = rows(size), cols(size)
+        change = sum((ct * p for ct, p in zip(cts[1:], pairs[1:], strict=True)), cts[0] * pairs[0])
+        change = self.num.dot(self.num.ones(j >= i), jnp.where(i > j, change, 0.0), exact=True)
+        spans = jnp.sum(jnp.where(i > j, change, 0.0), axis=1, keepdims=True)
+        return PairsBack(by_left, d_right, spans)
 
     def _left(self, d: Any, x: jax.Array, state: jax.Array, exact: bool) -> jax.Array:
         made = self.num.dot(x, state, exact=exact)
@@ -203,13 +229,19 @@ class Shared:
         """The state after all decays of the chunk."""
         return state if self.upto is None else self.upto[-1:] * state
 
-    def log_gradient(self, rise: jax.Array, ends: jax.Array, last: jax.Array) -> jax.Array:
-        """The cotangents of g_1 + ... + g_t for all t: [C, 1] from [C, K].
+    def spans_back(
+        self, pairs: jax.Array, reads: jax.Array, writes: jax.Array, last: jax.Array
+    ) -> SpansBack:
+        """Collect what changes with the decays, for `decay_gradient`.
 
-        The last of them also gets those of `ends` [C, K] and `last` [K, V].
+        Args:
+          pairs: the cotangents of g from `pairs_back`, [C, 1].
+          reads: x times its cotangent in `read`, [C, K].
+          writes: x times its cotangent in `write`, [C, K].
+          last: the decayed state times its cotangent, [K, V].
         """
-        made, end = jnp.sum(rise, axis=1, keepdims=True), jnp.sum(ends) + jnp.sum(last)
-        return made + jnp.where(rows(*made.shape) == made.shape[0] - 1, end, 0.0)
+        reads, writes = (jnp.sum(x, axis=1, keepdims=True) for x in (reads, writes))
+        return SpansBack(pairs + jnp.sum(last), reads, writes)
 
 
 def _broadcast_row(x: jax.Array, width: int, at: int) -> jax.Array:
@@ -275,9 +307,14 @@ class Channels(Shared):
         return made
 
     def pairs_back(
-        self, cts: list[jax.Array], lefts: list[jax.Array], right: jax.Array
-    ) -> tuple[list[jax.Array], jax.Array]:
-        """The cotangents of the lefts and of the right, from those of P."""
+        self,
+        cts: list[jax.Array],
+        lefts: list[jax.Array],
+        right: jax.Array,
+        pairs: list[jax.Array],
+    ) -> PairsBack:
+        """Pull the cotangents of P back to its factors and decays; see `Shared`."""
+        del pairs
         size = right.shape[0]
         lefts, right = [x.astype(self.num.dtype) for x in lefts], right.astype(self.num.dtype)
         diagonal = rows(size) == cols(size)
@@ -285,13 +322,24 @@ class Channels(Shared):
         d_lefts = [end * right for end in ends]
         d_right = sum(end * x for end, x in zip(ends[1:], lefts[1:], strict=True))
         d_right = d_right + ends[0] * lefts[0]
-        for met, (upto, after) in zip(self.met, self.levels, strict=True):
+        spans = jnp.zeros_like(right)
+        i, t = rows(size), cols(size)
+        for width, met, (upto, after) in zip(_widths(size), self.met, self.levels, strict=True):
             made = jnp.concatenate([jnp.where(met, ct, 0.0) for ct in cts], axis=0)
             back = self.num.dot(made, right * after)
-            d_lefts = [d + upto * back[n * size : (n + 1) * size] for n, d in enumerate(d_lefts)]
+            by_left = [upto * back[n * size : (n + 1) * size] for n in range(len(lefts))]
             left = jnp.concatenate([x * upto for x in lefts], axis=0)
-            d_right = d_right + after * self.num.dot(made, left, TN)
-        return d_lefts, d_right
+            by_right = after * self.num.dot(made, left, TN)
+            # Of a pair that meets in the middle of a block, the decays from the middle to t enter
+            # by the left, the decays after j by the right. Every other step stays out of the sum.
+            change = right * by_right
+            change = sum((x * d for x, d in zip(lefts, by_left, strict=True)), change)
+            within = jnp.where((t & width) > 0, i <= t, i > t)
+            within = within & (_block(i, width) == _block(t, width))
+            spans = spans + self.num.dot(self.num.ones(within), change, exact=True)
+            d_lefts = [d + own for d, own in zip(d_lefts, by_left, strict=True)]
+            d_right = d_right + by_right
+        return PairsBack(d_lefts, d_right, spans)
 
     def _left(self, d: Any, x: jax.Array, state: jax.Array, exact: bool) -> jax.Array:
         return self.num.dot(x.astype(d.dtype) * d, state, exact=exact)
@@ -308,18 +356,26 @@ class Channels(Shared):
         """The state after all decays of the chunk."""
         return self.total * state
 
-    def log_gradient(self, rise: jax.Array, ends: jax.Array, last: jax.Array) -> jax.Array:
-        """The cotangents of g_1 + ... + g_t for all t: [C, K]; see `Shared`."""
+    def spans_back(
+        self, pairs: jax.Array, reads: jax.Array, writes: jax.Array, last: jax.Array
+    ) -> SpansBack:
+        """Collect what changes with the decays, [C, K] each; see `Shared`."""
         ones = self.num.ones(rows(GROUP, last.shape[1]) >= 0)
-        end = self.num.dot(ones, last, NT, exact=True)[:1]
-        end = end + jnp.sum(ends, axis=0, keepdims=True)
-        return rise + jnp.where(rows(*rise.shape) == rise.shape[0] - 1, end, 0.0)
+        return SpansBack(pairs + self.num.dot(ones, last, NT, exact=True)[:1], reads, writes)
 
 
-def sums_from(x: jax.Array, num: Numerics) -> jax.Array:
-    """x_t + ... + x_C over the rows of x."""
-    size = x.shape[0]
-    return num.dot(num.ones(cols(size) >= rows(size)), x, exact=True)
+def decay_gradient(back: SpansBack, num: Numerics) -> jax.Array:
+    """Return the cotangents of g: of every sum of g, those of the steps that are in it.
+
+    Step i is in what step t reads of the entering state if i <= t, and in what step j writes to the
+    leaving one if j < i. No term enters with both signs: the gradient of a strong decay is
+    far smaller than what would have to cancel.
+    """
+    size = back.reads.shape[0]
+    i, step = rows(size, 2 * size), cols(size, 2 * size)
+    band = (i <= step) & (step < i + size)
+    both = jnp.concatenate([back.reads, back.writes], axis=0)
+    return back.through + num.dot(num.ones(band), both, exact=True)
 
 
 def inverses(matrices: list[jax.Array], num: Numerics) -> list[jax.Array]:

@@ -9,6 +9,7 @@ it stands over the end of the arrays, is repaired first: such steps are zeroed, 
 states that they reach since the last reset, and no other, are NaN.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -251,7 +252,8 @@ def backward_kernel(p: Plan, names: list[str], *refs: Any) -> None:
     cts = [r.ct_s[h] for h in range(p.heads)]
     made = p.core.backward(p.num, _decays(p, r), _heads(p, r), states, p.scale, d_outs, cts)
     head = cols(p.chunk, p.heads)
-    d_beta = d_g = jnp.zeros((p.chunk, p.heads), p.num.dtype)
+    d_beta = jnp.zeros((p.chunk, p.heads), p.num.dtype)
+    spans = _chunk.SpansBack(d_beta, d_beta, d_beta)
     for h, x in enumerate(made):
         for name in ("q", "k", "v"):
             ref = getattr(r, name + "_s")
@@ -260,16 +262,16 @@ def backward_kernel(p: Plan, names: list[str], *refs: Any) -> None:
         if p.beta:
             d_beta = jnp.where(head == h, x["beta"], d_beta)
         if p.decay == "scalar":
-            d_g = jnp.where(head == h, x["log_decay"], d_g)
+            spans = jax.tree.map(functools.partial(jnp.where, head == h), x["log_decay"], spans)
         if p.decay == "channel":
-            ct = _chunk.sums_from(x["log_decay"], p.num)
+            ct = _chunk.decay_gradient(x["log_decay"], p.num)
             g = r.g_s[h]
             ct = jnp.where(g <= LOG_ZERO, 0.0, ct)
             r.g_s[h] = jnp.where(r.cut_s[...] > 0, 0.0, ct) if p.reset else ct
     if p.beta:
         r.d_beta[0, 0] = d_beta.astype(r.d_beta.dtype)
     if p.decay == "scalar":
-        d_g = jnp.where(r.g_s[...] <= LOG_ZERO, 0.0, _chunk.sums_from(d_g, p.num))
+        d_g = jnp.where(r.g_s[...] <= LOG_ZERO, 0.0, _chunk.decay_gradient(spans, p.num))
         r.d_g[0, 0] = d_g.astype(r.d_g.dtype)
 
     @pl.when(odd)

@@ -103,28 +103,28 @@ def _pull(
     dv = beta * dr
     d_scores = num.dot(d_out, u, NT)
     yield
-    [dq, dk_left], dk_right = d.pairs_back([d_scores, beta * dn], [q, k], k)
+    cts, pairs = [d_scores, beta * dn], [scores, overlaps]
+    [dq, dk_left], dk_right, spans = d.pairs_back(cts, [q, k], k, pairs)
     yield
-    dq = dq + d.read_back(d_out, state)
+    q_read = d.read_back(d_out, state)
     yield
-    dk_left = dk_left - d.read_back(dv, state)
+    k_read = -d.read_back(dv, state)
     yield
     written = d.write_back(u, ct)
-    dk_right = dk_right + written
     yield
     d_state = d.carry(ct) + d.read_back_state(q, d_out)
     yield
     d_state = d_state - d.read_back_state(k, dv, exact=True)
     yield
     q, k = q.astype(num.dtype), k.astype(num.dtype)
-    rise = q * dq + k * (dk_left - dk_right)
+    reads = q * q_read + k * k_read
     return {
-        "q": dq,
-        "k": dk_left + dk_right,
+        "q": dq + q_read,
+        "k": dk_left + k_read + dk_right + written,
         "v": dv,
         "beta": d_beta,
         "state": d_state,
-        "log_decay": d.log_gradient(rise, k * written, d.carry(state) * ct),
+        "log_decay": d.spans_back(spans, reads, k * written, d.carry(state) * ct),
     }
 
 

@@ -48,9 +48,9 @@ def _backward(
     yield
     d_scores = num.dot(d_out, v, NT)
     yield
-    [dq], dk = d.pairs_back([d_scores], [q], k)
+    [dq], dk, spans = d.pairs_back([d_scores], [q], k, [scores])
     yield
-    dq = dq + d.read_back(d_out, state)
+    read = d.read_back(d_out, state)
     yield
     written = d.write_back(v, ct)
     dk = dk + written
@@ -60,8 +60,8 @@ def _backward(
     d_state = d.carry(ct) + d.read_back_state(q, d_out)
     yield
     q, k = q.astype(num.dtype), k.astype(num.dtype)
-    rise = d.log_gradient(q * dq - k * dk, k * written, d.carry(state) * ct)
-    return {"q": dq, "k": dk, "v": dv, "state": d_state, "log_decay": rise}
+    spans = d.spans_back(spans, q * read, k * written, d.carry(state) * ct)
+    return {"q": dq + read, "k": dk, "v": dv, "state": d_state, "log_decay": spans}
 
 
 def _each(function: Callable[..., Steps]) -> Callable[..., list[Any]]:
