@@ -113,6 +113,7 @@ def selective_scan(
         lacking = f"holds 64 states per channel at most, not N={sizes['N']}"
     elif negative_eigenvalues:
         lacking = "has no decays below 0, as negative_eigenvalues=True wants them"
+    long_enough = _dispatch.long_enough(sizes["T"])
     itemsize = min(given[name].dtype.itemsize for name in ("x", "dt"))
     on_gpu = sizes["N"] <= GPU_STATES and whole_rows(sizes["D"], itemsize)
     use = _dispatch.kernel_use(
@@ -121,7 +122,7 @@ def selective_scan(
         implementation,
         interpret,
         lacking=lacking,
-        faster=_dispatch.long_enough(sizes["T"]),
+        faster=long_enough,
         excluded=() if on_gpu else ("cuda",),
     )
     return _run(
@@ -252,7 +253,11 @@ def _xla(
         decay, write = factors(x, dt, B, A_t)  # [B, chunk, N, D]
         flat = (*x.shape[:2], -1)
         hs, last = recurrence(
-            decay.reshape(flat), write.reshape(flat), h.reshape(h.shape[0], -1), cut, out_dtype=state
+            decay.reshape(flat),
+            write.reshape(flat),
+            h.reshape(h.shape[0], -1),
+            cut,
+            out_dtype=state,
         )
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
