@@ -14,29 +14,28 @@ from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
 class LSTM(Cell):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997; forget gate by Gers et al., 2000).
 
-            i = sigmoid(u_i + h W_i)
-            f = sigmoid(u_f + h W_f)
-            g = tanh(u_g + h W_g)
-            o = sigmoid(u_o + h W_o)
-            c' = f * c + i * g
-            h' = o * tanh(c')
+        i = sigmoid(u_i + h W_i)
+        f = sigmoid(u_f + h W_f)
+        g = tanh(u_g + h W_g)
+        o = sigmoid(u_o + h W_o)
+        c' = f * c + i * g
+        h' = o * tanh(c')
 
-        Departures: none from the form that PyTorch and cuDNN compute; no peepholes.
+    Departures: none from the form that PyTorch and cuDNN compute; no peepholes.
 
-        Parameters: W_i, W_f, W_g, W_o [D, D]. u [4, D] in the order i, f, g, o. State: (c, h) as
-        [D, 2]; a layer reads h. Jacobian: dense. Bounds: |h| <= 1; c has none, as f and i may both be
-        near 1 for any number of steps.
+    Parameters: W_i, W_f, W_g, W_o [D, D]. u [4, D] in the order i, f, g, o. State: (c, h) as
+    [D, 2]; a layer reads h. Jacobian: dense. Bounds: |h| <= 1; c has none, as f and i may both be
+    near 1 for any number of steps.
 
-        Example:
-          >>> import jax.numpy as jnp
-    import numpy as np
-          >>> cell = LSTM(dim=3)
-          >>> params = dict.fromkeys(("W_i", "W_f", "W_g", "W_o"), jnp.eye(3))
-          >>> cell(params, jnp.zeros((3, 2)), jnp.ones((4, 3))).shape
-          (3, 2)
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cell = LSTM(dim=3)
+      >>> params = dict.fromkeys(("W_i", "W_f", "W_g", "W_o"), jnp.eye(3))
+      >>> cell(params, jnp.zeros((3, 2)), jnp.ones((4, 3))).shape
+      (3, 2)
 
-        Attributes:
-          dim: channels D.
+    Attributes:
+      dim: channels D.
     """
 
     dim: int

@@ -14,38 +14,37 @@ from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
 class SLSTM(Cell):
     """The sLSTM of xLSTM (arXiv 2405.04517), with its stabiliser m.
 
-            log i = u_i + R_i * h
-            log f = log(sigmoid(u_f + R_f * h))
-            z = tanh(u_z + R_z * h)
-            o = sigmoid(u_o + R_o * h)
-            m' = max(log f + m, log i)
-            c' = exp(log f + m - m') * c + exp(log i - m') * z
-            n' = exp(log f + m - m') * n + exp(log i - m')
-            h' = o * c' / n'
+        log i = u_i + R_i * h
+        log f = log(sigmoid(u_f + R_f * h))
+        z = tanh(u_z + R_z * h)
+        o = sigmoid(u_o + R_o * h)
+        m' = max(log f + m, log i)
+        c' = exp(log f + m - m') * c + exp(log i - m') * z
+        n' = exp(log f + m - m') * n + exp(log i - m')
+        h' = o * c' / n'
 
-        c and n are true sums times exp(-m), so that no exponential overflows; h does not depend on m.
-        Where n = 0 nothing has been summed yet, and m' = log i whatever m holds, as in the authors'
-        code: the zero state is the beginning. From then on n >= 1 and |c| <= n.
+    c and n are true sums times exp(-m), so that no exponential overflows; h does not depend on m.
+    Where n = 0 nothing has been summed yet, and m' = log i whatever m holds, as in the authors'
+    code: the zero state is the beginning. From then on n >= 1 and |c| <= n.
 
-        Departures: R is a vector, each channel its own head, where the paper has one full matrix per
-        head; this is what makes the Jacobian blocks. Of the paper's two forget gates, exp and sigmoid,
-        it is the sigmoid, as in the authors' code. The block around the cell (convolution, group norm,
-        gated projection) is not part of it.
+    Departures: R is a vector, each channel its own head, where the paper has one full matrix per
+    head; this is what makes the Jacobian blocks. Of the paper's two forget gates, exp and sigmoid,
+    it is the sigmoid, as in the authors' code. The block around the cell (convolution, group norm,
+    gated projection) is not part of it.
 
-        Parameters: R_i, R_f, R_z, R_o [D]. u [4, D] in the order i, f, z, o. State: (c, n, h, m) as
-        [D, 4]; a layer reads h. Jacobian: blocks of 4 x 4. Bounds: n >= 0; |h| <= 1, which holds after
-        any step from a state with |c| <= n, hence from the zero state on. c and m have none.
+    Parameters: R_i, R_f, R_z, R_o [D]. u [4, D] in the order i, f, z, o. State: (c, n, h, m) as
+    [D, 4]; a layer reads h. Jacobian: blocks of 4 x 4. Bounds: n >= 0; |h| <= 1, which holds after
+    any step from a state with |c| <= n, hence from the zero state on. c and m have none.
 
-        Example:
-          >>> import jax.numpy as jnp
-    import numpy as np
-          >>> cell = SLSTM(dim=3)
-          >>> params = dict.fromkeys(("R_i", "R_f", "R_z", "R_o"), jnp.ones(3))
-          >>> cell(params, jnp.zeros((3, 4)), jnp.ones((4, 3))).shape
-          (3, 4)
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cell = SLSTM(dim=3)
+      >>> params = dict.fromkeys(("R_i", "R_f", "R_z", "R_o"), jnp.ones(3))
+      >>> cell(params, jnp.zeros((3, 4)), jnp.ones((4, 3))).shape
+      (3, 4)
 
-        Attributes:
-          dim: channels D.
+    Attributes:
+      dim: channels D.
     """
 
     dim: int
