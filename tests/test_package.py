@@ -89,7 +89,7 @@ def test_hints_name_no_package_of_an_index():
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder in ("seqjax", "pallas_kernels", "experiments", "notebooks", "docs", "tests"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md", ".ipynb")]
-    wrong = re.compile(r"(?:install|needs) (?:-\S+ )*\\?['\"]?seqjax\b")
+    wrong = re.compile(r"pip install (?:-\S+ )*\\?['\"]?seqjax\b|\bseqjax\[\w")
     for file in files:
         assert not wrong.search(file.read_text()), file
 
