@@ -18,7 +18,9 @@ __all__ = [
     "Target",
     "Zero",
     "ad",
+    "aval_like",
     "batching",
+    "is_split_by_compiler",
     "make_primitive",
     "match_varying",
     "parts",
@@ -78,6 +80,25 @@ def _is_partitioned(axis_context: Any) -> bool:
         return getattr(axis_context, "num_devices", 1) not in (None, 1)
     manual = axis_context.manual_axes | set(mesh.manual_axes)
     return manual != frozenset(mesh.axis_names)
+
+
+def is_split_by_compiler() -> bool:
+    """Return whether the mesh around a trace leaves a split over devices to the compiler.
+
+    False without a mesh: then it is known at lowering, see `Target`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+
+
+def aval_like(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return the type of an array of another shape, with the mesh and varying axes of `like`.
+
+    Primitives run in Auto mode, where the type of an array has no sharding but a rank.
+    """
+    spec = jax.sharding.PartitionSpec(*(None,) * len(shape))
+    sharding = like.sharding.update(spec=spec)
+    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def make_primitive(

@@ -86,10 +86,7 @@ class Use(NamedTuple):
                 "implementation='xla' or None, or interpret=True to try the kernel there."
             )
         if self.mode == "must" and target.partitioned:
-            raise NotImplementedError(
-                f"{self.op}: a Pallas kernel cannot be split over devices by the compiler; call "
-                "it inside jax.shard_map, or use implementation='xla' or None."
-            )
+            raise NotImplementedError(_split(self.op))
         return here and not target.partitioned
 
     @property
@@ -152,6 +149,13 @@ def _check_kernel(op: str, algorithm: str | None) -> None:
         )
 
 
+def _split(op: str) -> str:
+    return (
+        f"{op}: a Pallas kernel cannot be split over devices by the compiler; call it inside "
+        "jax.shard_map, or use implementation='xla' or None."
+    )
+
+
 def kernel_use(
     op: str,
     algorithm: str | None,
@@ -189,6 +193,8 @@ def kernel_use(
             raise NotImplementedError(
                 f"{op}: the Pallas kernel {lacking}; use implementation='xla' or None."
             )
+        if not interpret and _compat.is_split_by_compiler():
+            raise NotImplementedError(_split(op))
         return Use(op, "interpret" if interpret else "must")
     if op not in KERNELS or not KERNELS[op].preferred or lacking is not None or not faster:
         return Use(op)

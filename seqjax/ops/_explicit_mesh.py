@@ -25,7 +25,9 @@ Arguments = Mapping[str, Any]
 Specs = Callable[[Arguments, Any], PyTree]
 
 
-def auto_inside(specs: Specs) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+def auto_inside(
+    specs: Specs,
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Decorate a function so that it runs in Auto mode on a mesh with Explicit axes.
 
     The mesh is that of `jax.set_mesh`, or else that of the arguments. Without Explicit axes the

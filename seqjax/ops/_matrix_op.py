@@ -36,9 +36,7 @@ PATTERNS = {
     "initial_state": "B H K V",
 }
 
-auto_inside = _explicit_mesh.auto_inside(
-    _explicit_mesh.by_axes(PATTERNS, "B T H V", "B H K V")
-)
+auto_inside = _explicit_mesh.auto_inside(_explicit_mesh.by_axes(PATTERNS, "B T H V", "B H K V"))
 
 
 @dataclasses.dataclass(frozen=True)

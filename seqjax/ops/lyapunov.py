@@ -12,7 +12,6 @@ from seqjax.ops import _checks, _explicit_mesh, _sequence
 from seqjax.types import Array, Float, PyTree, Reset
 
 
-
 @_explicit_mesh.auto_inside(
     lambda arguments, _: _explicit_mesh.joined(_explicit_mesh.spec_of(arguments["hs"])[0])
 )

@@ -15,7 +15,6 @@ from seqjax.types import Array, PyTree, Reset
 Combine = Callable[[PyTree, PyTree], PyTree]
 
 
-
 def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
     """Return the specs of the results: those of the elements, and these without their time axis."""
     elems = jax.tree.map(_explicit_mesh.spec_of, arguments["elems"])

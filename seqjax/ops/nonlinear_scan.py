@@ -28,7 +28,6 @@ CellFunction = Callable[[PyTree, Array, PyTree], Array]
 ON_FAILURE = ("sequential", "error", "warn")
 
 
-
 def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
     """Return the specs of (states, final state, info): split as the inputs and the initial state."""
     h0 = _explicit_mesh.spec_of(arguments["initial_state"])

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from seqjax.ops import _explicit_mesh
 
 
-
 @_explicit_mesh.auto_inside(
     lambda arguments, _: _explicit_mesh.joined(*_explicit_mesh.spec_of(arguments["segment_ids"]))
 )
