@@ -29,7 +29,7 @@ ON_FAILURE = ("sequential", "error", "warn")
 
 
 def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
-    """Return the specs of (states, final state, info): split as the inputs and the initial state."""
+    """Return the specs of (states, final state, info), split as the arguments are."""
     h0 = _explicit_mesh.spec_of(arguments["initial_state"])
     xs = [_explicit_mesh.spec_of(x) for x in jax.tree.leaves(arguments["xs"])]
     batch = next((spec[0] for spec in (*xs, h0) if spec[0]), None)
