@@ -213,7 +213,13 @@ def test_blocks_that_differ_are_stacked_by_their_order():
 
 
 @pytest.mark.parametrize("with_context", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sizes", ["data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,sequence=2"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        "data=2,fsdp=2,tensor=2",
+        pytest.param("fsdp=2,tensor=2,sequence=2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_on_an_explicit_mesh(sizes, with_context, x64):
     """Values and gradients of one device, with stacked blocks, under the rules of `shard`."""
     model = model_of(LRU(4), scan=True, depth=2, mlp_ratio=2)

@@ -34,7 +34,7 @@ def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
     xs = [_explicit_mesh.spec_of(x) for x in jax.tree.leaves(arguments["xs"])]
     batch = next((spec[0] for spec in (*xs, h0) if spec[0]), None)
     states = _explicit_mesh.joined(batch, xs[0][1], *h0[1:])
-    info = SolveInfo(*(_explicit_mesh.joined(batch) for _ in SolveInfo._fields))
+    info = jax.tree.map(lambda _: _explicit_mesh.joined(batch), out[2])
     return states, _explicit_mesh.joined(*h0), info
 
 
