@@ -260,15 +260,19 @@ def split_time(
       mesh: from `make_mesh`; None for a single device.
       in_specs, out_specs: as in `jax.shard_map`; they may name "sequence" only.
     """
+    split: Callable[..., Any]
     if mesh is None or mesh.shape["sequence"] == 1:
-        return lambda *args: function(*args, sequence_axis=None)
-    split = jax.shard_map(
-        lambda *args: function(*args, sequence_axis="sequence"),
-        mesh=_explicit_mesh.auto_mesh(mesh),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names={"sequence"},
-    )
+        split = lambda *args: function(*args, sequence_axis=None)  # noqa: E731
+    else:
+        split = jax.shard_map(
+            lambda *args: function(*args, sequence_axis="sequence"),
+            mesh=_explicit_mesh.auto_mesh(mesh),
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={"sequence"},
+        )
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return split
     specs = functools.partial(jax.tree.broadcast, out_specs, is_leaf=lambda x: isinstance(x, P))
     # Around all of it, because JAX cannot differentiate a change of mode inside `jax.shard_map`.
     return _explicit_mesh.auto_inside(lambda _, out: specs(out))(split)

@@ -75,17 +75,27 @@ def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
     assert_close(jax.jit(jax.grad(looped))(one), jax.jit(jax.grad(plain))(one), 1e-10)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=str(case), marks=[] if case.name in QUICK else pytest.mark.slow)
-        for case in ROWS
-    ],
-)
-def test_batch_sharded_over_eight_devices(case, x64, strict):
+EACH_MESH = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+
+
+def rows_with_quick(*names):
+    """Parametrize by row; the named rows are not slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=str(case), marks=[] if case.name in names else pytest.mark.slow)
+            for case in ROWS
+        ],
+    )
+
+
+@EACH_MESH
+@rows_with_quick(*QUICK)
+def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
+    """The numbers of one device, and no collective, without `jax.set_mesh`."""
     inputs, state, reset = make(case, batch=8, length=8)
     args = (cast(inputs, "float64"), cast(state, "float64"), jnp.asarray(reset))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
 
     def place(value, sharded):
         spec = P("data") if sharded else P()
@@ -97,13 +107,87 @@ def test_batch_sharded_over_eight_devices(case, x64, strict):
         place(args[2], True),
     )
     run = runner(case, None)
-    assert_close(run(*placed), run(*args), 1e-12)
+    out = run(*placed)
+    assert_close(out, run(*args), 1e-12)
+    assert all(leaf.sharding.spec[0] == "data" for leaf in jax.tree.leaves(out))
     w = weights(run(*args)[0])
     grads = runner_with_gradients(case, None)
     assert_close(grads(*placed, w, None), grads(*args, w, None), 1e-12)
     compiled = run.lower(*placed).compile().as_text()
     for collective in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("):
         assert collective not in compiled, f"{collective} in a program whose batch is split"
+
+
+def heads_split(case, inputs, sizes):
+    """A spec for each input: batch over `data`, features, heads and parameters over `model`.
+
+    The logical axis `embed` goes to `data` as well, as under FSDP.
+    """
+    rules = {"embed": "data", "heads": "model", "mlp": "model", "state": "model"}
+
+    def spec(shape, *names):
+        names = (*names, *(None,) * (len(shape) - len(names)))
+        return P(
+            *(
+                n if n and size % sizes[n] == 0 else None
+                for n, size in zip(names, shape, strict=True)
+            )
+        )
+
+    def of_param(axes, shape):
+        names = [rules.get(axis) for axis in axes]
+        return spec(shape, *(n if n not in names[:i] else None for i, n in enumerate(names)))
+
+    found = {}
+    for name, value in inputs.items():
+        if name == "params" and case.layer is not None:
+            axes, shapes = case.layer.param_axes(), case.layer.param_shapes()
+            found[name] = jax.tree.map(of_param, axes, shapes, is_leaf=lambda x: type(x) is tuple)
+        elif name in case.timed:
+            found[name] = jax.tree.map(lambda v: spec(v.shape, "data", None, "model"), value)
+        else:
+            names = (None, "model") if name in case.shared else ("model",)
+            found[name] = jax.tree.map(lambda v, names=names: spec(v.shape, *names), value)
+    return found
+
+
+@EACH_MESH
+@rows_with_quick("linear_scan", "delta_rule-channel", "RMSNorm", "LRU")
+def test_batch_and_heads_sharded(case, kind, x64, strict):
+    """The numbers of one device under `jax.set_mesh`: values, gradients, and vmap of both."""
+    inputs, state, reset = make(case, batch=4, length=8)
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    heads = case.layer is not None or inputs[case.timed[-1]].ndim > 3
+    sizes = {"data": 4, "model": 2} if heads else {"data": 2, "model": 3}  # or D = 3 channels
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * 2)
+
+    def place(value, spec):
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    placed = (
+        jax.tree.map(place, inputs, heads_split(case, inputs, sizes)),
+        jax.tree.map(lambda v: place(v, P("data")), state),
+        place(reset, P("data")),
+    )
+    w = weights(jax.eval_shape(case.run, inputs, state, reset)[0])
+
+    def loss(inputs, state, reset):
+        out, final = case.run(inputs, state, reset)
+        return contract(out, w), (out, final)
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+    expected = jax.jit(gradient)(inputs, state, reset)
+    with jax.set_mesh(mesh):
+        got = jax.jit(gradient)(*placed)
+        if case.name in ("linear_scan", "delta_rule-channel", "LRU"):
+            mapped = jax.tree.map(lambda x: jnp.stack([x, x]), placed)
+            first = jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(gradient))(*mapped))
+            assert_close(first, expected, 1e-11)
+    assert_close(got, expected, 1e-11)
+    if kind == AxisType.Explicit:
+        (_, (out, final)), _ = got
+        for leaf in jax.tree.leaves((out, final)):
+            assert jax.typeof(leaf).sharding.spec[0] == "data"
 
 
 @by_variant(lambda case: case.split_axis)
@@ -119,7 +203,7 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
         reset[:, 5:] = False  # a state that travels over several devices
         reset[1, 17] = True
     inputs, state = cast(inputs, "float64"), cast(state, "float64")
-    mesh = jax.make_mesh((8,), ("time",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("time",))
     specs = {
         name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
         for name in inputs
@@ -134,15 +218,26 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
     whole = run(inputs, state, reset)
     w_out, w_state = weights(whole[0]), weights(whole[1], 8)
 
-    def loss(run, inputs, state):
+    def loss(run, reset, inputs, state):
         out, final = run(inputs, state, reset)
         return contract(out, w_out) + contract(final, w_state), (out, final)
 
-    argnums = (1, 2) if with_state else (1,)
+    argnums = (2, 3) if with_state else (2,)
     gradient = jax.jit(jax.grad(loss, argnums=argnums, has_aux=True), static_argnums=0)
-    got, out = gradient(split, inputs, state)
+
+    def place(value, spec):
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    # On Explicit axes `jax.shard_map` takes arrays that are split as it says.
+    placed = {
+        name: jax.tree.map(lambda v, name=name: place(v, specs[name]), value)
+        for name, value in inputs.items()
+    }
+    cuts = None if reset is None else place(reset, P(None, "time"))
+    results = gradient(split, cuts, placed, jax.tree.map(lambda v: place(v, P()), state))
+    got, out = jax.device_get(results)
     assert_close(out, whole, 1e-11)
-    expected, _ = gradient(run, inputs, state)
+    expected, _ = gradient(run, reset, inputs, state)
     assert_close(got, expected, 1e-10)
     for name in case.timed:  # each shard by itself, against its own scale
         for i in range(8):

@@ -88,6 +88,16 @@ def numbers(workdir):
     return [row[name] for row in logs.read_rows(workdir) for name in names if name in row]
 
 
+@pytest.mark.parametrize("kind", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
+def test_a_command_trains_on_both_kinds_of_mesh(kind, text, tmp_path):
+    """Training, evaluation and checkpoints; the numbers are those of one device."""
+    settings = {"steps": 4, "eval_every": 2}
+    mesh = {"mesh": "data=2,fsdp=2,tensor=2", "mesh_axis_types": kind}
+    train.train(quick("lru", text, **settings), tmp_path / "one")
+    train.train(quick("lru", text, **settings, **mesh), tmp_path / "mesh")
+    np.testing.assert_allclose(numbers(tmp_path / "mesh"), numbers(tmp_path / "one"), rtol=5e-4)
+
+
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one(text, tmp_path, monkeypatch):
     """Stopped by SIGTERM on a mesh, it goes on on one device as one never stopped or split."""
@@ -116,6 +126,7 @@ def test_a_run_moves_from_eight_devices_to_one(text, tmp_path, monkeypatch):
     ("overrides", "message"),
     [
         ({"mesh": "dta=2"}, r"config\.mesh='dta=2': mesh: unknown axis 'dta'"),
+        ({"mesh": "data=8", "mesh_axis_types": "x"}, r"mesh_axis_types='x' must be auto or exp"),
         ({"mesh": "data=8"}, r"the batch 4 .* data \* fsdp = 8; take 8"),
         (
             {

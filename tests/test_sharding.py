@@ -1,5 +1,6 @@
 """Meshes, partition rules, stacked blocks, and what a mesh that does not fit is told."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from experiments import collectives
-from seqjax import sharding
+from seqjax import linear_scan, sharding
 from seqjax.layers import LRU, S5, DeltaNet, Mamba, ShortConv
 from seqjax.models import Backbone, LanguageModel
 from tests.cases import LAYERS
@@ -30,6 +31,8 @@ def test_meshes():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 2}
     assert mesh.axis_types == (AxisType.Auto,) * 4
     assert sharding.make_mesh({"tensor": 2}, jax.devices()[:2]).devices.size == 2
+    explicit = sharding.make_mesh("data=8", axis_types=AxisType.Explicit)
+    assert explicit.axis_types == (AxisType.Explicit,) * 4
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,72 @@ def test_blocks_that_differ_are_stacked_by_their_order():
         "final_norm",
     ]
     assert len(Backbone(mixers, depth=8, scan=True)._params()) == 5
+
+
+@pytest.mark.parametrize("with_context", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        "data=2,fsdp=2,tensor=2",
+        pytest.param("fsdp=2,tensor=2,sequence=2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_on_an_explicit_mesh(sizes, with_context, x64):
+    """Values and gradients of one device, with stacked blocks, under the rules of `shard`."""
+    model = model_of(LRU(4), scan=True, depth=2, mlp_ratio=2)
+    model = dataclasses.replace(model, dtype="float64")
+    mesh = sharding.make_mesh(sizes, axis_types=AxisType.Explicit)
+    where = sharding.shard(model, mesh, batch_shape=(4, 8))
+    params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), jnp.float64)
+    tokens = np.random.default_rng(0).integers(0, 16, (4, 8))
+
+    def loss(model, mesh, params, tokens):
+        def local(params, tokens, sequence_axis):
+            logits, _ = model.apply(params, tokens, sequence_axis=sequence_axis)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+            return losses if sequence_axis is None else jax.lax.pmean(losses, sequence_axis)
+
+        split = sharding.split_time(local, mesh, (P(), P(None, "sequence")), P())
+        return split(params, tokens)
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=2), static_argnums=(0, 1))
+    expected = gradient(model, None, params, tokens)
+    placed = sharding.place_activations(model, mesh)
+    with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
+        args = jax.device_put(params, where.params), jax.device_put(tokens, where.batch)
+        got = gradient(placed, mesh, *args)
+    assert_close(got, expected, 1e-11)
+    for leaf, place in zip(jax.tree.leaves(got[1]), jax.tree.leaves(where.params), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_a_state_keeps_its_sharding():
+    """A state returns split as it came, so that a loop can carry it, and else along the batch."""
+    layer = LRU(4)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    with jax.set_mesh(mesh):
+        params = layer.init(jax.random.key(0))
+        x = jax.device_put(jnp.ones((4, 3, 4)), P("data", None, "model"))
+        y, state = layer.apply(params, x)
+        assert jax.typeof(y).sharding.spec == P("data", None, "model")
+        assert jax.typeof(state).sharding.spec == P("data", None)
+        _, ys = jax.lax.scan(
+            lambda s, x_t: layer.step(params, x_t, s)[::-1],
+            layer.initial_state(4),
+            jnp.swapaxes(x, 0, 1),
+        )
+        assert_close(jnp.swapaxes(ys, 0, 1), y, 1e-6)
+        many = jax.device_put(jnp.ones((4, 3, 4)), P("data", None, "model"))
+        h, _ = linear_scan(jnp.ones(4), many, jax.device_put(jnp.ones((4, 4)), P("data", "model")))
+        assert jax.typeof(h).sharding.spec == P("data", None, "model")
+
+
+def test_a_kernel_on_an_explicit_mesh_is_refused_when_traced():
+    x = jnp.ones((8, 16, 128))
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        x = jax.device_put(x, P("data"))
+        with pytest.raises(NotImplementedError, match="cannot be split over devices by the comp"):
+            jax.eval_shape(lambda x: linear_scan(x, x, implementation="pallas"), x)
 
 
 def test_no_activation_crosses_devices():

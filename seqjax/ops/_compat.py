@@ -18,7 +18,9 @@ __all__ = [
     "Target",
     "Zero",
     "ad",
+    "aval_like",
     "batching",
+    "is_split_by_compiler",
     "make_primitive",
     "match_varying",
     "parts",
@@ -101,6 +103,25 @@ def _capability(module: Any) -> tuple[int, int] | None:
         return None  # a CPU that lowers for CUDA
     versions = [device.compute_capability.split(".") for device in devices]
     return min((int(major), int(minor)) for major, minor in versions)
+
+
+def is_split_by_compiler() -> bool:
+    """Return whether the mesh around a trace leaves a split over devices to the compiler.
+
+    False without a mesh: then it is known at lowering, see `Target`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes)
+
+
+def aval_like(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return the type of an array of another shape, with the mesh and varying axes of `like`.
+
+    Primitives run in Auto mode, where the type of an array has no sharding but a rank.
+    """
+    spec = jax.sharding.PartitionSpec(*(None,) * len(shape))
+    sharding = like.sharding.update(spec=spec)
+    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def make_primitive(

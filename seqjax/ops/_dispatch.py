@@ -96,10 +96,7 @@ class Use(NamedTuple):
                 f"or newer, got {major}.{minor}; use implementation='xla' or None."
             )
         if target.partitioned:
-            raise NotImplementedError(
-                f"{self.op}: a Pallas kernel cannot be split over devices by the compiler; call "
-                "it inside jax.shard_map, or use implementation='xla' or None."
-            )
+            raise NotImplementedError(_split(self.op))
         return True
 
     @property
@@ -190,6 +187,13 @@ def _check_kernel(op: str, algorithm: str | None) -> None:
         )
 
 
+def _split(op: str) -> str:
+    return (
+        f"{op}: a Pallas kernel cannot be split over devices by the compiler; call it inside "
+        "jax.shard_map, or use implementation='xla' or None."
+    )
+
+
 def kernel_use(
     op: str,
     algorithm: str | None,
@@ -229,6 +233,8 @@ def kernel_use(
             raise NotImplementedError(
                 f"{op}: the Pallas kernel {lacking}; use implementation='xla' or None."
             )
+        if not interpret and _compat.is_split_by_compiler():
+            raise NotImplementedError(_split(op))
         return Use(op, "interpret" if interpret else "must")
     if op not in KERNELS or not KERNELS[op].preferred or lacking is not None or not faster:
         return Use(op)

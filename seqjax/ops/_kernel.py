@@ -78,7 +78,7 @@ def kernel_call(use: Use, xla: Function, kernel: Function, smooth: Function | No
             xla=flat(xla),
             kernel=lambda kernels: flat(functools.partial(kernel, kernels)),
             smooth=flat(smooth or xla),
-            avals=tuple(like.update(shape=s.shape, dtype=s.dtype, weak_type=False) for s in shapes),
+            avals=tuple(_compat.aval_like(like, s.shape, s.dtype) for s in shapes),
             side_effects=effects,
         )
         return jax.tree.unflatten(out_tree, out)
@@ -216,7 +216,7 @@ def _batch(args: Any, dims: Any, *, avals: Any, **params: Any) -> Any:
     kernel = params["kernel"]
     params |= {name: mapped(params[name]) for name in ("xla", "smooth")}
     params["kernel"] = lambda kernels: mapped(kernel(kernels))
-    avals = tuple(aval.update(shape=(size, *aval.shape)) for aval in avals)
+    avals = tuple(_compat.aval_like(aval, (size, *aval.shape), aval.dtype) for aval in avals)
     out = kernel_p.bind(*args, avals=avals, **params)
     return out, [0] * len(out)
 

@@ -146,7 +146,7 @@ def _batch(args: Any, dims: Any, *, function: Any, adjoint: Any, avals: Any, **p
         *mapped,
         function=jax.vmap(function),
         adjoint=jax.vmap(adjoint),
-        avals=tuple(aval.update(shape=(size, *aval.shape)) for aval in avals),
+        avals=tuple(_compat.aval_like(aval, (size, *aval.shape), aval.dtype) for aval in avals),
         **params,
     )
     return out, [0] * len(out)

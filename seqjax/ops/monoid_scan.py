@@ -16,15 +16,18 @@ Combine = Callable[[PyTree, PyTree], PyTree]
 
 
 def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
-    """Return the specs of the results: those of the elements, and these without their time axis."""
-    elems = jax.tree.map(_explicit_mesh.spec_of, arguments["elems"])
-    tree = jax.tree.structure(arguments["elems"])
-    states = [_explicit_mesh.joined(spec[0], *spec[2:]) for spec in tree.flatten_up_to(elems)]
-    given = arguments.get("initial_state")
-    if given is not None:
-        states = [_explicit_mesh.joined(*_explicit_mesh.spec_of(s)) for s in jax.tree.leaves(given)]
-    outputs = [_explicit_mesh.joined(*spec) for spec in tree.flatten_up_to(elems)]
-    return tree.unflatten(outputs), tree.unflatten(states)
+    """Return the specs of (outputs, final state), split as the elements and the given state are."""
+
+    def of_state(elem: Any) -> Any:
+        batch, _, *rest = _explicit_mesh.spec_of(elem)
+        return _explicit_mesh.joined(batch, *rest)
+
+    def whole(array: Any) -> Any:
+        return _explicit_mesh.joined(*_explicit_mesh.spec_of(array))
+
+    elems, given = arguments["elems"], arguments.get("initial_state")
+    state = jax.tree.map(of_state, elems) if given is None else jax.tree.map(whole, given)
+    return jax.tree.map(whole, elems), state
 
 
 @_explicit_mesh.auto_inside(_specs)

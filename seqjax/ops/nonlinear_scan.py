@@ -29,12 +29,12 @@ ON_FAILURE = ("sequential", "error", "warn")
 
 
 def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
-    """Return the specs of (states, final state, info), split as the inputs and the state."""
+    """Return the specs of (states, final state, info), split as the arguments are."""
     h0 = _explicit_mesh.spec_of(arguments["initial_state"])
     xs = [_explicit_mesh.spec_of(x) for x in jax.tree.leaves(arguments["xs"])]
     batch = next((spec[0] for spec in (*xs, h0) if spec[0]), None)
     states = _explicit_mesh.joined(batch, xs[0][1], *h0[1:])
-    info = SolveInfo(*(_explicit_mesh.joined(batch) for _ in SolveInfo._fields))
+    info = jax.tree.map(lambda _: _explicit_mesh.joined(batch), out[2])
     return states, _explicit_mesh.joined(*h0), info
 
 
