@@ -299,7 +299,7 @@ def _all_to_middle_back(_: Any, cts: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sums_to_middle(x: jax.Array) -> list[jax.Array]:
-    """Return by level the sums of x between every step and the middle of its block, over axis -2."""
+    """Return by level the sums of x, over axis -2, from every step to the middle of its block."""
     return reverse_rule(_all_to_middle, _all_to_middle_back)(x) if x.shape[-2] > 1 else []
 
 
