@@ -97,7 +97,7 @@ def cols(size: int, columns: int | None = None) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, (size, columns or size), 1)
 
 
-def _block(index: jax.Array, width: int) -> jax.Array:
+def block_of(index: jax.Array, width: int) -> jax.Array:
     """In which block of so many, a power of two. A shift: `//` would ask for the chip's name."""
     return lax.shift_right_logical(index, jnp.int32(width.bit_length() - 1))
 
@@ -183,8 +183,8 @@ class Shared:
         """Pull the cotangents of P, which is `pairs`, back to its factors and decays."""
         made = jnp.concatenate([self._masked(ct) for ct in cts], axis=0)
         size = right.shape[0]
-        d_lefts = self.num.dot(made, right)
-        d_right = self.num.dot(made, jnp.concatenate(lefts, axis=0), TN)
+        d_lefts = self.num.dot(made, right, exact=True)
+        d_right = self.num.dot(made, jnp.concatenate(lefts, axis=0), TN, exact=True)
         by_left = [d_lefts[n * size : (n + 1) * size] for n in range(len(lefts))]
         # The decay of step i is in the pairs with j < i <= t: sum over t, then over j.
         i, j = rows(size), cols(size)
@@ -258,7 +258,7 @@ def _broadcast_row(x: jax.Array, width: int, at: int) -> jax.Array:
     return made.reshape(size, channels)
 
 
-def _widths(size: int) -> list[int]:
+def widths(size: int) -> list[int]:
     return [1 << n for n in range(size.bit_length() - 1)]
 
 
@@ -276,13 +276,13 @@ class Channels(Shared):
         t, j = rows(size), cols(size)
         self.lower = t >= j
         self.met = [
-            (_block(t, 2 * w) == _block(j, 2 * w)) & (_block(t, w) > _block(j, w))
-            for w in _widths(size)
+            (block_of(t, 2 * w) == block_of(j, 2 * w)) & (block_of(t, w) > block_of(j, w))
+            for w in widths(size)
         ]
         upto, after = jnp.exp(g), jnp.ones_like(g)
         self.levels = []
         step = rows(*g.shape)
-        for width in _widths(size):
+        for width in widths(size):
             self.levels.append((upto, after))
             second = (step & width) > 0
             first_end = _broadcast_row(upto, 2 * width, width - 1)
@@ -324,7 +324,7 @@ class Channels(Shared):
         d_right = d_right + ends[0] * lefts[0]
         spans = jnp.zeros_like(right)
         i, t = rows(size), cols(size)
-        for width, met, (upto, after) in zip(_widths(size), self.met, self.levels, strict=True):
+        for width, met, (upto, after) in zip(widths(size), self.met, self.levels, strict=True):
             made = jnp.concatenate([jnp.where(met, ct, 0.0) for ct in cts], axis=0)
             back = self.num.dot(made, right * after)
             by_left = [upto * back[n * size : (n + 1) * size] for n in range(len(lefts))]
@@ -335,7 +335,7 @@ class Channels(Shared):
             change = right * by_right
             change = sum((x * d for x, d in zip(lefts, by_left, strict=True)), change)
             within = jnp.where((t & width) > 0, i <= t, i > t)
-            within = within & (_block(i, width) == _block(t, width))
+            within = within & (block_of(i, width) == block_of(t, width))
             spans = spans + self.num.dot(self.num.ones(within), change, exact=True)
             d_lefts = [d + own for d, own in zip(d_lefts, by_left, strict=True)]
             d_right = d_right + by_right
@@ -376,66 +376,3 @@ def decay_gradient(back: SpansBack, num: Numerics) -> jax.Array:
     band = (i <= step) & (step < i + size)
     both = jnp.concatenate([back.reads, back.writes], axis=0)
     return back.through + num.dot(num.ones(band), both, exact=True)
-
-
-def inverses(matrices: list[jax.Array], num: Numerics) -> list[jax.Array]:
-    """(I + N)^-1 for strictly lower triangular N [C, C], of all heads side by side.
-
-    Blocks of 8 steps by forward substitution, those of all heads and blocks in one sweep: row i of
-    block b of a head stands in row i, columns 8 b to 8 b + 7 of a [8, C] array. Larger ones from
-    their halves: inv [[A, 0], [N, B]] = [[A', 0], [-B' N A', B']]. No intermediate exceeds the
-    result and its factors, as powers of N would.
-    """
-    size, count = matrices[0].shape[0], len(matrices)
-    own = _block(cols(GROUP, size), GROUP)
-    packed = []
-    for n in matrices:
-        block = jnp.where(own == 0, n[:GROUP], 0.0)
-        for b in range(1, size // GROUP):
-            block = jnp.where(own == b, n[b * GROUP : (b + 1) * GROUP], block)
-        packed.append(block)
-    blocks = jnp.concatenate(packed, axis=0)  # [heads * 8, C]
-    i, j = rows(size), cols(size)
-    every = count * GROUP, size
-    place = (rows(*every) & (GROUP - 1)) == (cols(*every) & (GROUP - 1))
-    x = jnp.where(place, 1.0, 0.0)
-    x = x.astype(num.dtype).reshape(count, GROUP, size)
-    for step in range(GROUP - 1):
-        # Column `step` of every block, in all of its columns.
-        spread = num.ones((_block(i, GROUP) == _block(j, GROUP)) & ((i & (GROUP - 1)) == step))
-        column = num.dot(blocks, spread, exact=True).reshape(count, GROUP, size)
-        x = x - column * x[:, step : step + 1]
-    made = [
-        jnp.concatenate([jnp.where(own == b, y, 0.0) for b in range(size // GROUP)], axis=0)
-        for y in x
-    ]
-    for width in _widths(size)[3:]:  # of all heads at each, so that they wait for nothing
-        # What pairs of blocks exchange, the second rows of all pairs in one [width, C]: a pair has
-        # columns of its own.
-        pair = _block(cols(width, size), 2 * width)
-        left = (cols(width, size) & width) == 0
-        starts = range(width, size, 2 * width)
-        inner = []
-        for n, y in zip(matrices, made, strict=True):
-            links = [
-                jnp.where((pair == b) & left, n[at : at + width], 0.0)
-                for b, at in enumerate(starts)
-            ]
-            inner.append(num.dot(sum(links[1:], start=links[0]), y, exact=True))
-        corner = []
-        for z, y in zip(inner, made, strict=True):
-            second = [y[at : at + width] for at in starts]
-            corner.append(
-                num.dot(sum(second[1:], start=second[0]), _second_rows(z, pair), exact=True)
-            )
-        made = [y - _second_rows(z, pair) for y, z in zip(made, corner, strict=True)]
-    return made
-
-
-def _second_rows(x: jax.Array, pair: jax.Array) -> jax.Array:
-    """[width, C] -> [C, C]: the columns of every pair in its second rows, zero elsewhere."""
-    width, size = x.shape
-    parts = []
-    for b in range(size // (2 * width)):
-        parts += [jnp.zeros_like(x), jnp.where(pair == b, x, 0.0)]
-    return jnp.concatenate(parts, axis=0)

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _matrix_state
-from pallas_kernels._chunk import NT, TN, Numerics, Shared, cols, inverses, rows
+from pallas_kernels._chunk import NT, TN, Numerics, Shared, cols, rows
 from pallas_kernels._heads import in_step
+from pallas_kernels._inverse import inverses
 
 Inputs = dict[str, jax.Array]
 
@@ -52,7 +53,7 @@ def _forward(
     solved = _solved(num, decays, heads, states)
     read = [d.read(x["q"], state) for d, x, state in zip(decays, heads, states, strict=True)]
     outs = [
-        scale * (own + num.dot(scores, u))
+        scale * (own + num.dot(scores, u, exact=True))
         for own, (scores, _, _, _, u) in zip(read, solved, strict=True)
     ]
     left = [
@@ -90,18 +91,18 @@ def _pull(
     scores, overlaps, inverse, change, u = solved
     below = rows(q.shape[0]) > cols(q.shape[0])
     d_out = scale * d_out.astype(num.dtype)
-    du = num.dot(scores, d_out, TN)
+    du = num.dot(scores, d_out, TN, exact=True)
     yield
     du = du + d.write_back_values(k, ct, exact=True)
     yield
     dr = num.dot(inverse, du, TN, exact=True)
     yield
-    dn = jnp.where(below, -num.dot(dr, u, NT), 0.0)
+    dn = jnp.where(below, -num.dot(dr, u, NT, exact=True), 0.0)
     yield
     d_beta = jnp.sum(dr * change, axis=1, keepdims=True)
     d_beta = d_beta + jnp.sum(dn * overlaps, axis=1, keepdims=True)
     dv = beta * dr
-    d_scores = num.dot(d_out, u, NT)
+    d_scores = num.dot(d_out, u, NT, exact=True)
     yield
     cts, pairs = [d_scores, beta * dn], [scores, overlaps]
     [dq, dk_left], dk_right, spans = d.pairs_back(cts, [q, k], k, pairs)

@@ -10,7 +10,7 @@ cleared before the step.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -168,6 +168,7 @@ def decayed_products(
     return jax.tree.map(lambda p: p * factor, products)
 
 
+@jax.custom_jvp
 def _by_channel(
     lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], g: jax.Array
 ) -> list[list[jax.Array]]:
@@ -177,15 +178,31 @@ def _by_channel(
     j is in the first and t in the second half of the same block: the middle is such a step, and
     all pairs of that width are one matmul per block. Nothing is divided, no factor exceeds one,
     and no decay after t enters.
+    """
+    upto, after = _products(g)
+    return _pairs(
+        lefts,
+        rights,
+        [[x * decay for x in lefts] for decay in upto[:-1]],
+        [[x * decay for x in rights] for decay in after[:-1]],
+    )
 
-    JAX differentiates this function as it is. A rule by cumulative sums, in which pair (t, j) adds
-    to the sum at t and subtracts from the sum at j, is inaccurate. Pairs that do not contain a step
-    then cancel in its gradient up to rounding. Where the decay is strong, this rounding exceeds the
-    gradient.
+
+def _pairs(
+    lefts: Sequence[jax.Array],
+    rights: Sequence[jax.Array],
+    decayed_lefts: list[list[jax.Array]],
+    decayed_rights: list[list[jax.Array]],
+) -> list[list[jax.Array]]:
+    """Return the products of `decayed_products` of every left and right.
+
+    Args:
+      lefts, rights: the factors of the diagonal.
+      decayed_lefts: by level, lefts decayed from the start of their block of 2^level steps.
+      decayed_rights: by level, rights decayed to the end of their block.
     """
     size, channels = rights[0].shape[-2:]
     base = min(size, SUB)
-    upto, after = _products(g)
 
     def blocks(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-2], size // base, base, channels)
@@ -204,20 +221,86 @@ def _by_channel(
     for level, width in enumerate(_widths(1, base)):
         met = (rows // (2 * width) == columns // (2 * width)) & (rows // width > columns // width)
         pairs = product(
-            [blocks(x * upto[level]) for x in lefts], [blocks(x * after[level]) for x in rights]
+            [blocks(x) for x in decayed_lefts[level]], [blocks(x) for x in decayed_rights[level]]
         )
         made = jnp.where(met, pairs, made)
     # Above, only the pairs that meet.
     for width in _widths(base, size):
         level = width.bit_length() - 1
-        second = [_halves(x * upto[level], width)[1] for x in lefts]
-        corner = product(second, [_halves(x * after[level], width)[0] for x in rights])
+        second = [_halves(x, width)[1] for x in decayed_lefts[level]]
+        corner = product(second, [_halves(x, width)[0] for x in decayed_rights[level]])
         own = made.reshape(*corner.shape[:-4], 2, *corner.shape[-4:])
         first, last = own[..., 0, :, :, :, :], own[..., 1, :, :, :, :]
         top = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
         made = jnp.concatenate([top, jnp.concatenate([corner, last], axis=-1)], axis=-3)
     made = made.reshape(*made.shape[:-5], *made.shape[-4:])
     return [[made[..., n, :, m, :] for m in range(len(rights))] for n in range(len(lefts))]
+
+
+@_by_channel.defjvp
+def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
+    """Differentiate the products of every level by the decays that are in them.
+
+    Cumulative sums over the whole chunk are simpler: pair (t, j) adds to the sum at t and subtracts
+    from the sum at j. But then pairs that do not contain a step cancel in its gradient up to
+    rounding, and where the decay is strong this rounding exceeds the gradient.
+    """
+    (lefts, rights, g), (d_lefts, d_rights, dg) = primals, tangents
+    upto, after = (decays[:-1] for decays in _products(g))
+    made = _by_channel(lefts, rights, g)
+    sums = _sums_to_middle(dg)
+    by_left = _pairs(
+        d_lefts,
+        rights,
+        [
+            [(dx + x * dc) * decay for x, dx in zip(lefts, d_lefts, strict=True)]
+            for dc, decay in zip(sums, upto, strict=True)
+        ],
+        [[x * decay for x in rights] for decay in after],
+    )
+    by_right = _pairs(
+        lefts,
+        d_rights,
+        [[x * decay for x in lefts] for decay in upto],
+        [
+            [(dx + x * dc) * decay for x, dx in zip(rights, d_rights, strict=True)]
+            for dc, decay in zip(sums, after, strict=True)
+        ],
+    )
+    return made, jax.tree.map(jnp.add, by_left, by_right)
+
+
+def _within(width: int, unit: int) -> jax.Array:
+    """Return the steps i between a step t and the middle of its block of 2 * width: [unit, unit].
+
+    i <= t if t is in the second half, i > t if it is in the first.
+    """
+    t, i = order(unit)
+    return (t // width == i // width) & jnp.where(t & width > 0, i <= t, i > t)
+
+
+def _to_middle(x: jax.Array, width: int, transposed: bool) -> jax.Array:
+    size, channels = x.shape[-2:]
+    unit = max(2 * width, min(size, SUB))
+    blocks = x.reshape(*x.shape[:-2], size // unit, unit, channels)
+    within = _within(width, unit)
+    within = (within.T if transposed else within).astype(x.dtype)
+    within = jnp.broadcast_to(within, (*blocks.shape[:-2], unit, unit))  # see `_sums`
+    return matmul(within, blocks).reshape(x.shape)
+
+
+def _all_to_middle(x: jax.Array) -> list[jax.Array]:
+    return [_to_middle(x, width, False) for width in _widths(1, x.shape[-2])]
+
+
+def _all_to_middle_back(_: Any, cts: list[jax.Array]) -> list[jax.Array]:
+    back = [_to_middle(ct, 1 << level, True) for level, ct in enumerate(cts)]
+    return [functools.reduce(jnp.add, back)]
+
+
+def _sums_to_middle(x: jax.Array) -> list[jax.Array]:
+    """Return by level the sums of x, over axis -2, from every step to the middle of its block."""
+    return reverse_rule(_all_to_middle, _all_to_middle_back)(x) if x.shape[-2] > 1 else []
 
 
 def _widths(start: int, stop: int) -> list[int]:
