@@ -39,7 +39,13 @@ def linear_scan(
     of every order are again linear scans: nothing is stored but `decay` and the outputs.
 
     Args:
-      decay: [B, T, D], or [T, D] or [D] where it is shared; real or complex, in any range.
+      decay: [B, T, D], or [T, D] or [D] where it is shared; real or complex. Magnitudes up to 1
+        are safe in every form. "sequential" also takes larger ones, as long as the states are
+        finite. The other forms multiply decays of consecutive steps: up to T of them in
+        "associative", `chunk_size` in "chunked", the steps of one device with `sequence_axis`,
+        and a part of T in the kernel for GPU. Where such a product leaves the range of the
+        state's dtype (in float32: above 3e38, or below 1e-38 before growing decays), the result
+        may be NaN or lose a state, although the recurrence itself is finite.
       x: [B, T, D], real or complex.
       initial_state: [B, D], zeros if None; the final state of an earlier call.
       reset: [B, T] bool.
