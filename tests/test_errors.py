@@ -190,7 +190,8 @@ def test_tokens_outside_the_vocabulary(model, token):
         model.step(params, tokens[:, 2], model.initial_state(2))
     logits, _ = jax.jit(model.apply)(params, tokens)
     found = np.isnan(logits).reshape(2, -1)
-    assert found[0].any() and not found[1].any()
+    assert found[0].any()
+    assert not found[1].any()
 
 
 def test_masked_tokens_may_lie_outside_the_vocabulary():

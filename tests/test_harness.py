@@ -20,5 +20,6 @@ def test_the_largest_error_is_relative_to_its_own_leaf():
     expected = {"first": np.array([100.0, 1.0]), "last": np.array([1.0, 1.0])}
     actual = {"first": np.array([100.0, 1.5]), "last": np.array([1.0, 1.25])}
     worst, place = error(actual, expected)
-    assert worst == 0.25 and "last" in place
+    assert worst == 0.25
+    assert "last" in place
     assert_close(actual, expected, 0.25)

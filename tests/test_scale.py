@@ -84,5 +84,5 @@ def test_scale_multiplies_the_outputs(case, keywords, x64, strict, compiled_quic
 @pytest.mark.parametrize("scale", [1j, np.ones(3), True, "large"], ids=repr)
 def test_bad_scales(scale):
     one = jnp.ones((1, 3, 1, 2))
-    with pytest.raises(ValueError, match="^linear_attention: `scale` must be a real number"):
+    with pytest.raises(ValueError, match=r"^linear_attention: `scale` must be a real number"):
         seqjax.linear_attention(one, one, one, scale=scale)

@@ -29,7 +29,6 @@ class LSTM(Cell):
 
     Example:
       >>> import jax.numpy as jnp
-import numpy as np
       >>> cell = LSTM(dim=3)
       >>> params = dict.fromkeys(("W_i", "W_f", "W_g", "W_o"), jnp.eye(3))
       >>> cell(params, jnp.zeros((3, 2)), jnp.ones((4, 3))).shape

@@ -38,7 +38,6 @@ class SLSTM(Cell):
 
     Example:
       >>> import jax.numpy as jnp
-import numpy as np
       >>> cell = SLSTM(dim=3)
       >>> params = dict.fromkeys(("R_i", "R_f", "R_z", "R_o"), jnp.ones(3))
       >>> cell(params, jnp.zeros((3, 4)), jnp.ones((4, 3))).shape

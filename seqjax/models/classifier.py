@@ -120,11 +120,11 @@ class Classifier(Layer):
         }
 
     def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
-        if self.input_dim is None:
+        if self.vocab_size is not None:
             _checks.tokens(self, x, one_step)
             if one_step:  # `apply` checks the tokens that its mask leaves
                 _checks.in_vocabulary(self, x, self.vocab_size)
-        else:
+        elif self.input_dim is not None:
             _checks.features(self, x, self.input_dim, one_step)
         return jnp.dtype(self.dtype)
 
