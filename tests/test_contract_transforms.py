@@ -16,6 +16,7 @@ from tests.harness import (
     by_variant,
     cast,
     contract,
+    copied,
     keywords,
     make,
     runner,
@@ -243,6 +244,79 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
         for i in range(8):
             steps = slice(3 * i, 3 * i + 3)
             assert_close(got[0][name][:, steps], expected[0][name][:, steps], 1e-8)
+
+
+@by_variant(lambda case: case.split_axis)
+@pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
+def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64, strict):
+    """Values and gradients after a reset, of sequences with a past that is not finite."""
+    devices, length, where = 4, 12, 7  # the second step on the third device
+    inputs, state, reset = make(case, length=length)
+    before, after = slice(0, where), slice(where, length)
+    if case.reverse:
+        before, after = slice(length - where, length), slice(0, length - where)
+    reset[:] = False
+    reset[:, -1 - where if case.reverse else where] = True
+    spoiled = copied(case, inputs)
+    for name in case.timed + case.shared:
+        case.in_time(name, spoiled[name], before)[...] = poison
+    spoiled_state = jax.tree.map(lambda s: np.full_like(s, poison), state)
+    mesh = jax.make_mesh((devices,), ("time",), axis_types=(AxisType.Auto,))
+    specs = {
+        name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
+        for name in inputs
+    }
+    run = functools.partial(case.run, **keywords(algorithm))
+    split = jax.shard_map(
+        functools.partial(run, sequence_axis="time"),
+        mesh=mesh,
+        in_specs=(specs, P(), P(None, "time")),
+        out_specs=(P(None, "time"), P()),
+    )
+    shapes = jax.eval_shape(run, cast(inputs, "float64"), cast(state, "float64"), reset)
+    w_out, w_state = weights(shapes[0]), weights(shapes[1], 8)
+
+    def later(out):
+        return jax.tree.map(lambda y: y[:, after], out)
+
+    def loss(inputs, state):
+        out, final = split(inputs, state, reset)
+        return contract(later(out), later(w_out)) + contract(final, w_state), (later(out), final)
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    results = []
+    for data, start in ((inputs, state), (spoiled, spoiled_state)):
+        grads, out = gradient(cast(data, "float64"), cast(start, "float64"))
+        names = case.timed + case.shared
+        results.append((out, {name: case.in_time(name, grads[name], after) for name in names}))
+    assert_close(results[1], results[0], 1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_attention-channel", "delta_rule-channel", "generalized_delta_rule"]
+)
+@pytest.mark.parametrize(
+    ("length", "chunk_size"), [(4, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
+)
+def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
+    """Constants vary over the mesh as their tangents do, in the smallest chunk as well."""
+    [case] = [case for case in OPS if case.name == name]
+    inputs, state, reset = make(case, length=length)
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    run = functools.partial(case.run, **keywords("chunked", chunk_size))
+    split = jax.shard_map(
+        functools.partial(run, sequence_axis="time"),
+        mesh=jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(None, "time"), P(), P(None, "time")),
+        out_specs=(P(None, "time"), P()),
+    )
+    w = weights(jax.eval_shape(run, inputs, state, reset))
+
+    def loss(run, inputs, state):
+        return contract(run(inputs, state, reset), w)
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), static_argnums=0)
+    assert_close(gradient(split, inputs, state), gradient(run, inputs, state), 1e-11)
 
 
 @by_variant(every_kernel=False)

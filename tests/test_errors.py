@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import seqjax
+from seqjax.layers import LRU
+from seqjax.models import Backbone, Classifier, LanguageModel
 from tests.cases import OPS, ROWS
 from tests.harness import cast, make
 
@@ -167,3 +169,36 @@ def test_param_trees_agree(case):
     roles = {"weight", "bias", "norm", "embedding", "recurrence"}
     assert set(jax.tree.leaves(layer.param_roles())) <= roles
     assert hash(layer) == hash(layer)
+
+
+TOKENS = [
+    LanguageModel(5, Backbone(LRU(4))),
+    Classifier(3, Backbone(LRU(4)), vocab_size=5),
+]
+
+
+@pytest.mark.parametrize("model", TOKENS, ids=lambda model: type(model).__name__)
+@pytest.mark.parametrize("token", [-1, 5])
+def test_tokens_outside_the_vocabulary(model, token):
+    """Concrete tokens are checked; traced ones cannot be, and their logits are NaN."""
+    params = model.init(jax.random.key(0))
+    tokens = jnp.array([[0, 4, token], [1, 2, 3]])
+    message = rf"^{type(model).__name__}: tokens must be from 0 to vocab_size - 1 = 4, got {token};"
+    with pytest.raises(ValueError, match=message):
+        model.apply(params, tokens)
+    with pytest.raises(ValueError, match=message):
+        model.step(params, tokens[:, 2], model.initial_state(2))
+    logits, _ = jax.jit(model.apply)(params, tokens)
+    found = np.isnan(logits).reshape(2, -1)
+    assert found[0].any()
+    assert not found[1].any()
+
+
+def test_masked_tokens_may_lie_outside_the_vocabulary():
+    model = TOKENS[1]
+    params = model.init(jax.random.key(0))
+    tokens = jnp.array([[0, 4, -1], [1, 2, 3]])
+    logits, _ = model.apply(params, tokens, mask=tokens >= 0)
+    assert np.isfinite(logits).all()
+    with pytest.raises(ValueError, match="got -1"):
+        model.apply(params, tokens, mask=tokens < 4)

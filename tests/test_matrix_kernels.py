@@ -99,13 +99,6 @@ def test_what_the_kernel_cannot_do(change, message, x64):
     seqjax.linear_attention(**given)
 
 
-def test_the_kernel_wants_a_number_for_the_scale():
-    given = arrays("linear_attention", None, 1, 9, 2, 3, 2, "float32")
-    run = jax.jit(lambda s: seqjax.linear_attention(**given, scale=s, implementation="pallas"))
-    with pytest.raises(NotImplementedError, match="scale"):
-        run(0.5)
-
-
 def test_the_kernel_says_how_wide_it_can_be():
     given = arrays("linear_attention", None, 1, 9, 1, 300, 2, "float32")
     with pytest.raises(NotImplementedError, match="at most 256 numbers, these have 300"):

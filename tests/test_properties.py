@@ -1,6 +1,7 @@
 """Properties, on inputs nobody thought of."""
 
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
@@ -43,3 +44,20 @@ def test_linear_scan_with_any_decay_and_reset(seed, decay, reset, algorithm):
     )
     wide = {name: value.astype(np.float64) for name, value in inputs.items()}
     assert_close(got, op_oracles.linear_scan(wide, state.astype(np.float64), reset), 1e-5)
+
+
+def test_growing_decays_stay_exact_in_the_stated_range():
+    """Sequential: as long as states are finite. The others: as long as products of decays are."""
+    long, short = (jnp.zeros((1, length, 1)).at[0, -1].set(1.0) for length in (130, 30))
+    decay = jnp.full(1, 10.0)
+
+    def last(x, algorithm):
+        run = jax.value_and_grad(
+            lambda x: jnp.sum(seqjax.linear_scan(decay, x, algorithm=algorithm)[1])
+        )
+        value, gradient = run(x)
+        return float(value), float(gradient[0, -1, 0])
+
+    assert last(long, "sequential") == (1.0, 1.0)
+    for algorithm in ("associative", "chunked"):
+        assert last(short, algorithm) == (1.0, 1.0)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -98,6 +99,27 @@ def tokens(layer: object, x: jax.Array, one_step: bool) -> None:
         f"{name} must be integers, given {x.dtype.name}; convert with .astype(jnp.int32).",
     )
     _not_empty(layer, name, x)
+
+
+def in_vocabulary(layer: object, x: jax.Array, vocab_size: int, mask: Any = None) -> None:
+    """Raise if a token lies outside the vocabulary, for arrays whose values exist already.
+
+    Values of traced arrays, and of arrays on other processes, do not exist here. Tokens where
+    `mask` is False may have any value.
+    """
+    arrays = [x] if mask is None else [x, mask]
+    if any(isinstance(a, jax.core.Tracer) or not a.is_fully_addressable for a in arrays):
+        return
+    values, *masks = (np.asarray(a) for a in arrays)
+    bad = (values < 0) | (values >= vocab_size)
+    bad = bad & masks[0] if masks else bad
+    if bad.any():
+        require(
+            layer,
+            False,
+            f"tokens must be from 0 to vocab_size - 1 = {vocab_size - 1}, got {values[bad][0]};"
+            " check the tokenizer, or mask padding.",
+        )
 
 
 def reset(layer: object, value: jax.Array, wanted: tuple[int, ...]) -> None:

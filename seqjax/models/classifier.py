@@ -33,6 +33,10 @@ class Classifier(Layer):
     bidirectional one also wherever real positions end), so padding on either side leaves no trace.
     A sequence without any real position pools to zeros.
 
+    Tokens at real positions must be from 0 to vocab_size - 1. A call on concrete arrays raises
+    ValueError for any other token. Inside `jax.jit` and other transformations values cannot be
+    checked: a token outside the vocabulary turns the logits that it reaches into NaN.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from seqjax.layers import S5
@@ -118,9 +122,11 @@ class Classifier(Layer):
         }
 
     def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
-        if self.input_dim is None:
+        if self.vocab_size is not None:
             _checks.tokens(self, x, one_step)
-        else:
+            if one_step:  # `apply` checks the tokens that its mask leaves
+                _checks.in_vocabulary(self, x, self.vocab_size)
+        elif self.input_dim is not None:
             _checks.features(self, x, self.input_dim, one_step)
         return jnp.dtype(self.dtype)
 
@@ -157,6 +163,8 @@ class Classifier(Layer):
         if mask is not None:
             mask = jnp.asarray(mask)
             _checks.boolean(self, "mask", mask, x.shape[:2])
+        if self.vocab_size is not None:
+            _checks.in_vocabulary(self, x, self.vocab_size, mask)
         return self._apply(params, x, state, reset, sequence_axis, mask)
 
     def _apply(

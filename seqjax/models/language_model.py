@@ -21,7 +21,12 @@ class LanguageModel(Layer):
 
     The protocol of a layer, except that inputs are integer tokens, [B, T] for `apply` and [B] for
     `step`, and outputs are logits, [B, T, vocab_size] and [B, vocab_size], in float32 or better.
-    E starts normal with variance 1/dim. A token outside the vocabulary gives NaN.
+    E starts normal with variance 1/dim.
+
+    Tokens must be from 0 to vocab_size - 1. A call on concrete arrays raises ValueError for any
+    other token. Inside `jax.jit` and other transformations values cannot be checked: a token
+    outside the vocabulary, negative or too large, turns the logits of all steps that it reaches
+    into NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,6 +87,7 @@ class LanguageModel(Layer):
 
     def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
         _checks.tokens(self, x, one_step)
+        _checks.in_vocabulary(self, x, self.vocab_size)
         return jnp.dtype(self.dtype)
 
     def _apply(

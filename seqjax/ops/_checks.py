@@ -82,6 +82,22 @@ def check_positive(op: str, **given: int | None) -> None:
             raise ValueError(f"{op}: `{name}` must be a positive integer or None, got {value!r}.")
 
 
+def check_scale(op: str, scale: Any) -> jax.Array | None:
+    """Return `scale` as an array; refuse arrays with axes, and complex numbers."""
+    if scale is None:
+        return None
+    try:
+        array = jnp.asarray(scale)
+    except TypeError:
+        raise ValueError(f"{op}: `scale` must be a real number, got {scale!r}.") from None
+    if array.ndim or array.dtype == jnp.bool_ or jnp.iscomplexobj(array):
+        raise ValueError(
+            f"{op}: `scale` must be a real number or a real scalar array, got {array.dtype} of "
+            f"shape {list(array.shape)}; multiply `q` by such factors."
+        )
+    return array
+
+
 def as_arrays(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as jax arrays, by name."""
     return {name: None if a is None else jnp.asarray(a) for name, a in given.items()}

@@ -67,7 +67,8 @@ class Recurrence:
 class Plan:
     """The algorithm on CPU and on other backends, the caller's chunk size, and for the kernel.
 
-    `scale` is there where the kernel may run, which wants it when it is compiled.
+    `scale` is the default, K**-0.5, and None where the caller gives a scale. A given scale is an
+    operand: a static one would compile the op again for every new number.
     """
 
     on_cpu: str
@@ -142,17 +143,17 @@ def call(
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, _checks.state_dtype(*given.values()))
     chosen = choose(recurrence, sizes, given["log_decay"])
-    scale = sizes["K"] ** -0.5 if scale is None else scale
     use = _dispatch.kernel_use(
         op,
         algorithm,
         implementation,
         interpret,
-        lacking=_lacking(given, scale, interpret),
+        lacking=_lacking(given, interpret),
         faster=_dispatch.long_enough(sizes["T"]),  # most of a chunk would be empty
     )
-    fixed = None if use.never else float(scale)
-    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size, use, fixed)
+    scale = _checks.check_scale(op, scale)
+    default = sizes["K"] ** -0.5 if scale is None else None
+    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size, use, default)
     return _run(given, reset, scale, recurrence=recurrence, plan=plan, sequence_axis=sequence_axis)
 
 
@@ -160,21 +161,24 @@ def call(
 def _run(
     given: dict[str, jax.Array | None],
     reset: jax.Array | None,
-    scale: Any,
+    scale: jax.Array | None,
     *,
     recurrence: Recurrence,
     plan: Plan,
     sequence_axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     names = list(given)
-    *values, reset = _compat.match_varying(*given.values(), reset)
+    *values, reset, scale = _compat.match_varying(*given.values(), reset, scale)
     arrays = dict(zip(names, values, strict=True))
     state, out = _checks.state_dtype(*values), _checks.output_dtype(arrays["v"], *values)
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
+    scale = None if scale is None else scale.astype(jnp.finfo(state).dtype)
 
-    def xla(arrays: Any, log_decay: Any, S0: jax.Array, reset: Any) -> tuple[jax.Array, jax.Array]:
+    def xla(
+        arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
+    ) -> tuple[jax.Array, jax.Array]:
         arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
-        factor = jnp.asarray(scale if plan.scale is None else plan.scale, state)
+        factor = jnp.asarray(plan.scale if scale is None else scale, state)
         arrays["q"] = arrays["q"].astype(state) * factor
         if reset is not None:  # a cleared state is not read either
             for name in recurrence.reads:
@@ -212,7 +216,7 @@ def _run(
     run = _kernel.kernel_op(plan.use, xla, *_as_kernels(plan))
 
     def local(S0: jax.Array, v: jax.Array = arrays["v"]) -> tuple[jax.Array, jax.Array]:
-        return run(arrays | {"v": v}, log_decay, S0, reset)
+        return run(arrays | {"v": v}, log_decay, S0, reset, scale)
 
     if sequence_axis is None:
         return local(S0)
@@ -228,7 +232,7 @@ def _run(
     return _sequence.run_split(local, transition, S0, reset, sequence_axis, apply=apply)
 
 
-def _lacking(given: Mapping[str, Any], scale: Any, interpret: bool) -> str | None:
+def _lacking(given: Mapping[str, Any], interpret: bool) -> str | None:
     """What the kernels cannot do of this call."""
     dtypes = {x.dtype for x in given.values() if x is not None}
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
@@ -242,23 +246,29 @@ def _lacking(given: Mapping[str, Any], scale: Any, interpret: bool) -> str | Non
     widest = max(given["k"].shape[-1], given["v"].shape[-1])
     if widest > KERNEL_WIDTH:
         return f"takes keys and values of at most {KERNEL_WIDTH} numbers, these have {widest}"
-    if isinstance(scale, jax.Array):
-        return "takes its scale as a number that is known when it is compiled, not as an array"
     return None
 
 
 def _as_kernels(plan: Plan) -> tuple[Callable[..., Any], ...]:
     """The kernels as `_kernel.kernel_op` wants them: forward, backward and what is saved."""
-    shared = {"scale": plan.scale, "chunk_size": plan.chunk_size, "interpret": plan.use.interpret}
+    # A kernel is compiled with the default scale; a given one multiplies the queries before it.
+    shared = {
+        "scale": 1.0 if plan.scale is None else plan.scale,
+        "chunk_size": plan.chunk_size,
+        "interpret": plan.use.interpret,
+    }
 
-    def inputs(arrays: Any, log_decay: Any) -> tuple[Any, ...]:
-        return arrays["q"], arrays["k"], arrays["v"], arrays.get("beta"), log_decay
+    def inputs(arrays: Any, log_decay: Any, scale: Any) -> tuple[Any, ...]:
+        q = arrays["q"]
+        if scale is not None:
+            q = (q.astype(scale.dtype) * scale).astype(q.dtype)
+        return q, arrays["k"], arrays["v"], arrays.get("beta"), log_decay
 
     def forward(
-        kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, *, save: bool
+        kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
     ) -> Any:
         out, final, *states = kernels.forward(
-            *inputs(arrays, log_decay), S0, reset, states=save, **shared
+            *inputs(arrays, log_decay, scale), S0, reset, states=save, **shared
         )
         return (out, final), states
 
@@ -266,15 +276,24 @@ def _as_kernels(plan: Plan) -> tuple[Callable[..., Any], ...]:
         kernels: Any, args: Any, outputs: Any, kept: Any, cotangents: Any
     ) -> list[jax.Array]:
         del outputs
-        arrays, log_decay, _, reset = args
+        arrays, log_decay, _, reset, scale = args
         [states] = kept
-        found = kernels.backward(*inputs(arrays, log_decay), states, reset, *cotangents, **shared)
+        found = kernels.backward(
+            *inputs(arrays, log_decay, scale), states, reset, *cotangents, **shared
+        )
+        by_scale = []
+        if scale is not None:
+            q, d_scaled = arrays["q"], found["q"].astype(scale.dtype)
+            by_scale = [jnp.sum(d_scaled * q.astype(scale.dtype))]
+            found |= {"q": (d_scaled * scale).astype(q.dtype)}
         last = [] if log_decay is None else [found["log_decay"]]
-        return [*(found[name] for name in sorted(arrays)), *last, found["initial_state"]]
+        return [*(found[name] for name in sorted(arrays)), *last, found["initial_state"], *by_scale]
 
-    def saved(arrays: Any, log_decay: Any, S0: Any, reset: Any) -> list[jax.ShapeDtypeStruct]:
+    def saved(
+        arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any
+    ) -> list[jax.ShapeDtypeStruct]:
         del reset
-        steps = chunk_steps(*inputs(arrays, log_decay), wanted=plan.chunk_size)
+        steps = chunk_steps(*inputs(arrays, log_decay, scale), wanted=plan.chunk_size)
         count = -(-arrays["q"].shape[1] // steps)
         batch, *rest = S0.shape
         return [jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)]

@@ -16,7 +16,7 @@ def generalized_delta_rule(
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
     *,
-    scale: float | None = None,
+    scale: float | Array | None = None,
     reset: Reset | None = None,
     chunk_size: int | None = None,
     algorithm: str | None = None,
@@ -38,7 +38,8 @@ def generalized_delta_rule(
       v: [B, T, H, V].
       log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
       initial_state: [B, H, K, V], zeros if None.
-      scale: of the queries; K**-0.5 if None.
+      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
+        not recompile.
       reset: [B, T] bool.
       chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
         The backward pass keeps at most one state per chunk.

@@ -42,7 +42,13 @@ def linear_scan(
     of every order are again linear scans: nothing is stored but `decay` and the outputs.
 
     Args:
-      decay: [B, T, D], or [T, D] or [D] where it is shared; real or complex, in any range.
+      decay: [B, T, D], or [T, D] or [D] where it is shared; real or complex. Magnitudes up to 1
+        are safe in every form. "sequential" also takes larger ones, as long as the states are
+        finite. The other forms multiply decays of consecutive steps. "associative" multiplies up
+        to T of them, "chunked" up to `chunk_size`, `sequence_axis` those of one device, and the
+        kernel for GPU those of a part of T. These products must stay in the range of the state's
+        dtype, in float32 1e-38 to 3e38. Beyond it the result may be NaN, or a state may be lost,
+        although the recurrence is finite. Underflow is safe unless later decays grow again.
       x: [B, T, D], real or complex.
       initial_state: [B, D], zeros if None; the final state of an earlier call.
       reset: [B, T] bool.
