@@ -80,7 +80,10 @@ class ByteModel(nnx.Module):
         )
 
     def __call__(self, tokens, state=None, reset=None):
-        x = self.embed(tokens) * self.embed.features**0.5
+        # Collect the table before the lookup. Otherwise the lookup splits its features over `fsdp`,
+        # which the compiler can only move to the batch by copying all of them to every device.
+        table = jax.lax.with_sharding_constraint(self.embed.embedding[...], P())
+        x = table[tokens] * self.embed.features**0.5
         x = jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))  # stay where the batch is
         y, state = self.backbone(x, state, reset)
         return self.head(y), state
