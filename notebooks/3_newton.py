@@ -11,19 +11,26 @@
 # A linear recurrence parallelises because its steps compose. A classical RNN, h_t = tanh(W h_{t-1} + x_t), does not: the tanh stands in the way. But it can be *solved*, for all steps at once, as one big equation. This notebook does that by hand, finds out where it fails, and shows what rescues it.
 
 # %%
-# In Colab this cell installs seqjax; anywhere else it does nothing.
+# In Colab this cell installs seqjax; elsewhere it does nothing. Before you run it in Colab, put the
+# address of seqjax's git repository between the quotes of REPOSITORY. It is what you would give to
+# `git clone`, such as https://HOST/OWNER/seqjax.git. After a restart, run this cell again.
 import os
 import subprocess
 import sys
 
-REPOSITORY = ""  # @param {type:"string"}  address of seqjax's git repository
-if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("seqjax-checkout"):
-    if not REPOSITORY:
-        raise ValueError("fill in REPOSITORY, the address of seqjax's git repository")
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "seqjax-checkout"], check=True)
-    install = [sys.executable, "-m", "pip", "install", "-q", "./seqjax-checkout[flax,experiments]"]
-    subprocess.run(install, check=True)
-    sys.path.insert(0, "seqjax-checkout")
+REPOSITORY = ""  # @param {type:"string"}
+if "COLAB_RELEASE_TAG" in os.environ:
+    if not os.path.isdir("seqjax-checkout"):
+        if not REPOSITORY:
+            raise ValueError(
+                "REPOSITORY must be the address of seqjax's git repository, got an empty string; "
+                "fill it in at the top of this cell, as you would give it to `git clone`."
+            )
+        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "seqjax-checkout"], check=True)
+        packages = "./seqjax-checkout[flax,experiments]"
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", packages], check=True)
+    if "seqjax-checkout" not in sys.path:  # also after a restart of the kernel
+        sys.path.insert(0, "seqjax-checkout")
 
 # %%
 import jax

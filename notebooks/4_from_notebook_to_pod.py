@@ -11,19 +11,26 @@
 # A Flax NNX model with a seqjax backbone, trained on one device; the same lines on a mesh of eight; and the compiler's word on what it would take on a TPU slice that is not there. The eight devices are virtual: one CPU that pretends, which is slow and proves everything but speed.
 
 # %%
-# In Colab this cell installs seqjax; anywhere else it does nothing.
+# In Colab this cell installs seqjax; elsewhere it does nothing. Before you run it in Colab, put the
+# address of seqjax's git repository between the quotes of REPOSITORY. It is what you would give to
+# `git clone`, such as https://HOST/OWNER/seqjax.git. After a restart, run this cell again.
 import os
 import subprocess
 import sys
 
-REPOSITORY = ""  # @param {type:"string"}  address of seqjax's git repository
-if "COLAB_RELEASE_TAG" in os.environ and not os.path.isdir("seqjax-checkout"):
-    if not REPOSITORY:
-        raise ValueError("fill in REPOSITORY, the address of seqjax's git repository")
-    subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "seqjax-checkout"], check=True)
-    install = [sys.executable, "-m", "pip", "install", "-q", "./seqjax-checkout[flax,experiments]"]
-    subprocess.run(install, check=True)
-    sys.path.insert(0, "seqjax-checkout")
+REPOSITORY = ""  # @param {type:"string"}
+if "COLAB_RELEASE_TAG" in os.environ:
+    if not os.path.isdir("seqjax-checkout"):
+        if not REPOSITORY:
+            raise ValueError(
+                "REPOSITORY must be the address of seqjax's git repository, got an empty string; "
+                "fill it in at the top of this cell, as you would give it to `git clone`."
+            )
+        subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "seqjax-checkout"], check=True)
+        packages = "./seqjax-checkout[flax,experiments]"
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", packages], check=True)
+    if "seqjax-checkout" not in sys.path:  # also after a restart of the kernel
+        sys.path.insert(0, "seqjax-checkout")
 
 # %%
 import collections
@@ -73,7 +80,10 @@ class ByteModel(nnx.Module):
         )
 
     def __call__(self, tokens, state=None, reset=None):
-        x = self.embed(tokens) * self.embed.features**0.5
+        # Collect the table before the lookup. Otherwise the lookup splits its features over `fsdp`,
+        # which the compiler can only move to the batch by copying all of them to every device.
+        table = jax.lax.with_sharding_constraint(self.embed.embedding[...], P())
+        x = table[tokens] * self.embed.features**0.5
         x = jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))  # stay where the batch is
         y, state = self.backbone(x, state, reset)
         return self.head(y), state

@@ -1,9 +1,12 @@
 """The documentation: code in it runs, and the reference has every public name."""
 
 import dataclasses
+import importlib.util
 import inspect
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -69,6 +72,45 @@ def test_links_lead_somewhere(page):
     files = [link.split("#")[0] for link in links if "://" not in link and link[0] != "#"]
     missing = [link for link in files if not (ROOT / page).parent.joinpath(link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_lists_render_as_lists(page):
+    """Markdown makes a list of items only after an empty line; GitHub does without."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    assert not re.findall(r"^(?![-*#|>]|\s|\d+\. ).+\n[-*] .*", text, re.M)
+
+
+def test_images_lead_somewhere_outside_github():
+    """Images of the documentation are files under docs/, which mkdocs copies to the site."""
+    for page in PAGES:
+        if page == "README.md":
+            continue
+        for link in re.findall(r"!\[[^]]*\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+            image = (ROOT / page).parent.joinpath(link).resolve()
+            assert image.is_relative_to(ROOT / "docs"), f"{page}: {link}"
+            assert image.exists(), f"{page}: {link}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`")
+def test_the_site_renders(tmp_path):
+    """Lists are lists, examples are code, images are there."""
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
+    home = pages[tmp_path / "index.html"]
+    assert re.search(r"Every one of them</p>\s*<ul>\s*<li>", home)
+    assert 'href="wide.css"' in home
+    for path, text in pages.items():
+        prose = re.sub(r"<pre.*?</pre>", "", text, flags=re.S)
+        assert "&gt;&gt;&gt;" not in prose, path
+        assert "<blockquote>" not in prose, path  # what Markdown makes of ">>>"
+        for source in re.findall(r'<img[^>]* src="([^"]+)"', text):
+            assert source.startswith(("data:", "http")) or (path.parent / source).exists(), path
+    reference = "".join(text for path, text in pages.items() if "reference" in path.parts)
+    for name in ("Leaky", "Param((8,)", "Newton(window=32", "info.sequential_steps"):
+        assert re.search(rf"<pre[^>]*>(?:(?!</pre>).)*{re.escape(name)}", reference, re.S), name
 
 
 def test_there_is_code():

@@ -44,7 +44,7 @@ def test_installs_in_colab_and_nowhere_else(source, monkeypatch, tmp_path):
     exec(install, {})
     assert commands == []
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
-    with pytest.raises(ValueError, match="fill in REPOSITORY"):
+    with pytest.raises(ValueError, match="REPOSITORY must be the address"):
         exec(install, {})
     exec(install.replace('REPOSITORY = ""', 'REPOSITORY = "address"'), {})
     clone, pip = commands
@@ -52,6 +52,13 @@ def test_installs_in_colab_and_nowhere_else(source, monkeypatch, tmp_path):
     assert "address" in clone
     assert pip[:4] == [sys.executable, "-m", "pip", "install"]
     assert sys.path[0] == clone[-1]
+    # After a restart of the kernel the checkout is there, and the path is not.
+    (tmp_path / clone[-1]).mkdir()
+    sys.path.remove(clone[-1])
+    exec(install, {})
+    exec(install, {})
+    assert len(commands) == 2
+    assert sys.path.count(clone[-1]) == 1
 
 
 @pytest.mark.parametrize(
@@ -79,3 +86,4 @@ def test_runs(source, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "rematerialization" not in done.stderr  # XLA copies an array to all devices

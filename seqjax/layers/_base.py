@@ -42,11 +42,12 @@ class Param:
         least, whatever the dtype of the other parameters.
       initializer: (key, shape, dtype) -> array, as those of `jax.nn.initializers` are.
 
-    >>> import jax
-    >>> from seqjax.layers import Param
-    >>> decay = Param((8,), ("state",), "recurrence", jax.nn.initializers.ones)
-    >>> print(decay.init(jax.random.key(0), jax.numpy.bfloat16).dtype)
-    float32
+    Example:
+      >>> import jax
+      >>> from seqjax.layers import Param
+      >>> decay = Param((8,), ("state",), "recurrence", jax.nn.initializers.ones)
+      >>> print(decay.init(jax.random.key(0), jax.numpy.bfloat16).dtype)
+      float32
     """
 
     shape: tuple[int, ...]
@@ -73,29 +74,30 @@ class Layer(abc.ABC):
     that dtype; states, recurrence parameters and statistics are float32 (complex64), or float64
     (complex128) when `x` is float64.
 
-    >>> import dataclasses, jax, seqjax
-    >>> import jax.numpy as jnp
-    >>> @dataclasses.dataclass(frozen=True)
-    ... class Leaky(seqjax.layers.Layer):
-    ...     dim: int
-    ...
-    ...     def _params(self):
-    ...         zeros = jax.nn.initializers.zeros
-    ...         return {"keep": seqjax.layers.Param((self.dim,), ("embed",), "recurrence", zeros)}
-    ...
-    ...     def _initial_state(self, batch_size, dtype):
-    ...         return jnp.zeros((batch_size, self.dim), dtype)
-    ...
-    ...     def _apply(self, params, x, state, reset, sequence_axis=None):
-    ...         decay = jax.nn.sigmoid(params["keep"])
-    ...         y, state = seqjax.linear_scan(
-    ...             decay, (1 - decay) * x, state, reset=reset, sequence_axis=sequence_axis
-    ...         )
-    ...         return y.astype(x.dtype), state
-    >>> layer = Leaky(dim=2)
-    >>> y, state = layer.apply(layer.init(jax.random.key(0)), jnp.ones((1, 3, 2)))
-    >>> print(y[0, :, 0])
-    [0.5   0.75  0.875]
+    Example:
+      >>> import dataclasses, jax, seqjax
+      >>> import jax.numpy as jnp
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Leaky(seqjax.layers.Layer):
+      ...     dim: int
+      ...
+      ...     def _params(self):
+      ...         zeros = jax.nn.initializers.zeros
+      ...         return {"keep": seqjax.layers.Param((self.dim,), ("embed",), "recurrence", zeros)}
+      ...
+      ...     def _initial_state(self, batch_size, dtype):
+      ...         return jnp.zeros((batch_size, self.dim), dtype)
+      ...
+      ...     def _apply(self, params, x, state, reset, sequence_axis=None):
+      ...         decay = jax.nn.sigmoid(params["keep"])
+      ...         y, state = seqjax.linear_scan(
+      ...             decay, (1 - decay) * x, state, reset=reset, sequence_axis=sequence_axis
+      ...         )
+      ...         return y.astype(x.dtype), state
+      >>> layer = Leaky(dim=2)
+      >>> y, state = layer.apply(layer.init(jax.random.key(0)), jnp.ones((1, 3, 2)))
+      >>> print(y[0, :, 0])
+      [0.5   0.75  0.875]
     """
 
     dim: int  # features per position of the input and of the output

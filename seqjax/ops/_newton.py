@@ -52,15 +52,16 @@ class Newton:
     Raises:
       ValueError: a field is out of range, as soon as it is given.
 
-    >>> import jax.numpy as jnp
-    >>> import seqjax
-    >>> def cell(w, h, x):
-    ...     return jnp.tanh(w * h + x)
-    >>> solver = seqjax.Newton(window=32, max_iterations=8)
-    >>> w, xs, h0 = jnp.full(3, 0.9), jnp.ones((2, 100, 3)), jnp.zeros((2, 3))
-    >>> _, _, info = seqjax.nonlinear_scan(cell, w, xs, h0, solver=solver, algorithm="newton")
-    >>> print(info.converged)
-    [ True  True]
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import seqjax
+      >>> def cell(w, h, x):
+      ...     return jnp.tanh(w * h + x)
+      >>> solver = seqjax.Newton(window=32, max_iterations=8)
+      >>> w, xs, h0 = jnp.full(3, 0.9), jnp.ones((2, 100, 3)), jnp.zeros((2, 3))
+      >>> _, _, info = seqjax.nonlinear_scan(cell, w, xs, h0, solver=solver, algorithm="newton")
+      >>> print(info.converged)
+      [ True  True]
     """
 
     tol: float | None = None
@@ -97,14 +98,15 @@ class SolveInfo(NamedTuple):
       converged: whether every state met the tolerance in what is returned.
       sequential_steps: states that had to be computed one after the other.
 
-    >>> import jax.numpy as jnp
-    >>> import seqjax
-    >>> def cell(w, h, x):
-    ...     return jnp.tanh(w * h + x)
-    >>> w, xs, h0 = jnp.full(3, 0.9), jnp.ones((2, 100, 3)), jnp.zeros((2, 3))
-    >>> _, _, info = seqjax.nonlinear_scan(cell, w, xs, h0, algorithm="sequential")
-    >>> print(info.iterations.max(), info.residual.max(), info.sequential_steps.max())
-    0 0.0 100
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import seqjax
+      >>> def cell(w, h, x):
+      ...     return jnp.tanh(w * h + x)
+      >>> w, xs, h0 = jnp.full(3, 0.9), jnp.ones((2, 100, 3)), jnp.zeros((2, 3))
+      >>> _, _, info = seqjax.nonlinear_scan(cell, w, xs, h0, algorithm="sequential")
+      >>> print(info.iterations.max(), info.residual.max(), info.sequential_steps.max())
+      0 0.0 100
     """
 
     iterations: jax.Array
