@@ -13,8 +13,6 @@ from seqjax.layers import _checks
 Role = Literal["weight", "bias", "norm", "embedding", "recurrence"]
 Params = dict[str, Any]
 State = Any
-# Default of a field that `__post_init__` works out from the others: never None from then on.
-DERIVED: Any = None
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 

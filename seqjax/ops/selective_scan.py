@@ -242,7 +242,11 @@ def _xla(
         decay, write = factors(x, dt, B, A_t)  # [B, chunk, N, D]
         flat = (*x.shape[:2], -1)
         hs, last = recurrence(
-            decay.reshape(flat), write.reshape(flat), h.reshape(h.shape[0], -1), cut, out_dtype=state
+            decay.reshape(flat),
+            write.reshape(flat),
+            h.reshape(h.shape[0], -1),
+            cut,
+            out_dtype=state,
         )
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
