@@ -180,6 +180,6 @@ class RNN(Layer):
         Raises:
           ValueError: an argument has the wrong structure, shape or dtype.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(self, "x", x)
         state, reset = self._check_call(params, x, state, reset, one_step=False)
         return self._solve(params, x, state, reset)[2]
