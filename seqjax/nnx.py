@@ -73,7 +73,8 @@ class Recurrent(nnx.Module):
             `nnx.Sequential` requires.
 
         Raises:
-          ValueError: `layer` or `rngs` has the wrong type, or a mesh is set on which an axis has no place.
+          ValueError: `layer` or `rngs` has the wrong type, or a mesh is set on which an axis has
+            no place.
         """
         if not isinstance(layer, Layer):
             raise ValueError(

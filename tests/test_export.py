@@ -1,4 +1,4 @@
-"""Contract: `jax.export` with symbolic sizes, for platforms that are not there."""
+"""Contract: `jax.export` with symbolic sizes, for platforms other than the host's."""
 
 import functools
 

@@ -183,7 +183,8 @@ def _check_elems(op: str, elems: PyTree) -> tuple[int, int]:
 
 def _check_state(op: str, state: PyTree, elems: PyTree) -> PyTree:
     state = jax.tree.map(jnp.asarray, state)
-    if jax.tree.structure(state) != jax.tree.structure(elems):
+    wanted_tree: PyTree = jax.tree.structure(elems)
+    if wanted_tree != jax.tree.structure(state):
         raise ValueError(
             f"{op}: `initial_state` must have the structure of `elems`,"
             f" {_checks.describe_tree(elems)}, got {_checks.describe_tree(state)}."

@@ -1,7 +1,6 @@
 """Nonlinear RNNs: h_t = f(h_{t-1}, x_t) for all t, solved in parallel by Newton or stepped."""
 
 import functools
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _cell_kernel, _checks, _compat, _dispatch, _newton, _sequence, _structure
+from seqjax.ops import (
+    _cell_checks,
+    _cell_kernel,
+    _checks,
+    _compat,
+    _dispatch,
+    _newton,
+    _sequence,
+    _structure,
+)
 from seqjax.ops._affine_scan import correction
 from seqjax.ops._implicit import derivatives
 from seqjax.ops._newton import Newton, SolveInfo
@@ -93,16 +101,16 @@ def nonlinear_scan(
       ((1, 100, 4), True, True)
     """
     op = "nonlinear_scan"
-    _check_cell(op, cell, params, initial_state, xs)
+    _cell_checks.check_signature(op, cell, params, initial_state, xs)
     _checks.check_sequence_axis(op, sequence_axis)
     if initial_state is None:
         raise ValueError(
-            f"{op}: `initial_state` must have shape [B, D] or [B, D, k], got None; start from zeros,"
-            " such as cell.initial_state(batch_size)."
+            f"{op}: `initial_state` must have shape [B, D] or [B, D, k], got None; start from"
+            " zeros, such as cell.initial_state(batch_size)."
         )
     params, xs, h0 = jax.tree.map(jnp.asarray, (params, xs, initial_state))
     batch, length, state = _check_arrays(op, params, xs, h0)
-    _check_cell_arrays(op, cell, params, xs)
+    _cell_checks.check_arrays(op, cell, params, xs)
     reset = _checks.check_reset(op, reset, batch, length)
     algorithm = _dispatch.resolve(
         op, algorithm, implementation, algorithms=("newton", "sequential"), length=length
@@ -350,39 +358,6 @@ def _report(info: SolveInfo, on_failure: str) -> None:
 def _widened(x: Array, dtype: Any) -> Array:
     """Floating-point numbers in the dtype of the state: residuals are never rounded to 8 bits."""
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-
-
-def _check_cell(op: str, cell: Any, *arguments: Any) -> None:
-    """Raise unless `cell` can be called with (params, h, x)."""
-    text = f"{op}: `cell` must be a function of (params, h, x) or a seqjax.cells cell, got"
-    if isinstance(cell, type) or not callable(cell):
-        name = f"the class {cell.__name__}" if isinstance(cell, type) else type(cell).__name__
-        raise ValueError(f"{text} {name}; make one, e.g. seqjax.cells.GRU(dim=4).")
-    try:
-        signature = inspect.signature(cell)
-    except ValueError:  # a builtin without one
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError:
-        raise ValueError(f"{text} one of {signature}; take three arguments.") from None
-
-
-def _check_cell_arrays(op: str, cell: Any, params: PyTree, xs: PyTree) -> None:
-    """Raise unless the arrays fit a `seqjax.cells` cell, which declares what it takes."""
-    names, gates = getattr(cell, "recurrent", None), getattr(cell, "gates", None)
-    if names is None or gates is None:
-        return
-    if not isinstance(params, dict) or not set(names) <= set(params):
-        raise ValueError(
-            f"{op}: `params` must be a dict with the entries {sorted(names)}, as"
-            f" {type(cell).__name__} declares them, got {_checks.describe_tree(params)}."
-        )
-    if isinstance(xs, jax.Array) and xs.ndim == 4 and xs.shape[2] != gates:
-        raise ValueError(
-            f"{op}: `xs` must have shape [B, T, {gates}, D], with the gates of"
-            f" {type(cell).__name__}, got {list(xs.shape)}."
-        )
 
 
 def _check_arrays(op: str, params: PyTree, xs: PyTree, h0: Array) -> tuple[int, int, Any]:
