@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 
@@ -22,8 +21,7 @@ def train_flops(model: models.LanguageModel, batch_size: int, length: int) -> in
     weights = sum(2 * size for size in _used_as_weights(model))
     if model.tie_embeddings:
         weights += 2 * model.vocab_size * model.dim
-    mixers: Any = model.backbone.mixers
-    states = sum(state_flops(mixer) for mixer in mixers)
+    states = sum(state_flops(mixer) for mixer in model.backbone.layers)
     return 3 * batch_size * length * (weights + states)
 
 
@@ -49,20 +47,20 @@ def state_flops(layer: Layer) -> int:
     """Operations on a layer's state, for one position."""
     match layer:
         case layers.DeltaNet():  # k S, the write, q S, and the decay
-            size = layer.heads * layer.head_dim * layer.value_dim
+            size = layer.heads * layer.key_dim * layer.value_dim
             return (7 if layer.gated else 6) * size
         case layers.GateLoop():  # complex: decay 6, write 8, read 8
-            return 22 * layer.heads * layer.head_dim**2
+            return 22 * layer.heads * layer.key_dim**2
         case layers.Mamba():  # exp(dt A) 2, dt B x 2, decay and add 2, C h 2
             return 8 * layer.expand * layer.dim * layer.state_dim
         case layers.LRU():  # one complex product and sum
-            return 8 * layer.state_dim
+            return 8 * layer.states
         case layers.S5():
-            return 8 * (layer.state_dim // 2) * (2 if layer.bidirectional else 1)
+            return 8 * (layer.states // 2) * (2 if layer.bidirectional else 1)
         case layers.SlidingWindowAttention():  # scores and their sum
-            return 4 * layer.window * layer.heads * layer.head_dim
+            return 4 * layer.window * layer.heads * layer.key_dim
         case layers.RNN():  # products with diagonal weights and gates; matrices count as weights
-            return 8 * layer.cell.gates * layer.state_dim
+            return 8 * layer.cell.gates * layer.states
     raise NotImplementedError(
         f"{type(layer).__name__}: no count of its operations; add a case to state_flops."
     )

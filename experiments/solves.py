@@ -82,7 +82,7 @@ def solve_infos(
       `{name of the block: SolveInfo}` for the blocks whose mixer is solved by Newton.
     """
     backbone = model.backbone
-    mixers = tuple(Watched(mixer) for mixer in backbone.mixers)
+    mixers = tuple(Watched(mixer) for mixer in backbone.layers)
     watched = dataclasses.replace(model, backbone=dataclasses.replace(backbone, mixers=mixers))
     _, states = watched.apply(params, x, reset=reset)
     infos = {f"block_{i}": info for i, (_, info) in enumerate(states)}
@@ -95,7 +95,7 @@ def make_report(model: Any) -> Report | None:
     None if nothing in the model is solved by Newton. `newton_iterations` is the largest number
     over sequences and blocks, `newton_unconverged` how many solves had not converged.
     """
-    if not any(map(by_newton, model.backbone.mixers)):
+    if not any(map(by_newton, model.backbone.layers)):
         return None
 
     @jax.jit

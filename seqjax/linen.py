@@ -46,11 +46,14 @@ class Recurrent(nn.Module):
       layer: any of `seqjax.layers` or `seqjax.models`, or one of your own.
       param_dtype: dtype of the parameters; those of a recurrence are at least float32.
       partitioned: whether parameters carry their logical axes.
+      return_state: whether a call returns `(y, state)`; with False it returns y alone, as
+        `linen.Sequential` requires.
     """
 
     layer: Layer
     param_dtype: Any = jnp.float32
     partitioned: bool = True
+    return_state: bool = True
 
     def setup(self) -> None:
         """Declares the parameters, drawn together as the layer's `init` draws them."""
@@ -76,7 +79,7 @@ class Recurrent(nn.Module):
 
     def __call__(
         self, x: jax.Array, state: Any = None, reset: jax.Array | None = None, **options: Any
-    ) -> tuple[jax.Array, Any]:
+    ) -> Any:
         """Runs the layer over whole sequences; see `seqjax.layers.Layer.apply`.
 
         Args:
@@ -86,13 +89,14 @@ class Recurrent(nn.Module):
           **options: what else the layer's `apply` takes by name, such as a classifier's mask.
 
         Returns:
-          `(y, state)`.
+          `(y, state)`, or y alone with `return_state=False`.
 
         Raises:
           ValueError: an argument has the wrong structure, shape or dtype.
           NotImplementedError: `state` is given to a layer that is not causal.
         """
-        return self.layer.apply(self._arrays(), x, state, reset, **options)
+        y, state = self.layer.apply(self._arrays(), x, state, reset, **options)
+        return (y, state) if self.return_state else y
 
     def step(
         self, x_t: jax.Array, state: Any, reset: jax.Array | None = None

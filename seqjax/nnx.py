@@ -48,6 +48,7 @@ class Recurrent(nnx.Module):
 
     Attributes:
       layer: the layer.
+      return_state: whether a call returns the state.
       params: its parameters: the tree that `layer.init` makes, of `nnx.Param`.
     """
 
@@ -58,6 +59,7 @@ class Recurrent(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         sharding_rules: Rules | None = None,
+        return_state: bool = True,
     ) -> None:
         """Draws the parameters with the key that ``rngs.params()`` gives.
 
@@ -67,16 +69,25 @@ class Recurrent(nnx.Module):
           param_dtype: dtype of the parameters; those of a recurrence are at least float32.
           sharding_rules: logical axis -> mesh axis; those not named are not split, and where two
             axes of a parameter go to the same mesh axis, the first is. None leaves it to Flax.
+          return_state: whether a call returns `(y, state)`; with False it returns y alone, as
+            `nnx.Sequential` requires.
 
         Raises:
-          ValueError: `layer` is none, or a mesh is set on which an axis has no place.
+          ValueError: `layer` or `rngs` has the wrong type, or a mesh is set on which an axis has
+            no place.
         """
         if not isinstance(layer, Layer):
             raise ValueError(
                 f"Recurrent: layer must be a seqjax layer or model, given {layer!r}; make one, e.g."
                 " seqjax.layers.DeltaNet(dim=256, heads=4)."
             )
+        if not isinstance(rngs, nnx.Rngs):
+            raise ValueError(
+                f"Recurrent: `rngs` must be an nnx.Rngs, got {type(rngs).__name__}; pass"
+                " rngs=nnx.Rngs(0)."
+            )
         self.layer = layer
+        self.return_state = return_state
         rules = None if sharding_rules is None else dict(sharding_rules)
         # Flax refuses names of axes without a mesh, unless it is told that they wait for one.
         eager = nnx.using_eager_sharding() and not jax.sharding.get_abstract_mesh().empty
@@ -99,7 +110,7 @@ class Recurrent(nnx.Module):
 
     def __call__(
         self, x: jax.Array, state: Any = None, reset: jax.Array | None = None, **options: Any
-    ) -> tuple[jax.Array, Any]:
+    ) -> Any:
         """Runs the layer over whole sequences; see `seqjax.layers.Layer.apply`.
 
         Args:
@@ -109,13 +120,14 @@ class Recurrent(nnx.Module):
           **options: what else the layer's `apply` takes by name, such as a classifier's mask.
 
         Returns:
-          `(y, state)`.
+          `(y, state)`, or y alone with `return_state=False`.
 
         Raises:
           ValueError: an argument has the wrong structure, shape or dtype.
           NotImplementedError: `state` is given to a layer that is not causal.
         """
-        return self.layer.apply(self._arrays(), x, state, reset, **options)
+        y, state = self.layer.apply(self._arrays(), x, state, reset, **options)
+        return (y, state) if self.return_state else y
 
     def step(
         self, x_t: jax.Array, state: Any, reset: jax.Array | None = None

@@ -82,7 +82,7 @@ def s5(layer, params, x, reset=None):
 def gateloop(layer, params, x, reset=None):
     """S = diag(a) S + k v^T with a = sigmoid(m) exp(i phase) from x (arXiv 2311.01927)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    heads, size = layer.heads, layer.head_dim
+    heads, size = layer.heads, layer.key_dim
     y = np.zeros_like(x)
     for b in range(x.shape[0]):
         memory = np.zeros((heads, size, size), complex)
@@ -133,7 +133,7 @@ def mamba(layer, params, x, reset=None):
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
     u = short_conv(_Conv(layer.conv_size, bias=True), p["conv"], x @ p["in_proj"], reset)
     A = -np.exp(p["A_log"])
-    rank, states = layer.dt_rank, layer.state_dim
+    rank, states = layer.rank, layer.state_dim
     y = np.zeros_like(x)
     for b in range(x.shape[0]):
         h = np.zeros(A.shape)
@@ -156,7 +156,7 @@ def mamba(layer, params, x, reset=None):
 def deltanet(layer, params, x, reset=None):
     """S = (I - beta k k^T) alpha S + beta k v^T (arXiv 2406.06484, 2412.06464, 2411.12537)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    heads, size = layer.heads, layer.head_dim
+    heads, size = layer.heads, layer.key_dim
     q, k, v = (
         short_conv(
             _Conv(layer.conv_size, bias=False), p[f"{name}_conv"], x @ p[f"{name}_proj"], reset
@@ -185,7 +185,7 @@ def deltanet(layer, params, x, reset=None):
                 o = memory[h].T @ q_h / np.sqrt(size)
                 out[h] = o / np.sqrt(np.mean(o * o) + 1e-6) * p["norm"]
             flat = out.reshape(-1)
-            if layer.output_gate:
+            if layer.gates_output:
                 flat = flat * _silu(x_t @ p["gate_proj"])
             y[b, t] = flat @ p["out_proj"]
     return y
@@ -194,7 +194,7 @@ def deltanet(layer, params, x, reset=None):
 def sliding_window_attention(layer, params, x, reset=None):
     """Softmax over the last `window` positions, rotary by absolute position (arXiv 2104.09864)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    heads, size = layer.heads, layer.head_dim
+    heads, size = layer.heads, layer.key_dim
     frequency = layer.rope_base ** (-2.0 * np.arange(size // 2) / size)
 
     def rotate(z, t):

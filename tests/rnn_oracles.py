@@ -96,7 +96,7 @@ def _loop(name, layer, params, x, reset=None):
     x = np.asarray(x, np.float64)
     batch, length, _ = x.shape
     reset = np.zeros((batch, length), bool) if reset is None else np.asarray(reset, bool)
-    size = layer.state_dim
+    size = layer.states
     y = np.zeros_like(x)
     for b in range(batch):
         state = [np.zeros(size)] * width

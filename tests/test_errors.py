@@ -202,3 +202,88 @@ def test_masked_tokens_may_lie_outside_the_vocabulary():
     assert np.isfinite(logits).all()
     with pytest.raises(ValueError, match="got -1"):
         model.apply(params, tokens, mask=tokens < 4)
+
+
+LAYER = seqjax.layers.LRU(4)
+MODEL = seqjax.models.LanguageModel(7, seqjax.models.Backbone(LAYER))
+CLASSIFIER = seqjax.models.Classifier(3, seqjax.models.Backbone(LAYER), input_dim=4)
+
+
+@pytest.mark.parametrize("layer", [LAYER, MODEL, CLASSIFIER], ids=lambda x: type(x).__name__)
+def test_layers_name_mistaken_arguments(layer):
+    name, params, x = type(layer).__name__, layer.init(jax.random.key(0)), jnp.ones((2, 5, 4))
+    with pytest.raises(
+        ValueError, match=rf"^{name}: `x` must be an array, got a dict; .*\(params, x"
+    ):
+        layer.apply(x, params)
+    with pytest.raises(ValueError, match=rf"^{name}: `x_t` must be an array, got a dict"):
+        layer.step(x[:, 0], params, layer.initial_state(2))
+    for wrong in (None, "text"):
+        with pytest.raises(ValueError, match=rf"^{name}: `x` must be an array, got"):
+            layer.apply(params, wrong)
+    with pytest.raises(
+        ValueError, match=rf"^{name}: `sequence_axis` must be a mesh axis .*got 'T'; call it inside"
+    ):
+        layer.apply(params, x, sequence_axis="T")
+    for wrong in (0, jnp.zeros(3), jax.random.split(jax.random.key(0))):
+        with pytest.raises(ValueError, match=rf"^{name}: `key` must be .*jax.random.key\(0\)"):
+            layer.init(wrong)
+    layer.init(np.asarray(jax.random.PRNGKey(0)))
+
+
+def test_states_of_another_layer_are_described():
+    conv, mamba = seqjax.layers.ShortConv(4), seqjax.layers.Mamba(4)
+    x, state = jnp.ones((2, 5, 4)), mamba.initial_state(2)
+    cases = [
+        (conv, state, r"ShortConv: state must be an array, given a dict .*'conv', 'ssm'"),
+        (
+            mamba,
+            x,
+            r"Mamba: state must be a dict with the entries \['conv', 'ssm'\], given an array",
+        ),
+        (
+            mamba,
+            {"conv": (), "ssm": x},
+            r"Mamba: state\['conv'\] must be an array, given a tuple of 0",
+        ),
+        (mamba, mamba.initial_state(3), r"state\['conv'\] must be float32 of shape \[2, "),
+        (
+            seqjax.models.Backbone(mamba),
+            [state],
+            "Backbone: state must be a tuple of 1, given a list",
+        ),
+    ]
+    for layer, wrong, message in cases:
+        with pytest.raises(ValueError, match=message) as raised:
+            layer.apply(layer.init(jax.random.key(0)), x, wrong)
+        assert "PyTreeDef" not in str(raised.value)
+
+
+@pytest.mark.parametrize("case", BY_OP.values(), ids=str)
+def test_ops_name_an_unbound_sequence_axis(case):
+    name = str(case).split("-")[0]
+    for wrong in ("T", 1):
+        with pytest.raises(ValueError, match=rf"^{name}: `sequence_axis` must be a mesh axis"):
+            case.run(*op_arguments(case), sequence_axis=wrong)
+
+
+@pytest.mark.parametrize("name", sorted(set(BY_OP) - TREES))
+def test_missing_arrays_are_named(name):
+    inputs, state, reset = op_arguments(BY_OP[name])
+    for argument in set(inputs) - {"log_decay", "D"}:
+        with pytest.raises(ValueError, match=rf"^{name}: `{argument}` must have shape .*got None"):
+            BY_OP[name].run(inputs | {argument: None}, state, reset)
+
+
+def test_nonlinear_scan_names_a_wrong_cell():
+    xs, h0, cell = jnp.ones((2, 5, 3, 4)), jnp.ones((2, 4)), seqjax.cells.GRU(4)
+    for wrong in (lambda h, x: h, seqjax.cells.GRU, seqjax.layers.GRU(4), 3):
+        with pytest.raises(ValueError, match=r"^nonlinear_scan: `cell` must be a function of"):
+            seqjax.nonlinear_scan(wrong, {}, xs, h0)
+    with pytest.raises(ValueError, match=r"^nonlinear_scan: `params` must be a dict .*'W_n'"):
+        seqjax.nonlinear_scan(cell, {}, xs, h0)
+    params = dict.fromkeys(cell.recurrent, jnp.ones((4, 4)))
+    with pytest.raises(ValueError, match=r"^nonlinear_scan: `xs` must have shape \[B, T, 3, D\]"):
+        seqjax.nonlinear_scan(cell, params, xs[:, :, :2], h0)
+    with pytest.raises(ValueError, match=r"^nonlinear_scan: `initial_state` .*got None"):
+        seqjax.nonlinear_scan(cell, params, xs, None)

@@ -85,7 +85,7 @@ def test_every_block_tells_what_its_layer_would():
         hidden = params["embedding"][tokens] * model.dim**0.5
         block, norm = params["backbone"]["block_0"], seqjax.layers.RMSNorm(model.dim)
         mixed, _ = norm.apply(block["mixer_norm"], hidden)
-        return model.backbone.mixers[0].solve_info(block["mixer"], mixed, reset=reset)
+        return model.backbone.layers[0].solve_info(block["mixer"], mixed, reset=reset)
 
     for name, alone in first(params)._asdict().items():
         np.testing.assert_allclose(getattr(infos["block_0"], name), alone, atol=1e-6)

@@ -366,3 +366,24 @@ def test_only_the_adapters_need_flax():
         "seqjax.linen needs Flax, which is not installed: pip install -e '.[flax]' from a clone.",
         "False",
     ]
+
+
+def test_without_state_modules_fit_sequential():
+    x, reset = inputs(LRU), None
+    params, _, _, variables = wrapped(LRU)
+    want, _ = LRU.apply(params, x, None, reset)
+    module = seqjax.nnx.Recurrent(LRU, rngs=nnx.Rngs(0), return_state=False)
+    stack = nnx.Sequential(module, nnx.relu)
+    assert_close(stack(x), jax.nn.relu(want), 1e-6)
+    twin = seqjax.linen.Recurrent(LRU, return_state=False)
+    stack = linen.Sequential([twin, linen.relu])
+    got = stack.apply({"params": {"layers_0": variables["params"]}}, x)
+    assert_close(got, jax.nn.relu(want), 1e-6)
+    # `step` still returns the state, which the next step takes.
+    assert len(module.step(x[:, 0], module.initial_state(B))) == 2
+
+
+def test_nnx_names_rngs_that_are_none():
+    for wrong in (0, jax.random.key(0), None):
+        with pytest.raises(ValueError, match=r"^Recurrent: `rngs` must be an nnx.Rngs, got"):
+            seqjax.nnx.Recurrent(LRU, rngs=wrong)

@@ -15,8 +15,6 @@ from seqjax.types import PyTree
 Role = Literal["weight", "bias", "norm", "embedding", "recurrence"]
 Params = dict[str, Any]
 State = Any
-# Default of a field that `__post_init__` works out from the others: never None from then on.
-DERIVED: Any = None
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
@@ -138,8 +136,9 @@ class Layer(abc.ABC):
           dtype: dtype of the parameters. Those of role 'recurrence' are at least float32.
 
         Raises:
-          ValueError: `dtype` is not bfloat16, float16, float32 or float64.
+          ValueError: `key` is not a key, or `dtype` is not bfloat16, float16, float32 or float64.
         """
+        _checks.key(self, key)
         dtype = _checks.float_dtype(self, dtype)
         spec = self._params()
         keys = jax.random.split(key, max(len(spec), 1))
@@ -207,7 +206,8 @@ class Layer(abc.ABC):
           ValueError: an argument has the wrong structure, shape or dtype.
           NotImplementedError: `state` is given to a layer that is not causal.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(self, "x", x)
+        _checks.sequence_axis(self, sequence_axis)
         state, reset = self._check_call(params, x, state, reset, one_step=False)
         return self._apply(params, x, state, reset, sequence_axis)
 
@@ -231,7 +231,7 @@ class Layer(abc.ABC):
           NotImplementedError: the layer is not causal.
         """
         self._require_causal("step")
-        x_t = jnp.asarray(x_t)
+        x_t = _checks.array(self, "x_t", x_t)
         if state is None:
             raise ValueError(
                 f"{type(self).__name__}: step needs a state, given None; start from"

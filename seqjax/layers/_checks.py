@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqjax.ops._checks import check_sequence_axis, describe_tree
+
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -61,6 +63,40 @@ def float_dtype(layer: object, dtype: Any) -> jnp.dtype:
         f"dtype must be one of {', '.join(FLOAT_DTYPES)}, given {name}.",
     )
     return jnp.dtype(name)
+
+
+def array(layer: object, name: str, value: Any) -> jax.Array:
+    """Return the value as an array; raise if it cannot be one, as a tree of parameters cannot."""
+    if isinstance(value, Mapping):
+        raise ValueError(
+            f"{type(layer).__name__}: `{name}` must be an array, got a dict; the order of arguments"
+            f" is (params, {name}, state, reset)."
+        )
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{type(layer).__name__}: `{name}` must be an array, got {type(value).__name__}."
+        ) from None
+
+
+def key(layer: object, value: Any) -> None:
+    """Raise unless the value is one `jax.random` key, typed or raw."""
+    hint = "make one with jax.random.key(0)."
+    if not isinstance(value, jax.Array | np.ndarray):
+        kind = f"{value!r}" if isinstance(value, int) else type(value).__name__
+        require(layer, False, f"`key` must be a jax.random key, got {kind}; {hint}")
+    typed = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    require(
+        layer,
+        value.ndim == 0 if typed else value.ndim == 1 and value.dtype == jnp.uint32,
+        f"`key` must be one jax.random key, got {value.dtype} of shape {list(value.shape)}; {hint}",
+    )
+
+
+def sequence_axis(layer: object, name: Any) -> None:
+    """Raise unless `name` is None or a mesh axis of the `jax.shard_map` around the call."""
+    check_sequence_axis(type(layer).__name__, name)
 
 
 def batch_size(layer: object, value: int) -> None:
@@ -146,13 +182,7 @@ def state(layer: _Layer, given: Any, batch: int, dtype: Any) -> None:
     """Raises unless `given` has the structure, shapes and dtypes of the layer's state."""
     wanted = _state_spec(layer, batch, jnp.dtype(dtype).name)
     hint = f"start from layer.initial_state({batch}, dtype) or pass a state that apply returned."
-    wanted_tree: Any = jax.tree.structure(wanted)
-    given_tree: Any = jax.tree.structure(given)
-    require(
-        layer,
-        wanted_tree == given_tree,
-        f"state must have the structure {wanted_tree}, given {given_tree}; {hint}",
-    )
+    _compare_trees(layer, wanted, given, "state", hint)
     for (path, want), leaf in zip(
         jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(given), strict=True
     ):
@@ -163,6 +193,25 @@ def state(layer: _Layer, given: Any, batch: int, dtype: Any) -> None:
             f"state{jax.tree_util.keystr(path)} must be {want.dtype.name} of shape"
             f" {list(want.shape)}, given {leaf_dtype.name} of shape {list(shape)}; {hint}",
         )
+
+
+def _compare_trees(layer: object, wanted: Any, given: Any, path: str, hint: str) -> None:
+    """Raise at the first node where a state differs in structure."""
+    names: list[Any] = []
+    if isinstance(wanted, Mapping):
+        names, same = list(wanted), isinstance(given, Mapping) and set(given) == set(wanted)
+    elif isinstance(wanted, tuple | list):
+        names = list(range(len(wanted)))
+        same = isinstance(given, type(wanted)) and len(given) == len(wanted)
+    elif jax.tree_util.all_leaves([wanted]):
+        same = jax.tree_util.all_leaves([given])
+    else:
+        wanted_tree: Any = jax.tree.structure(wanted)
+        same = wanted_tree == jax.tree.structure(given)
+    text = f"{path} must be {describe_tree(wanted)}, given {describe_tree(given)}; {hint}"
+    require(layer, same, text)
+    for name in names:
+        _compare_trees(layer, wanted[name], given[name], f"{path}[{name!r}]", hint)
 
 
 def _not_empty(layer: object, name: str, x: jax.Array) -> None:

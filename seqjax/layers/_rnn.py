@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from seqjax.cells import Cell
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import (
-    DERIVED,
     Initializer,
     Layer,
     Param,
@@ -46,7 +45,7 @@ class RNN(Layer):
       ... class MyGRU(seqjax.layers.RNN):
       ...     @property
       ...     def cell(self):
-      ...         return seqjax.cells.GRU(self.state_dim)
+      ...         return seqjax.cells.GRU(self.states)
       >>> layer = MyGRU(dim=4)
       >>> y, state = layer.apply(layer.init(jax.random.key(0)), jnp.ones((2, 5, 4)))
       >>> y.shape, state.shape
@@ -54,7 +53,7 @@ class RNN(Layer):
 
     Attributes:
       dim: features of input and output.
-      state_dim: channels of the cell N; None takes dim.
+      state_dim: channels of the cell N; dim if None.
       algorithm: "newton" (all steps at once), "sequential" (one after the other) or None, the
         faster one here; see `seqjax.nonlinear_scan`.
       solver: a `seqjax.Newton`; None takes its defaults.
@@ -63,7 +62,7 @@ class RNN(Layer):
     """
 
     dim: int
-    state_dim: int = DERIVED
+    state_dim: int | None = None
     algorithm: str | None = None
     solver: Newton | None = None
     implementation: str | None = None
@@ -74,9 +73,7 @@ class RNN(Layer):
     _recurrent_start: ClassVar[Mapping[str, Initializer]] = {}
 
     def __post_init__(self) -> None:
-        if self.state_dim is None:
-            object.__setattr__(self, "state_dim", self.dim)
-        _checks.positive(self, dim=self.dim, state_dim=self.state_dim)
+        _checks.positive(self, dim=self.dim, state_dim=self.states)
         _checks.require(
             self,
             self.algorithm in (None, "newton", "sequential"),
@@ -90,12 +87,17 @@ class RNN(Layer):
         _ = self.cell  # checks the cell's own fields
 
     @property
+    def states(self) -> int:
+        """Channels of the cell N: `state_dim`, or `dim` if that is None."""
+        return self.dim if self.state_dim is None else self.state_dim
+
+    @property
     @abc.abstractmethod
     def cell(self) -> Cell:
         """The cell, over `state_dim` channels."""
 
     def _params(self) -> Mapping[str, Param | Layer]:
-        cell, states = self.cell, self.state_dim
+        cell, states = self.cell, self.states
         width = cell.gates * states
         start = {
             "vector": _init.normal(2 / (5 * states) ** 0.5),
@@ -121,9 +123,9 @@ class RNN(Layer):
 
     def _draw_bias(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         del key
-        bias = jnp.zeros((self.cell.gates, self.state_dim), dtype)
+        bias = jnp.zeros((self.cell.gates, self.states), dtype)
         for gate, (first, last) in self._bias_start.items():
-            bias = bias.at[gate].set(jnp.linspace(first, last, self.state_dim, dtype=dtype))
+            bias = bias.at[gate].set(jnp.linspace(first, last, self.states, dtype=dtype))
         return bias.reshape(shape)
 
     def _initial_state(self, batch_size: int, dtype: Any) -> State:
@@ -143,7 +145,7 @@ class RNN(Layer):
         return nonlinear_scan(
             cell,
             {name: params[name].astype(wide) for name in cell.recurrent},
-            u.reshape(*u.shape[:2], cell.gates, self.state_dim),
+            u.reshape(*u.shape[:2], cell.gates, self.states),
             state,
             reset=reset,
             algorithm=self.algorithm,
@@ -184,6 +186,6 @@ class RNN(Layer):
         Raises:
           ValueError: an argument has the wrong structure, shape or dtype.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(self, "x", x)
         state, reset = self._check_call(params, x, state, reset, one_step=False)
         return self._solve(params, x, state, reset)[2]

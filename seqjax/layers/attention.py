@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.layers import _checks, _halo, _init
-from seqjax.layers._base import DERIVED, Layer, Param, Params, State, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, split_heads
 
 
@@ -47,19 +47,18 @@ class SlidingWindowAttention(Layer):
       dim: features of input and output.
       heads: number of heads H.
       window: positions a query sees, its own included.
-      head_dim: features per head K, even; None takes dim / heads.
+      head_dim: features per head K, even; dim / heads if None.
       rope_base: base of the rotary frequencies.
     """
 
     dim: int
     heads: int
     window: int
-    head_dim: int = DERIVED
+    head_dim: int | None = None
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
         head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
-        object.__setattr__(self, "head_dim", head_dim)
         _checks.positive(self, window=self.window)
         _checks.require(
             self,
@@ -68,8 +67,13 @@ class SlidingWindowAttention(Layer):
         )
         _checks.require(self, self.rope_base > 1, f"rope_base must be > 1, given {self.rope_base}.")
 
+    @property
+    def key_dim(self) -> int:
+        """Key features per head K: `head_dim`, or dim / heads if that is None."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
     def _params(self) -> Mapping[str, Param | Layer]:
-        width = self.heads * self.head_dim
+        width = self.heads * self.key_dim
         inward = Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
         return {
             "q_proj": inward,
@@ -79,7 +83,7 @@ class SlidingWindowAttention(Layer):
         }
 
     def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        shape = (batch_size, self.window - 1, self.heads, self.head_dim)
+        shape = (batch_size, self.window - 1, self.heads, self.key_dim)
         return {
             "k": jnp.zeros(shape, dtype),
             "v": jnp.zeros(shape, dtype),
@@ -140,7 +144,7 @@ class SlidingWindowAttention(Layer):
 
         same_segment = queries(segment)[..., None] == keys(key_segment)[:, :, None, :]
         o = self._attend(queries(q), keys(k), keys(v), same_segment, keys(bad))
-        o = o.reshape(batch, count * block, self.heads, self.head_dim)[:, :length]
+        o = o.reshape(batch, count * block, self.heads, self.key_dim)[:, :length]
         return dense(merge_heads(o), params["out_proj"]), new_state
 
     def _cache(self, k: jax.Array, v: jax.Array, key_segment: jax.Array, last: jax.Array) -> State:
@@ -169,7 +173,7 @@ class SlidingWindowAttention(Layer):
             self._rotate(k, np.arange(span)),
             preferred_element_type=wide,
         )
-        scores = jnp.where(seen[:, :, None], scores * self.head_dim**-0.5, jnp.finfo(wide).min)
+        scores = jnp.where(seen[:, :, None], scores * self.key_dim**-0.5, jnp.finfo(wide).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         o = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, v)
         poisoned = jnp.any(seen & bad[:, :, None, :], axis=-1)
@@ -178,7 +182,7 @@ class SlidingWindowAttention(Layer):
     def _rotate(self, x: jax.Array, positions: np.ndarray) -> jax.Array:
         """Rotary embedding of x [B, n, L, H, K] at the given positions [L]."""
         wide = state_dtype(x.dtype)
-        half = self.head_dim // 2
+        half = self.key_dim // 2
         angles = positions[:, None] * self.rope_base ** (-np.arange(half) / half)
         cos = jnp.asarray(np.cos(angles), wide)[:, None, :]
         sin = jnp.asarray(np.sin(angles), wide)[:, None, :]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import DERIVED, Layer, Param, Params, State, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, l2_normalize, merge_heads, rms_normalize, split_heads
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.delta_rule import delta_rule
@@ -53,26 +53,25 @@ class DeltaNet(Layer):
     Attributes:
       dim: features of input and output.
       heads: number of heads H.
-      head_dim: key features per head K; None takes dim / heads.
+      head_dim: key features per head K; dim / heads if None.
       expand_v: V = expand_v * K, which must be an integer.
       conv_size: taps of the short convolutions.
       gated: whether the memory decays, by alpha.
       negative_eigenvalues: whether beta is in (0, 2).
-      output_gate: whether to gate the output; None does so if gated, as the papers do.
+      output_gate: whether to gate the output; if None, as `gated`, as in the papers.
     """
 
     dim: int
     heads: int
-    head_dim: int = DERIVED
+    head_dim: int | None = None
     expand_v: float = 1
     conv_size: int = 4
     gated: bool = False
     negative_eigenvalues: bool = False
-    output_gate: bool = DERIVED
+    output_gate: bool | None = None
 
     def __post_init__(self) -> None:
         head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
-        object.__setattr__(self, "head_dim", head_dim)
         _checks.positive(self, conv_size=self.conv_size)
         value_dim = self.expand_v * head_dim
         _checks.require(
@@ -81,16 +80,24 @@ class DeltaNet(Layer):
             f"expand_v * head_dim must be an integer >= 1, given expand_v={self.expand_v},"
             f" head_dim={head_dim}.",
         )
-        if self.output_gate is None:
-            object.__setattr__(self, "output_gate", self.gated)
+
+    @property
+    def key_dim(self) -> int:
+        """Key features per head K: `head_dim`, or dim / heads if that is None."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def gates_output(self) -> bool:
+        """`output_gate`, or `gated` if that is None."""
+        return self.gated if self.output_gate is None else self.output_gate
 
     @property
     def value_dim(self) -> int:
         """Value features per head V."""
-        return int(self.expand_v * self.head_dim)
+        return int(self.expand_v * self.key_dim)
 
     def _convs(self) -> dict[str, ShortConv]:
-        widths = {"q": self.head_dim, "k": self.head_dim, "v": self.value_dim}
+        widths = {"q": self.key_dim, "k": self.key_dim, "v": self.value_dim}
         return {
             f"{name}_conv": ShortConv(
                 self.heads * width, self.conv_size, activation="silu", channel_axis="heads"
@@ -102,7 +109,7 @@ class DeltaNet(Layer):
         def inward(width: int) -> Param:
             return Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
 
-        key_width, value_width = self.heads * self.head_dim, self.heads * self.value_dim
+        key_width, value_width = self.heads * self.key_dim, self.heads * self.value_dim
         params: dict[str, Param | Layer] = {
             "q_proj": inward(key_width),
             "k_proj": inward(key_width),
@@ -127,7 +134,7 @@ class DeltaNet(Layer):
                     _init.inverse_softplus_log_uniform(1e-3, 1e-1),
                 ),
             }
-        if self.output_gate:
+        if self.gates_output:
             params["gate_proj"] = inward(value_width)
         return params
 
@@ -135,7 +142,7 @@ class DeltaNet(Layer):
         state = {
             name: conv._initial_state(batch_size, dtype) for name, conv in self._convs().items()
         }
-        shape = (batch_size, self.heads, self.head_dim, self.value_dim)
+        shape = (batch_size, self.heads, self.key_dim, self.value_dim)
         return state | {"memory": jnp.zeros(shape, dtype)}
 
     def _apply(
@@ -173,6 +180,6 @@ class DeltaNet(Layer):
             sequence_axis=sequence_axis,
         )
         o = merge_heads(rms_normalize(o, params["norm"], _NORM_EPS))
-        if self.output_gate:
+        if self.gates_output:
             o = o * jax.nn.silu(dense(x, params["gate_proj"]))
         return dense(o, params["out_proj"]), new_state

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import DERIVED, Layer, Param, Params, State, complex_dtype, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import dense, merge_heads, split_heads
 from seqjax.ops.linear_attention import linear_attention
 
@@ -45,7 +45,7 @@ class GateLoop(Layer):
     Attributes:
       dim: features of input and output.
       heads: number of heads H.
-      head_dim: features per head K; None takes dim / heads.
+      head_dim: features per head K; dim / heads if None.
       min_decay: smallest |a| the biases give at initialisation.
       max_decay: largest |a| the biases give at initialisation.
       max_phase: largest phase the biases give at initialisation.
@@ -53,14 +53,13 @@ class GateLoop(Layer):
 
     dim: int
     heads: int
-    head_dim: int = DERIVED
+    head_dim: int | None = None
     min_decay: float = 0.9
     max_decay: float = 0.999
     max_phase: float = math.pi / 10
 
     def __post_init__(self) -> None:
-        head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
-        object.__setattr__(self, "head_dim", head_dim)
+        _checks.head_dim(self, self.dim, self.heads, self.head_dim)
         _checks.require(
             self,
             0 < self.min_decay < self.max_decay < 1,
@@ -69,8 +68,13 @@ class GateLoop(Layer):
         )
         _checks.require(self, self.max_phase > 0, f"max_phase must be > 0, given {self.max_phase}.")
 
+    @property
+    def key_dim(self) -> int:
+        """Key features per head K: `head_dim`, or dim / heads if that is None."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
     def _params(self) -> Mapping[str, Param | Layer]:
-        width = self.heads * self.head_dim
+        width = self.heads * self.key_dim
         inward = Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
         return {
             "q_proj": inward,
@@ -92,7 +96,7 @@ class GateLoop(Layer):
 
     def _initial_state(self, batch_size: int, dtype: Any) -> State:
         return jnp.zeros(
-            (batch_size, self.heads, self.head_dim, self.head_dim),
+            (batch_size, self.heads, self.key_dim, self.key_dim),
             complex_dtype(dtype),
         )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import DERIVED, Layer, Param, Params, State, complex_dtype, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
 from seqjax.ops.linear_scan import linear_scan
 
@@ -44,22 +44,20 @@ class LRU(Layer):
 
     Attributes:
       dim: features of input and output.
-      state_dim: number of complex states N; None takes dim.
+      state_dim: number of complex states N; dim if None.
       r_min: smallest |lambda| at initialisation.
       r_max: largest |lambda| at initialisation.
       max_phase: largest phase at initialisation.
     """
 
     dim: int
-    state_dim: int = DERIVED
+    state_dim: int | None = None
     r_min: float = 0.0
     r_max: float = 1.0
     max_phase: float = 2 * math.pi
 
     def __post_init__(self) -> None:
-        if self.state_dim is None:
-            object.__setattr__(self, "state_dim", self.dim)
-        _checks.positive(self, dim=self.dim, state_dim=self.state_dim)
+        _checks.positive(self, dim=self.dim, state_dim=self.states)
         _checks.require(
             self,
             0 <= self.r_min < self.r_max <= 1,
@@ -67,8 +65,13 @@ class LRU(Layer):
         )
         _checks.require(self, self.max_phase > 0, f"max_phase must be > 0, given {self.max_phase}.")
 
+    @property
+    def states(self) -> int:
+        """Number of complex states N: `state_dim`, or `dim` if that is None."""
+        return self.dim if self.state_dim is None else self.state_dim
+
     def _params(self) -> Mapping[str, Param | Layer]:
-        dim, states = self.dim, self.state_dim
+        dim, states = self.dim, self.states
         return {
             "nu_log": Param((states,), ("state",), "recurrence", self._draw_nu_log),
             "theta_log": Param(
@@ -101,7 +104,7 @@ class LRU(Layer):
         return jnp.log(-0.5 * jnp.log(u * (self.r_max**2 - self.r_min**2) + self.r_min**2))
 
     def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        return jnp.zeros((batch_size, self.state_dim), complex_dtype(dtype))
+        return jnp.zeros((batch_size, self.states), complex_dtype(dtype))
 
     def _apply(
         self,

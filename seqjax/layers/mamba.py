@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import DERIVED, Layer, Param, Params, State, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.selective_scan import selective_scan
@@ -51,7 +51,7 @@ class Mamba(Layer):
       state_dim: states per channel N.
       expand: inner = expand * dim channels.
       conv_size: taps of the short convolution.
-      dt_rank: rank of the map to dt; None takes dim / 16, rounded up.
+      dt_rank: rank of the map to dt; dim / 16, rounded up, if None.
       dt_min: smallest dt at initialisation.
       dt_max: largest dt at initialisation.
       negative_eigenvalues: whether states decay by 2 exp(dt_t A) - 1, in [-1, 1].
@@ -61,7 +61,7 @@ class Mamba(Layer):
     state_dim: int = 16
     expand: int = 2
     conv_size: int = 4
-    dt_rank: int = DERIVED
+    dt_rank: int | None = None
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     negative_eigenvalues: bool = False
@@ -74,14 +74,17 @@ class Mamba(Layer):
             expand=self.expand,
             conv_size=self.conv_size,
         )
-        if self.dt_rank is None:
-            object.__setattr__(self, "dt_rank", -(-self.dim // 16))
-        _checks.positive(self, dt_rank=self.dt_rank)
+        _checks.positive(self, dt_rank=self.rank)
         _checks.require(
             self,
             0 < self.dt_min < self.dt_max,
             f"needs 0 < dt_min < dt_max, given dt_min={self.dt_min}, dt_max={self.dt_max}.",
         )
+
+    @property
+    def rank(self) -> int:
+        """Rank of the map to dt: `dt_rank`, or dim / 16, rounded up, if that is None."""
+        return -(-self.dim // 16) if self.dt_rank is None else self.dt_rank
 
     @property
     def _conv(self) -> ShortConv:
@@ -94,7 +97,7 @@ class Mamba(Layer):
         )
 
     def _params(self) -> Mapping[str, Param | Layer]:
-        dim, inner, states, rank = self.dim, self.expand * self.dim, self.state_dim, self.dt_rank
+        dim, inner, states, rank = self.dim, self.expand * self.dim, self.state_dim, self.rank
         inward = Param((dim, inner), ("embed", "mlp"), "weight", _init.fan_in_normal)
         return {
             "in_proj": inward,
@@ -136,7 +139,7 @@ class Mamba(Layer):
             params["conv"], dense(x, params["in_proj"]), state["conv"], reset, sequence_axis
         )
         low_rank, B, C = jnp.split(
-            dense(u, params["x_proj"]), [self.dt_rank, self.dt_rank + self.state_dim], axis=-1
+            dense(u, params["x_proj"]), [self.rank, self.rank + self.state_dim], axis=-1
         )
         dt = dense(low_rank, params["dt_proj"]).astype(wide) + params["dt_bias"].astype(wide)
         y, ssm_state = selective_scan(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import DERIVED, Layer, Param, Params, State
+from seqjax.layers._base import Layer, Param, Params, State
 from seqjax.layers._math import dense
 
 
@@ -24,31 +24,34 @@ class GatedMLP(Layer):
       >>> import jax, jax.numpy as jnp
       >>> layer = GatedMLP(dim=4)
       >>> y, state = layer.apply(layer.init(jax.random.key(0)), jnp.ones((1, 2, 4)))
-      >>> y.shape, layer.hidden_dim, state
+      >>> y.shape, layer.inner_dim, state
       ((1, 2, 4), 16, ())
 
     Attributes:
       dim: features of input and output.
-      hidden_dim: features between the two products; None takes 8/3 dim (as many parameters as a
+      hidden_dim: features between the two products; if None, 8/3 dim (as many parameters as a
         plain MLP of 4 dim), rounded up to a multiple of 8.
     """
 
     dim: int
-    hidden_dim: int = DERIVED
+    hidden_dim: int | None = None
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
-        if self.hidden_dim is None:
-            object.__setattr__(self, "hidden_dim", -(-self.dim // 3) * 8)
-        _checks.positive(self, hidden_dim=self.hidden_dim)
+        _checks.positive(self, hidden_dim=self.inner_dim)
+
+    @property
+    def inner_dim(self) -> int:
+        """Features between the two products: `hidden_dim`, or its default if that is None."""
+        return -(-self.dim // 3) * 8 if self.hidden_dim is None else self.hidden_dim
 
     def _params(self) -> Mapping[str, Param | Layer]:
-        inward = Param((self.dim, self.hidden_dim), ("embed", "mlp"), "weight", _init.fan_in_normal)
+        inward = Param((self.dim, self.inner_dim), ("embed", "mlp"), "weight", _init.fan_in_normal)
         return {
             "gate_proj": inward,
             "up_proj": inward,
             "down_proj": Param(
-                (self.hidden_dim, self.dim), ("mlp", "embed"), "weight", _init.fan_in_normal
+                (self.inner_dim, self.dim), ("mlp", "embed"), "weight", _init.fan_in_normal
             ),
         }
 

@@ -39,7 +39,7 @@ class Elman(RNN):
     @property
     def cell(self) -> cells.Elman:
         """`seqjax.cells.Elman`."""
-        return cells.Elman(self.state_dim)
+        return cells.Elman(self.states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class GRU(RNN):
     @property
     def cell(self) -> cells.GRU:
         """`seqjax.cells.GRU`."""
-        return cells.GRU(self.state_dim)
+        return cells.GRU(self.states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ class LSTM(RNN):
     @property
     def cell(self) -> cells.LSTM:
         """`seqjax.cells.LSTM`."""
-        return cells.LSTM(self.state_dim)
+        return cells.LSTM(self.states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ParaGRU(RNN):
     @property
     def cell(self) -> cells.ParaGRU:
         """`seqjax.cells.ParaGRU`."""
-        return cells.ParaGRU(self.state_dim)
+        return cells.ParaGRU(self.states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,7 @@ class ParaLSTM(RNN):
     @property
     def cell(self) -> cells.ParaLSTM:
         """`seqjax.cells.ParaLSTM`."""
-        return cells.ParaLSTM(self.state_dim)
+        return cells.ParaLSTM(self.states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ class SLSTM(RNN):
     @property
     def cell(self) -> cells.SLSTM:
         """`seqjax.cells.SLSTM`."""
-        return cells.SLSTM(self.state_dim)
+        return cells.SLSTM(self.states)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,7 +287,7 @@ class LEM(RNN):
     @property
     def cell(self) -> cells.LEM:
         """`seqjax.cells.LEM`."""
-        return cells.LEM(self.state_dim, self.dt)
+        return cells.LEM(self.states, self.dt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,4 +331,4 @@ class LTC(RNN):
     @property
     def cell(self) -> cells.LTC:
         """`seqjax.cells.LTC`."""
-        return cells.LTC(self.state_dim, self.dt)
+        return cells.LTC(self.states, self.dt)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.layers import _checks, _halo, _init
-from seqjax.layers._base import DERIVED, Layer, Param, Params, State, complex_dtype, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
 from seqjax.ops.linear_scan import linear_scan
 
@@ -68,7 +68,7 @@ class S5(Layer):
 
     Attributes:
       dim: features of input and output.
-      state_dim: number of real states, a multiple of 2 * blocks; None takes dim.
+      state_dim: number of real states, a multiple of 2 * blocks; dim if None.
       blocks: number of HiPPO blocks at initialisation.
       dt_min: smallest step size at initialisation.
       dt_max: largest step size at initialisation.
@@ -76,21 +76,19 @@ class S5(Layer):
     """
 
     dim: int
-    state_dim: int = DERIVED
+    state_dim: int | None = None
     blocks: int = 1
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     bidirectional: bool = False
 
     def __post_init__(self) -> None:
-        if self.state_dim is None:
-            object.__setattr__(self, "state_dim", self.dim)
-        _checks.positive(self, dim=self.dim, state_dim=self.state_dim, blocks=self.blocks)
+        _checks.positive(self, dim=self.dim, state_dim=self.states, blocks=self.blocks)
         _checks.require(
             self,
-            self.state_dim % (2 * self.blocks) == 0,
+            self.states % (2 * self.blocks) == 0,
             f"state_dim must be a multiple of 2 * blocks = {2 * self.blocks}, given"
-            f" {self.state_dim}; pass another state_dim or blocks.",
+            f" {self.states}; pass another state_dim or blocks.",
         )
         _checks.require(
             self,
@@ -99,12 +97,17 @@ class S5(Layer):
         )
 
     @property
+    def states(self) -> int:
+        """Number of real states: `state_dim`, or `dim` if that is None."""
+        return self.dim if self.state_dim is None else self.state_dim
+
+    @property
     def causal(self) -> bool:
         """False for the bidirectional layer."""
         return not self.bidirectional
 
     def _params(self) -> Mapping[str, Param | Layer]:
-        dim, states = self.dim, self.state_dim // 2
+        dim, states = self.dim, self.states // 2
         out_states = 2 * states if self.bidirectional else states
         state_axis = ("state",)
         return {
@@ -122,14 +125,14 @@ class S5(Layer):
         }
 
     def _draw_imag(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        imag, _ = _hippo_eigen(self.state_dim // self.blocks)
+        imag, _ = _hippo_eigen(self.states // self.blocks)
         return jnp.asarray(np.tile(imag, self.blocks), dtype)
 
     def _draw_input(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """V^H B for a real B, as [2, dim, N]."""
-        _, vectors = _hippo_eigen(self.state_dim // self.blocks)
+        _, vectors = _hippo_eigen(self.states // self.blocks)
         real = jax.random.normal(
-            key, (self.blocks, self.state_dim // self.blocks, self.dim), dtype
+            key, (self.blocks, self.states // self.blocks, self.dim), dtype
         ) * (self.dim**-0.5)
         return jnp.stack(
             [
@@ -140,10 +143,10 @@ class S5(Layer):
 
     def _draw_output(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """C V for a real C, as [2, N, dim], the directions one after the other."""
-        _, vectors = _hippo_eigen(self.state_dim // self.blocks)
+        _, vectors = _hippo_eigen(self.states // self.blocks)
         sets = self.blocks * (2 if self.bidirectional else 1)
-        real = jax.random.normal(key, (sets, self.state_dim // self.blocks, self.dim), dtype) * (
-            self.state_dim**-0.5
+        real = jax.random.normal(key, (sets, self.states // self.blocks, self.dim), dtype) * (
+            self.states**-0.5
         )
         return jnp.stack(
             [
@@ -155,7 +158,7 @@ class S5(Layer):
     def _initial_state(self, batch_size: int, dtype: Any) -> State:
         if self.bidirectional:
             return ()
-        return jnp.zeros((batch_size, self.state_dim // 2), complex_dtype(dtype))
+        return jnp.zeros((batch_size, self.states // 2), complex_dtype(dtype))
 
     def _apply(
         self,

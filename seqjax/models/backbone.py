@@ -101,8 +101,8 @@ class Backbone(Layer):
       ((2, 5, 8), 6)
 
     Attributes:
-      mixers: the layers that mix over time; kept as a tuple of `depth` layers.
-      depth: number of blocks, a multiple of the number of mixers; None takes the mixers once.
+      mixers: the layers that mix over time, kept as a tuple; see also `layers`.
+      depth: number of blocks, a multiple of the number of mixers; that number if None.
       mlp_ratio: hidden features of each MLP per feature, rounded up to a multiple of 8; 0 for
         no MLPs.
       norm_eps: see `RMSNorm`.
@@ -146,6 +146,7 @@ class Backbone(Layer):
                 "all mixers must have the same dim, given"
                 f" {', '.join(f'{type(m).__name__}(dim={m.dim})' for m in mixers)}.",
             )
+        object.__setattr__(self, "mixers", mixers)  # hashable
         depth = len(mixers) if self.depth is None else self.depth
         _checks.positive(self, depth=depth)
         _checks.require(
@@ -157,9 +158,14 @@ class Backbone(Layer):
         _checks.require(
             self, self.mlp_ratio >= 0, f"mlp_ratio must be >= 0, given {self.mlp_ratio}."
         )
-        object.__setattr__(self, "mixers", mixers * (depth // len(mixers)))
-        object.__setattr__(self, "depth", depth)
         object.__setattr__(self, "dim", mixers[0].dim)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The mixer of each block: `mixers`, repeated until there are `depth`."""
+        assert isinstance(self.mixers, tuple)
+        depth = len(self.mixers) if self.depth is None else self.depth
+        return self.mixers * (depth // len(self.mixers))
 
     @property
     def causal(self) -> bool:
@@ -167,11 +173,10 @@ class Backbone(Layer):
         return all(block.causal for block in self._blocks().values())
 
     def _blocks(self) -> dict[str, Block]:
-        assert isinstance(self.mixers, tuple)
         mlp_dim = -int(-self.mlp_ratio * self.dim // 8) * 8 or None
         return {
             f"block_{i}": Block(mixer, mlp_dim, self.norm_eps)
-            for i, mixer in enumerate(self.mixers)
+            for i, mixer in enumerate(self.layers)
         }
 
     def _groups(self) -> dict[str, "_Repeated"]:

@@ -158,7 +158,8 @@ class Classifier(Layer):
           ValueError: an argument has the wrong structure, shape or dtype.
           NotImplementedError: `state` is given and the backbone is bidirectional.
         """
-        x = jnp.asarray(x)
+        x = _checks.array(self, "x", x)
+        _checks.sequence_axis(self, sequence_axis)
         state, reset = self._check_call(params, x, state, reset, one_step=False)
         if mask is not None:
             mask = jnp.asarray(mask)

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+OPTIONAL = ("initial_state", "log_decay", "D")
 Arrays = Mapping[str, jax.Array | None]
 
 
@@ -20,6 +22,9 @@ def check_shapes(op: str, wanted: Mapping[str, str], given: Arrays) -> dict[str,
     sizes: dict[str, int] = {}
     for name, pattern in wanted.items():
         array = given[name]
+        if array is None and name not in OPTIONAL:
+            text = " or ".join(f"[{', '.join(o.split())}]" for o in pattern.split("|"))
+            raise ValueError(f"{op}: `{name}` must have shape {text}, got None.")
         if array is None:
             continue
         options = [option.split() for option in pattern.split("|")]
@@ -73,6 +78,29 @@ def check_reset(op: str, reset: Any, batch: int, length: int) -> jax.Array | Non
             "seqjax.segment_starts makes one from segment ids."
         )
     return reset
+
+
+def check_sequence_axis(op: str, name: Any) -> None:
+    """Raise unless `name` is None or a mesh axis of the `jax.shard_map` around the call."""
+    if name is None:
+        return
+    text = f"{op}: `sequence_axis` must be a mesh axis of the jax.shard_map around the call, got"
+    hint = "; call it inside jax.shard_map, or leave sequence_axis out."
+    if not isinstance(name, str):
+        raise ValueError(f"{text} {name!r}{hint}")
+    try:
+        lax.axis_size(name)
+    except NameError:
+        raise ValueError(f"{text} {name!r}{hint}") from None
+
+
+def describe_tree(tree: Any) -> str:
+    """Return what the outermost node of a pytree is, in words."""
+    if isinstance(tree, Mapping):
+        return f"a dict with the entries {sorted(map(str, tree))}"
+    if isinstance(tree, tuple | list):
+        return f"a {type(tree).__name__} of {len(tree)}"
+    return "an array" if hasattr(tree, "shape") else type(tree).__name__
 
 
 def check_positive(op: str, **given: int | None) -> None:

@@ -72,8 +72,8 @@ class Use(NamedTuple):
         """Whether the kernel is interpreted."""
         return self.mode == "interpret"
 
-    def on(self, target: _compat.Target) -> bool:
-        """Whether the kernel runs where the program is compiled for.
+    def on(self, target: _compat.Target, *operands: jax.Array) -> bool:
+        """Whether the kernel runs these operands where the program is compiled for.
 
         Raises:
           NotImplementedError: if it must and cannot.
@@ -94,6 +94,12 @@ class Use(NamedTuple):
             raise NotImplementedError(
                 f"{self.op}: the Pallas kernel for GPU must have compute capability 9.0 (Hopper) "
                 f"or newer, got {major}.{minor}; use implementation='xla' or None."
+            )
+        sizes = [size for x in operands for size in x.shape if not isinstance(size, int)]
+        if target.platform == "cuda" and sizes:
+            raise NotImplementedError(
+                f"{self.op}: the Pallas kernel for GPU must have sizes that are known at trace"
+                f" time, got the symbolic size {sizes[0]}; use implementation='xla' or None."
             )
         if target.partitioned:
             raise NotImplementedError(_split(self.op))

@@ -187,7 +187,7 @@ def _implementation(
     kernel: Callable[[Any], Flat],
     **_: Any,
 ) -> Sequence[jax.Array]:
-    return kernel(use.kernels(target))(*operands) if use.on(target) else xla(*operands)
+    return kernel(use.kernels(target))(*operands) if use.on(target, *operands) else xla(*operands)
 
 
 def _abstract(*_: Any, avals: tuple[Any, ...], **__: Any) -> Sequence[Any]:

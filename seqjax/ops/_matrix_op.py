@@ -130,6 +130,7 @@ def call(
     sizes = _checks.check_shapes(op, {name: PATTERNS[name] for name in given}, given)
     _checks.check_dtypes(op, given, complex_ok=recurrence.complex_ok)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    _checks.check_sequence_axis(op, sequence_axis)
     _checks.check_positive(op, chunk_size=chunk_size)
     algorithm = _dispatch.resolve(
         op,

@@ -48,7 +48,7 @@ def _implementation(
 ) -> tuple[jax.Array, jax.Array]:
     a, x, h0, *rest = operands
     reset = rest[0] if rest else None
-    if use.on(target):
+    if use.on(target, *operands):
         a_parts, x_parts, state = _parts(h0.dtype, a, x, h0)
         y, final = use.kernels(target).scan(
             a_parts,

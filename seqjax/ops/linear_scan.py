@@ -92,6 +92,7 @@ def linear_scan(
     sizes = _checks.check_shapes(op, PATTERNS, given)
     _checks.check_dtypes(op, given, complex_ok=True)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    _checks.check_sequence_axis(op, sequence_axis)
     _checks.check_positive(op, chunk_size=chunk_size, unroll=unroll)
     algorithm = _dispatch.resolve(
         op,

@@ -80,6 +80,11 @@ def monoid_scan(
     elems = jax.tree.map(jnp.asarray, elems)
     batch, length = _check_elems(op, elems)
     reset = _checks.check_reset(op, reset, batch, length)
+    _checks.check_sequence_axis(op, sequence_axis)
+    if not callable(combine):
+        raise ValueError(
+            f"{op}: `combine` must be a function of (earlier, later), got {combine!r}."
+        )
     _checks.check_positive(op, chunk_size=chunk_size)
     algorithm = _dispatch.resolve(
         op,
@@ -203,10 +208,10 @@ def _check_elems(op: str, elems: PyTree) -> tuple[int, int]:
 def _check_state(op: str, state: PyTree, elems: PyTree) -> PyTree:
     state = jax.tree.map(jnp.asarray, state)
     wanted_tree: PyTree = jax.tree.structure(elems)
-    tree: PyTree = jax.tree.structure(state)
-    if tree != wanted_tree:
+    if wanted_tree != jax.tree.structure(state):
         raise ValueError(
-            f"{op}: `initial_state` must have the structure of `elems`, {wanted_tree}, got {tree}."
+            f"{op}: `initial_state` must have the structure of `elems`,"
+            f" {_checks.describe_tree(elems)}, got {_checks.describe_tree(state)}."
         )
     wanted = [[e.shape[0], *e.shape[2:]] for e in jax.tree.leaves(elems)]
     got = [list(s.shape) for s in jax.tree.leaves(state)]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.ops import (
+    _cell_checks,
     _cell_kernel,
     _checks,
     _compat,
@@ -113,8 +114,16 @@ def nonlinear_scan(
       ((1, 100, 4), True, True)
     """
     op = "nonlinear_scan"
+    _cell_checks.check_signature(op, cell, params, initial_state, xs)
+    _checks.check_sequence_axis(op, sequence_axis)
+    if initial_state is None:
+        raise ValueError(
+            f"{op}: `initial_state` must have shape [B, D] or [B, D, k], got None; start from"
+            " zeros, such as cell.initial_state(batch_size)."
+        )
     params, xs, h0 = jax.tree.map(jnp.asarray, (params, xs, initial_state))
     batch, length, state = _check_arrays(op, params, xs, h0)
+    _cell_checks.check_arrays(op, cell, params, xs)
     reset = _checks.check_reset(op, reset, batch, length)
     algorithm = _dispatch.resolve(
         op, algorithm, implementation, algorithms=("newton", "sequential"), length=length

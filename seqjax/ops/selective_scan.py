@@ -97,6 +97,7 @@ def selective_scan(
     sizes = _checks.check_shapes(op, PATTERNS, given)
     _checks.check_dtypes(op, given, complex_ok=False)
     reset = _checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    _checks.check_sequence_axis(op, sequence_axis)
     _checks.check_positive(op, chunk_size=chunk_size)
     algorithm = _dispatch.resolve(
         op, algorithm, implementation, algorithms=("sequential", "chunked"), length=sizes["T"]
