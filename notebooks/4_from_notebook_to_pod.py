@@ -80,11 +80,10 @@ class ByteModel(nnx.Module):
         )
 
     def __call__(self, tokens, state=None, reset=None):
-        # Collect the table before the lookup. Otherwise the lookup splits its features over `fsdp`,
-        # which the compiler can only move to the batch by copying all of them to every device.
+        # Collect the table before the lookup, so that activations are split like the batch.
+        # Otherwise the compiler splits their features like the table's, over `fsdp`.
         table = jax.lax.with_sharding_constraint(self.embed.embedding[...], P())
         x = table[tokens] * self.embed.features**0.5
-        x = jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))  # stay where the batch is
         y, state = self.backbone(x, state, reset)
         return self.head(y), state
 
@@ -195,7 +194,7 @@ plt.show()
 # %% [markdown]
 # ## What the devices tell each other
 #
-# The compiler put the communication in. Counting the collectives of the compiled step is a good habit: a number that grows with the length of the sequence means that something is split that should not be. Try it without the line in `__call__` that keeps activations where the batch is: the compiler then splits features as the parameters are split, and has twice as much to say.
+# The compiler put the communication in. Counting the collectives of the compiled step is a good habit: a number that grows with the length of the sequence means that something is split that should not be. Try it without the line in `__call__` that collects the embedding table: the compiler then splits features as the parameters are split.
 
 # %%
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
