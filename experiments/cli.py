@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def run(
     argv = list(sys.argv if argv is None else argv)
     # Orbax logs the traceback of every error that it raises; the error itself is reported here.
     absl_logging.set_verbosity(absl_logging.FATAL)
-    sys.excepthook = _hide_closed_loops
+    sys.unraisablehook = _hide_closed_loops
     values = flags.FlagValues()
     try:
         words = _parse(define_flags, values, argv, takes_words)
@@ -82,16 +81,13 @@ def run(
         return _fail(message)
 
 
-def _hide_closed_loops(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Print an uncaught exception, unless it is a read that ends after Orbax reported another.
+def _hide_closed_loops(unraisable: Any) -> None:
+    """Report an exception that nothing can catch, unless it follows another error of Orbax.
 
-    TensorStore's threads then find the event loop of the restore closed.
+    TensorStore's threads find the event loop closed after one read of a restore failed.
     """
-    if threading.current_thread() is not threading.main_thread() and str(error) == (
-        "Event loop is closed"
-    ):
-        return
-    sys.__excepthook__(kind, error, trace)
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _fail(message: str, exit_code: int = UserError.exit_code, prefix: str = "error: ") -> int:
