@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
@@ -49,7 +50,9 @@ def run(
       takes_words: pass the arguments that are not flags as the second argument of `main`.
     """
     argv = list(sys.argv if argv is None else argv)
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Orbax logs the traceback of every error that it raises; the error itself is reported here.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    sys.unraisablehook = _hide_closed_loops
     values = flags.FlagValues()
     try:
         words = _parse(define_flags, values, argv, takes_words)
@@ -78,11 +81,22 @@ def run(
         return _fail(message)
 
 
+def _hide_closed_loops(unraisable: Any) -> None:
+    """Report an exception that nothing can catch, unless it follows another error of Orbax.
+
+    TensorStore's threads find the event loop closed after one read of a restore failed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def _fail(message: str, exit_code: int = UserError.exit_code, prefix: str = "error: ") -> int:
     try:
         sys.stdout.flush()
     except OSError:
         _discard_output()
+    # Libraries that failed report it again as the interpreter exits. Registered last, runs first.
+    atexit.register(_discard, 2)
     with contextlib.suppress(OSError):
         print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
     return exit_code
@@ -90,8 +104,12 @@ def _fail(message: str, exit_code: int = UserError.exit_code, prefix: str = "err
 
 def _discard_output() -> None:
     """Redirect stdout to the null device: the interpreter flushes it once more when it exits."""
+    _discard(sys.stdout.fileno())
+
+
+def _discard(descriptor: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, descriptor)
     os.close(null)
 
 
@@ -141,7 +159,7 @@ def _backend_message() -> str | None:
     except (AssertionError, RuntimeError) as error:
         # On a machine without a GPU, JAX fails an assertion that has no message.
         reason = (str(error).splitlines() or ["no such device on this machine"])[0]
-        reason = reason.partition(" (set JAX_PLATFORMS")[0]
+        reason = reason.partition(" (set JAX_PLATFORMS")[0].rstrip(".")
         return (
             f"JAX_PLATFORMS={platforms} must name platforms of this machine, "
             f"got: {reason}; unset it, or set JAX_PLATFORMS=cpu"

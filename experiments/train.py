@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains, evaluates and samples; returns what it wrote to summary.json."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise UserError(f"cannot make the folder {workdir}: {error.strerror}") from error
     with Run(config, workdir) as run:
         say(run.describe())

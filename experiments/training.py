@@ -175,7 +175,10 @@ class Run:
         self._clock = time.perf_counter()
         first = self.step + 1
         stop = False
-        with Interrupt() as interrupt:
+        with Interrupt(
+            f"stopping after this step and saving a checkpoint in {self.workdir}; "
+            "a second signal stops at once, without saving"
+        ) as interrupt:
             while self.step < config.steps and not self.good_enough():
                 self._batch = self._devices.place(next(self._batches))
                 self.state, metrics = self._train_step(self.state, self._batch, np.int32(self.step))
@@ -192,6 +195,8 @@ class Run:
                     best = self._evaluate()
                     last = last or self.good_enough()
                 stop = self._asked_to_stop(interrupt, last)
+                if stop:
+                    self._progress.note(f"step {self.step}: saving a checkpoint")
                 if best or last or stop or self.step % config.save_every == 0:
                     self._save(best)
                 if stop:

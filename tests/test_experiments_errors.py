@@ -57,11 +57,18 @@ def one_line(capsys, script, *arguments):
         ([f"--config={CONFIG}", "--config.modle.dim=3"], "did you mean 'model'?"),
         ([f"--config={CONFIG}", "--config.data.pth=x"], "did you mean 'path'?"),
         ([f"--config={CONFIG}", "--config.zzz=1"], "unknown config field 'zzz'"),
-        ([f"--config={CONFIG}", "--config.steps=many"], "--config.steps=many"),
+        ([f"--config={CONFIG}", "--config.steps='many'"], "base 10: \"'many'\""),
+        (
+            [f"--config={CONFIG}:qqq"],
+            f"--config={CONFIG}:qqq: unknown word 'qqq': known: attention",
+        ),
+        ([f"--config={CONFIG}:qqq"], " deltanet, elman"),
+        (["--config=experiments/configs/pod_mamba_1b.py:9k"], "_1b.py:9k: unknown length '9k'"),
+        (["--helpful"], "Unknown command line flag 'helpful'"),
         ([f"--config={CONFIG}", "--workdr=x"], "workdir"),
         ([f"--config={CONFIG}", "lru"], "unexpected argument 'lru'"),
-        (["--config=nowhere/lm.py"], "cannot read the file given with --config"),
-        (["--config=nowhere/lm.py", "--config.steps=1"], "cannot load the config file"),
+        (["--config=nowhere/lm.py"], "--config=nowhere/lm.py: cannot read the file"),
+        (["--config=nowhere/lm.py", "--config.steps=1"], "--config=nowhere/lm.py: cannot read"),
     ],
 )
 def test_bad_commands(capsys, arguments, message):
@@ -179,7 +186,7 @@ def test_causes_of_a_full_disk_are_found():
 
 
 def test_nearest_lists_what_is_known_when_nothing_is_near():
-    assert nearest("qqq", ["b", "a"]) == "known: a, b"
+    assert nearest("qqq", ["b", "a", "b"]) == "known: a, b"
     assert issubclass(UserError, Exception)
 
 
@@ -189,7 +196,7 @@ def test_the_exit_code_reaches_the_shell():
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: unknown word 'lruu'")
+    assert done.stderr.startswith(f"error: --config={CONFIG}:lruu: unknown word 'lruu'")
     assert done.stderr.count("\n") == 1
 
 
