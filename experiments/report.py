@@ -221,8 +221,8 @@ def _curves(grid: Grid, rows: Rows) -> list[Lines]:
     by_tokens: Lines = {}
     by_seconds: Lines = {}
     for label, (_, same) in best(grid, rows).items():
-        # A run that was only evaluated again, after a kill, knows no speed.
-        ended = [row for row in same if row.get("curve") and row["summary"]["tokens_per_second"]]
+        # A run of a single step has no measured speed.
+        ended = [row for row in same if row.get("curve") and numbers([row], "tokens_per_second")]
         for row in ended[:1]:
             found = row["summary"]
             each = found["tokens"] / found["step"]
