@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
 from experiments import cli, sweep
+from experiments.configs import lm
 from experiments.configs.grids import GRIDS, Grid, Job
 from experiments.errors import UserError
 
@@ -196,7 +197,10 @@ def figure(path: Path, grid: Grid, rows: Rows) -> None:
         axis.grid(alpha=0.25)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    drawing.axes[0].set_ylabel(grid.columns.get(grid.metric, grid.metric))
+    label = grid.columns.get(grid.metric, grid.metric)
+    if curves:
+        label += _curve_coverage(rows)
+    drawing.axes[0].set_ylabel(label)
     handles = drawing.axes[0].get_legend_handles_labels()
     drawing.legend(*handles, loc="outside right upper", frameon=False, fontsize="small")
     drawing.savefig(path, dpi=110)
@@ -214,6 +218,17 @@ def _points(grid: Grid, rows: Rows) -> list[Lines]:
             point = (overrides[grid.figure], statistics.fmean(found))
             lines.setdefault(label.split(",")[0], []).append(point)
     return [lines]
+
+
+def _curve_coverage(rows: Rows) -> str:
+    """Return how much text the evaluations of a curve read, which is less than the last one."""
+    default = lm.get_config().eval.bytes
+    sizes = {
+        min(row["overrides"].get("eval.bytes", default), row["summary"]["heldout_bytes"])
+        for row in rows
+        if "heldout_bytes" in row.get("summary", {})
+    }
+    return f", first {max(sizes):,} held-out bytes" if len(sizes) == 1 else ""
 
 
 def _curves(grid: Grid, rows: Rows) -> list[Lines]:

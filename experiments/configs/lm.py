@@ -6,8 +6,8 @@ Hardware: any; the defaults are for two CPU cores: 500 steps of 16 x 128 bytes w
 width 128, about 0.4 million parameters. Results on the first 524,288 held-out bytes of the Python
 3.11 standard library: deltanet 2.05 bits per byte, gated_deltanet 1.92 (gzip 2.01, xz 1.63). A
 deltanet run takes about three minutes of CPU time. LRU and S5 take less than half of the time of
-gated_deltanet, Mamba about twice; expect 1.8 to 2.1 from each of these. The nonlinear RNNs (elman to ltc) have not been
-measured. `summary.json` holds what a run reached.
+gated_deltanet, Mamba about twice; expect 1.8 to 2.1 from each of these. The nonlinear RNNs (elman
+to ltc) have not been measured. `summary.json` holds what a run reached.
 
 `:deltanet,quicktest` (any layer) is a run of a few seconds that learns next to nothing.
 """
