@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from experiments import build, objective
@@ -34,6 +38,21 @@ _LONGEST_LINE = 200 - len("error: ")
 _SPARE_BYTES = 1 << 20
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Drop warnings of the checkpoint library, which repeat the options that are set here."""
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger = absl_logging.get_absl_logger()
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
+
+
 class Checkpoints:
     """Saves and restores `state` (arrays) and `meta` (JSON) of the run in a workdir."""
 
@@ -46,6 +65,7 @@ class Checkpoints:
         """The step of the newest complete checkpoint, or None."""
         return self._latest.latest_step()
 
+    @_without_warnings()
     def save(self, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
         """Saves the newest state and, if it is the best so far, a second copy of it."""
         managers = [self._latest, self._best] if best else [self._latest]
@@ -106,6 +126,7 @@ def _check_space(folder: Any, state: Any, copies: int) -> None:
         raise OSError(errno.ENOSPC, f"a checkpoint needs {size} bytes, {free} are free")
 
 
+@_without_warnings()
 def _manager(folder: Path, keep: int | None, read_only: bool = False) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
@@ -115,6 +136,7 @@ def _manager(folder: Path, keep: int | None, read_only: bool = False) -> ocp.Che
     )
 
 
+@_without_warnings()
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return manager.restore(step, args=ocp.args.Composite(**items))

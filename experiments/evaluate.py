@@ -57,15 +57,17 @@ def evaluate(
     if limit < 1:
         raise UserError(f"--num_bytes={num_bytes}: must be positive")
     if path:
-        name, documents = path, [read_file(path)]
+        name, number, text = path, "bits per byte", [read_file(path)]
     else:
         corpus = pipeline.load_corpus(config.data)
-        name, documents = f"held-out part of {corpus.name}", list(corpus.heldout)
-    documents = corpora.take_bytes(documents, limit)
+        name, number = f"held-out part of {corpus.name}", "held-out bits per byte"
+        text = list(corpus.heldout)
+    documents = corpora.take_bytes(text, limit)
     measure = heldout.make_evaluate(model, lanes=config.eval.lanes, length=config.data.length)
-    result = heldout.report(measure(params, documents), documents) | {"step": step}
+    result = heldout.report(measure(params, documents), documents, sum(map(len, text)))
+    result |= {"step": step}
     print(f"{workdir}, {which} checkpoint (step {step}), {name}")
-    print(heldout.format_report(result))
+    print(heldout.format_report(result, number))
     return result
 
 

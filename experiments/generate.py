@@ -26,8 +26,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     )
     flags.DEFINE_string("prompt", "", "Text to go on from.", flag_values=values)
     flags.DEFINE_integer("num_bytes", 500, "How many bytes to generate.", flag_values=values)
-    flags.DEFINE_float("temperature", 0.8, "0 takes the most likely byte.", flag_values=values)
-    flags.DEFINE_float("top_p", 0.95, "Draw from this much of the probability.", flag_values=values)
+    flags.DEFINE_float(
+        "temperature", sampling.TEMPERATURE, "0 takes the most likely byte.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "top_p", sampling.TOP_P, "Draw from this much of the probability.", flag_values=values
+    )
     flags.DEFINE_integer("seed", 0, "Another seed, another text.", flag_values=values)
 
 
@@ -35,7 +39,8 @@ def main(values: Any) -> int:
     """Prints a sample of the run given by flags."""
     if values.num_bytes < 1:
         raise UserError(f"--num_bytes={values.num_bytes}: must be at least 1")
-    print(values.prompt, end="", flush=True)
+    prompt = "".join(sampling.decode(sampling.encode(values.prompt)))
+    print(sampling.printable(prompt, sys.stdout), end="", flush=True)
     for text in generate(
         values.workdir,
         values.prompt,
@@ -45,7 +50,7 @@ def main(values: Any) -> int:
         top_p=values.top_p,
         seed=values.seed,
     ):
-        print(text, end="", flush=True)
+        print(sampling.printable(text, sys.stdout), end="", flush=True)
     print()
     return 0
 
@@ -56,16 +61,15 @@ def generate(
     *,
     which: str = "latest",
     num_bytes: int = 500,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
+    temperature: float = sampling.TEMPERATURE,
+    top_p: float = sampling.TOP_P,
     seed: int = 0,
 ) -> Iterator[str]:
     """Yields text as it is made, from the checkpoint of a workdir."""
     model, params, config, _ = checkpoints.load_for_inference(workdir, which)
     language.require_text(config, "generation")
-    # What the shell passed that is not UTF-8 reaches the model as the bytes it was.
-    prompt_bytes = prompt.encode("utf-8", "surrogateescape")
     sample = sampling.make_sampler(model)
+    prompt_bytes = sampling.encode(prompt)
     yield from sampling.decode(sample(params, prompt_bytes, num_bytes, seed, temperature, top_p))
 
 

@@ -82,21 +82,34 @@ def compressors(documents: Sequence[bytes]) -> dict[str, float]:
     }
 
 
-def report(bits: float, documents: Sequence[bytes]) -> dict[str, Any]:
-    """The result of an evaluation beside the compressors', as numbers to print and store."""
+def report(bits: float, documents: Sequence[bytes], total: int) -> dict[str, Any]:
+    """Return the numbers of an evaluation to print and store, with those of compressors.
+
+    Args:
+      bits: bits per byte of the model.
+      documents: the text that was read.
+      total: bytes of the text that these documents are the beginning of.
+    """
     others = compressors(documents)
     return {
         "heldout_bits_per_byte": bits,
         "heldout_bytes": sum(map(len, documents)),
+        "heldout_total_bytes": total,
         "gzip_bits_per_byte": others["gzip"],
         "xz_bits_per_byte": others["xz"],
     }
 
 
-def format_report(result: dict[str, Any]) -> str:
-    """The report as a line for people."""
+def coverage(size: int, total: int) -> str:
+    """Return which bytes of a text were read, in words."""
+    return f"all {total:,}" if size == total else f"the first {size:,} of {total:,}"
+
+
+def format_report(result: dict[str, Any], number: str = "held-out bits per byte") -> str:
+    """Format the report as a line for people; `number` is the name of what was measured."""
+    read = coverage(result["heldout_bytes"], result["heldout_total_bytes"])
     return (
-        f"held-out bits per byte: {result['heldout_bits_per_byte']:.4f} "
-        f"(gzip {result['gzip_bits_per_byte']:.4f}, xz {result['xz_bits_per_byte']:.4f}) "
-        f"on the same {result['heldout_bytes']:,} bytes"
+        f"{number} {result['heldout_bits_per_byte']:.4f} on {read} bytes "
+        f"(on the same bytes gzip {result['gzip_bits_per_byte']:.4f}, "
+        f"xz {result['xz_bits_per_byte']:.4f})"
     )

@@ -54,6 +54,7 @@ class Text:
         self._corpus = pipeline.load_corpus(config.data)
         self.name = self._corpus.name
         self.fingerprint = self._corpus.fingerprint
+        self._heldout_bytes = sum(map(len, self._corpus.heldout))
         self.model = build.build_model(config.model)
         self.batch_shape = (config.data.batch_size, config.data.length)
 
@@ -86,7 +87,7 @@ class Text:
             documents = corpora.take_bytes(self._corpus.heldout, limit)
             bits = measure(params, documents)
             if final:
-                return heldout.report(bits, documents)
+                return heldout.report(bits, documents, self._heldout_bytes)
             return {
                 "heldout_bits_per_byte": bits,
                 "heldout_bytes": sum(map(len, documents)),
@@ -94,12 +95,16 @@ class Text:
 
         return evaluate
 
+    def coverage(self, result: dict[str, Any]) -> str:
+        """Return which held-out bytes were read, in words."""
+        return f"{heldout.coverage(result['heldout_bytes'], self._heldout_bytes)} bytes"
+
     def describe(self, result: dict[str, Any]) -> str:
         """A result as a line for people."""
         if "gzip_bits_per_byte" in result:
             return heldout.format_report(result)
-        bits, size = result["heldout_bits_per_byte"], result["heldout_bytes"]
-        return f"held-out bits per byte {bits:.3f} ({size:,} bytes)"
+        bits = result["heldout_bits_per_byte"]
+        return f"held-out bits per byte {bits:.3f} on {self.coverage(result)}"
 
 
 def require_text(config: ConfigDict, what: str) -> None:

@@ -51,6 +51,9 @@ class Objective(Protocol):
     def make_evaluate(self, place: Devices) -> Callable[[Any, bool], dict[str, Any]]:
         """Returns `evaluate(params, final)`: numbers by name, `metric` among them."""
 
+    def coverage(self, result: dict[str, Any]) -> str:
+        """Return which of the held-out data `evaluate` read for a result, in words."""
+
     def describe(self, result: dict[str, Any]) -> str:
         """What `evaluate` returned as a line for people."""
 

@@ -10,16 +10,29 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 _TRAIN, _HELDOUT, _RATE, _NORM = "#4c78a8", "#e45756", "#54a24b", "#b279a2"
+_FINAL = "#9d2a2a"
 
 
 def save_curves(
-    path: Path, rows: list[dict[str, Any]], title: str, curve: str, metric: str
+    path: Path,
+    rows: list[dict[str, Any]],
+    title: str,
+    objective: Any,
+    final: dict[str, Any] | None = None,
 ) -> None:
-    """Draws a number of every step, and one of every evaluation, over steps.
+    """Draw a number of every step, and one of every evaluation, over steps.
 
     Both on one axis where they are the same kind of number, and the learning rate and the gradient
     norm below.
+
+    Args:
+      path: file of the figure.
+      rows: rows of the metrics file.
+      title: title of the figure.
+      objective: an `objective.Objective`, which names the numbers and the data behind them.
+      final: step and result of the evaluation after the last step, if there was one.
     """
+    curve, metric = objective.curve, objective.metric
     train = [row for row in rows if "loss" in row]
     heldout = [row for row in rows if metric in row]
     steps = np.array([row["step"] for row in train])
@@ -39,9 +52,21 @@ def save_curves(
         points = [row[metric] for row in heldout]
         same = metric.endswith(curve)
         axis = top if same else top.twinx()
-        label = f"held-out, {heldout[-1]['heldout_bytes']:,} bytes" if same else metric
-        top.plot([], [], "o-", color=_HELDOUT, label=label)
+        name, read = "held-out" if same else metric, objective.coverage(heldout[-1])
+        top.plot([], [], "o-", color=_HELDOUT, label=f"{name}, {read}")
         axis.plot([row["step"] for row in heldout], points, "o-", color=_HELDOUT)
+        if final and objective.coverage(final) != read:
+            label = f"{name} at the end, {objective.coverage(final)}"
+            top.plot([], [], "D", color=_FINAL, label=label)
+            axis.plot(final["step"], final[metric], "D", color=_FINAL)
+            axis.annotate(
+                f"{final[metric]:.3f}",
+                (final["step"], final[metric]),
+                textcoords="offset points",
+                xytext=(0, 8),
+                ha="center",
+                color=_FINAL,
+            )
         if not same:
             axis.set_ylim(-0.03, 1.03)
             axis.set_ylabel(metric, color=_HELDOUT)

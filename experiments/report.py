@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
 from experiments import cli, sweep
+from experiments.configs import lm
 from experiments.configs.grids import GRIDS, Grid, Job
 from experiments.errors import UserError
 
@@ -197,7 +198,10 @@ def figure(path: Path, grid: Grid, rows: Rows) -> None:
         axis.grid(alpha=0.25)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    drawing.axes[0].set_ylabel(grid.columns.get(grid.metric, grid.metric))
+    label = grid.columns.get(grid.metric, grid.metric)
+    if curves:
+        label += _curve_coverage(rows)
+    drawing.axes[0].set_ylabel(label)
     handles = drawing.axes[0].get_legend_handles_labels()
     drawing.legend(*handles, loc="outside right upper", frameon=False, fontsize="small")
     drawing.savefig(path, dpi=110)
@@ -217,13 +221,24 @@ def _points(grid: Grid, rows: Rows) -> list[Lines]:
     return [lines]
 
 
+def _curve_coverage(rows: Rows) -> str:
+    """Return how much text the evaluations of a curve read, which is less than the last one."""
+    default = lm.get_config().eval.bytes
+    sizes = {
+        min(row["overrides"].get("eval.bytes", default), row["summary"]["heldout_bytes"])
+        for row in rows
+        if "heldout_bytes" in row.get("summary", {})
+    }
+    return f", first {max(sizes):,} held-out bytes" if len(sizes) == 1 else ""
+
+
 def _curves(grid: Grid, rows: Rows) -> list[Lines]:
     """The metric over tokens and over seconds at the run's mean speed, of the first seed."""
     by_tokens: Lines = {}
     by_seconds: Lines = {}
     for label, (_, same) in best(grid, rows).items():
-        # A run that was only evaluated again, after a kill, knows no speed.
-        ended = [row for row in same if row.get("curve") and row["summary"]["tokens_per_second"]]
+        # A run of a single step has no measured speed.
+        ended = [row for row in same if row.get("curve") and numbers([row], "tokens_per_second")]
         for row in ended[:1]:
             found = row["summary"]
             each = found["tokens"] / found["step"]

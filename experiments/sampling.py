@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,11 @@ import numpy as np
 
 from experiments.data.pipeline import DOCUMENT_START
 from experiments.errors import UserError
+
+# Measured on 48 samples of 500 bytes from `lm.py:deltanet`: 31 % white space and 2.08 bits per
+# byte; the held-out text has 32 % and 2.05. At 0.8 and 0.95 it was 47 % and 1.10 (24 samples).
+TEMPERATURE = 1.0
+TOP_P = 0.99
 
 # (params, prompt, num_bytes, seed, temperature, top_p) -> bytes, one by one
 Sampler = Callable[[Any, bytes, int, int, float, float], Iterator[int]]
@@ -58,6 +63,25 @@ def make_sampler(model: Any) -> Sampler:
             yield int(byte)
 
     return sample
+
+
+def encode(prompt: str) -> bytes:
+    """Return the bytes of a prompt, those that are not UTF-8 as the shell passed them."""
+    return prompt.encode("utf-8", "surrogateescape")
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Return text as it should be written to a stream.
+
+    On a terminal, control characters other than line breaks and tabs are escaped: a model can
+    produce sequences that change the terminal's settings. Files and pipes get the text unchanged.
+    """
+    if not stream.isatty():
+        return text
+    return "".join(
+        char if char in "\n\t" or char.isprintable() else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def decode(stream: Iterable[int]) -> Iterator[str]:

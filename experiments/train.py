@@ -6,8 +6,8 @@ python -m experiments.train --config=experiments/configs/state_tracking.py:parit
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,9 +56,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with Run(config, workdir) as run:
         say(run.describe())
         stopped_by = run.loop()
-        if devices.is_main():
-            save_curves(run)
         if stopped_by:
+            save_curves(run)
             say(
                 f"stopped at step {run.step}; saved in {workdir}: "
                 "start the same command again to go on"
@@ -73,12 +72,14 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def save_curves(run: Run) -> None:
-    """Draws what the run has logged so far."""
+def save_curves(run: Run, final: dict[str, Any] | None = None) -> None:
+    """Draw what the run has logged so far, and the result of its last evaluation."""
+    if not devices.is_main():
+        return
     rows = logs.read_rows(run.workdir)
     if any("loss" in row for row in rows):
-        names = run.objective.curve, run.objective.metric
-        plots.save_curves(run.workdir / "curves.png", rows, run.config.name, *names)
+        path = run.workdir / "curves.png"
+        plots.save_curves(path, rows, run.config.name, run.objective, final)
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -86,9 +87,9 @@ def finish(run: Run) -> dict[str, Any]:
     config, workdir = run.config, run.workdir
     result = run.evaluate(run.state["params"], True)
     say(run.objective.describe(result))
-    tokens = run.step * math.prod(run.objective.batch_shape)
-    result |= {"exit_code": 0, "step": run.step, "tokens": tokens, **run.timing()}
-    files = "metrics.jsonl, tensorboard, curves.png, checkpoints, best"
+    result |= {"exit_code": 0, "step": run.step, **run.timing()}
+    save_curves(run, result)
+    files = "metrics.jsonl, curves.png, checkpoints, best"
     if "sample" in config and jax.process_count() == 1:
         save_sample(run)
         files += ", sample.txt"
@@ -104,17 +105,19 @@ def save_sample(run: Run) -> None:
     """Draws a sample from the model, prints it and writes it to sample.txt."""
     config, workdir = run.config, run.workdir
     sample = config.sample
+    prompt = sampling.encode(sample.prompt)
     stream = sampling.make_sampler(run.model)(
         run.state["params"],
-        sample.prompt.encode(),
+        prompt,
         sample.num_bytes,
         config.seed,
         sample.temperature,
         sample.top_p,
     )
-    text = sample.prompt + "".join(sampling.decode(stream))
-    (workdir / "sample.txt").write_text(text, errors="replace")
-    print(f"--- sample ({sample.num_bytes} bytes) ---\n{text}\n---", flush=True)
+    text = "".join(sampling.decode(itertools.chain(prompt, stream)))
+    (workdir / "sample.txt").write_text(text, encoding="utf-8")
+    shown = sampling.printable(text, sys.stdout)
+    print(f"--- sample ({sample.num_bytes} bytes) ---\n{shown}\n---", flush=True)
 
 
 if __name__ == "__main__":

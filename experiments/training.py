@@ -144,6 +144,7 @@ class Run:
         pipeline.resume(self._batches, meta["data"])
         self._best = math.inf if meta["best"] is None else meta["best"]
         self._score = meta.get("score")
+        self._timed = meta.get("timed", self._timed)
         self.step = step
 
     def describe(self) -> str:
@@ -160,10 +161,18 @@ class Run:
         )
 
     def timing(self) -> dict[str, float]:
-        """Seconds spent in steps and tokens per second, compilation and evaluation left out."""
-        seconds = max(self._timed["seconds"], 1e-9)
-        tokens = self._timed["steps"] * math.prod(self.objective.batch_shape)
-        return {"train_seconds": self._timed["seconds"], "tokens_per_second": tokens / seconds}
+        """Return the tokens of all steps, the seconds they took and the tokens per second.
+
+        A resumed run counts the steps before the resume too. Evaluation is left out. The first step
+        after each start compiles, so it counts with the mean time of the other steps. Without a
+        measured step only `tokens` is returned.
+        """
+        each = math.prod(self.objective.batch_shape)
+        tokens = self.step * each
+        if not self._timed["seconds"]:
+            return {"tokens": tokens}
+        speed = self._timed["steps"] * each / self._timed["seconds"]
+        return {"tokens": tokens, "train_seconds": tokens / speed, "tokens_per_second": speed}
 
     def loop(self) -> int:
         """Trains to the last step, or until it is good enough.
@@ -297,6 +306,7 @@ class Run:
             "fingerprint": self.objective.fingerprint,
             "best": self._best if math.isfinite(self._best) else None,
             "score": self._score,
+            "timed": dict(self._timed),  # a copy: checkpoints are written later
         }
         self._checkpoints.save(self.step, self.state, meta, best=best)
         self._saved = self.step

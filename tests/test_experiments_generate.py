@@ -1,5 +1,8 @@
 """Sampling: the parallel pass's numbers, one byte at a time."""
 
+import io
+import sys
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ pytest.importorskip("ml_collections")
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from experiments import cli, generate, sampling, train
 from experiments.build import build_model
@@ -86,6 +90,34 @@ def test_utf8_arrives_whole_and_the_rest_is_replaced():
     parts = list(sampling.decode("naïve €".encode() + b"\xff!" + b"\xe2\x82"))
     assert "".join(parts) == "naïve €�!�"
     assert "€" in parts
+
+
+def test_control_characters_are_escaped_on_terminals_only():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    text = "\tdef é():\n\x1b[2J\r\x00\x9b\u202e"
+    escaped = "\tdef é():\n\\x1b[2J\\r\\x00\\x9b\\u202e"
+    assert sampling.printable(text, Terminal()) == escaped
+    assert sampling.printable(text, io.StringIO()) == text
+
+
+def test_a_terminal_gets_no_control_characters(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(generate, "generate", lambda *args, **options: iter(["a\x1b[31m"]))
+    arguments = ["generate", f"--workdir={run}", "--prompt=\x07\udcff"]
+    assert cli.run(generate.define_flags, generate.main, arguments) == 0
+    assert capsys.readouterr().out == "\\x07\ufffda\\x1b[31m\n"
+
+
+def test_generating_from_python_logs_no_warnings(run, caplog):
+    logger = logging.get_absl_logger()
+    caplog.set_level("WARNING", logger="absl")
+    assert "".join(generate.generate(run, "abc", num_bytes=2))
+    assert not caplog.records
+    logger.warning("others are")
+    assert [record.message for record in caplog.records] == ["others are"]
 
 
 def test_the_command_prints_the_prompt_and_goes_on(run, capsys):

@@ -142,7 +142,8 @@ def test_accuracy_is_what_it_says():
     made.model = Perfect()
     evaluate = made.make_evaluate(None)
     perfect = {"accuracy_9": 1.0, "accuracy": 1.0, "chance": 0.5, "scaled_accuracy": 1.0}
-    assert evaluate(0, True) == perfect
+    assert evaluate(0, True) == perfect | {"test_sequences": 8}
+    assert made.describe(evaluate(0, False)).endswith("accuracy 1.000 (4 test sequences)")
     assert evaluate(1, True)["accuracy"] == 0
 
 

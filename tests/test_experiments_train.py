@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ pytest.importorskip("ml_collections")
 
 import jax
 import jax.numpy as jnp
+from matplotlib import figure
 
 import seqjax
 from experiments import checkpoints, cli, evaluate, heldout, logs, optimizer, train, training
@@ -125,7 +127,8 @@ def test_a_finished_run_started_again_only_reports(reference, text, capsys):
     before = losses(workdir)
     again = train.train(quick(text, steps=12), workdir)
     assert losses(workdir) == before
-    assert again["heldout_bits_per_byte"] == summary["heldout_bits_per_byte"]
+    assert again == summary == json.loads((workdir / "summary.json").read_text())
+    assert summary["tokens_per_second"] > 0
     assert "resumed at step 12" in capsys.readouterr().out
 
 
@@ -168,6 +171,50 @@ def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monke
     summary = train.train(quick(text, steps=12), tmp_path)
     assert losses(tmp_path) == losses(reference[0])
     assert summary["heldout_bits_per_byte"] == reference[1]["heldout_bits_per_byte"]
+    assert summary["tokens"] == reference[1]["tokens"]
+    speed = summary["tokens"] / summary["train_seconds"]
+    assert speed == pytest.approx(summary["tokens_per_second"])
+
+
+def test_timing_counts_the_steps_before_a_resume(text, tmp_path):
+    train.train(quick(text, steps=4), tmp_path)
+    with training.Run(quick(text, steps=8), tmp_path) as run:
+        run._timed["seconds"] = 1000.0
+        assert run.loop() == 0
+        timing = run.timing()
+    assert timing["train_seconds"] > 1000
+    with training.Run(quick(text, steps=8), tmp_path) as run:
+        assert run.timing() == timing
+
+
+def test_a_run_without_a_measured_step_has_no_speed(text, tmp_path):
+    summary = train.train(quick(text, steps=1), tmp_path)
+    assert summary["tokens"] == 128
+    assert not {"train_seconds", "tokens_per_second"} & set(summary)
+
+
+def test_held_out_numbers_say_which_bytes_they_cover(text, tmp_path, capsys, monkeypatch):
+    drawn = {}
+    save = figure.Figure.savefig
+
+    def record(self, path, **options):
+        drawn["labels"] = self.axes[0].get_legend_handles_labels()[1]
+        save(self, path, **options)
+
+    monkeypatch.setattr(figure.Figure, "savefig", record)
+    summary = train.train(quick(text, steps=5), tmp_path)
+    total = summary["heldout_total_bytes"]
+    assert summary["heldout_bytes"] == min(2048, total) > 512
+    at_the_end = heldout.coverage(summary["heldout_bytes"], total)
+    printed = capsys.readouterr().out
+    assert re.search(rf"step 5: .* on the first 512 of {total:,} bytes\n", printed)
+    assert re.search(rf"\nheld-out bits per byte \S+ on {at_the_end} bytes \(on the", printed)
+    files = printed.splitlines()[-1].removeprefix(f"in {tmp_path}: ")
+    assert files == "metrics.jsonl, curves.png, checkpoints, best, sample.txt"
+    assert drawn["labels"][-2:] == [
+        f"held-out, the first 512 of {total:,} bytes",
+        f"held-out at the end, {at_the_end} bytes",
+    ]
 
 
 def test_the_second_signal_is_python_s_own():
@@ -293,7 +340,7 @@ def test_bits_per_byte_is_the_log_loss_of_every_byte(reference, text):
     assert bits == pytest.approx(total / math.log(2) / len(stream), rel=1e-5)
 
 
-def test_evaluate_agrees_with_training(reference, tmp_path):
+def test_evaluate_agrees_with_training(reference, tmp_path, capsys):
     workdir, summary = reference
     result = evaluate.evaluate(str(workdir))
     for name in ("heldout_bits_per_byte", "heldout_bytes", "gzip_bits_per_byte", "step"):
@@ -302,6 +349,9 @@ def test_evaluate_agrees_with_training(reference, tmp_path):
     file.write_bytes(b"line 1 of file 1: 1\n" * 20)
     other = evaluate.evaluate(str(workdir), which="best", path=str(file), num_bytes=100)
     assert other["heldout_bytes"] == 100
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("bits per byte ")
+    assert " on the first 100 of 400 bytes " in line
 
 
 def test_compressors_are_those_of_the_shell():

@@ -232,5 +232,7 @@ def test_bad_ts_files_end_with_one_line(tmp_path, text, words):
 def test_unknown_series_end_with_one_line(tmp_path):
     with pytest.raises(UserError, match=r"must hold NAME_TRAIN\.ts"):
         labelled.time_series(str(tmp_path))
-    with pytest.raises(UserError, match=r"neither a folder|pip install aeon"):
+    with pytest.raises(UserError, match=r"NoSuchSet.*(neither a folder|pip install aeon)"):
         labelled.time_series("NoSuchSet")
+    with pytest.raises(UserError, match=r"needs --config\.task\.path: a folder"):
+        labelled.time_series("")

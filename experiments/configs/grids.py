@@ -251,7 +251,11 @@ GRIDS: dict[str, Grid] = {
             Job(layer, f"{TEXT}:{layer}", {"model.mlp_ratio": ratio})
             for layer, ratio in MLP_RATIOS.items()
         ),
-        {"heldout_bits_per_byte": "bits per byte", "tokens_per_second": "tokens/s"},
+        {
+            "heldout_bits_per_byte": "bits per byte",
+            "heldout_bytes": "held-out bytes",
+            "tokens_per_second": "tokens/s",
+        },
         "heldout_bits_per_byte",
         lower=True,
         note=NOTES["text"],

@@ -182,12 +182,17 @@ def time_series(path: str) -> LabelledSet:
     Every channel is scaled to mean 0 and variance 1 over the training set; a missing value becomes
     that mean.
     """
+    if not path:
+        raise UserError(
+            "the task time_series needs --config.task.path: a folder with NAME_TRAIN.ts and "
+            "NAME_TEST.ts, or the name of a set that comes with aeon, such as ACSF1"
+        )
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = _inside_aeon(path)
     files = [sorted(folder.glob(f"*_{split}.ts")) for split in ("TRAIN", "TEST")]
     if not all(files):
-        raise UserError(f"{folder} must hold NAME_TRAIN.ts and NAME_TEST.ts")
+        raise UserError(f"config.task.path={path!r} must hold NAME_TRAIN.ts and NAME_TEST.ts")
     (train, names), (test, test_names) = (read_ts(found[0]) for found in files)
     classes = sorted(set(names))
     if unknown := set(test_names) - set(classes):
@@ -214,11 +219,14 @@ def _inside_aeon(name: str) -> Path:
     spec = importlib.util.find_spec("aeon")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"{name} is not a folder; the name of a set that comes with aeon needs it: "
-            "pip install aeon"
+            f"config.task.path={name!r} is not a folder; the name of a set that comes with aeon "
+            "needs it: pip install aeon"
         )
     root = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     found = {path.name: path for path in root.iterdir() if list(path.glob("*_TRAIN.ts"))}
     if name not in found:
-        raise UserError(f"{name} is neither a folder nor one of aeon's sets: {', '.join(found)}")
+        raise UserError(
+            f"config.task.path={name!r} is neither a folder nor one of aeon's sets: "
+            f"{', '.join(sorted(found))}"
+        )
     return found[name]

@@ -77,9 +77,15 @@ class _Judged:
         del nats
         return {}
 
+    def coverage(self, result: dict[str, Any]) -> str:
+        """Return the number of test sequences, in words."""
+        return f"{result['test_sequences']:,} test sequences"
+
     def describe(self, result: dict[str, Any]) -> str:
-        """All numbers, in a line."""
-        return ", ".join(f"{name} {value:.3f}" for name, value in result.items())
+        """Return all numbers in a line, and the number of test sequences behind them."""
+        numbers = {name: value for name, value in result.items() if name != "test_sequences"}
+        line = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        return f"{line} ({self.coverage(result)})"
 
 
 class TokenTask(_Judged):
@@ -139,7 +145,10 @@ class TokenTask(_Judged):
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
-        """Accuracy at every test length; `accuracy` is the longest's, and scaled, chance is 0."""
+        """Accuracy at every test length; `accuracy` is the longest's, and scaled, chance is 0.
+
+        `test_sequences` is the number of sequences of the longest length.
+        """
         task, evaluation = self._task, self._config.eval
         count = evaluation.sequences if final else evaluation.quick
         found: dict[str, Any] = {}
@@ -153,6 +162,7 @@ class TokenTask(_Judged):
             asked = test.counted[: count // rows * rows].sum()
             found[f"accuracy_{length}"] = float(right / asked)
         found["accuracy"] = found[f"accuracy_{task.test_lengths[-1]}"]
+        found["test_sequences"] = count // rows * rows
         if final and task.chance is not None:
             found["chance"] = task.chance
             found["scaled_accuracy"] = (found["accuracy"] - task.chance) / (1 - task.chance)
@@ -223,7 +233,7 @@ class SequenceTask(_Judged):
             test, length=self._length, batch_size=self._config.data.batch_size
         )
         right = sum(int(self._right(params, batch)) for batch in rows)
-        found = {"accuracy": right / len(test.labels)}
+        found = {"accuracy": right / len(test.labels), "test_sequences": len(test.labels)}
         return found | {"majority": self._data.majority()} if final else found
 
 
