@@ -23,6 +23,7 @@ from pallas_kernels._heads import in_step
 from pallas_kernels._inverse import inverses
 
 Inputs = dict[str, jax.Array]
+Gradients = dict[str, Any]  # decays: a `SpansBack`, the others arrays
 
 
 def _solved(
@@ -86,7 +87,7 @@ def _pull(
     d_out: jax.Array,
     ct: jax.Array,
     solved: tuple[jax.Array, ...],
-) -> Generator[None, None, Inputs]:
+) -> Generator[None, None, Gradients]:
     q, k, beta = x["q"], x["k"], x["beta"]
     scores, overlaps, inverse, change, u = solved
     below = rows(q.shape[0]) > cols(q.shape[0])
