@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "keep",
     "eval",
     "mesh",
+    "sample",
 )
 
 # Room for the metadata of a checkpoint and for the log.

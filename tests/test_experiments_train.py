@@ -268,6 +268,7 @@ def test_another_model_or_other_text_is_refused(reference, text, tmp_path):
     workdir, _ = reference
     other = quick(text, steps=12)
     other.model.dim = 8
+    other.sample.temperature = 0.5
     other.optimizer.learning_rate = 1e-5  # What may change is not complained about.
     with pytest.raises(UserError, match=r"\(model\.dim: 16 -> 8\)"):
         train.train(other, workdir)
