@@ -31,6 +31,7 @@ _MAY_CHANGE = (
     "eval",
     "mesh",
     "mesh_axis_types",
+    "sample",
 )
 
 _LONGEST_LINE = 200 - len("error: ")

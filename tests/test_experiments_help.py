@@ -10,7 +10,7 @@ pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
 from experiments import cli, usage
-from experiments.configs import classify, common, fields, lm, pod_deltanet_1b, recall
+from experiments.configs import classify, common, fields, lm, pod_gated_deltanet_1b, recall
 from experiments.configs import state_tracking as state
 
 REPOSITORY = Path(__file__).parent.parent
@@ -19,7 +19,7 @@ COMMANDS = sorted(
     for path in (REPOSITORY / "experiments").glob("*.py")
     if "cli.run(" in path.read_text()
 )
-CONFIGS = [lm.get_config("deltanet"), pod_deltanet_1b.get_config("8k")] + [
+CONFIGS = [lm.get_config("deltanet"), pod_gated_deltanet_1b.get_config("8k")] + [
     module.get_config(task) for module in (recall, state, classify) for task in module.TASKS
 ]
 

@@ -14,8 +14,9 @@ pytest.importorskip("ml_collections")
 import jax
 import jax.numpy as jnp
 
-from experiments import cli, evaluate, generate, logs, objective, train
-from experiments.configs import classify, recall, state_tracking
+import seqjax
+from experiments import build, cli, evaluate, generate, logs, objective, train
+from experiments.configs import classify, lm, pods, recall, state_tracking
 from experiments.errors import UserError
 from experiments.tasks import batches, examples
 
@@ -172,6 +173,19 @@ class FakeFlags:
         self.which, self.prompt, self.num_bytes = "latest", "", 4
         self.temperature, self.top_p, self.seed = 1.0, 1.0, 0
         self.__dict__.update(values)
+
+
+@pytest.mark.parametrize("word", ["deltanet", "gated_deltanet", "hybrid"])
+def test_the_word_says_whether_deltanet_is_gated(word):
+    every = [lm, recall, classify, state_tracking]
+    models = [build.build_model(module.get_config(word).model) for module in every]
+    models += (
+        [build.build_model(pods.recipe("x", word, "", {}, {}).model)] if word != "hybrid" else []
+    )
+    for model in models:
+        mixers = [x for x in model.backbone.mixers if isinstance(x, seqjax.layers.DeltaNet)]
+        assert mixers
+        assert all(mixer.gated == (word != "deltanet") for mixer in mixers)
 
 
 def test_bad_tasks_end_with_one_line():

@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from matplotlib import figure
 
-import seqjax
 from experiments import checkpoints, cli, evaluate, heldout, logs, optimizer, train, training
 from experiments.build import build_model
-from experiments.configs import classify, common, lm, pods, recall, state_tracking
+from experiments.configs import common, lm
 from experiments.data import pipeline
 from experiments.errors import UserError
 from experiments.interrupt import Interrupt
@@ -85,17 +84,6 @@ def test_two_steps_of_every_config(layer, text):
         assert metrics["gradient_norm"] > 0
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, state["params"])
     assert all(jax.tree.leaves(moved)), moved
-
-
-@pytest.mark.parametrize("word", ["deltanet", "gated_deltanet", "hybrid"])
-def test_the_word_says_whether_deltanet_is_gated(word):
-    every = [lm, recall, classify, state_tracking]
-    models = [build_model(module.get_config(word).model) for module in every]
-    models += [build_model(pods.recipe("x", word, "", {}, {}).model)] if word != "hybrid" else []
-    for model in models:
-        mixers = [x for x in model.backbone.mixers if isinstance(x, seqjax.layers.DeltaNet)]
-        assert mixers
-        assert all(mixer.gated == (word != "deltanet") for mixer in mixers)
 
 
 def test_a_run_leaves_its_files(reference, text):
@@ -268,6 +256,7 @@ def test_another_model_or_other_text_is_refused(reference, text, tmp_path):
     workdir, _ = reference
     other = quick(text, steps=12)
     other.model.dim = 8
+    other.sample.temperature = 0.5
     other.optimizer.learning_rate = 1e-5  # What may change is not complained about.
     with pytest.raises(UserError, match=r"\(model\.dim: 16 -> 8\)"):
         train.train(other, workdir)
