@@ -240,10 +240,11 @@ import jax, seqjax
 from jax import numpy as jnp
 
 jax.config.update("jax_enable_x64", True)
-one = jnp.ones((1, 8, 2, 3))
+array = jax.ShapeDtypeStruct((1, 8, 2, 3), jnp.float64)
+gate = array.update(shape=array.shape[:-1])
 for op, names in (("linear_attention", "qkv"), ("generalized_delta_rule", "qkvab")):
     run = getattr(seqjax, op)
-    given = {name: one for name in names} | {"log_decay": -one[..., 0]}
+    given = {name: array for name in names} | {"log_decay": gate}
     loss = lambda given: run(**given, algorithm="chunked", chunk_size=8)[0].sum()
     print(op, jax.jit(jax.grad(loss)).lower(given).compile().as_text()[:9])
 """
