@@ -5,6 +5,9 @@ by the error that rounding the exact result to bfloat16 makes.
 """
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +233,37 @@ def test_a_residual_of_2_in_4096(form):
         name: x[..., 1:2] if name in ("v", "initial_state") else x for name, x in inputs.items()
     }
     assert times_the_floor(narrow, form)["out"] <= 4
+
+
+AVX512 = """
+import jax, seqjax
+from jax import numpy as jnp
+
+jax.config.update("jax_enable_x64", True)
+array = jax.ShapeDtypeStruct((1, 8, 2, 3), jnp.float64)
+gate = array.update(shape=array.shape[:-1])
+for op, names in (("linear_attention", "qkv"), ("generalized_delta_rule", "qkvab")):
+    run = getattr(seqjax, op)
+    given = {name: array for name in names} | {"log_decay": gate}
+    loss = lambda given: run(**given, algorithm="chunked", chunk_size=8)[0].sum()
+    print(op, jax.jit(jax.grad(loss)).lower(given).compile().as_text()[:9])
+"""
+
+
+def test_float64_gradients_in_chunks_of_8_compile():
+    """In a process of its own: on CPUs with AVX-512 the compiler of jaxlib 0.10.2 aborted.
+
+    With the flags of a user, not with those of the tests, under which it did not. Other CPUs
+    compile other instructions, and the test passes there.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", AVX512], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [
+        "linear_attention",
+        "HloModule",
+        "generalized_delta_rule",
+        "HloModule",
+    ]

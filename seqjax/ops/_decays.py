@@ -118,8 +118,13 @@ def widen(x: jax.Array, channels: int) -> jax.Array:
 
 
 def _count(events: jax.Array) -> jax.Array:
-    """How many events there have been at or before each step; equal where none lies between."""
-    return jnp.cumsum(events, axis=-1, dtype=jnp.int32)
+    """Count the events at or before each step; counts are equal where no event lies between.
+
+    With 64-bit types enabled the counts have 64 bits. A loop over 8 float64 numbers that compares
+    32-bit counts aborts the process on CPUs with AVX-512: the compiler of jaxlib 0.10.2 "cannot
+    select" the instruction for its pairs of counts.
+    """
+    return jnp.cumsum(events, axis=-1, dtype=int)
 
 
 def same_segment(events: jax.Array) -> jax.Array:
