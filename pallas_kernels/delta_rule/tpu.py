@@ -71,7 +71,7 @@ def _backward(
     scale: float,
     d_outs: list[jax.Array],
     d_states: list[jax.Array],
-) -> list[Inputs]:
+) -> list[dict[str, Any]]:
     solved = _solved(num, decays, heads, states)
     given = zip(decays, heads, states, d_outs, d_states, solved, strict=True)
     return in_step([_pull(num, scale, *head) for head in given])
@@ -86,7 +86,7 @@ def _pull(
     d_out: jax.Array,
     ct: jax.Array,
     solved: tuple[jax.Array, ...],
-) -> Generator[None, None, Inputs]:
+) -> Generator[None, None, dict[str, Any]]:
     q, k, beta = x["q"], x["k"], x["beta"]
     scores, overlaps, inverse, change, u = solved
     below = rows(q.shape[0]) > cols(q.shape[0])

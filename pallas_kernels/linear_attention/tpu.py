@@ -41,7 +41,7 @@ def _backward(
     scale: float,
     d_out: jax.Array,
     ct: jax.Array,
-) -> Generator[None, None, Inputs]:
+) -> Generator[None, None, dict[str, Any]]:
     q, k, v = x["q"], x["k"], x["v"]
     d_out = scale * d_out.astype(num.dtype)
     [scores] = d.pairs([q], k)
@@ -60,8 +60,8 @@ def _backward(
     d_state = d.carry(ct) + d.read_back_state(q, d_out)
     yield
     q, k = q.astype(num.dtype), k.astype(num.dtype)
-    spans = d.spans_back(spans, q * read, k * written, d.carry(state) * ct)
-    return {"q": dq + read, "k": dk, "v": dv, "state": d_state, "log_decay": spans}
+    by_decays = d.spans_back(spans, q * read, k * written, d.carry(state) * ct)
+    return {"q": dq + read, "k": dk, "v": dv, "state": d_state, "log_decay": by_decays}
 
 
 def _each(function: Callable[..., Steps]) -> Callable[..., list[Any]]:
