@@ -334,7 +334,8 @@ class Channels(Shared):
             # by the left, the decays after j by the right. Every other step stays out of the sum.
             change = right * by_right
             change = sum((x * d for x, d in zip(lefts, by_left, strict=True)), change)
-            within = jnp.where((t & width) > 0, i <= t, i > t)
+            second = (t & width) > 0
+            within = (second & (i <= t)) | (~second & (i > t))
             within = within & (block_of(i, width) == block_of(t, width))
             spans = spans + self.num.dot(self.num.ones(within), change, exact=True)
             d_lefts = [d + own for d, own in zip(d_lefts, by_left, strict=True)]

@@ -1,6 +1,6 @@
 """Numerics of the matrix-state ops that a judgment by the largest result would not see.
 
-Gradients of strong decays are judged by the scale of their own channel, and the kernel in bfloat16
+Gradients of strong decays are judged by the scale of their channel, and the kernel in bfloat16
 by the error that rounding the exact result to bfloat16 makes.
 """
 
@@ -165,7 +165,7 @@ def delta_rule_and_gradients(form):
 
 
 def times_the_floor(inputs, form):
-    """By result, the error as a multiple of what rounding to bfloat16 costs the exact one."""
+    """Return by result the error as a multiple of the rounding error of the exact result."""
     with jax.enable_x64(True), unoptimized():
         exact = delta_rule_and_gradients("exact")(jax.tree.map(jnp.asarray, inputs))
         exact = jax.tree.map(np.asarray, exact)
@@ -200,7 +200,7 @@ CORRELATED = {
 @pytest.mark.parametrize("form", ["chunked", "pallas"])
 @pytest.mark.parametrize("name", CORRELATED)
 def test_correlated_keys_in_bfloat16(name, form):
-    """At most four times the rounding floor: outputs, final state and gradients.
+    """Allow four times the rounding floor, for outputs, final state and gradients.
 
     Where all keys are identical and beta is 1, no state survives a step, and the gradient of the
     decays is what the rounded keys leave of terms that cancel. It has no scale to be judged by.
@@ -215,7 +215,7 @@ def test_correlated_keys_in_bfloat16(name, form):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["chunked", "pallas"])
 def test_a_residual_of_2_in_4096(form):
-    """What the state holds differs from the values by 2, and the state has bits below bfloat16's.
+    """Resolve a state that differs from the values by 2, in a state of more bits than bfloat16.
 
     Columns do not mix, so one of 2 beside one of 4096 is judged by itself.
     """
@@ -251,10 +251,10 @@ for op, names in (("linear_attention", "qkv"), ("generalized_delta_rule", "qkvab
 
 
 def test_float64_gradients_in_chunks_of_8_compile():
-    """In a process of its own: on CPUs with AVX-512 the compiler of jaxlib 0.10.2 aborted.
+    """Compile in another process: on CPUs with AVX-512 the compiler of jaxlib 0.10.2 aborted.
 
-    With the flags of a user, not with those of the tests, under which it did not. Other CPUs
-    compile other instructions, and the test passes there.
+    The process has the compiler flags of a user, not those of the tests. CPUs without AVX-512
+    get other instructions, so the test always passes there.
     """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(

@@ -72,7 +72,7 @@ def _backward(
     scale: float,
     d_outs: list[jax.Array],
     d_states: list[jax.Array],
-) -> list[Inputs]:
+) -> list[dict[str, Any]]:
     solved = _solved(num, decays, heads, states)
     given = zip(decays, heads, states, d_outs, d_states, solved, strict=True)
     return in_step([_pull(num, scale, *head) for head in given])
