@@ -179,12 +179,13 @@ class Shared:
         lefts: list[jax.Array],
         right: jax.Array,
         pairs: list[jax.Array],
+        exact: bool = False,
     ) -> PairsBack:
         """Pull the cotangents of P, which is `pairs`, back to its factors and decays."""
         made = jnp.concatenate([self._masked(ct) for ct in cts], axis=0)
         size = right.shape[0]
-        d_lefts = self.num.dot(made, right, exact=True)
-        d_right = self.num.dot(made, jnp.concatenate(lefts, axis=0), TN, exact=True)
+        d_lefts = self.num.dot(made, right, exact=exact)
+        d_right = self.num.dot(made, jnp.concatenate(lefts, axis=0), TN, exact)
         by_left = [d_lefts[n * size : (n + 1) * size] for n in range(len(lefts))]
         # The decay of step i is in the pairs with j < i <= t: sum over t, then over j.
         i, j = rows(size), cols(size)
@@ -207,18 +208,18 @@ class Shared:
             y = self.after * y.astype(self.after.dtype)
         return self.num.dot(x, y, TN, exact)
 
-    def read_back(self, ct: jax.Array, state: jax.Array) -> jax.Array:
+    def read_back(self, ct: jax.Array, state: jax.Array, exact: bool = False) -> jax.Array:
         """The cotangent of x in `read`."""
-        made = self.num.dot(ct, state, NT)
+        made = self.num.dot(ct, state, NT, exact)
         return made if self.upto is None else self.upto * made
 
     def read_back_state(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
         """The cotangent of the state in `read`."""
         return self.num.dot(x, ct if self.upto is None else self.upto * ct, TN, exact)
 
-    def write_back(self, y: jax.Array, ct: jax.Array) -> jax.Array:
+    def write_back(self, y: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
         """The cotangent of x in `write`."""
-        made = self.num.dot(y, ct, NT)
+        made = self.num.dot(y, ct, NT, exact)
         return made if self.after is None else self.after * made
 
     def write_back_values(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
@@ -312,6 +313,7 @@ class Channels(Shared):
         lefts: list[jax.Array],
         right: jax.Array,
         pairs: list[jax.Array],
+        exact: bool = False,
     ) -> PairsBack:
         """Pull the cotangents of P back to its factors and decays; see `Shared`."""
         del pairs
@@ -326,10 +328,10 @@ class Channels(Shared):
         i, t = rows(size), cols(size)
         for width, met, (upto, after) in zip(widths(size), self.met, self.levels, strict=True):
             made = jnp.concatenate([jnp.where(met, ct, 0.0) for ct in cts], axis=0)
-            back = self.num.dot(made, right * after)
+            back = self.num.dot(made, right * after, exact=exact)
             by_left = [upto * back[n * size : (n + 1) * size] for n in range(len(lefts))]
             left = jnp.concatenate([x * upto for x in lefts], axis=0)
-            by_right = after * self.num.dot(made, left, TN)
+            by_right = after * self.num.dot(made, left, TN, exact)
             # Of a pair that meets in the middle of a block, the decays from the middle to t enter
             # by the left, the decays after j by the right. Every other step stays out of the sum.
             change = right * by_right

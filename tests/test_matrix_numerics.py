@@ -127,7 +127,7 @@ def rounded(x):
     return np.asarray(jnp.asarray(x, jnp.bfloat16)).astype(np.float64)
 
 
-def correlated(correlation, beta, gates, length=96, keys=32, values=8):
+def correlated(correlation, beta, gates, decay="head", length=96, keys=32, values=8):
     """Delta rule inputs whose keys have this correlation; gates are drawn from `gates`."""
     rng = np.random.default_rng(0)
 
@@ -141,7 +141,7 @@ def correlated(correlation, beta, gates, length=96, keys=32, values=8):
         "k": rounded(k),
         "v": rounded(normal(values)),
         "beta": np.full((1, length, 1), beta),
-        "log_decay": rng.choice(gates, (1, length, 1)).astype(float),
+        "log_decay": rng.choice(gates, (1, length, 1, keys)[: 3 if decay == "head" else 4]) * 1.0,
         "initial_state": np.zeros((1, 1, keys, values)),
     }
 
@@ -198,17 +198,25 @@ CORRELATED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["chunked", "pallas"])
+@pytest.mark.parametrize("decay", ["head", "channel"])
 @pytest.mark.parametrize("name", CORRELATED)
-def test_correlated_keys_in_bfloat16(name, form):
+def test_correlated_keys_in_bfloat16(name, decay, form):
     """Allow four times the rounding floor, for outputs, final state and gradients.
 
-    Where all keys are identical and beta is 1, no state survives a step, and the gradient of the
-    decays is what the rounded keys leave of terms that cancel. It has no scale to be judged by.
+    With identical keys and beta 1, a step clears all that the state holds. The gradient of a decay
+    per head is then a sum over channels that cancels, and its scale is the scale of the channels.
     """
-    correlation, *_ = CORRELATED[name]
-    times = times_the_floor(correlated(*CORRELATED[name]), form)
-    if correlation == 1.0:
-        del times["log_decay"]
+    correlation, beta, _ = CORRELATED[name]
+    inputs = correlated(*CORRELATED[name], decay)
+    times = times_the_floor(inputs, form)
+    if (correlation, beta, decay) == (1, 1, "head"):
+        g = inputs["log_decay"]
+        inputs["log_decay"] = np.broadcast_to(g[..., None], inputs["k"].shape)
+        with jax.enable_x64(True), unoptimized():
+            exact = delta_rule_and_gradients("exact")
+            by_head = exact(inputs | {"log_decay": g})["log_decay"]
+            by_channel = exact(inputs)["log_decay"]
+        times["log_decay"] *= np.abs(by_head).max() / np.abs(by_channel).max()
     assert max(times.values()) <= 4, times
 
 

@@ -106,13 +106,13 @@ def _pull(
     d_scores = num.dot(d_out, u, NT, exact=True)
     yield
     cts, pairs = [d_scores, beta * dn], [scores, overlaps]
-    [dq, dk_left], dk_right, spans = d.pairs_back(cts, [q, k], k, pairs)
+    [dq, dk_left], dk_right, spans = d.pairs_back(cts, [q, k], k, pairs, exact=True)
     yield
-    q_read = d.read_back(d_out, state)
+    q_read = d.read_back(d_out, state, exact=True)
     yield
-    k_read = -d.read_back(dv, state)
+    k_read = -d.read_back(dv, state, exact=True)
     yield
-    written = d.write_back(u, ct)
+    written = d.write_back(u, ct, exact=True)
     yield
     d_state = d.carry(ct) + d.read_back_state(q, d_out)
     yield
