@@ -16,11 +16,13 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, cli, heldout, language, objective
+from experiments.base import cli
+from experiments.base.devices import Devices
+from experiments.base.errors import UserError
 from experiments.data import corpus as corpora
 from experiments.data import pipeline
-from experiments.devices import Devices
-from experiments.errors import UserError
+from experiments.objectives import heldout, language, protocol
+from experiments.training import checkpoints
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -77,7 +79,7 @@ def evaluate_task(
     """Evaluates on the test sequences of the run's task and prints the result."""
     if path:
         language.require_text(config, "--path")
-    task = objective.make(config)
+    task = protocol.make(config)
     result = task.make_evaluate(Devices(""))(params, True)
     print(f"{workdir}, {which} checkpoint, {task.name}\n{task.describe(result)}")
     return result

@@ -14,8 +14,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import checkpoints, cli, language, sampling
-from experiments.errors import UserError
+from experiments.base import cli
+from experiments.base.errors import UserError
+from experiments.objectives import language, sampling
+from experiments.training import checkpoints
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:

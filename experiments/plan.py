@@ -26,9 +26,11 @@ from absl import flags
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from experiments import build, cli, collectives, flops, optimizer, training
+from experiments.base import build, cli
+from experiments.base.errors import UserError, nearest
+from experiments.compiled import collectives, flops
 from experiments.configs import pods
-from experiments.errors import UserError, nearest
+from experiments.training import loop, optimizer
 from seqjax import sharding
 
 
@@ -200,7 +202,7 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
         )
     }
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=where.replicated)
-    step: Any = training.make_train_step(model, transform, schedule, where)
+    step: Any = loop.make_train_step(model, transform, schedule, where)
     began = time.perf_counter()
     lowered = step.lower(state, batch, index)
     known = {

@@ -1,6 +1,6 @@
 """Makes tables and figures of what `experiments.sweep` found.
 
-    python -m experiments.report > experiments/RESULTS.md
+    python -m experiments.report > experiments/results/RESULTS.md
     python -m experiments.report --results=longer.jsonl --figures=figures > longer.md
 
 Jobs of one label that differ by learning rate are represented by the best one, by the mean over its
@@ -25,10 +25,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
-from experiments import cli, sweep
+from experiments import sweep
+from experiments.base import cli
+from experiments.base.errors import UserError
 from experiments.configs import lm
-from experiments.configs.grids import GRIDS, Grid, Job
-from experiments.errors import UserError
+from experiments.sweeps.grids import GRIDS, Grid, Job
 
 Rows = list[dict[str, Any]]
 _STRONG_FIRST = [*range(0, 20, 2), *range(1, 20, 2)]  # of the colours, which come in pairs
@@ -37,7 +38,7 @@ COMMAND = "python -m experiments.sweep --grids="
 HEAD = """# Results
 
 What the configurations of `experiments/configs` reach, beside what papers report. Printed by
-`python -m experiments.report`, from the `experiments/results.jsonl` that `python -m
+`python -m experiments.report`, from the `experiments/results/results.jsonl` that `python -m
 experiments.sweep` writes. Runs are small: sizes, steps and departures are in the configurations.
 """
 

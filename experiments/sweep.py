@@ -26,11 +26,11 @@ from typing import Any
 import tqdm
 from absl import flags
 
-from experiments import cli, logs
-from experiments.configs.grids import GRIDS, Job
-from experiments.errors import DivergedError, UserError, nearest
+from experiments.base import cli, logs
+from experiments.base.errors import DivergedError, UserError, nearest
+from experiments.sweeps.grids import GRIDS, Job
 
-RESULTS = "experiments/results.jsonl"
+RESULTS = "experiments/results/results.jsonl"
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:

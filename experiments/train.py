@@ -17,9 +17,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import cli, devices, logs, plots, sampling
-from experiments.errors import UserError
-from experiments.training import Run
+from experiments.base import cli, devices, logs, plots
+from experiments.base.errors import UserError
+from experiments.objectives import sampling
+from experiments.training.loop import Run
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:

@@ -42,7 +42,7 @@ import numpy as np
 import optax
 
 import seqjax
-from experiments.data.mqar import NO_TARGET, mqar
+from experiments.tasks.mqar import NO_TARGET, mqar
 
 TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # as the tests run it
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})

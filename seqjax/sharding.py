@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqjax.layers import Layer
 from seqjax.models import Backbone
-from seqjax.ops import _explicit_mesh
+from seqjax.ops.core import explicit_mesh
 
 Model = TypeVar("Model", bound=Layer)
 
@@ -266,7 +266,7 @@ def split_time(
     else:
         split = jax.shard_map(
             lambda *args: function(*args, sequence_axis="sequence"),
-            mesh=_explicit_mesh.auto_mesh(mesh),
+            mesh=explicit_mesh.auto_mesh(mesh),
             in_specs=in_specs,
             out_specs=out_specs,
             axis_names={"sequence"},
@@ -275,7 +275,7 @@ def split_time(
         return split
     specs = functools.partial(jax.tree.broadcast, out_specs, is_leaf=lambda x: isinstance(x, P))
     # Around all of it, because JAX cannot differentiate a change of mode inside `jax.shard_map`.
-    return _explicit_mesh.auto_inside(lambda _, out: specs(out))(split)
+    return explicit_mesh.auto_inside(lambda _, out: specs(out))(split)
 
 
 def place_activations(model: Model, mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Model:
@@ -308,7 +308,7 @@ class _Place:
         places: dict[str | None, Any] = {**dict(self.rules), "batch": BATCH_AXES}
         # Inside `shard_map` the mesh is the one around us, with the axis `sequence` gone from it.
         around = jax.sharding.get_abstract_mesh()
-        mesh = _explicit_mesh.auto_mesh(self.mesh) if around.empty else around
+        mesh = explicit_mesh.auto_mesh(self.mesh) if around.empty else around
         where = NamedSharding(mesh, P(*map(places.get, axes)))
         return jax.lax.with_sharding_constraint(x, where)
 

@@ -12,7 +12,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 import jax
 import pytest
 
-from tests.harness import unoptimized
+from tests.contract.harness import unoptimized
 
 jax.config.update("jax_num_cpu_devices", 8)
 

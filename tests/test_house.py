@@ -15,8 +15,8 @@ import jaxtyping
 import pytest
 
 import seqjax
-from tests.cases import OPS
-from tests.harness import cast, make
+from tests.contract.cases import OPS
+from tests.contract.harness import cast, make
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Each may import those before it; `seqjax.types` belongs to the ops.

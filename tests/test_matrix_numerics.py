@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import seqjax
-from tests.cases import unit
-from tests.harness import unoptimized
+from tests.contract.cases import unit
+from tests.contract.harness import unoptimized
 
 STRONG = [-6.0, -9.0, -12.0, -16.0, -20.0, -50.0, -np.inf]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.errors import UserError, nearest
+from experiments.base.errors import UserError, nearest
 
 # The mixers of the blocks; a list with commas alternates.
 MIXERS = {

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from experiments import sampling
 from experiments.configs import common
+from experiments.objectives import sampling
 
 KINDS = {"layer": common.layers("deltanet")}
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.base.errors import UserError, nearest
 from experiments.configs import lm
-from experiments.errors import UserError, nearest
 
 RECIPES = ("pod_gated_deltanet_1b", "pod_mamba_1b", "pod_paragru_1b", "pod_gated_deltanet_7b")
 # Window length -> (sequences a step, mesh). Two million bytes a step at 8k, four at 131k.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from experiments.errors import UserError
+from experiments.base.errors import UserError
 
 # Test suites repeat themselves and are absent from some distributions of Python.
 _SKIPPED_FOLDERS = frozenset(

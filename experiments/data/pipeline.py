@@ -10,9 +10,9 @@ import numpy as np
 from grain import experimental as grain_experimental
 from ml_collections import ConfigDict
 
+from experiments.base.errors import UserError
 from experiments.data import corpus as corpora
 from experiments.data import tfds_sets
-from experiments.errors import UserError
 
 # What the model reads before the first byte of a document, which it predicts like any other.
 DOCUMENT_START = 0

@@ -8,8 +8,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.base.errors import UserError, nearest
 from experiments.data.corpus import Corpus
-from experiments.errors import UserError, nearest
 
 
 class _TextColumn:

@@ -8,7 +8,7 @@ import grain
 import numpy as np
 from grain import experimental as grain_experimental
 
-from experiments.errors import UserError
+from experiments.base.errors import UserError
 from experiments.tasks.examples import Source, Task
 from experiments.tasks.labelled import Split
 

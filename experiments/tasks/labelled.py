@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments.base.errors import UserError, nearest
 from experiments.data import corpus, tfds_sets
-from experiments.errors import UserError, nearest
 from experiments.tasks import listops
 
 HELD_OUT = 0.2

@@ -1,7 +1,7 @@
 """Recall: what was seen once has to be said later.
 
 Selective copying and induction heads as in Mamba (arXiv 2312.00752, section 4.1); MQAR, multi-query
-associative recall, in `experiments.data.mqar`.
+associative recall, in `experiments.tasks.mqar`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from experiments.data import mqar
+from experiments.tasks import mqar
 from experiments.tasks.examples import Examples, Task
 
 BLANK = 0

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _matrix_state
-from pallas_kernels._chunk import NT, TN, Numerics, Shared, cols, rows
-from pallas_kernels._heads import in_step
-from pallas_kernels._inverse import inverses
+from pallas_kernels.tpu import matrix_state
+from pallas_kernels.tpu.chunk_math import NT, TN, Numerics, Shared, cols, rows
+from pallas_kernels.tpu.head_layout import in_step
+from pallas_kernels.tpu.inverse import inverses
 
 Inputs = dict[str, jax.Array]
 Gradients = dict[str, Any]  # decays: a `SpansBack`, the others arrays
@@ -130,14 +130,14 @@ def _pull(
     }
 
 
-_CORE = _matrix_state.Core("delta_rule", _forward, _backward)
+_CORE = matrix_state.Core("delta_rule", _forward, _backward)
 
 
 def forward(*args: Any, **keywords: Any) -> Any:
-    """See `_matrix_state.forward`."""
-    return _matrix_state.forward(_CORE, *args, **keywords)
+    """See `matrix_state.forward`."""
+    return matrix_state.forward(_CORE, *args, **keywords)
 
 
 def backward(*args: Any, **keywords: Any) -> Any:
-    """See `_matrix_state.backward`."""
-    return _matrix_state.backward(_CORE, *args, **keywords)
+    """See `matrix_state.backward`."""
+    return matrix_state.backward(_CORE, *args, **keywords)

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import _matrix_state
-from pallas_kernels._chunk import NT, TN, Numerics, Shared
-from pallas_kernels._heads import in_step
+from pallas_kernels.tpu import matrix_state
+from pallas_kernels.tpu.chunk_math import NT, TN, Numerics, Shared
+from pallas_kernels.tpu.head_layout import in_step
 
 Inputs = dict[str, jax.Array]
 Gradients = dict[str, Any]  # decays: a `SpansBack`, the others arrays
@@ -73,14 +73,14 @@ def _each(function: Callable[..., Steps]) -> Callable[..., list[Any]]:
     return run
 
 
-_CORE = _matrix_state.Core("linear_attention", _each(_forward), _each(_backward))
+_CORE = matrix_state.Core("linear_attention", _each(_forward), _each(_backward))
 
 
 def forward(*args: Any, **keywords: Any) -> Any:
-    """See `_matrix_state.forward`; `beta` is None."""
-    return _matrix_state.forward(_CORE, *args, **keywords)
+    """See `matrix_state.forward`; `beta` is None."""
+    return matrix_state.forward(_CORE, *args, **keywords)
 
 
 def backward(*args: Any, **keywords: Any) -> Any:
-    """See `_matrix_state.backward`; `beta` is None."""
-    return _matrix_state.backward(_CORE, *args, **keywords)
+    """See `matrix_state.backward`; `beta` is None."""
+    return matrix_state.backward(_CORE, *args, **keywords)

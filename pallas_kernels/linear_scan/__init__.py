@@ -1,6 +1,6 @@
 """The elementwise linear recurrence."""
 
-from pallas_kernels.gpu_limits import CORES, WIDTH
+from pallas_kernels.gpu.limits import CORES, WIDTH
 
 SHORTEST = 256  # steps of a piece of time on GPU
 

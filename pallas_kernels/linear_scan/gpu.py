@@ -3,7 +3,7 @@
 A thread has one feature of one sequence; the state stays in registers. Every element is read once
 and written once, and all that a thread does is hidden behind the copies, if B x D / 128 thread
 blocks are enough to keep the memory busy; time is split over more where they are not
-(`_gpu_pieces`). How the arrays come and go is in `_gpu_pass`, what is computed in `_form`.
+(`gpu_split_time`). How the arrays come and go is in `pipeline`, what is computed in `forms`.
 """
 
 import functools
@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import _gpu_pass
-from pallas_kernels._gpu_blocks import everywhere, zeros
-from pallas_kernels._gpu_pass import Blocks, Near, Place
-from pallas_kernels._rows import each, groups
-from pallas_kernels.linear_scan import _form, _gpu_pieces, pieces
-from pallas_kernels.linear_scan._form import Numbers
+from pallas_kernels.gpu import pipeline
+from pallas_kernels.gpu.pipeline import Blocks, Near, Place
+from pallas_kernels.gpu.tma import everywhere, zeros
+from pallas_kernels.linear_scan import forms, gpu_split_time, pieces
+from pallas_kernels.linear_scan.forms import Numbers
+from pallas_kernels.vmem_rows import each, groups
 
 Carry = tuple[Numbers, Numbers]
 
@@ -81,21 +81,21 @@ def _run(
         fetched["states"], begun["start"] = states
 
     name = "linear_scan" + ("_summary" if summary else "" if states is None else "_adjoint")
-    _gpu_pass.check_alignment("linear_scan", fetched, begun, made, ends)
-    rows, ahead = _gpu_pass.in_time(
+    pipeline.check_alignment("linear_scan", fetched, begun, made, ends)
+    rows, ahead = pipeline.in_time(
         "linear_scan",
         length,
         width,
-        _gpu_pass.bytes_of_a_step(fetched),
-        _gpu_pass.bytes_of_a_step(made),
+        pipeline.bytes_of_a_step(fetched),
+        pipeline.bytes_of_a_step(made),
         blocks,
     )
     plan = Blocks(length, rows, min(ahead, -(-length // rows)), width, reverse, interpret)
     kind = Kind(post, a_in_time, "da" in ends, summary, wide)
-    found = _gpu_pass.call(
+    found = pipeline.call(
         name,
         plan,
-        _gpu_pass.Pass(
+        pipeline.Pass(
             functools.partial(_start, kind),
             functools.partial(_through, plan, kind),
             lambda carry: dict(zip(("final", "product" if summary else "da"), carry, strict=True)),
@@ -115,11 +115,11 @@ def _run(
 
 def _run_in_pieces(*args: Any) -> tuple[Numbers, Numbers, Numbers]:
     count = pieces(*args[1][0].shape)
-    return _run(*args) if count == 1 else _gpu_pieces.in_pieces(_run, count, *args)
+    return _run(*args) if count == 1 else gpu_split_time.in_pieces(_run, count, *args)
 
 
-scan = functools.partial(_form.scan, _run_in_pieces)
-adjoint = functools.partial(_form.adjoint, _run_in_pieces)
+scan = functools.partial(forms.scan, _run_in_pieces)
+adjoint = functools.partial(forms.adjoint, _run_in_pieces)
 
 
 def _start(kind: Kind, near: Near) -> tuple[dict[str, Numbers], Carry]:
@@ -158,7 +158,7 @@ def _through(
     if "edge" in fetched:
         # What the form's first step found in this block, and which step that is.
         outset = block == (0 if plan.reverse else plan.blocks - 1)
-        edge = _form.either(everywhere(outset), fixed["start"], load("edge"))
+        edge = forms.either(everywhere(outset), fixed["start"], load("edge"))
         at_edge = 0 if plan.reverse else jnp.minimum(valid, plan.rows) - 1
 
     def group(i: Any, carry: Carry) -> Carry:
@@ -170,20 +170,20 @@ def _through(
             a, x = load("a", t) if kind.a_in_time else fixed["a"], load("x", t)
             cut = everywhere(fetched["reset"][0][slot, t] != 0) if "reset" in fetched else None
             inside = everywhere(t < valid) if plan.length % plan.group else None
-            y, new = _form.step(kind.post, h, a, x, cut)
-            new = _form.either(inside, new, h)
+            y, new = forms.step(kind.post, h, a, x, cut)
+            new = forms.either(inside, new, h)
             if kind.summary:
-                product = _form.unless(cut, _form.multiply(a, total))
-                return new, _form.either(inside, product, total)
+                product = forms.unless(cut, forms.multiply(a, total))
+                return new, forms.either(inside, product, total)
             put("y", t, y)
             if "edge" in fetched:
                 before = jnp.clip(t - 1 if plan.reverse else t + 1, 0, plan.rows - 1)
-                found = _form.either(everywhere(t == at_edge), edge, load("states", before))
-                da = _form.unless(cut, _form.multiply(y, found))
+                found = forms.either(everywhere(t == at_edge), edge, load("states", before))
+                da = forms.unless(cut, forms.multiply(y, found))
                 if kind.a_in_time:
                     put("da", t, da)
                 else:
-                    total = _form.either(inside, _form.add(total, da), total)
+                    total = forms.either(inside, forms.add(total, da), total)
             return new, total
 
         return each(plan.group, row, carry, reverse=plan.reverse, unroll=not plan.interpret)

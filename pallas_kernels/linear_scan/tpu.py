@@ -6,7 +6,7 @@ the state stays in VMEM, so every element is read once and written once. Inside 
 are taken one after the other; a row is wide enough to be independent work for a step, and all of
 it hides behind the copies from and to memory.
 
-What is computed is in `_form`.
+What is computed is in `forms`.
 """
 
 import functools
@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._compat import array_like, pl, pltpu
-from pallas_kernels._rows import close, each, groups, put, scalars, take
-from pallas_kernels.linear_scan import _form
-from pallas_kernels.linear_scan._form import Numbers
+from pallas_kernels.jax_compat import array_like, pl, pltpu
+from pallas_kernels.linear_scan import forms
+from pallas_kernels.linear_scan.forms import Numbers
+from pallas_kernels.vmem_rows import close, each, groups, put, scalars, take
 
 
 class Plan(NamedTuple):
@@ -172,7 +172,7 @@ def _run(
     return y, tuple(p[:, 0] for p in final), da
 
 
-scan, adjoint = functools.partial(_form.scan, _run), functools.partial(_form.adjoint, _run)
+scan, adjoint = functools.partial(forms.scan, _run), functools.partial(forms.adjoint, _run)
 
 
 def _grid(plan: Plan, batch: int, parts: int) -> tuple[tuple[int, ...], Callable[..., Any]]:
@@ -193,7 +193,7 @@ def _semantics(plan: Plan) -> tuple[Any, ...]:
 
 
 def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
-    ref = _form.named(counts, refs)
+    ref = forms.named(counts, refs)
     ids = [pl.program_id(axis) for axis in range(3)]
     time, place = (ids[1], ids[2]) if plan.batch_inside else (ids[2], 0)
     block = plan.blocks - 1 - time if plan.reverse else time
@@ -225,17 +225,17 @@ def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
             a, x = a_row(r) if a_row else fixed, x_row(r)
             cut = ref["reset"][0][0, base + r] != 0 if plan.resets else None
             inside = base + r < valid if ragged else None
-            y, new = _form.step(plan.post, h, a, x, cut)
-            new = _form.either(inside, new, h)
+            y, new = forms.step(plan.post, h, a, x, cut)
+            new = forms.either(inside, new, h)
             _put(ref, "y", base, r, y)
             if plan.adjoint:
                 shift = 7 if plan.reverse else 9
                 found = tuple(f[pl.ds(base + r + shift, 1), :] for f in ref["found"])
-                da = _form.unless(cut, _form.multiply(y, found))
+                da = forms.unless(cut, forms.multiply(y, found))
                 if plan.a_in_time:
                     _put(ref, "da", base, r, da, ids[2] == 0 if plan.batch_inside else None)
                 else:
-                    total = _form.either(inside, _form.add(total, da), total)
+                    total = forms.either(inside, forms.add(total, da), total)
             return new, total
 
         carry = each(plan.group, row, carry, reverse=plan.reverse, unroll=not plan.interpret)

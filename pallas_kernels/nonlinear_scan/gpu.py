@@ -7,7 +7,7 @@ with g_t the cotangent of h_t, dp_t summed over time, and c_T+1 the cotangent of
 Where `reset` is set h_{t-1} is zero, and so is c_t. A thread has one channel of one sequence: its k
 numbers of state, its parameters and the sums of their cotangents stay in registers, whatever the
 cell. The cell is the user's function itself, made into one of rows by `_cell`; its derivative is
-JAX's. How the arrays come and go is in `_gpu_pass`. States of k > 1 numbers are [B, T, k, D]
+JAX's. How the arrays come and go is in `pipeline`. States of k > 1 numbers are [B, T, k, D]
 here, since whole rows of channels are copied.
 """
 
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from pallas_kernels import _gpu_pass
-from pallas_kernels._gpu_blocks import WIDTH, everywhere, zeros
-from pallas_kernels._gpu_pass import Blocks, Near, Place
-from pallas_kernels._rows import each, groups
-from pallas_kernels.linear_scan._form import either, unless
-from pallas_kernels.nonlinear_scan._cell import OP, Leaf, Sizes, by_channel, leaf
+from pallas_kernels.gpu import pipeline
+from pallas_kernels.gpu.pipeline import Blocks, Near, Place
+from pallas_kernels.gpu.tma import WIDTH, everywhere, zeros
+from pallas_kernels.linear_scan.forms import either, unless
+from pallas_kernels.nonlinear_scan.cell_trace import OP, Leaf, Sizes, by_channel, leaf
+from pallas_kernels.vmem_rows import each, groups
 
 Cell = Callable[[Any, jax.Array, Any], jax.Array]
 Row = jax.Array
@@ -118,16 +118,16 @@ def _moves(x: Any) -> bool:
 
 
 def _blocks(
-    fetched: _gpu_pass.Arrays,
-    made: _gpu_pass.Shapes,
-    others: Sequence[_gpu_pass.Arrays | _gpu_pass.Shapes],
+    fetched: pipeline.Arrays,
+    made: pipeline.Shapes,
+    others: Sequence[pipeline.Arrays | pipeline.Shapes],
     reverse: bool,
     interpret: bool,
 ) -> Blocks:
-    _gpu_pass.check_alignment(OP, fetched, made, *others)
+    pipeline.check_alignment(OP, fetched, made, *others)
     _, length, *_, width = fetched["xs"][0].shape
-    size = _gpu_pass.bytes_of_a_step
-    rows, ahead = _gpu_pass.in_time(OP, length, width, size(fetched), size(made), None)
+    size = pipeline.bytes_of_a_step
+    rows, ahead = pipeline.in_time(OP, length, width, size(fetched), size(made), None)
     return Blocks(length, rows, min(ahead, -(-length // rows)), width, reverse, interpret)
 
 
@@ -184,12 +184,12 @@ def scan(
         new = program.forward(*fixed, *found, *_all_rows(near.fetched["xs"], wide, at.slot, at.t))
         for refs in near.made.values():
             _put(refs, at, new)
-        return tuple(map(_gpu_pass.as_read, either(at.inside, tuple(new), tuple(h))))
+        return tuple(map(pipeline.as_read, either(at.inside, tuple(new), tuple(h))))
 
-    found = _gpu_pass.call(
+    found = pipeline.call(
         OP,
         plan,
-        _gpu_pass.Pass(
+        pipeline.Pass(
             start,
             functools.partial(_through, plan, step),
             lambda h: {"final": (_together(h),)},
@@ -279,7 +279,7 @@ def adjoint(
         new = either(at.inside, unless(at.cut, d_h), carried)
         sums = tuple(t + d for t, d in zip(totals, d_params, strict=True))
         sums = either(at.inside, sums, totals)
-        return tuple(map(_gpu_pass.as_read, new)), tuple(map(_gpu_pass.as_read, sums))
+        return tuple(map(pipeline.as_read, new)), tuple(map(pipeline.as_read, sums))
 
     def finish(carry: Any) -> dict[str, tuple[Any, ...]]:
         d_h0, totals = carry
@@ -289,10 +289,10 @@ def adjoint(
             rest = rest[program.params[i].size :]
         return {"d_h0": (_together(d_h0),), "d_params": tuple(d_params)}
 
-    given = _gpu_pass.call(
+    given = pipeline.call(
         f"{OP}_adjoint",
         plan,
-        _gpu_pass.Pass(start, functools.partial(_through, plan, step), finish),
+        pipeline.Pass(start, functools.partial(_through, plan, step), finish),
         fetched=fetched,
         begun=begun,
         made=made,

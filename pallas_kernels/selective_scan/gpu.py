@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import _gpu_blocks as gpu
-from pallas_kernels._compat import array_like, pl
-from pallas_kernels._rows import each, groups
+from pallas_kernels.gpu import tma as gpu
+from pallas_kernels.jax_compat import array_like, pl
 from pallas_kernels.selective_scan import ROWS, border_shape
-from pallas_kernels.selective_scan._gpu_backward import backward
-from pallas_kernels.selective_scan._gpu_step import (
+from pallas_kernels.selective_scan.gpu_backward import backward
+from pallas_kernels.selective_scan.gpu_step import (
     GROUP,
     Plan,
     Refs,
@@ -39,6 +38,7 @@ from pallas_kernels.selective_scan._gpu_step import (
     rows_of,
     step,
 )
+from pallas_kernels.vmem_rows import each, groups
 
 __all__ = ["backward", "forward"]
 

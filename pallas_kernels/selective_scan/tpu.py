@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels._compat import array_like, pl, pltpu
-from pallas_kernels._rows import close, each, groups, put, scalars, take
+from pallas_kernels.jax_compat import array_like, pl, pltpu
 from pallas_kernels.selective_scan import ROWS, border_shape
+from pallas_kernels.vmem_rows import close, each, groups, put, scalars, take
 
 Scratch = list[tuple[str, tuple[int, ...], Any]]
 

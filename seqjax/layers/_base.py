@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks
-from seqjax.ops import _explicit_mesh
+from seqjax.ops.core import explicit_mesh
 from seqjax.types import PyTree
 
 Role = Literal["weight", "bias", "norm", "embedding", "recurrence"]
@@ -178,7 +178,7 @@ class Layer(abc.ABC):
         _checks.batch_size(self, batch_size)
         return self._initial_state(batch_size, state_dtype(_checks.float_dtype(self, dtype)))
 
-    @_explicit_mesh.auto_inside(_explicit_mesh.of_layer)
+    @explicit_mesh.auto_inside(explicit_mesh.of_layer)
     def apply(
         self,
         params: PyTree,
@@ -211,7 +211,7 @@ class Layer(abc.ABC):
         state, reset = self._check_call(params, x, state, reset, one_step=False)
         return self._apply(params, x, state, reset, sequence_axis)
 
-    @_explicit_mesh.auto_inside(_explicit_mesh.of_layer)
+    @explicit_mesh.auto_inside(explicit_mesh.of_layer)
     def step(
         self, params: PyTree, x_t: jax.Array, state: State, reset: jax.Array | None = None
     ) -> tuple[jax.Array, State]:

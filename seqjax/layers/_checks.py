@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqjax.ops._checks import check_sequence_axis, describe_tree
+from seqjax.ops.core.checks import check_sequence_axis, describe_tree
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _sequence
+from seqjax.ops.core import sequence_parallel
 
 
 def entering(state: Any, x: Any, reset: jax.Array | None, axis_name: str) -> Any:
@@ -65,7 +65,7 @@ def leaving(state: Any, axis_name: str) -> Any:
     """The state on the device where time ends, on every device."""
     numbers = jax.tree.map(lambda s: s.astype(jnp.int32) if s.dtype == jnp.bool_ else s, state)
     return jax.tree.map(
-        lambda s, last: last.astype(s.dtype), state, _sequence.from_last(numbers, axis_name)
+        lambda s, last: last.astype(s.dtype), state, sequence_parallel.from_last(numbers, axis_name)
     )
 
 

@@ -19,8 +19,8 @@ from seqjax.layers._base import (
     state_dtype,
 )
 from seqjax.layers._math import dense
-from seqjax.ops import _explicit_mesh
-from seqjax.ops.nonlinear_scan import Newton, SolveInfo, nonlinear_scan
+from seqjax.ops.core import explicit_mesh
+from seqjax.ops.nonlinear.nonlinear_scan import Newton, SolveInfo, nonlinear_scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +165,9 @@ class RNN(Layer):
         states, state, _ = self._solve(params, x, state, reset, sequence_axis)
         return dense(self.cell.output(states).astype(x.dtype), params["out_proj"]), state
 
-    @_explicit_mesh.auto_inside(
+    @explicit_mesh.auto_inside(
         lambda arguments, info: jax.tree.map(
-            lambda _: _explicit_mesh.joined(_explicit_mesh.spec_of(arguments["x"])[0]), info
+            lambda _: explicit_mesh.joined(explicit_mesh.spec_of(arguments["x"])[0]), info
         )
     )
     def solve_info(

@@ -11,7 +11,7 @@ from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, l2_normalize, merge_heads, rms_normalize, split_heads
 from seqjax.layers.conv import ShortConv
-from seqjax.ops.delta_rule import delta_rule
+from seqjax.ops.matrix_state.delta_rule import delta_rule
 
 _NORM_EPS = 1e-6
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import dense, merge_heads, split_heads
-from seqjax.ops.linear_attention import linear_attention
+from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
-from seqjax.ops.linear_scan import linear_scan
+from seqjax.ops.elementwise.linear_scan import linear_scan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense
 from seqjax.layers.conv import ShortConv
-from seqjax.ops.selective_scan import selective_scan
+from seqjax.ops.elementwise.selective_scan import selective_scan
 
 
 @dataclasses.dataclass(frozen=True)

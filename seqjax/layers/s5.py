@@ -13,7 +13,7 @@ import numpy as np
 from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
-from seqjax.ops.linear_scan import linear_scan
+from seqjax.ops.elementwise.linear_scan import linear_scan
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, state_dtype
 from seqjax.models.backbone import Backbone
-from seqjax.ops._reverse_rule import reverse_rule
+from seqjax.ops.core.custom_adjoint import reverse_rule
 
 
 def embedding(vocab_size: int, dim: int) -> Param:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _sequence
+from seqjax.ops.core import sequence_parallel
 
 Pool = dict[str, jax.Array]
 
@@ -63,9 +63,9 @@ def counted_before(
         return jnp.where(late[1], late[0], early[0] + late[0]), early[1] | late[1]
 
     own = jnp.sum(_since_last(reset, mask), axis=1, dtype=jnp.int32), reset.any(axis=1)
-    before, cut = _sequence.combine_before(own, compose, sequence_axis)
+    before, cut = sequence_parallel.combine_before(own, compose, sequence_axis)
     before = jnp.where(cut, before, count + before)
-    return jnp.where(_sequence.is_first(sequence_axis), count, before)
+    return jnp.where(sequence_parallel.is_first(sequence_axis), count, before)
 
 
 def _since_last(reset: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -81,6 +81,6 @@ def _later(flags: tuple[jax.Array, ...], sequence_axis: str) -> tuple[jax.Array,
     def either(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(a | b for a, b in zip(one, other, strict=True))
 
-    later = _sequence.combine_before(flags, either, sequence_axis, reverse=True)
-    is_last = _sequence.is_first(sequence_axis, reverse=True)
+    later = sequence_parallel.combine_before(flags, either, sequence_axis, reverse=True)
+    is_last = sequence_parallel.is_first(sequence_axis, reverse=True)
     return tuple(flag & ~is_last for flag in later)

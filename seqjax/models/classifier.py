@@ -13,7 +13,7 @@ from seqjax.layers._math import dense
 from seqjax.models import _pool
 from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
-from seqjax.ops import _explicit_mesh
+from seqjax.ops.core import explicit_mesh
 from seqjax.types import PyTree
 
 
@@ -130,7 +130,7 @@ class Classifier(Layer):
             _checks.features(self, x, self.input_dim, one_step)
         return jnp.dtype(self.dtype)
 
-    @_explicit_mesh.auto_inside(_explicit_mesh.of_layer)
+    @explicit_mesh.auto_inside(explicit_mesh.of_layer)
     def apply(
         self,
         params: PyTree,

@@ -8,29 +8,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops import _checks, _compat, _dispatch, _explicit_mesh, _sequence
-from seqjax.ops._time_scan import Advance, chunk_scan
+from seqjax.ops.core import backends, checks, explicit_mesh, jax_compat, sequence_parallel
+from seqjax.ops.core.checkpointed_scan import Advance, chunk_scan
 from seqjax.types import Array, PyTree, Reset
 
 Combine = Callable[[PyTree, PyTree], PyTree]
 
 
-def _specs(arguments: _explicit_mesh.Arguments, out: Any) -> PyTree:
+def _specs(arguments: explicit_mesh.Arguments, out: Any) -> PyTree:
     """Return the specs of (outputs, final state), split as the elements and the given state are."""
 
     def of_state(elem: Any) -> Any:
-        batch, _, *rest = _explicit_mesh.spec_of(elem)
-        return _explicit_mesh.joined(batch, *rest)
+        batch, _, *rest = explicit_mesh.spec_of(elem)
+        return explicit_mesh.joined(batch, *rest)
 
     def whole(array: Any) -> Any:
-        return _explicit_mesh.joined(*_explicit_mesh.spec_of(array))
+        return explicit_mesh.joined(*explicit_mesh.spec_of(array))
 
     elems, given = arguments["elems"], arguments.get("initial_state")
     state = jax.tree.map(of_state, elems) if given is None else jax.tree.map(whole, given)
     return jax.tree.map(whole, elems), state
 
 
-@_explicit_mesh.auto_inside(_specs)
+@explicit_mesh.auto_inside(_specs)
 def monoid_scan(
     combine: Combine,
     elems: PyTree,
@@ -79,14 +79,14 @@ def monoid_scan(
     op = "monoid_scan"
     elems = jax.tree.map(jnp.asarray, elems)
     batch, length = _check_elems(op, elems)
-    reset = _checks.check_reset(op, reset, batch, length)
-    _checks.check_sequence_axis(op, sequence_axis)
+    reset = checks.check_reset(op, reset, batch, length)
+    checks.check_sequence_axis(op, sequence_axis)
     if not callable(combine):
         raise ValueError(
             f"{op}: `combine` must be a function of (earlier, later), got {combine!r}."
         )
-    _checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = _dispatch.resolve(
+    checks.check_positive(op, chunk_size=chunk_size)
+    algorithm = backends.resolve(
         op,
         algorithm,
         implementation,
@@ -123,11 +123,11 @@ def _run(
     cuts = jnp.zeros(shape, bool) if reset is None else reset
     if state is None:
         # Any value will do for the state before the first step: a reset there discards it.
-        begins = sequence_axis is None or _sequence.is_first(sequence_axis)
+        begins = sequence_axis is None or sequence_parallel.is_first(sequence_axis)
         cuts = cuts.at[:, 0].set(cuts[:, 0] | begins)
         state = jax.tree.map(lambda e: e[:, 0], elems)
     leaves, tree = jax.tree.flatten((elems, cuts, state))
-    elems, cuts, state = jax.tree.unflatten(tree, _compat.match_varying(*leaves))
+    elems, cuts, state = jax.tree.unflatten(tree, jax_compat.match_varying(*leaves))
     merge = jax.vmap(_with_cuts(combine))
     advance = _sequential(merge) if algorithm == "sequential" else _associative(merge)
 
@@ -138,8 +138,8 @@ def _run(
         ys, final = local(state, cuts)
     else:
         _, part = local(state, cuts.at[:, 0].set(True))  # of this part by itself
-        before = _sequence.combine_before((part, cuts.any(axis=1)), merge, sequence_axis)
-        first = _sequence.is_first(sequence_axis)
+        before = sequence_parallel.combine_before((part, cuts.any(axis=1)), merge, sequence_axis)
+        first = sequence_parallel.is_first(sequence_axis)
 
         def unless_first(value: PyTree, other: PyTree) -> PyTree:
             return jax.tree.map(lambda v, o: jnp.where(first, o, v), value, other)
@@ -150,7 +150,7 @@ def _run(
         pair = unless_first(((state, none), before), ((some, none), (some, none)))
         entered = unless_first(merge(*pair)[0], state)
         ys, final = local(entered, cuts)
-        final = _sequence.from_last(final, sequence_axis)
+        final = sequence_parallel.from_last(final, sequence_axis)
     return jax.tree.map(lambda y, dtype: y.astype(dtype), ys, dtypes), final
 
 

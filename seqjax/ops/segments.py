@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from seqjax.ops import _explicit_mesh
+from seqjax.ops.core import explicit_mesh
 
 
-@_explicit_mesh.auto_inside(
-    lambda arguments, _: _explicit_mesh.joined(*_explicit_mesh.spec_of(arguments["segment_ids"]))
+@explicit_mesh.auto_inside(
+    lambda arguments, _: explicit_mesh.joined(*explicit_mesh.spec_of(arguments["segment_ids"]))
 )
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
     """Marks the first step of every segment: a `reset` for packed sequences.

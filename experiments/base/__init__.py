@@ -1,0 +1,1 @@
+"""Flags, errors, devices and plots that all commands share."""

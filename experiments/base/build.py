@@ -1,0 +1,102 @@
+"""A configuration's model section to a language model, and the differences between two."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments.base.errors import UserError, nearest
+from seqjax import layers, models
+
+LAYERS: dict[str, Callable[..., layers.Layer]] = {
+    "lru": layers.LRU,
+    "s5": layers.S5,
+    "gateloop": layers.GateLoop,
+    "mamba": layers.Mamba,
+    "deltanet": layers.DeltaNet,
+    "gated_deltanet": functools.partial(layers.DeltaNet, gated=True),
+    "attention": layers.SlidingWindowAttention,
+    "elman": layers.Elman,
+    "gru": layers.GRU,
+    "lstm": layers.LSTM,
+    "paragru": layers.ParaGRU,
+    "paralstm": layers.ParaLSTM,
+    "slstm": layers.SLSTM,
+    "lem": layers.LEM,
+    "ltc": layers.LTC,
+}
+
+VOCAB_SIZE = 256
+
+
+def build_model(model: ConfigDict, vocab_size: int = VOCAB_SIZE) -> models.LanguageModel:
+    """Builds the language model that `config.model` describes, by default of bytes."""
+    dtype = model.get("dtype", "float32")
+    with _one_line():
+        return models.LanguageModel(vocab_size, _backbone(model), dtype=dtype)
+
+
+def build_classifier(model: ConfigDict, num_classes: int, **inputs: Any) -> models.Classifier:
+    """Builds the classifier that `config.model` describes, for what `inputs` say it is given."""
+    dtype = model.get("dtype", "float32")
+    with _one_line():
+        return models.Classifier(num_classes, _backbone(model), dtype=dtype, **inputs)
+
+
+def _backbone(model: ConfigDict) -> models.Backbone:
+    mixers = [_build_layer(name.strip(), model) for name in model.mixers.split(",")]
+    return models.Backbone(
+        mixers,
+        depth=model.depth,
+        mlp_ratio=model.mlp_ratio,
+        remat=model.get("remat", False),
+        scan=model.get("scan", False),
+    )
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.model: {error}") from error
+
+
+def _build_layer(name: str, model: ConfigDict) -> Any:
+    if name not in LAYERS:
+        raise UserError(f"config.model.mixers: unknown layer {name!r}: {nearest(name, LAYERS)}")
+    layer = LAYERS[name]
+    options = model.options.get(name, ConfigDict()).to_dict()
+    fields = inspect.signature(layer).parameters
+    for option in options:
+        if option not in fields:
+            raise UserError(
+                f"config.model.options.{name}: unknown field {option!r}: {nearest(option, fields)}"
+            )
+    try:
+        return layer(dim=model.dim, **options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.model.options.{name}: {error}") from error
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The configuration as plain JSON values, as a checkpoint stores it."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lists `field: old -> new` for every field in which two JSON configurations differ."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        left, right = old.get(key), new.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return found

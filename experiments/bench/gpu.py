@@ -1,0 +1,181 @@
+"""Kernels on GPUs that are not there: what ptxas makes of them.
+
+    JAX_PLATFORMS=cpu python -m experiments.bench gpu        # pip install -e '.[aot-gpu]'
+
+Each program is compiled ahead of time, in a process of its own, for an H100. The report says
+whether a kernel compiles and fits; how fast it is, only hardware tells.
+"""
+
+import functools
+import itertools
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+import seqjax
+from experiments.base.errors import installed_version
+from experiments.bench import tpu
+from experiments.bench.tools import ONLY, Table, answer, run_apart
+
+# An H100 SXM, as far as the compiler asks, in the words and numbers of XLA's own description.
+H100 = """
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  device_address_bits: 64
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+SHARED_PER_CORE = 233472  # bytes of shared memory for the thread blocks of a multiprocessor
+# Besides those of TPU, sequences too few to fill the chip: time is split over thread blocks.
+_FEW = tpu.Row("linear_scan", tpu.linear(1, 2048), 8192)
+
+
+def _nonlinear(cell: seqjax.cells.Cell, B: int) -> Callable[[int, str], tpu.Shapes]:
+    """A cell's inputs in a dtype; parameters and state are float32."""
+
+    def shapes(T: int, dtype: str) -> tpu.Shapes:
+        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+        return {
+            "params": {name: array((cell.dim,)) for name in cell.recurrent},
+            "xs": jax.ShapeDtypeStruct((B, T, cell.gates, cell.dim), jnp.dtype(dtype)),
+            "initial_state": jax.eval_shape(lambda: cell.initial_state(B)),
+        }
+
+    return shapes
+
+
+def _nonlinear_rows() -> dict[str, tpu.Row]:
+    made = {}
+    for cell in (seqjax.cells.ParaGRU(2560), seqjax.cells.ParaLSTM(2560)):
+        row = tpu.Row("nonlinear_scan", _nonlinear(cell, 8), 4096, keywords=(("cell", cell),))
+        form = f"{type(cell).__name__}, B=8, T=4096, D=2560"
+        made[f"nonlinear_scan, {form}"] = row
+        made[f"nonlinear_scan backward, {form}"] = row._replace(backward=True)
+    return made
+
+
+ROWS = {
+    name: row for name, row in tpu.ROWS.items() if row.op in ("linear_scan", "selective_scan")
+} | {
+    "linear_scan, B=1, T=8192, D=2048": _FEW,
+    "linear_scan backward, B=1, T=8192, D=2048": _FEW._replace(backward=True),
+}
+ROWS |= _nonlinear_rows()
+
+
+class Report(NamedTuple):
+    """Of a kernel, or the most of several.
+
+    Attributes:
+      registers: of a thread.
+      spills: bytes that a thread stores or loads again because it has no more registers.
+      shared: bytes of shared memory of a thread block.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def h100() -> jax.sharding.NamedSharding:
+    """Where arguments of a program for an H100 are; lower it under that mesh's abstract one."""
+    return single_gpu("h100", H100)
+
+
+def single_gpu(name: str, description: str) -> jax.sharding.NamedSharding:
+    """Return a sharding over one GPU of XLA's description, as `h100` does."""
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name=name, topology="1x1x1", target_config=description
+    ).devices
+    mesh = jax.make_mesh((1,), ("x",), (jax.sharding.AxisType.Auto,), devices=devices[:1])
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _compile(name: str, dtype: str) -> str:
+    """In the worker process: the compiled text."""
+    place = h100()
+    run, shapes = tpu.program(ROWS[name], ROWS[name].length, dtype, "pallas")
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        return jax.jit(run).lower(*args).compile().as_text() or ""
+
+
+def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
+    """Compile a program in a process of its own, and read what ptxas said of its kernels.
+
+    The process needs no GPU, and is told not to look for one.
+    """
+    env = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
+    run_apart("experiments.bench.gpu", (name, dtype), folder, env)
+
+    def numbers(pattern: str, reports: str) -> list[int]:
+        said = [path.read_text() for path in folder.glob(reports)]
+        found = [int(number) for text in said for number in re.findall(pattern, text)]
+        if not found:
+            raise ValueError(f"bench: no {pattern!r} in {reports}")
+        return found
+
+    return Report(
+        registers=max(numbers(r"Used (\d+) registers", "*.ptxas")),
+        spills=sum(numbers(r"(\d+) bytes spill", "*.ptxas")),
+        shared=max(numbers(r"dynamic_shared_memory_size %c(\d+)_i32", "*.mlir-passes.log")),
+    )
+
+
+def bench_gpu(rounds: int) -> None:
+    """What ptxas says of each kernel."""
+    del rounds  # nothing is timed
+    plugin = installed_version("jax-cuda13-plugin", "aot-gpu")
+    print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
+    table = Table("Kernels for H100, 128 threads a block; compiled, not run")
+    for name, dtype in itertools.product(ROWS, ("float32", "bfloat16")):
+        if not name.startswith(ONLY.value):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            report = compile_apart(name, dtype, pathlib.Path(folder))
+        blocks = SHARED_PER_CORE // (report.shared + 1024)  # each has 1 KiB for the system
+        values: dict[str, Any] = {
+            "registers a thread": report.registers,
+            "spilled bytes": report.spills,
+            "shared memory, KiB": f"{report.shared / 1024:.1f}",
+            "blocks a multiprocessor": blocks,
+        }
+        table.row(f"{name}, {dtype}", values)
+
+
+if __name__ == "__main__":
+    answer(_compile)

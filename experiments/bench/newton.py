@@ -1,0 +1,209 @@
+"""What Newton costs on every cell, at initialisation and where the cell uses its nonlinearity.
+
+A cell that was trained on running parity (after each bit: was the number of ones odd?) cannot
+forget and cannot be linear: the hardest kind of recurrence for a solver that starts from a
+linearisation.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import optax
+from absl import flags
+from jax import lax
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+import seqjax
+from experiments.bench import cases
+from experiments.bench.tools import Candidates, Table, ratios, seconds
+from seqjax import cells, layers
+
+FIGURE = flags.DEFINE_string(
+    "figure", "newton.png", "Where suite newton draws its iterations over T."
+)
+
+DIM = 16
+LAYERS = (
+    layers.Elman,
+    layers.GRU,
+    layers.LSTM,
+    layers.ParaGRU,
+    layers.ParaLSTM,
+    layers.SLSTM,
+    layers.LEM,
+    layers.LTC,
+)
+LENGTHS = (256, 1024, 4096, 16384, 65536)
+# Seconds that a call may be expected to take for it to be made at all, and seconds that a row's
+# rounds may take together; one round is always made.
+LONGEST_CALL, LONGEST_ROW = 20.0, 6.0
+ITERATIONS, STEPS = "iterations", "steps one by one"
+GRADIENTS = ", with gradients"
+NEWTON, LOOP = "newton / sequential", "sequential / lax.scan"
+COLUMNS = [ITERATIONS, STEPS, NEWTON, NEWTON + GRADIENTS, LOOP, LOOP + GRADIENTS, "rounds"]
+
+Params = dict[str, Any]
+Run = Callable[..., Any]
+
+
+class Subject(NamedTuple):
+    """A layer with parameters, and the inputs it was made for."""
+
+    name: str
+    layer: Any
+    params: Params
+    table: jax.Array | None  # the two inputs that stand for 0 and 1; None: normal inputs
+
+    def arrays(self, length: int) -> tuple[Params, jax.Array]:
+        """The cell's parameters, and its pre-activations for one sequence."""
+        key, cell, params = jax.random.key(1), self.layer.cell, self.params
+        if self.table is None:
+            x = jax.random.normal(key, (1, length, DIM))
+        else:
+            x = self.table[jax.random.bernoulli(key, shape=(1, length)).astype(jnp.int32)]
+        u = x @ params["in_proj"] + params["bias"]
+        recurrent = {name: params[name] for name in cell.recurrent}
+        return recurrent, u.reshape(1, length, cell.gates, cell.dim)
+
+
+def subjects(make: Any) -> Iterator[Subject]:
+    """A layer's cell as it is initialised, and trained."""
+    layer = make(DIM)
+    yield Subject(f"{make.__name__}, initial", layer, layer.init(jax.random.key(0)), None)
+    yield train_on_parity(make(DIM, algorithm="sequential"))
+
+
+def train_on_parity(layer: Any, steps: int = 1000) -> Subject:
+    """Trains a layer on the running parity of 32 bits until it makes no mistakes."""
+    start, draw, data = jax.random.split(jax.random.key(0), 3)
+    params = {"layer": layer.init(start), "table": jax.random.normal(draw, (2, layer.dim))}
+    transform = optax.adam(1e-2)
+    state = transform.init(params)
+
+    def loss_of(params: Params, bits: jax.Array) -> jax.Array:
+        y, _ = layer.apply(params["layer"], params["table"][bits])
+        odd = jnp.cumsum(bits, axis=1) % 2
+        return optax.sigmoid_binary_cross_entropy(y[..., 0], odd).mean()
+
+    @jax.jit
+    def train_step(params: Params, state: Any, step: int) -> tuple[Params, Any, jax.Array]:
+        bits = jax.random.bernoulli(jax.random.fold_in(data, step), shape=(64, 32))
+        loss, gradients = jax.value_and_grad(loss_of)(params, bits.astype(jnp.int32))
+        updates, state = transform.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    loss = jnp.inf
+    for step in range(steps):
+        params, state, loss = train_step(params, state, step)
+        if step % 25 == 0 and loss < 5e-3:
+            break
+    learned = "parity" if loss < 5e-3 else f"parity not learned (loss {float(loss):.2f})"
+    name = f"{type(layer).__name__}, {learned}"
+    return Subject(name, layer, params["layer"], params["table"])
+
+
+def programs(cell: cells.Cell, h0: jax.Array) -> tuple[dict[str, Run], dict[str, Run]]:
+    """What is compared, jitted: forward, and with gradients."""
+
+    def by(algorithm: str) -> Run:
+        return lambda params, u: seqjax.nonlinear_scan(cell, params, u, h0, algorithm=algorithm)
+
+    def plain(params: Params, u: jax.Array) -> tuple[jax.Array]:
+        """What one writes without a library: `lax.scan` over time."""
+
+        def step(h: jax.Array, u_t: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h = jax.vmap(cell, in_axes=(None, 0, 0))(params, h, u_t)
+            return h, h
+
+        return (jnp.moveaxis(lax.scan(step, h0, jnp.moveaxis(u, 1, 0))[1], 0, 1),)
+
+    def with_gradients(run: Run) -> Run:
+        return cases.with_gradients(lambda params, u: run(params, u)[0])
+
+    runs = {"newton": by("newton"), "sequential": by("sequential"), "lax.scan": plain}
+    forward: dict[str, Run] = {name: jax.jit(run) for name, run in runs.items()}
+    return forward, {name: jax.jit(with_gradients(run)) for name, run in runs.items()}
+
+
+def bench_newton(rounds: int) -> None:
+    """Iterations of Newton, its time over that of steps, and theirs over a plain `lax.scan`'s."""
+    table = Table(f"Newton on nonlinear RNNs, {DIM} channels, one sequence, float32", COLUMNS)
+    curves: dict[str, dict[int, int]] = {}
+    for make in LAYERS:
+        # The same programs for all states of a cell.
+        layer = make(DIM)
+        forward, backward = programs(layer.cell, layer.initial_state(1))
+        for subject in subjects(make):
+            curves[subject.name] = bench_subject(subject, forward, backward, rounds, table)
+        jax.clear_caches()
+    draw(curves, FIGURE.value)
+    print(f"\nIterations over T: {FIGURE.value}")
+
+
+def bench_subject(
+    subject: Subject, forward: dict[str, Run], backward: dict[str, Run], rounds: int, table: Table
+) -> dict[int, int]:
+    """Prints the rows of a cell in one state; returns Newton's iterations by length."""
+    found: dict[int, int] = {}
+    each_step = 0.0  # seconds; Newton's time is at worst proportional to T
+    for length in LENGTHS:
+        label, expected = f"{subject.name}, T={length}", each_step * length
+        if expected > LONGEST_CALL:
+            table.row(label, {ITERATIONS: f"skipped: a call would take {expected:.0f} s"})
+            continue
+        arrays = subject.arrays(length)
+        run = functools.partial(forward["newton"], *arrays)
+        info = run()[2]
+        found[length] = int(info.iterations[0])
+        row: dict[str, float | str] = {
+            ITERATIONS: found[length],
+            STEPS: int(info.sequential_steps[0]),
+        }
+        taken = seconds(run)
+        each_step = taken / length
+        # Every round calls Newton twice without and twice with gradients.
+        affordable = min(rounds, max(1, int(LONGEST_ROW / (4 * taken))))
+        for suffix, runs in (("", forward), (GRADIENTS, backward)):
+            candidates: Candidates = {
+                name: functools.partial(run, *arrays) for name, run in runs.items()
+            }
+            times = ratios(candidates, "sequential", affordable)
+            row |= {NEWTON + suffix: times["newton"], LOOP + suffix: 1 / times["lax.scan"]}
+        row["rounds"] = affordable
+        table.row(label, row)
+    return found
+
+
+def draw(curves: dict[str, dict[int, int]], path: str) -> None:
+    """A line of iterations over T for every cell and state, and T itself, which is no gain."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(LENGTHS, LENGTHS, "--", color="gray", label="T")
+    colours = {make.__name__: mpl.colormaps["tab10"](i) for i, make in enumerate(LAYERS)}
+    for i, (name, points) in enumerate(curves.items()):
+        cell, state = name.split(", ", 1)
+        axes.plot(
+            list(points),
+            list(points.values()),
+            "o:" if state == "initial" else "s-",
+            color=colours[cell],
+            label=name,
+            # Many lines coincide: rings around each other.
+            fillstyle="none" if state == "initial" else "full",
+            markersize=16 - i if state == "initial" else 5,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+    axes.set_xlabel("T")
+    axes.set_ylabel("Newton iterations, all windows together")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=120)

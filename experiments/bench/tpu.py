@@ -1,0 +1,242 @@
+"""Kernels on TPUs that are not there: bytes, cycles and time as the compiler schedules them.
+
+    python -m experiments.bench tpu        # pip install -e '.[aot]', libtpu >= 0.0.51
+
+Each program is compiled ahead of time, in a process of its own, at its full length for what it
+moves, and at an eighth of it for the cycles of its kernels, which are the same for every step.
+`experiments.compiled.tpu_schedule` reads both.
+"""
+
+import functools
+import itertools
+import pathlib
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
+
+import seqjax
+from experiments.base.errors import installed_version
+from experiments.bench.tools import ONLY, Table, answer, run_apart
+from experiments.compiled import tpu_schedule
+
+Shapes = dict[str, Any]  # trees of jax.ShapeDtypeStruct
+
+
+class Row(NamedTuple):
+    """A program to cost.
+
+    Attributes:
+      op: of seqjax.
+      shapes: (T, dtype) -> its arguments by name.
+      length: T.
+      backward: whether it is the reverse pass alone, from what the forward pass has kept.
+      dtypes: to cost it in.
+      chips: to cost it on.
+      keywords: of the op.
+      xla: whether the XLA form is compiled too.
+    """
+
+    op: str
+    shapes: Callable[[int, str], Shapes]
+    length: int
+    backward: bool = False
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    chips: tuple[str, ...] = ("v5e", "v6e")
+    keywords: tuple[tuple[str, Any], ...] = ()
+    xla: bool = True
+
+
+def linear(B: int, D: int) -> Callable[[int, str], Shapes]:
+    """Of `linear_scan`."""
+
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = jax.ShapeDtypeStruct((B, T, D), jnp.dtype(dtype))
+        return {"decay": array, "x": array}
+
+    return shapes
+
+
+def _selective(B: int, D: int, N: int) -> Callable[[int, str], Shapes]:
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype(dtype))
+        weight = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+        timed = {"x": array((B, T, D)), "dt": array((B, T, D))}
+        return timed | {
+            "A": weight((D, N)),
+            "B": array((B, T, N)),
+            "C": array((B, T, N)),
+            "D": weight((D,)),
+        }
+
+    return shapes
+
+
+def _matrix(op: str, decay: str | None) -> Callable[[int, str], Shapes]:
+    """One sequence, 8 heads of 128 keys and values; gates in float32."""
+    B, H, K = 1, 8, 128
+
+    def shapes(T: int, dtype: str) -> Shapes:
+        array = jax.ShapeDtypeStruct((B, T, H, K), jnp.dtype(dtype))
+        gate = jax.ShapeDtypeStruct((B, T, H), jnp.dtype("float32"))
+        made = {"q": array, "k": array, "v": array}
+        if op == "delta_rule":
+            made["beta"] = gate
+        if decay is not None:
+            made["log_decay"] = gate if decay == "per head" else array.update(dtype=gate.dtype)
+        return made
+
+    return shapes
+
+
+def _matrix_rows() -> dict[str, Row]:
+    made = {}
+    for op in ("linear_attention", "delta_rule"):
+        for decay in (None, "per head", "per channel"):
+            form = f"{'no decay' if decay is None else 'decay ' + decay}, B=1, T=4096, H=8, K=V=128"
+            dtypes = ("float32", "bfloat16") if decay else ("bfloat16",)
+            row = Row(op, _matrix(op, decay), 4096, dtypes=dtypes)
+            made[f"{op}, {form}"] = row
+            if decay is not None:
+                made[f"{op} backward, {form}"] = row._replace(backward=True, dtypes=dtypes[-1:])
+    return made
+
+
+ALL = ("v5e", "v6e", "v7x")
+ROWS = {
+    "linear_scan, B=8, T=4096, D=2560": Row("linear_scan", linear(8, 2560), 4096, chips=ALL),
+    "linear_scan backward, B=8, T=4096, D=2560": Row(
+        "linear_scan", linear(8, 2560), 4096, backward=True, chips=ALL
+    ),
+    "linear_scan, B=8, T=4096, D=1000": Row("linear_scan", linear(8, 1000), 4096),
+    "linear_scan, B=8, T=4097, D=1000": Row("linear_scan", linear(8, 1000), 4097),
+    "selective_scan, B=8, T=4096, D=2048, N=16": Row(
+        "selective_scan", _selective(8, 2048, 16), 4096
+    ),
+    # Once: its schedule takes 13 GB and minutes to write. By XLA it takes as long to compile.
+    "selective_scan backward, B=8, T=4096, D=2048, N=16": Row(
+        "selective_scan",
+        _selective(8, 2048, 16),
+        4096,
+        backward=True,
+        dtypes=("float32",),
+        chips=("v5e",),
+        xla=False,
+    ),
+    **_matrix_rows(),
+}
+
+
+def program(row: Row, length: int, dtype: str, implementation: str) -> tuple[Any, list[Any]]:
+    """The function of arrays and their shapes."""
+    shapes = row.shapes(length, dtype)
+    op = functools.partial(
+        getattr(seqjax, row.op), implementation=implementation, **dict(row.keywords)
+    )
+
+    def run(*arrays: Any) -> Any:
+        return op(**dict(zip(shapes, arrays, strict=True)))[:2]  # and not how it was solved
+
+    if not row.backward:
+        return run, list(shapes.values())
+    out, pull = jax.eval_shape(functools.partial(jax.vjp, run), *shapes.values())
+    kept, tree = jax.tree.flatten(pull)
+
+    def back(kept: list[jax.Array], cotangents: Any) -> Any:
+        return jax.tree.unflatten(tree, kept)(cotangents)
+
+    return back, [kept, out]
+
+
+def _compile(name: str, dtype: str, chip: str, implementation: str, length: int) -> str:
+    """In the worker process: the compiled text."""
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(
+        tpu_schedule.CHIPS[chip].topology, platform="tpu"
+    ).devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def rows(s: Any) -> Format:
+        """As kernels take arrays and other operations hand them on.
+
+        Left to itself the compiler may turn arguments of a whole program around, to pad less, and
+        would time the turning back.
+        """
+        return Format(Layout(tuple(range(s.ndim))), place)
+
+    run, shapes = program(ROWS[name], length, dtype, implementation)
+    args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows(s)), shapes)
+    results = jax.tree.map(rows, jax.eval_shape(run, *shapes))
+    return jax.jit(run, out_shardings=results).lower(*args).compile().as_text() or ""
+
+
+def compile_apart(
+    *request: Any, folder: pathlib.Path, flags: str = "", may_crash: bool = False
+) -> str:
+    """`_compile` in a process of its own: libtpu reads its flags once.
+
+    Its profiler crashes on some kernels, after it has written their schedule.
+    """
+    env = {
+        "LIBTPU_INIT_ARGS": flags.replace("DIR", str(folder)),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    return run_apart("experiments.bench.tpu", request, folder, env, may_crash=may_crash)
+
+
+def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, float]:
+    """Ideal bytes, and bytes, cycles and seconds as compiled."""
+    row = ROWS[name]
+    with tempfile.TemporaryDirectory() as place:
+        folder = pathlib.Path(place)
+        ask = functools.partial(compile_apart, name, dtype, chip, implementation, folder=folder)
+        kernels: dict[str, tpu_schedule.Kernel] = {}
+        if implementation == "xla":
+            try:
+                whole = ask(row.length, flags=tpu_schedule.PROFILE)
+            except RuntimeError:  # some operations the profiler crashes on
+                whole = ask(row.length)
+        else:
+            whole = ask(row.length)
+        names = tpu_schedule.kernel_names(whole)
+        if names:
+            short = -(-row.length // 8)
+            ask(short, flags=tpu_schedule.FLAGS, may_crash=True)
+            for kernel in names:
+                read = tpu_schedule.read_kernel(folder, kernel)
+                kernels[kernel] = tpu_schedule.Kernel(*(n * row.length / short for n in read))
+        found = tpu_schedule.cost(whole, kernels, tpu_schedule.CHIPS[chip])
+    return {"ideal": tpu_schedule.ideal_bytes(whole), **found._asdict()}
+
+
+def bench_tpu(rounds: int) -> None:
+    """Kernels, and the same op by XLA, against reading and writing everything once."""
+    del rounds  # nothing is timed
+    print(f"libtpu {installed_version('libtpu', 'aot')}, no TPU: compiled ahead of time")
+    table = Table("Predicted on one chip; the roofline is every argument and result moved once")
+    for name, row in ROWS.items():
+        if not name.startswith(ONLY.value):
+            continue
+        for dtype, chip in itertools.product(row.dtypes, row.chips):
+            at = tpu_schedule.CHIPS[chip]
+            kernel = measure(name, dtype, chip, "pallas")
+            roofline = kernel["ideal"] / at.bandwidth
+            values: dict[str, float | str] = {
+                "roofline, ms": f"{roofline * 1e3:.3f}",
+                "kernel, ms": f"{kernel['seconds'] * 1e3:.3f}",
+                "kernel: bytes / ideal": kernel["bytes"] / kernel["ideal"],
+                "kernel: cycles / roofline": kernel["cycles"] / at.clock / roofline,
+                "kernel: time / roofline": kernel["seconds"] / roofline,
+            }
+            xla = measure(name, dtype, chip, "xla") if row.xla else None
+            values["XLA: time / roofline"] = xla["seconds"] / roofline if xla else "not compiled"
+            table.row(f"{name}, {dtype}, {chip}", values)
+
+
+if __name__ == "__main__":
+    answer(_compile)

@@ -1,0 +1,103 @@
+"""Bytes that each device sends when sequences grow with the number of devices.
+
+    python -m experiments.bench.weak_scaling
+    python -m experiments.bench.weak_scaling --figure=experiments/results/weak_scaling.png
+
+Compiles a layer and its gradients, T split over 1, 2, 4 and 8 virtual devices with as many steps
+on each, and reads what is sent from the program. Nothing is run, so it needs no accelerator.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import PartitionSpec as P
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.base import cli
+from experiments.bench.tools import Table
+from experiments.compiled import collectives
+from seqjax import layers, sharding
+
+DEVICES = (1, 2, 4, 8)
+DIM, STEPS = 128, 256
+LAYERS: dict[str, layers.Layer] = {
+    "LRU": layers.LRU(DIM),
+    "S5, both ways": layers.S5(DIM, bidirectional=True),
+    "Mamba": layers.Mamba(DIM),
+    "DeltaNet": layers.DeltaNet(DIM, heads=2),
+    "SlidingWindowAttention, 64": layers.SlidingWindowAttention(DIM, heads=2, window=64),
+    "ParaGRU": layers.ParaGRU(DIM),
+}
+
+
+def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines the flags of this script."""
+    del argv
+    flags.DEFINE_string("figure", "weak_scaling.png", "Where the figure goes.", flag_values=values)
+
+
+def main(values: Any) -> int:
+    """Prints the table and draws the figure."""
+    jax.config.update("jax_num_cpu_devices", max(DEVICES))
+    table = Table(
+        f"KiB sent per device, one sequence, {STEPS} steps on each device, {DIM} features, "
+        "float32; forward and backward, weights' own gradients left out",
+        [str(count) for count in DEVICES],
+    )
+    curves = {}
+    for name, layer in LAYERS.items():
+        curves[name] = [sent(layer, count) / 1024 for count in DEVICES]
+        table.row(name, dict(zip(map(str, DEVICES), curves[name], strict=True)))
+    draw(curves, values.figure)
+    print(f"\nBytes over devices: {values.figure}")
+    return 0
+
+
+def sent(layer: layers.Layer, count: int, steps: int = STEPS) -> int:
+    """The bytes a device sends in a forward and a backward pass over `count` devices."""
+    mesh = sharding.make_mesh({"sequence": count}, jax.devices()[:count])
+    time = P(None, "sequence")
+
+    def outputs(params: Any, x: jax.Array, reset: jax.Array, sequence_axis: str | None) -> Any:
+        return layer.apply(params, x, reset=reset, sequence_axis=sequence_axis)[0]
+
+    split = sharding.split_time(outputs, mesh, (P(), time, time), time)
+
+    def loss(x: jax.Array, params: Any, reset: jax.Array) -> jax.Array:
+        return jnp.sum(split(params, x, reset) ** 2)
+
+    x = jax.ShapeDtypeStruct((1, count * steps, layer.dim), jnp.float32)
+    reset = jax.ShapeDtypeStruct(x.shape[:2], jnp.bool_)
+    params = jax.eval_shape(layer.init, jax.random.key(0))
+    compiled = jax.jit(jax.grad(loss)).lower(x, params, reset).compile()
+    return collectives.read(str(compiled.as_text())).total
+
+
+def draw(curves: dict[str, list[float]], path: str) -> None:
+    """A line for each layer."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(DEVICES, points, "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(DEVICES, list(map(str, DEVICES)))
+    axes.set_xlabel(f"devices, {STEPS} steps each")
+    axes.set_ylabel("KiB sent per device")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(define_flags, main))

@@ -1,0 +1,1 @@
+"""Readers of compiled programs: collectives, TPU schedules, FLOPs."""

@@ -1,0 +1,163 @@
+"""What devices tell each other, read from a compiled program's text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from experiments.compiled import hlo_trip_counts
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "c64": 64, "c128": 128}
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:calls|body|to_apply|true_computation|false_computation)=%?([^\s,)}]+)"
+    r"|\bbranch_computations=\{([^}]*)\}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one device does in one execution of a program.
+
+    Attributes:
+      counts: how often it takes part in each kind of collective.
+      sent: the bytes it sends in all of them, by kind, at the least a ring needs.
+      unknown_loops: loops with collectives whose number of turns the compiler does not state; each
+        is counted as one turn.
+    """
+
+    counts: dict[str, int]
+    sent: dict[str, int]
+    unknown_loops: int
+
+    @property
+    def total(self) -> int:
+        """All bytes sent."""
+        return sum(self.sent.values())
+
+
+@dataclasses.dataclass
+class _Computation:
+    collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    called: list[tuple[str, int | None]] = dataclasses.field(default_factory=list)  # and turns
+    done: bool = False
+
+
+def read(text: str) -> Traffic:
+    """Counts the collectives of a compiled program, `jit(f).lower(...).compile().as_text()`.
+
+    A loop's body counts as often as it runs, every branch of a conditional as if it were taken.
+    """
+    computations, entry = _computations(text)
+    counts: Counter[str] = Counter()
+    sent: Counter[str] = Counter()
+    unknown = 0
+
+    def visit(name: str, times: int) -> bool:
+        """Adds what a computation does; returns whether there is a collective in it."""
+        nonlocal unknown
+        found = False
+        here = computations[name]
+        # A TPU sends while it computes: the same collective stands where it starts, in every
+        # piece of work it goes on beside, and where it ends.
+        elsewhere = here.done or name.startswith("async_collective_fusion")
+        for kind, size in () if elsewhere else here.collectives:
+            counts[kind] += times
+            sent[kind] += times * size
+            found = True
+        for callee, turns in here.called:
+            inside = visit(callee, times * (1 if turns is None else turns))
+            unknown += inside and turns is None
+            found = found or inside
+        return found
+
+    visit(entry, 1)
+    return Traffic(dict(counts), dict(sent), unknown)
+
+
+def _computations(text: str) -> tuple[dict[str, _Computation], str]:
+    devices = 1
+    for name in ("replica_count", "num_partitions"):
+        given = re.search(rf"\b{name}=(\d+)", text.split("\n", 1)[0])
+        devices *= int(given[1]) if given else 1
+    turns = hlo_trip_counts.turns(text)
+    found: dict[str, _Computation] = {}
+    current, entry = _Computation(), ""
+    for line in text.splitlines():
+        header = None if line.startswith(" ") else hlo_trip_counts.HEADER.match(line)
+        if header:
+            current = found.setdefault(header[2], _Computation())
+            entry = header[2] if header[1] else entry
+        elif " = " in line:
+            name, instruction = line.split(" = ", 1)
+            name = name.strip().removeprefix("ROOT ").lstrip("%")
+            if 'custom_call_target="AsyncCollectiveDone"' in instruction:
+                current.done = True
+            _instruction(instruction, devices, turns.get(name, 1), current)
+    return found, entry
+
+
+def _instruction(line: str, devices: int, turns: int | None, into: _Computation) -> None:
+    shape, rest = hlo_trip_counts.split_shape(line)
+    opcode = rest.split("(", 1)[0]
+    for kind in KINDS:
+        if opcode in (kind, f"{kind}-start"):
+            size = _sent(kind, _sizes(shape), opcode.endswith("-start"), _group(rest, devices))
+            if size:
+                into.collectives.append((kind, size))
+            return
+    if opcode.endswith(("-done", "-update")):
+        return  # Its work was counted where it started.
+    for called in _CALLED.finditer(rest):
+        names = [called[1]] if called[1] else called[2].split(",")
+        into.called += [(name.strip().lstrip("%"), turns) for name in names]
+
+
+def _sizes(shape: str) -> list[int]:
+    """The bytes of each array in a shape."""
+    return [_bytes(name, dims) for name, dims in _arrays(shape)]
+
+
+def _arrays(shape: str) -> Iterator[tuple[str, str]]:
+    for match in _ARRAY.finditer(shape):
+        yield match[1], match[2]
+
+
+def _bytes(name: str, dims: str) -> int:
+    digits = re.search(r"\d+", name)
+    bits = _BITS.get(name) or (int(digits[0]) if digits else 8)
+    for size in filter(None, dims.split(",")):
+        bits *= int(size)
+    return -(-bits // 8)
+
+
+def _group(rest: str, devices: int) -> int:
+    """How many devices take part."""
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
+    if iota:
+        return int(iota[2])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    if named:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+        axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    return len(listed[1].split(",")) if listed else devices
+
+
+def _sent(kind: str, sizes: list[int], starts: bool, group: int) -> int:
+    """Bytes a device sends: those of a ring, which no algorithm can go below."""
+    if kind == "collective-permute":
+        return sizes[1] if starts else sum(sizes)
+    if starts and kind in ("all-gather", "reduce-scatter", "all-to-all") and len(sizes) > 1:
+        sizes = sizes[len(sizes) // 2 :]  # Operands come first.
+    size = sum(sizes)
+    if kind == "all-reduce":
+        return 2 * size * (group - 1) // group
+    if kind == "reduce-scatter":
+        return size * (group - 1)
+    return size * (group - 1) // group

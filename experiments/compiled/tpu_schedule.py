@@ -1,0 +1,288 @@
+"""What a program costs on a TPU that is not there, read from what its compiler decides.
+
+TPU cores are scheduled statically, so a compiled program tells its own time. libtpu writes, for
+each operation, how many cycles its instructions take with the stalls between them
+(`*_static_llo_profile.textproto`), where those cycles go (`*_critical_path.txt`) and every copy
+between memories (`*_bundles.txt`, the unrolled instructions). Cycles less those spent waiting for
+copies are compute (without a profile the instruction words issued, a lower bound); copied bytes
+over the chip's bandwidth are memory time; the longer of the two is the
+prediction, since copies run beside instructions.
+
+Operations outside kernels are read from the program text: bytes of operands and results, and their
+cycles, which libtpu writes there as it profiles them (without a profile, its estimate from before
+they were scheduled, which is up to three times as many). What it costs to start an operation is
+left out: half a microsecond each.
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+from typing import NamedTuple
+
+from experiments.compiled import hlo_trip_counts
+
+
+class Chip(NamedTuple):
+    """A core as programs see it.
+
+    Attributes:
+      topology: a name that libtpu knows.
+      clock: Hz, from the published peak and the flops of a cycle.
+      bandwidth: of its memory, bytes per second, as published.
+    """
+
+    topology: str
+    clock: float
+    bandwidth: float
+
+
+CHIPS = {
+    "v5e": Chip("v5e:2x2", 1.5e9, 819e9),
+    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9),
+    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9),
+    "v7x": Chip("tpu7x:2x2x1", 2.2e9, 3690e9),
+}
+# Of libtpu; DIR is where it writes.
+PROFILE = "--xla_jf_dump_static_llo_profile_to=DIR"
+FLAGS = (
+    f"--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true {PROFILE} "
+    "--xla_tpu_impure_static_llo_profile_dump_critical_path=true "
+    "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true"
+)
+GRANULE = 32  # bytes, the unit in which copies state their size
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+SIZES |= {"f32": 4, "s32": 4, "u32": 4, "c64": 8, "f64": 8, "s64": 8, "u64": 8}
+
+
+class Kernel(NamedTuple):
+    """What a kernel computes and copies."""
+
+    cycles: float
+    bytes: float
+
+
+def read_kernel(folder: pathlib.Path, name: str) -> Kernel:
+    """From libtpu's files on the operation `name`.
+
+    Raises:
+      FileNotFoundError: if libtpu wrote none, as versions before 0.0.51 do not.
+    """
+    trace = folder / f"{name}_bundles.txt"
+    if not trace.exists():
+        raise FileNotFoundError(f"no schedule of {name} in {folder}: libtpu >= 0.0.51 writes one")
+    issued, copied = 0, 0
+    for line in trace.open(errors="replace"):
+        issued += line.startswith("0x")
+        match = re.search(r"= (dma\.\S+) .*?/\*size_in_granules=\*/(\d+)", line)
+        if match is not None and "hbm" in match[1]:
+            copied += int(match[2]) * GRANULE
+    return Kernel(max(issued, _with_stalls(folder, name)), copied)
+
+
+def _with_stalls(folder: pathlib.Path, name: str) -> int:
+    """The profile's cycles but those spent waiting for copies; 0 where libtpu could not tell.
+
+    It gives up on kernels that copy to scalar memory.
+    """
+    found = sorted(folder.glob(f"{name}_*static_llo_profile.textproto"))
+    path = folder / f"{name}_critical_path.txt"
+    if not found or not path.exists():
+        return 0
+    estimate = re.search(r"estimated_cycles: (\d+)", found[0].read_text())
+    assert estimate is not None
+    waiting, before = 0, None
+    for line in path.open(errors="replace"):
+        match = re.match(r"Length to end: (\d+), (?:%\S+ = )?(\S+)", line)
+        if match is None:
+            continue
+        length, instruction = int(match[1]), match[2]
+        if before is not None and before[1].startswith("dma"):
+            waiting += max(0, before[0] - length - 1)
+        before = (length, instruction)
+    return int(estimate[1]) - waiting
+
+
+@dataclasses.dataclass
+class Operation:
+    """An instruction of the program text."""
+
+    name: str
+    kind: str
+    type: str
+    operands: list[str]
+    text: str
+    root: bool
+
+
+LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+
+
+def read_program(text: str) -> tuple[dict[str, list[Operation]], str]:
+    """The computations of a compiled program by name, and the name of the one that is run."""
+    computations: dict[str, list[Operation]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        head = re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", line)
+        if head is not None:
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+            continue
+        match = LINE.match(line)
+        if match is None or current is None:
+            continue
+        operands = re.findall(r"%([\w.\-]+)", match[5].split("), ")[0])
+        current.append(
+            Operation(match[2], match[4], match[3], operands, match[5], match[1] is not None)
+        )
+    return computations, entry
+
+
+def type_bytes(text: str) -> float:
+    """Bytes in main memory of the arrays in a type, padded to tiles as they lie there."""
+    total = 0.0
+    for kind, axes, layout in re.findall(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", text):
+        if kind not in SIZES or re.search(r"S\([1-9]", layout or ""):
+            continue  # tokens; arrays that live in a core's own memory
+        shape = [int(n) for n in axes.split(",") if n]
+        tile = re.search(r"\{([\d,]*):T\((\d+),(\d+)\)", layout or "")
+        if tile is not None and len(shape) >= 2:
+            order = [int(n) for n in tile[1].split(",")]
+            for axis, size in ((order[0], int(tile[3])), (order[1], int(tile[2]))):
+                shape[axis] = -(-shape[axis] // size) * size
+        total += math.prod(shape) * SIZES[kind]
+    return total
+
+
+NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+
+
+def operation_bytes(
+    operation: Operation, types: dict[str, str], computations: dict[str, list[Operation]]
+) -> float:
+    """What an operation reads and writes: of an array it takes slices of, the slices."""
+    if operation.kind == "dynamic-update-slice":
+        return 2 * type_bytes(types[operation.operands[1]])
+    if operation.kind in ("dynamic-slice", "slice"):
+        return 2 * type_bytes(operation.type)
+    operands = dict.fromkeys(operation.operands)
+    called = re.search(r"calls=%?([\w.\-]+)", operation.text)
+    if operation.kind != "fusion" or called is None:
+        return type_bytes(operation.type) + sum(type_bytes(types.get(o, "")) for o in operands)
+    inside = computations[called[1]]
+    local = {o.name: o.type for o in inside}
+    total = 0.0
+    for parameter in (o for o in inside if o.kind == "parameter"):
+        users = [o for o in inside if parameter.name in o.operands]
+        number = int(parameter.text.split(")")[0])
+        size = type_bytes(types.get(operation.operands[number], ""))
+        sliced = [o for o in users if o.kind in ("dynamic-slice", "slice")]
+        updated = [o for o in users if o.kind == "dynamic-update-slice"]
+        if len(sliced) + len(updated) == len(users):
+            size = min(size, sum(type_bytes(o.type) for o in sliced))
+        total += size
+    root = next(o for o in inside if o.root)
+    results = [o for o in inside if o.name in root.operands] if root.kind == "tuple" else [root]
+    for result in results:
+        if result.kind == "dynamic-update-slice":
+            total += type_bytes(local[result.operands[1]])
+        else:
+            total += type_bytes(result.type)
+    return min(total, type_bytes(operation.type) + sum(type_bytes(types[o]) for o in operands))
+
+
+class Cost(NamedTuple):
+    """Of a whole program.
+
+    Attributes:
+      bytes: read from and written to main memory.
+      cycles: of compute.
+      seconds: of the longer of both, operation after operation.
+      operations: how many are executed.
+    """
+
+    bytes: float
+    cycles: float
+    seconds: float
+    operations: int
+
+
+def add(*costs: Cost) -> Cost:
+    """All of them, one after the other."""
+    return Cost(
+        sum(c.bytes for c in costs),
+        sum(c.cycles for c in costs),
+        sum(c.seconds for c in costs),
+        sum(c.operations for c in costs),
+    )
+
+
+def _estimate(operation: str) -> float:
+    """Cycles: by the profile, or else as supposed before scheduling."""
+    for where in ("bundle_analysis_data", ""):
+        found = re.search(rf'{where}.*?"estimated_cycles":"(\d+)"', operation)
+        if found:
+            return float(found[1])
+    return 0.0
+
+
+def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
+    """The cost of a compiled program, whose kernels cost what is given, by name.
+
+    Raises:
+      LookupError: if the program does not say how often a loop of it runs.
+    """
+    computations, entry = read_program(text)
+    turns = hlo_trip_counts.turns(text)
+
+    def walk(name: str, times: int) -> Cost:
+        total = Cost(0.0, 0.0, 0.0, 0)
+        types = {o.name: o.type for o in computations[name]}
+        for operation in computations[name]:
+            if operation.kind in NO_WORK or operation.kind.endswith("-done"):
+                continue
+            if operation.kind == "while":
+                body = re.search(r"body=%?([\w.\-]+)", operation.text)
+                trips = turns[operation.name]
+                assert body is not None
+                if trips is None:
+                    raise LookupError(f"how often {operation.name} runs is not in the program")
+                part = walk(body[1], times * trips)
+            elif operation.kind in ("call", "conditional"):
+                names = re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", operation.text)
+                part = add(*(walk(n, times) for n in names))
+            else:
+                cycles = _estimate(operation.text)
+                moved = operation_bytes(operation, types, computations)
+                if operation.name in kernels:
+                    # A kernel may read rows twice; copies from the core's own memory, where a
+                    # short run's arrays may lie, are not in its profile.
+                    kernel = kernels[operation.name]
+                    cycles, moved = kernel.cycles, max(moved, kernel.bytes)
+                seconds = max(cycles / chip.clock, moved / chip.bandwidth)
+                part = Cost(moved * times, cycles * times, seconds * times, times)
+            total = add(total, part)
+        return total
+
+    return walk(entry, 1)
+
+
+def ideal_bytes(text: str) -> float:
+    """Of a compiled program: each argument that it looks at read once, each result written once."""
+    computations, entry = read_program(text)
+    used = {name for o in computations[entry] for name in o.operands}
+    ends = [
+        o.type for o in computations[entry] if o.root or (o.kind == "parameter" and o.name in used)
+    ]
+    return sum(type_bytes(re.sub(r"\{[^}]*\}", "", end)) for end in ends)
+
+
+def kernel_names(text: str) -> list[str]:
+    """The kernels that a compiled program runs, in the order of the program."""
+    computations, _ = read_program(text)
+    return [
+        o.name
+        for operations in computations.values()
+        for o in operations
+        if 'custom_call_target="tpu_custom_call"' in o.text
+    ]

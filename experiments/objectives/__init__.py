@@ -1,0 +1,1 @@
+"""Losses and evaluations: text and tasks."""

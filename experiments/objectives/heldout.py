@@ -1,0 +1,115 @@
+"""Bits per byte of held-out text, and what general compressors reach on the same bytes."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from experiments.base.devices import Devices
+from experiments.data import pipeline
+from seqjax import sharding
+
+Evaluate = Callable[[Any, Sequence[bytes]], float]
+
+
+def make_evaluate(model: Any, *, lanes: int, length: int, place: Devices | None = None) -> Evaluate:
+    """Returns `evaluate(params, documents) -> bits per byte`, compiled once for all calls.
+
+    With a `place` it runs on its mesh, time split over its axis `sequence`.
+
+    The documents are read in `lanes` lanes, `length` bytes at a time, the state carried from
+    window to window and cleared where a document starts. Every byte is predicted exactly once
+    from what precedes it in its document and lane, so the result is the total log-loss over the
+    bytes divided by ln 2 and their number: the size of an arithmetic code made with the model.
+    """
+
+    place = Devices("") if place is None else place
+
+    def nats(
+        params: Any, state: Any, part: dict[str, jax.Array], sequence_axis: str | None
+    ) -> tuple[Any, jax.Array]:
+        logits, state = model.apply(
+            params,
+            part["inputs"].astype(jnp.int32),
+            state,
+            reset=part["reset"],
+            sequence_axis=sequence_axis,
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, part["targets"].astype(jnp.int32)
+        )
+        sums = jnp.where(part["counted"], losses, 0.0).sum(axis=1)
+        return state, sums if sequence_axis is None else jax.lax.psum(sums, sequence_axis)
+
+    split = sharding.split_time(
+        nats, place.mesh, in_specs=(P(), P(), P(None, "sequence")), out_specs=P()
+    )
+    # Every process adds up all lanes, so the sums must be everywhere.
+    window = jax.jit(
+        split, out_shardings=None if place.plan is None else (None, place.plan.replicated)
+    )
+
+    def evaluate(params: Any, documents: Sequence[bytes]) -> float:
+        streams = pipeline.lanes(documents, lanes, length)
+        state = place.everywhere(lambda: model.initial_state(lanes))
+        sums = []
+        for start in range(0, streams["inputs"].shape[1], length):
+            part = {name: stream[:, start : start + length] for name, stream in streams.items()}
+            state, total = window(params, state, place.place(part))
+            sums.append(total)
+        # Summed in float64: a float32 total would lose digits over many windows.
+        nats = np.sum(np.asarray(jax.device_get(sums), np.float64))
+        return float(nats / math.log(2) / sum(map(len, documents)))
+
+    return evaluate
+
+
+def compressors(documents: Sequence[bytes]) -> dict[str, float]:
+    """Bits per byte of gzip and xz at their strongest settings on the same bytes."""
+    text = b"".join(documents)
+    return {
+        "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
+    }
+
+
+def report(bits: float, documents: Sequence[bytes], total: int) -> dict[str, Any]:
+    """Return the numbers of an evaluation to print and store, with those of compressors.
+
+    Args:
+      bits: bits per byte of the model.
+      documents: the text that was read.
+      total: bytes of the text that these documents are the beginning of.
+    """
+    others = compressors(documents)
+    return {
+        "heldout_bits_per_byte": bits,
+        "heldout_bytes": sum(map(len, documents)),
+        "heldout_total_bytes": total,
+        "gzip_bits_per_byte": others["gzip"],
+        "xz_bits_per_byte": others["xz"],
+    }
+
+
+def coverage(size: int, total: int) -> str:
+    """Return which bytes of a text were read, in words."""
+    return f"all {total:,}" if size == total else f"the first {size:,} of {total:,}"
+
+
+def format_report(result: dict[str, Any], number: str = "held-out bits per byte") -> str:
+    """Format the report as a line for people; `number` is the name of what was measured."""
+    read = coverage(result["heldout_bytes"], result["heldout_total_bytes"])
+    return (
+        f"{number} {result['heldout_bits_per_byte']:.4f} on {read} bytes "
+        f"(on the same bytes gzip {result['gzip_bits_per_byte']:.4f}, "
+        f"xz {result['xz_bits_per_byte']:.4f})"
+    )

@@ -1,0 +1,114 @@
+"""Learning text: a byte-level language model, its loss, and its bits per byte on held-out text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import seqjax
+from experiments.base import build, devices
+from experiments.base.errors import UserError, check_positive
+from experiments.data import corpus as corpora
+from experiments.data import pipeline
+from experiments.objectives import heldout
+
+
+def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A batch of the pipeline as the loss takes it."""
+    return {
+        "inputs": batch["inputs"].astype(jnp.int32),
+        "targets": batch["targets"].astype(jnp.int32),
+        "reset": seqjax.segment_starts(batch["segment_ids"]),
+    }
+
+
+def loss(model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
+    """Mean nats per byte."""
+    logits, _ = model.apply(
+        params, batch["inputs"], reset=batch["reset"], sequence_axis=sequence_axis
+    )
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+    return nats if sequence_axis is None else jax.lax.pmean(nats, sequence_axis)
+
+
+class Text:
+    """The objective of a configuration without a task: to predict the bytes of a text."""
+
+    metric = "heldout_bits_per_byte"
+    lower_is_better = True
+    unit = "bytes"
+    curve = "bits_per_byte"
+
+    prepare = staticmethod(prepare)
+    loss = staticmethod(loss)
+
+    def __init__(self, config: ConfigDict) -> None:
+        check_positive(config.data, "shuffle_windows", "streams")
+        check_positive(config.eval, "lanes", "bytes", "final_bytes")
+        self._config = config
+        self._corpus = pipeline.load_corpus(config.data)
+        self.name = self._corpus.name
+        self.fingerprint = self._corpus.fingerprint
+        self._heldout_bytes = sum(map(len, self._corpus.heldout))
+        self.model = build.build_model(config.model)
+        self.batch_shape = (config.data.batch_size, config.data.length)
+
+    def batches(self, rows: Any) -> pipeline.Streams:
+        """See `pipeline.train_batches`."""
+        data = self._config.data
+        return pipeline.train_batches(
+            self._corpus.train,
+            length=data.length,
+            batch_size=data.batch_size,
+            seed=self._config.seed,
+            shuffle_windows=data.shuffle_windows,
+            streams=data.streams,
+            rows=rows,
+        )
+
+    def log(self, nats: float) -> dict[str, float]:
+        """What the loss is called besides."""
+        return {"bits_per_byte": nats / math.log(2)}
+
+    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
+        """Returns `evaluate(params, final)`: bits per byte, beside compressors' in the end."""
+        evaluation = self._config.eval
+        measure = heldout.make_evaluate(
+            self.model, lanes=evaluation.lanes, length=self._config.data.length, place=place
+        )
+
+        def evaluate(params: Any, final: bool) -> dict[str, Any]:
+            limit = evaluation.final_bytes if final else evaluation.bytes
+            documents = corpora.take_bytes(self._corpus.heldout, limit)
+            bits = measure(params, documents)
+            if final:
+                return heldout.report(bits, documents, self._heldout_bytes)
+            return {
+                "heldout_bits_per_byte": bits,
+                "heldout_bytes": sum(map(len, documents)),
+            }
+
+        return evaluate
+
+    def coverage(self, result: dict[str, Any]) -> str:
+        """Return which held-out bytes were read, in words."""
+        return f"{heldout.coverage(result['heldout_bytes'], self._heldout_bytes)} bytes"
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """A result as a line for people."""
+        if "gzip_bits_per_byte" in result:
+            return heldout.format_report(result)
+        bits = result["heldout_bits_per_byte"]
+        return f"held-out bits per byte {bits:.3f} on {self.coverage(result)}"
+
+
+def require_text(config: ConfigDict, what: str) -> None:
+    """Raises unless a run is on text."""
+    if "task" in config:
+        raise UserError(f"{what} is for runs on text; this one is on the task {config.task.name}")

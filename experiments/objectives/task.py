@@ -1,0 +1,246 @@
+"""Learning a task: its model, batches and loss, and how often it is right on what it never saw."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+import seqjax
+from experiments.base import build, devices
+from experiments.base.errors import UserError, nearest
+from experiments.data import pipeline
+from experiments.tasks import batches, examples, labelled, recall, state_tracking
+
+SYNTHETIC: dict[str, Callable[[ConfigDict], examples.Task]] = {
+    **{
+        name: functools.partial(lambda name, task: _state_tracking(name, task), name)
+        for name in ("parity", "modular_arithmetic", *state_tracking.GROUPS)
+    },
+    "selective_copying": lambda task: recall.make_copying(
+        task.train_length, task.vocab_size, task.data_tokens
+    ),
+    "induction_heads": lambda task: recall.make_induction(
+        task.train_length, tuple(task.test_lengths), task.vocab_size
+    ),
+    "mqar": lambda task: recall.make_mqar(task.train_length, task.pairs, task.vocab_size),
+}
+LABELLED: dict[str, Callable[[ConfigDict, int], labelled.LabelledSet]] = {
+    "listops": lambda task, seed: labelled.list_operations(
+        task.train_size, task.test_size, seed, shortest=task.shortest, longest=task.longest
+    ),
+    "digits": lambda task, seed: labelled.digits(seed),
+    "images": lambda task, seed: labelled.images(task.tfds, task.tfds_dir),
+    "packages": lambda task, seed: labelled.packages(task.longest, task.classes, seed),
+    "time_series": lambda task, seed: labelled.time_series(task.path),
+}
+
+
+def make(config: ConfigDict) -> TokenTask | SequenceTask:
+    """The objective that `config.task` names."""
+    name = config.task.name
+    if name in SYNTHETIC:
+        return TokenTask(config, SYNTHETIC[name](config.task))
+    if name in LABELLED:
+        return SequenceTask(config, LABELLED[name](config.task, config.task.seed))
+    raise UserError(
+        f"config.task.name: unknown task {name!r}: {nearest(name, [*SYNTHETIC, *LABELLED])}"
+    )
+
+
+def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
+    return state_tracking.make(
+        name,
+        train_length=task.train_length,
+        test_lengths=tuple(task.test_lengths),
+        last_only=task.last_only,
+    )
+
+
+class _Judged:
+    """What both kinds have in common: they are judged by how often they are right."""
+
+    metric = "accuracy"
+    lower_is_better = False
+    unit = "positions"
+    curve = "loss"
+
+    def log(self, nats: float) -> dict[str, float]:
+        """Nothing: a loss is a loss."""
+        del nats
+        return {}
+
+    def coverage(self, result: dict[str, Any]) -> str:
+        """Return the number of test sequences, in words."""
+        return f"{result['test_sequences']:,} test sequences"
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """Return all numbers in a line, and the number of test sequences behind them."""
+        numbers = {name: value for name, value in result.items() if name != "test_sequences"}
+        line = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+        return f"{line} ({self.coverage(result)})"
+
+
+class TokenTask(_Judged):
+    """An answer at every position that asks for one."""
+
+    def __init__(self, config: ConfigDict, task: examples.Task) -> None:
+        self._config = config
+        self._task = task
+        self.name = task.name
+        # The task is made from the configuration, which is compared by itself.
+        self.fingerprint = "generated"
+        self.model = build.build_model(config.model, max(task.vocab_size, task.num_classes))
+        data = config.data
+        self.batch_shape = (data.batch_size, data.packed_length or task.longest())
+
+    def batches(self, rows: Any) -> pipeline.Streams:
+        """Endless training batches; see `batches.of_task`. Every process makes all rows."""
+        del rows
+        data = self._config.data
+        made = batches.of_task(
+            self._task,
+            batch_size=data.batch_size,
+            seed=self._config.seed,
+            packed_length=data.packed_length,
+        )
+        return pipeline.Streams({0: made}, data.batch_size)
+
+    def prepare(self, batch: Any) -> Any:
+        """Segments become resets."""
+        reset = seqjax.segment_starts(batch["segment_ids"])
+        return {name: batch[name] for name in ("inputs", "targets", "counted")} | {"reset": reset}
+
+    def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
+        """Mean cross-entropy over the positions that count."""
+        logits, _ = model.apply(
+            params, batch["inputs"], reset=batch["reset"], sequence_axis=sequence_axis
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        counted = batch["counted"]
+        total, count = jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(counted)
+        if sequence_axis is not None:
+            total, count = jax.lax.psum((total, count), sequence_axis)
+        return total / jnp.maximum(count, 1)
+
+    @functools.cached_property
+    def _right(self) -> Callable[..., jax.Array]:
+        @jax.jit
+        def right(params: Any, inputs: jax.Array, targets: jax.Array, counted: jax.Array) -> Any:
+            logits, _ = self.model.apply(params, inputs)
+            return jnp.sum((jnp.argmax(logits, axis=-1) == targets) & counted)
+
+        return right
+
+    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
+        """Returns `evaluate`, which runs as the partitioner sees fit."""
+        del place
+        return self._evaluate
+
+    def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
+        """Accuracy at every test length; `accuracy` is the longest's, and scaled, chance is 0.
+
+        `test_sequences` is the number of sequences of the longest length.
+        """
+        task, evaluation = self._task, self._config.eval
+        count = evaluation.sequences if final else evaluation.quick
+        found: dict[str, Any] = {}
+        for length in task.test_lengths if final else task.test_lengths[-1:]:
+            test = examples.test_examples(task, self._config.task.seed, length, count)
+            rows = max(1, min(count, evaluation.tokens // test.inputs.shape[1]))
+            right = 0
+            for start in range(0, count - rows + 1, rows):
+                part = (x[start : start + rows] for x in test)
+                right += int(self._right(params, *part))
+            asked = test.counted[: count // rows * rows].sum()
+            found[f"accuracy_{length}"] = float(right / asked)
+        found["accuracy"] = found[f"accuracy_{task.test_lengths[-1]}"]
+        found["test_sequences"] = count // rows * rows
+        if final and task.chance is not None:
+            found["chance"] = task.chance
+            found["scaled_accuracy"] = (found["accuracy"] - task.chance) / (1 - task.chance)
+        return found
+
+
+class SequenceTask(_Judged):
+    """One label per sequence."""
+
+    def __init__(self, config: ConfigDict, data: labelled.LabelledSet) -> None:
+        self._config = config
+        self._data = data
+        self.name = data.name
+        self.fingerprint = _fingerprint(data)
+        self.model = build.build_classifier(
+            config.model,
+            data.num_classes,
+            vocab_size=data.vocab_size,
+            input_dim=data.input_dim,
+            pool=config.task.pool,
+        )
+        longest = max(map(len, data.train.inputs))
+        self._length = min(longest, config.data.length) if config.data.length else longest
+        self.batch_shape = (config.data.batch_size, self._length)
+
+    def batches(self, rows: Any) -> pipeline.Streams:
+        """Endless training batches; see `batches.of_labelled`. Every process makes all rows."""
+        del rows
+        size = self._config.data.batch_size
+        made = batches.of_labelled(
+            self._data.train, length=self._length, batch_size=size, seed=self._config.seed
+        )
+        return pipeline.Streams({0: made}, size)
+
+    def prepare(self, batch: Any) -> Any:
+        """The batch as it is."""
+        return batch
+
+    def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
+        """Mean cross-entropy over the batch."""
+        logits, _ = model.apply(
+            params, batch["inputs"], mask=batch["mask"], sequence_axis=sequence_axis
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    @functools.cached_property
+    def _right(self) -> Callable[..., jax.Array]:
+        @jax.jit
+        def right(params: Any, batch: Any) -> jax.Array:
+            logits, _ = self.model.apply(params, batch["inputs"], mask=batch["mask"])
+            return jnp.sum(jnp.argmax(logits, axis=-1) == batch["label"])
+
+        return right
+
+    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
+        """Returns `evaluate`, which runs as the partitioner sees fit."""
+        del place
+        return self._evaluate
+
+    def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
+        """Accuracy on the test set, or on a part of it."""
+        test = self._data.test
+        if not final:
+            order = np.random.default_rng(0).permutation(len(test.labels))
+            order = order[: self._config.eval.quick]
+            test = labelled.Split([test.inputs[i] for i in order], test.labels[order])
+        rows: Iterator[Any] = batches.in_order(
+            test, length=self._length, batch_size=self._config.data.batch_size
+        )
+        right = sum(int(self._right(params, batch)) for batch in rows)
+        found = {"accuracy": right / len(test.labels), "test_sequences": len(test.labels)}
+        return found | {"majority": self._data.majority()} if final else found
+
+
+def _fingerprint(data: labelled.LabelledSet) -> str:
+    digest = hashlib.sha256()
+    for split in (data.train, data.test):
+        digest.update(split.labels.tobytes())
+        for x in split.inputs:
+            digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,96 @@
+"""Multi-query associative recall (MQAR): remember pairs, then answer for each key that returns."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from experiments.base.errors import UserError
+
+NO_TARGET = -1
+
+
+def mqar(
+    rng: np.random.Generator,
+    batch_size: int,
+    length: int,
+    pairs: int,
+    vocab_size: int = 8192,
+    power: float = 0.01,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws examples of MQAR as zoology sets it (Arora et al., arXiv 2312.04927).
+
+        k_1 v_1 k_2 v_2 ... k_P v_P   . . k_2 . . . k_P . . k_1 . .
+
+    The keys of an example are P different ones of 1 .. V/2 - 1, the values P different ones of
+    V/2 .. V - 1. After the pairs every key returns once, each in a slot of two positions of its
+    own: slots i = 1, 2, ... are drawn one after the other, without replacement, with probability
+    proportional to i^(power - 1), so that most return early. The target at a returning key is its
+    value; everywhere else there is none. All other positions hold tokens drawn from all of
+    0 .. V - 1.
+
+    Args:
+      rng: what the examples are drawn with, and nothing else.
+      batch_size: number of examples B.
+      length: positions T, even and at least 4 P.
+      pairs: number of pairs P.
+      vocab_size: number of tokens V, even.
+      power: exponent of the slots' probabilities; 1 draws them uniformly.
+
+    Returns:
+      (inputs, targets), both int32 [B, T]; targets are `NO_TARGET` where nothing is asked.
+
+    Raises:
+      UserError: for sizes that do not fit.
+
+    Example:
+      >>> inputs, targets = mqar(np.random.default_rng(0), 1, length=16, pairs=2, vocab_size=16)
+      >>> inputs.shape, (targets != NO_TARGET).sum(axis=1).tolist()
+      ((1, 16), [2])
+    """
+    if min(batch_size, pairs) < 1 or length % 2 or length < 4 * pairs:
+        raise UserError(
+            f"mqar needs at least one example and one pair and an even length of at least 4 *"
+            f" pairs, given batch_size={batch_size}, length={length}, pairs={pairs}"
+        )
+    half = vocab_size // 2
+    if vocab_size % 2 or half - 1 < pairs:
+        raise UserError(
+            f"mqar needs an even vocabulary of at least 2 * (pairs + 1) tokens, given"
+            f" vocab_size={vocab_size}, pairs={pairs}"
+        )
+    rows = np.arange(batch_size)[:, None]
+    keys = 1 + _distinct(rng, batch_size, half - 1, pairs)
+    values = half + _distinct(rng, batch_size, half, pairs)
+    inputs = rng.integers(0, vocab_size, (batch_size, length), dtype=np.int32)
+    inputs[:, 0 : 2 * pairs : 2] = keys
+    inputs[:, 1 : 2 * pairs : 2] = values
+    slots = (length - 2 * pairs) // 2
+    returns = 2 * pairs + 2 * _weighted(rng, batch_size, slots, pairs, power)
+    inputs[rows, returns] = keys
+    targets = np.full((batch_size, length), NO_TARGET, np.int32)
+    targets[rows, returns] = values
+    return inputs, targets
+
+
+def _distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> np.ndarray:
+    """In every row `count` different numbers below `choices`, in random order.
+
+    Floyd's algorithm, for all rows at once: memory for what is drawn and not for all choices.
+    """
+    drawn = np.full((rows, count), -1)
+    for i, top in enumerate(range(choices - count, choices)):
+        number = rng.integers(0, top + 1, rows)
+        taken = (drawn == number[:, None]).any(axis=1)
+        drawn[:, i] = np.where(taken, top, number)
+    return rng.permuted(drawn, axis=1)
+
+
+def _weighted(
+    rng: np.random.Generator, rows: int, choices: int, count: int, power: float
+) -> np.ndarray:
+    """In every row `count` different numbers i < choices, weighted by (i + 1)^(power - 1).
+
+    The largest of log weight plus Gumbel noise, in order, are draws one after the other.
+    """
+    score = (power - 1) * np.log(np.arange(1, choices + 1)) + rng.gumbel(size=(rows, choices))
+    return np.argsort(-score, axis=1)[:, :count]

@@ -1,0 +1,1 @@
+"""Parts that the GPU kernels share."""

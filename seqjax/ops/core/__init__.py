@@ -1,0 +1,1 @@
+"""Backend selection, custom derivatives, checks and scans that the ops share."""

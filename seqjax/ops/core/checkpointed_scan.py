@@ -1,0 +1,94 @@
+"""Scans over the time axis of [B, T, ...] arrays in recomputed chunks: bounded memory.
+
+`lax.scan` differentiated by JAX stores what every step computed. Here time is cut into chunks and
+each chunk is recomputed in the backward pass, so that what is stored is the inputs, the outputs
+and one state per chunk. Forward mode, `vmap` and second derivatives are JAX's own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from seqjax.ops.core.custom_adjoint import inexact, put, reverse_rule
+from seqjax.types import PyTree
+
+Advance = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+def chunk_scan(
+    advance: Advance, state: PyTree, xs: PyTree, chunk_size: int
+) -> tuple[PyTree, PyTree]:
+    """Carry a state over chunks of time.
+
+    Args:
+      advance: maps (state, block) to (state, outputs); the leaves of block and outputs are
+        [chunk, B, ...], time first. The last chunk may be shorter.
+      state: pytree.
+      xs: pytree of [B, T, ...] arrays.
+      chunk_size: steps in a chunk.
+
+    Returns:
+      (outputs, pytree of [B, T, ...]; final state).
+    """
+    length = jax.tree.leaves(xs)[0].shape[1]
+    # A symbolic T, under `jax.export`, is known to be a multiple of 1 only.
+    chunk_size = min(chunk_size, length) if isinstance(length, int) else 1
+    whole = length // chunk_size * chunk_size
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk_size, *x.shape[1:]), xs)
+    advance = jax.checkpoint(advance, prevent_cse=False)
+    state, ys = lax.scan(advance, state, blocks)
+    ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
+    if whole < length:
+        state, rest = advance(state, jax.tree.map(lambda x: x[whole:], xs))
+        ys = jax.tree.map(lambda y, r: jnp.concatenate([y, r]), ys, rest)
+    return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), ys), state
+
+
+def time_scan(
+    step: Callable[..., tuple[PyTree, PyTree]],
+    state: PyTree,
+    xs: PyTree,
+    chunk_size: int,
+    shared: tuple[jax.Array, ...] = (),
+) -> tuple[PyTree, PyTree]:
+    """Scan `step(state, x_t, *shared) -> (state, y_t)`, the leaves of x_t being [B, ...].
+
+    Inside a chunk, JAX's own transpose of `lax.scan` would store every product that `step` makes
+    and read it back. The adjoint below stores the states and differentiates `step` on the way
+    back: 3 to 8 times faster on CPU for the matrix states.
+
+    `step` must not close over arrays that are differentiated: those are `shared`. Neither it nor
+    its derivative should sum over a minor axis (`_broadcast` says why).
+    """
+
+    def advance(state: PyTree, block: PyTree, *shared: jax.Array) -> tuple[PyTree, PyTree]:
+        return lax.scan(lambda state, x: step(state, x, *shared), state, block)
+
+    def adjoint(args: tuple[PyTree, ...], cotangents: PyTree) -> list[jax.Array]:
+        state, block, *shared = args
+        leaves, tree = jax.tree.flatten(block)
+        moving = inexact(leaves)
+
+        def back(carry: PyTree, inputs: Any) -> tuple[PyTree, Any]:
+            found, leaves, d_out = inputs
+
+            def of_moving(state: PyTree, values: list[jax.Array], *shared: jax.Array) -> PyTree:
+                x = jax.tree.unflatten(tree, put(leaves, moving, values))
+                return step(state, x, *shared)
+
+            _, pull = jax.vjp(of_moving, found, [leaves[i] for i in moving], *shared)
+            d_state, d_values, *d_shared = pull((carry[0], d_out))
+            return (d_state, jax.tree.map(jnp.add, carry[1], d_shared)), d_values
+
+        _, found = lax.scan(lambda s, x: (step(s, x, *shared)[0], s), state, block)
+        d_last, d_outs = cotangents
+        start = (d_last, [jnp.zeros_like(x) for x in shared])
+        (d_state, d_shared), d_block = lax.scan(back, start, (found, leaves, d_outs), reverse=True)
+        return [*jax.tree.leaves(d_state), *d_block, *d_shared]
+
+    run = reverse_rule(advance, adjoint)
+    return chunk_scan(lambda state, block: run(state, block, *shared), state, xs, chunk_size)

@@ -1,0 +1,281 @@
+"""Mamba's selective scan: a diagonal state space whose step size, input and output vary in time."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu.limits import whole_rows
+from pallas_kernels.selective_scan import GPU_STATES, border_shape
+from seqjax.ops.core import (
+    backends,
+    checks,
+    explicit_mesh,
+    jax_compat,
+    kernel_op,
+    sequence_parallel,
+)
+from seqjax.ops.core.broadcast import down_columns, everywhere
+from seqjax.ops.core.checkpointed_scan import chunk_scan, time_scan
+from seqjax.ops.elementwise.linear_recurrence import recurrence
+from seqjax.types import Array, Float, Reset
+
+PATTERNS = {
+    "x": "B T D",
+    "dt": "B T D",
+    "A": "D N",
+    "B": "B T N",
+    "C": "B T N",
+    "D": "D",
+    "initial_state": "B D N",
+}
+
+
+@explicit_mesh.auto_inside(explicit_mesh.by_axes(PATTERNS, "B T D", "B D N"))
+def selective_scan(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, "D"] | None = None,
+    initial_state: Float[Array, "B D N"] | None = None,
+    *,
+    reset: Reset | None = None,
+    negative_eigenvalues: bool = False,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+    interpret: bool = False,
+    sequence_axis: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """Selective state space recurrence (S6).
+
+        h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T        h [D, N]
+        y_t = h_t C_t + D * x_t
+
+    Where `reset` is true, h_{t-1} is cleared first. With `negative_eigenvalues` the decay is
+    2 exp(dt_t A) - 1, in [-1, 1] instead of [0, 1]. Source: Mamba, arXiv 2312.00752, equation 2
+    with its discretisation (zero-order hold for A, Euler for B); the wider range, 2411.12537.
+
+    Args:
+      x: [B, T, D].
+      dt: [B, T, D], the step sizes (after softplus).
+      A: [D, N], real; negative for a decaying state.
+      B: [B, T, N].
+      C: [B, T, N].
+      D: [D], the skip connection, or None for none.
+      initial_state: [B, D, N], zeros if None.
+      reset: [B, T] bool.
+      negative_eigenvalues: whether the decay is 2 exp(dt_t A) - 1.
+      algorithm: "sequential" (step after step), "chunked" (an elementwise scan of all states of a
+        chunk, which exist only while the chunk is at work) or None, which is sequential on CPU
+        or as a kernel, and chunked elsewhere.
+      implementation: "xla", "pallas" (a kernel, sequential; for TPU, and for GPU from Hopper on)
+        or None: the kernel when compiled for TPU or a Hopper GPU, if it takes the dtypes (not
+        float16, not float64) and the state (N up to 64) and the compiler need not split it over
+        devices, which `jax.shard_map` spares it. It keeps a state every 64 steps. On GPU, N can
+        be up to 16, and rows of D numbers must be multiples of 16 bytes.
+      chunk_size: steps in a chunk, 16 if None. One state per chunk is kept for the backward pass,
+        which computes the others again; states [B, T, D, N] never exist.
+      interpret: run the kernel without its hardware, slowly: to try it.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+
+    Returns:
+      (y [B, T, D] in the dtype of `x`, final state [B, D, N] in float32, or float64 if any
+      argument is).
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, complex input among them.
+      NotImplementedError: for an algorithm or implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> one = jnp.ones((1, 2, 1))
+      >>> y, h = seqjax.selective_scan(one, one, jnp.log(jnp.full((1, 1), 0.5)), one, one)
+      >>> y.ravel().tolist()
+      [1.0, 1.5]
+    """
+    op = "selective_scan"
+    given = checks.as_arrays(
+        {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
+    )
+    sizes = checks.check_shapes(op, PATTERNS, given)
+    checks.check_dtypes(op, given, complex_ok=False)
+    reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
+    checks.check_sequence_axis(op, sequence_axis)
+    checks.check_positive(op, chunk_size=chunk_size)
+    algorithm = backends.resolve(
+        op, algorithm, implementation, algorithms=("sequential", "chunked"), length=sizes["T"]
+    )
+    if initial_state is None:
+        state = checks.state_dtype(*given.values())
+        given["initial_state"] = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
+    narrow = {a.dtype for a in given.values() if a is not None}
+    refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
+    lacking = backends.unsupported_length(sizes["T"])
+    if narrow & refused:
+        lacking = f"takes no {(narrow & refused).pop()} arrays"
+    elif sizes["N"] > 64:
+        lacking = f"holds 64 states per channel at most, not N={sizes['N']}"
+    elif negative_eigenvalues:
+        lacking = "has no decays below 0, as negative_eigenvalues=True wants them"
+    long_enough = backends.long_enough(sizes["T"])
+    itemsize = min(given[name].dtype.itemsize for name in ("x", "dt"))
+    on_gpu = sizes["N"] <= GPU_STATES and whole_rows(sizes["D"], itemsize)
+    use = backends.kernel_use(
+        op,
+        algorithm,
+        implementation,
+        interpret,
+        lacking=lacking,
+        faster=long_enough,
+        excluded=() if on_gpu else ("cuda",),
+    )
+    return _run(
+        *given.values(),
+        reset,
+        use=use,
+        # Steps in order need the least work, and on a CPU nothing else counts; elsewhere every one
+        # of them costs a launch or a round of the loop (measured on CPU only).
+        on_cpu=algorithm or "sequential",
+        elsewhere=algorithm or ("chunked" if long_enough else "sequential"),
+        chunk_size=chunk_size or 16,
+        negative=negative_eigenvalues,
+        sequence_axis=sequence_axis,
+    )
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("use", "on_cpu", "elsewhere", "chunk_size", "negative", "sequence_axis"),
+)
+def _run(
+    *arrays: Array | None,
+    use: backends.Use,
+    on_cpu: str,
+    elsewhere: str,
+    chunk_size: int,
+    negative: bool,
+    sequence_axis: str | None,
+) -> tuple[Array, Array]:
+    x, dt, A, B, C, D, h0, reset = jax_compat.match_varying(*arrays)
+    state = checks.state_dtype(x, dt, A, B, C, D, h0)
+    if D is None:
+        D = jnp.zeros_like(A[:, 0])
+    h0 = h0.astype(state)
+    xla = functools.partial(
+        _xla, on_cpu=on_cpu, elsewhere=elsewhere, chunk_size=chunk_size, negative=negative
+    )
+
+    def forward(kernels: Any, *args: Any, save: bool) -> Any:
+        x, dt, *rest, reset = args
+        A, B, C, D, h0 = _for_kernel(*rest)
+        y, final, borders = kernels.forward(
+            x, dt, A, B, C, D, h0, reset, save=save, interpret=use.interpret
+        )
+        return (y, final.mT), borders if save else ()
+
+    def backward(
+        kernels: Any, args: Any, outputs: Any, borders: Array, cotangents: Any
+    ) -> list[Array]:
+        x, dt, *rest, reset = args
+        A, B, C, D, _ = _for_kernel(*rest)
+        dy, d_final = cotangents
+        dx, d_dt, dA, dB, dC, dD, dh0 = kernels.backward(
+            x, dt, A, B, C, D, reset, borders, dy, d_final.mT, interpret=use.interpret
+        )
+        given = (dx, d_dt, dA.T, dB, dC, dD[0], dh0.mT)
+        return [ct.astype(like.dtype) for ct, like in zip(given, args[:-1], strict=True)]
+
+    def saved(x: Array, dt: Array, A: Array, *_: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(border_shape((*x.shape, A.shape[1])), state)
+
+    run = kernel_op.kernel_op(use, xla, forward, backward, saved)
+
+    def local(h0: Array) -> tuple[Array, Array]:
+        return run(x, dt, A, B, C, D, h0, reset)
+
+    if sequence_axis is None:
+        return local(h0)
+    if negative:  # has no logarithm to sum: what becomes of ones when nothing is written
+        _, transition = xla(jnp.zeros_like(x), dt, A, B, C, D, jnp.ones_like(h0), reset)
+    else:
+        total = jnp.sum(sequence_parallel.whole_part(dt.astype(state), reset), axis=1)
+        transition = jnp.exp(total[..., None] * A.astype(state))
+    return sequence_parallel.run_split(local, transition, h0, reset, sequence_axis)
+
+
+def _for_kernel(A: Array, B: Array, C: Array, D: Array, h0: Array) -> tuple[Array, ...]:
+    """The small arrays as the kernel takes them: in the dtype of the state, N before D."""
+    wide = h0.dtype
+    return A.T.astype(wide), B.astype(wide), C.astype(wide), D[None].astype(wide), h0.mT
+
+
+def _xla(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array,
+    h0: Array,
+    reset: Array | None,
+    *,
+    on_cpu: str,
+    elsewhere: str,
+    chunk_size: int,
+    negative: bool,
+) -> tuple[Array, Array]:
+    out, state = x.dtype, h0.dtype
+    # Inside, states are [B, N, D]: what is summed over is then never the minor axis. And every
+    # sequence has weights of its own, whose gradients are summed once, at the end.
+    A, D = (everywhere(weight.astype(state), x.shape[:1]) for weight in (A.T, D))
+
+    def factors(x: Array, dt: Array, B: Array, A: Array) -> tuple[Array, Array]:
+        """The decay and dt B x, from [..., D] and [..., N] to [..., N, D]."""
+        decay = jnp.exp(down_columns(dt, A.shape[-2]) * A)
+        if negative:
+            decay = 2 * decay - 1
+        return decay, jnp.einsum("...n,...d->...nd", B, dt * x)
+
+    def outputs(h: Array, x: Array, C: Array, D: Array) -> Array:
+        y = jnp.einsum("...nd,...n->...d", h, C, precision="highest")
+        return (y + D * x).astype(out)
+
+    def step(h: Array, inputs: tuple, A: Array, D: Array) -> tuple[Array, Array]:
+        *values, cut = inputs
+        x, dt, B, C = (value.astype(state) for value in values)
+        if cut is not None:
+            h = jnp.where(cut[:, None, None], jnp.zeros_like(h), h)
+        decay, write = factors(x, dt, B, A)
+        h = decay * h + write
+        return h, outputs(h, x, C, D)
+
+    def chunk(h: Array, block: tuple) -> tuple[Array, Array]:
+        *values, cut = block
+        x, dt, B, C = (jnp.moveaxis(value, 0, 1).astype(state) for value in values)
+        cut = None if cut is None else cut.T
+        A_t, D_t = (jax.vmap(lambda w: everywhere(w, x.shape[1:2]))(w) for w in (A, D))
+        decay, write = factors(x, dt, B, A_t)  # [B, chunk, N, D]
+        flat = (*x.shape[:2], -1)
+        hs, last = recurrence(
+            decay.reshape(flat),
+            write.reshape(flat),
+            h.reshape(h.shape[0], -1),
+            cut,
+            out_dtype=state,
+        )
+        y = outputs(hs.reshape(write.shape), x, C, D_t)
+        return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)
+
+    def by(algorithm: str, h0: Array) -> tuple[Array, Array]:
+        h0, xs = h0.astype(state).mT, (x, dt, B, C, reset)
+        if algorithm == "chunked":
+            y, h = chunk_scan(chunk, h0, xs, chunk_size)
+        else:
+            y, h = time_scan(step, h0, xs, chunk_size, shared=(A, D))
+        return y, h.mT
+
+    return backends.by_platform(by, on_cpu, elsewhere, h0)

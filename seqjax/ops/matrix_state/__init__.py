@@ -1,0 +1,1 @@
+"""Recurrences with a matrix state per head: linear attention and the delta rules."""

@@ -1,0 +1,132 @@
+"""The delta rule with any rank-one update: the state is read and written under different keys."""
+
+import jax.numpy as jnp
+
+from seqjax.ops.core import linalg
+from seqjax.ops.matrix_state import chunked, decays, recurrence
+from seqjax.types import Array, Float, Reset
+
+
+@recurrence.auto_inside
+def generalized_delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    *,
+    scale: float | Array | None = None,
+    reset: Reset | None = None,
+    chunk_size: int | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    sequence_axis: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Linear recurrence with a transition that is diagonal plus rank one.
+
+        S_t = diag(exp g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T      S [K, V], g = log_decay
+        o_t = scale * S_t^T q_t
+
+    Where `reset` is true, S_{t-1} is cleared first. RWKV-7 (arXiv 2503.14456) is this recurrence;
+    the delta rule is b = -beta k, a = exp(g) k and beta k for k; DeltaProduct (2502.10297) takes
+    several such steps for one token. The state is bounded when diag(exp g) + b a^T does not expand
+    it, which is the caller's business.
+
+    Args:
+      q, k, a, b: [B, T, H, K].
+      v: [B, T, H, V].
+      log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
+      initial_state: [B, H, K, V], zeros if None.
+      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
+        not recompile.
+      reset: [B, T] bool.
+      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
+        The backward pass keeps at most one state per chunk.
+      algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
+        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
+        chunked except for a handful of steps, and for small states on CPU.
+      implementation: "xla", "pallas" or None.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+
+    Returns:
+      (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
+      argument is).
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit, complex input among them.
+      NotImplementedError: for an algorithm or implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> k = jnp.ones((1, 2, 1, 1))
+      >>> v = jnp.array([3.0, 5.0]).reshape(1, 2, 1, 1)
+      >>> o, S = seqjax.generalized_delta_rule(k, k, v, a=k, b=-k)  # forget, then write
+      >>> o.ravel().tolist()
+      [3.0, 5.0]
+    """
+    return recurrence.call(
+        _RECURRENCE,
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "a": a,
+            "b": b,
+            "log_decay": log_decay,
+            "initial_state": initial_state,
+        },
+        scale=scale,
+        reset=reset,
+        chunk_size=chunk_size,
+        algorithm=algorithm,
+        implementation=implementation,
+        sequence_axis=sequence_axis,
+    )
+
+
+def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
+    found = linalg.read(S, x["a"])
+    return decayed + linalg.outer(x["b"], found) + linalg.outer(x["k"], x["v"])
+
+
+def _prepare(chunk: chunked.Arrays) -> chunked.ChunkMap:
+    """A chunk, by what each step reads: z_t = S_{t-1}^T a_t.
+
+    With G_t = exp(g_1 + ... + g_t), G_{t,j} = G_t / G_j and S the state that enters,
+
+        S_t = G_t S + sum_{j <= t} G_{t,j} (b_j z_j^T + k_j v_j^T)
+        z_t = S^T G_{t-1} a_t + sum_{j < t} (a_t^T G_{t-1,j} b_j) z_j + (a_t^T G_{t-1,j} k_j) v_j
+
+    so (I - P) Z = P' V + (G_{t-1} a_t) S, P and P' strictly lower triangular, and with (I - P)^-1
+    applied to both terms, Z = Z_c + W S. Reading S_t with q_t gives the outputs.
+    """
+    q, k, v, a, b, g = (chunk[name] for name in ("q", "k", "v", "a", "b", "g"))
+    matmul = linalg.matmul
+    # a_t meets the state before step t: as the row of step t - 1, moved back afterwards.
+    ahead = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
+    products = decays.decayed_products((q, ahead), (b, k), g)
+    (scores_b, scores_k), (ahead_b, ahead_k) = products
+    decay, rest = (decays.widen(x, k.shape[-1]) for x in decays.decay_through(g, k.dtype))
+    before = jnp.concatenate([jnp.ones_like(decay[..., :1, :]), decay[..., :-1, :]], axis=-2)
+    inverse = linalg.inverse_unit_lower(-_down(ahead_b))
+    found = matmul(inverse, matmul(_down(ahead_k), v))
+    w = matmul(inverse, a * before)
+    left_b, left_k = (b * rest).mT, (k * rest).mT
+    return chunked.ChunkMap(
+        outputs=matmul(scores_b, found) + matmul(scores_k, v),
+        reads=q * decay + matmul(scores_b, w),
+        offset=matmul(left_b, found) + matmul(left_k, v),
+        transition=linalg.diagonal(decay[..., -1, :]) + matmul(left_b, w),
+    )
+
+
+def _down(rows: Array) -> Array:
+    """Every row one step later, zeros first."""
+    return jnp.concatenate([jnp.zeros_like(rows[..., :1, :]), rows[..., :-1, :]], axis=-2)
+
+
+_RECURRENCE = recurrence.Recurrence(
+    "generalized_delta_rule", _step, _prepare, cpu_chunks_from=(96 * 96,) * 3, reads=("a",)
+)

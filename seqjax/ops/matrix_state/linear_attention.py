@@ -1,0 +1,114 @@
+"""Linear attention: a matrix state, decayed and written to at every step."""
+
+from seqjax.ops.core import linalg
+from seqjax.ops.matrix_state import chunked, decays, recurrence
+from seqjax.types import Array, Inexact, Reset
+
+
+@recurrence.auto_inside
+def linear_attention(
+    q: Inexact[Array, "B T H K"],
+    k: Inexact[Array, "B T H K"],
+    v: Inexact[Array, "B T H V"],
+    log_decay: Inexact[Array, "B T H"] | Inexact[Array, "B T H K"] | None = None,
+    initial_state: Inexact[Array, "B H K V"] | None = None,
+    *,
+    scale: float | Array | None = None,
+    reset: Reset | None = None,
+    chunk_size: int | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    sequence_axis: str | None = None,
+    interpret: bool = False,
+) -> tuple[Inexact[Array, "B T H V"], Inexact[Array, "B H K V"]]:
+    """Linear attention with decay.
+
+        S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        S [K, V],   g = log_decay
+        o_t = scale * S_t^T q_t
+
+    Where `reset` is true, S_{t-1} is cleared first. Without decay this is Katharopoulos et al.,
+    arXiv 2006.16236 (without its normaliser); with one decay per head RetNet (arXiv 2307.08621)
+    and Mamba-2 (2405.21060); per key channel GLA (2312.06635), RWKV-6 and HGRN2; complex GateLoop
+    (2311.01927). Nothing is conjugated: pass the conjugate of `q` where a paper does.
+
+    Args:
+      q, k: [B, T, H, K], real or complex.
+      v: [B, T, H, V].
+      log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
+      initial_state: [B, H, K, V], zeros if None.
+      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
+        not recompile.
+      reset: [B, T] bool.
+      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
+        128 in the Pallas kernel, or what fits its memory.
+        The backward pass keeps at most one state per chunk.
+      algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
+        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
+        chunked except for a handful of steps, and for small states on CPU.
+      implementation: "xla", "pallas" or None.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+      interpret: run the Pallas kernel without its hardware, slowly; for tests.
+
+    Returns:
+      (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
+      argument is); both complex if any argument is.
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit.
+      NotImplementedError: for an algorithm or implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> one = jnp.ones((1, 3, 1, 1))
+      >>> o, S = seqjax.linear_attention(one, one, one, jnp.log(one / 2))
+      >>> [round(float(value), 4) for value in o.ravel()]
+      [1.0, 1.5, 1.75]
+    """
+    return recurrence.call(
+        _RECURRENCE,
+        {
+            "q": q,
+            "k": k,
+            "v": v,
+            "log_decay": log_decay,
+            "initial_state": initial_state,
+        },
+        scale=scale,
+        reset=reset,
+        chunk_size=chunk_size,
+        algorithm=algorithm,
+        implementation=implementation,
+        sequence_axis=sequence_axis,
+        interpret=interpret,
+    )
+
+
+def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
+    del S
+    return decayed + linalg.outer(x["k"], x["v"])
+
+
+def _prepare(chunk: chunked.Arrays) -> chunked.ChunkMap:
+    """A chunk of linear attention, with G_t = exp(g_1 + ... + g_t) and G_{t,j} = G_t / G_j:
+
+    S_t = G_t S + sum_{j <= t} G_{t,j} k_j v_j^T    and    o_t = S_t^T q_t
+    """
+    q, k, v, g = (chunk[name] for name in ("q", "k", "v", "g"))
+    [[scores]] = decays.decayed_products((q,), (k,), g)
+    decay, rest = decays.decay_through(g, q.dtype)
+    return chunked.ChunkMap(
+        outputs=linalg.matmul(scores, v),
+        reads=q * decays.widen(decay, q.shape[-1]),
+        offset=linalg.matmul((k * decays.widen(rest, k.shape[-1])).mT, v),
+        transition=decay[..., -1, :, None],
+    )
+
+
+_RECURRENCE = recurrence.Recurrence(
+    "linear_attention",
+    _step,
+    _prepare,
+    cpu_chunks_from=(1, 32 * 32, 32 * 32),
+    complex_ok=True,
+    diagonal=True,
+)

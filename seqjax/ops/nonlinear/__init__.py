@@ -1,0 +1,1 @@
+"""Nonlinear recurrences, solved by Newton's method or step by step."""

@@ -1,0 +1,313 @@
+"""Which numbers of a cell's next state depend on which of its state: found, checked, computed.
+
+A state is [D], or [D, k]: D channels of k coupled numbers. Its Jacobian is
+
+    "diagonal"   [D]           channel by channel, one number each
+    "block"      [D, k, k]     channel by channel
+    "dense"      [n, n]        n = D or D k
+    "quasi"      [n]           the diagonal of a dense one: an approximation, for solvers only
+
+What is found comes from the program of the cell (its jaxpr), not from numbers: every value is
+followed by the axis along which element i depends on channel i alone. An operation that is not
+known to keep channels apart counts as mixing them, so the answer is right or it is "dense".
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops.core import checks
+from seqjax.types import PyTree
+
+STRUCTURES = ("diagonal", "block", "dense", "quasi")
+Step = Callable[[jax.Array], jax.Array]
+MIXED = -1  # the mark of a value that mixes channels; None: does not depend on the state
+
+# Element by element, operands of one shape or scalars.
+_ELEMENTWISE = frozenset(
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "or",
+        "pow",
+        "real",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    ]
+)
+_CALLS = frozenset(
+    [
+        "jit",
+        "pjit",
+        "closed_call",
+        "core_call",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "remat",
+        "checkpoint",
+        "remat2",
+    ]
+)
+_REDUCTIONS = ("reduce_", "argmax", "argmin")
+
+
+def keeps_channels_apart(jaxpr: Any, state: int) -> bool:
+    """Whether channel i of a cell's only output depends on channel i of input `state` alone."""
+    marks: list[int | None] = [None] * len(jaxpr.invars)
+    marks[state] = 0
+    return _follow(jaxpr, marks)[0] in (0, None)
+
+
+def _follow(jaxpr: Any, marks: list[int | None]) -> list[int | None]:
+    known: dict[Any, int | None] = dict(zip(jaxpr.invars, marks, strict=True))
+
+    def mark(value: Any) -> int | None:
+        return known.get(value) if not hasattr(value, "val") else None
+
+    for eqn in jaxpr.eqns:
+        ins = [mark(v) for v in eqn.invars]
+        if all(m is None for m in ins):
+            outs: list[int | None] = [None] * len(eqn.outvars)
+        elif MIXED in ins:
+            outs = [MIXED] * len(eqn.outvars)
+        else:
+            outs = _through(eqn, ins)
+        known.update(zip(eqn.outvars, outs, strict=True))
+    return [mark(v) for v in jaxpr.outvars]
+
+
+def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
+    """The marks of an operation's results; MIXED for all that is not known."""
+    name, params = eqn.primitive.name, eqn.params
+    if name in _CALLS:
+        inner = params.get("jaxpr", params.get("call_jaxpr"))
+        if inner is not None:
+            return _follow(getattr(inner, "jaxpr", inner), ins)
+    axes = {m for m in ins if m is not None}
+    place = next((i for i, m in enumerate(ins) if m is not None), 0)
+    count = len(eqn.outvars)
+    if len(axes) > 1:
+        return [MIXED] * count
+    axis, shape = axes.pop(), eqn.invars[place].aval.shape
+    alone = sum(m is not None for m in ins) == 1
+    out = MIXED
+    if name in _ELEMENTWISE:
+        out = axis
+    elif name == "broadcast_in_dim":
+        target = params["broadcast_dimensions"][axis]
+        out = target if params["shape"][target] == shape[axis] else MIXED
+    elif name == "reshape":
+        out = _same_place(shape, params["new_sizes"], axis)
+    elif name == "squeeze":
+        gone = params["dimensions"]
+        out = MIXED if axis in gone else axis - sum(d < axis for d in gone)
+    elif name == "expand_dims":
+        out = axis + sum(d <= axis for d in sorted(params["dimensions"]))
+    elif name == "transpose":
+        out = params["permutation"].index(axis)
+    elif name == "slice":
+        strides = params["strides"] or (1,) * len(shape)
+        whole = params["start_indices"][axis] == 0 and params["limit_indices"][axis] == shape[axis]
+        out = axis if whole and strides[axis] == 1 else MIXED
+    elif name == "dynamic_slice" and place == 0 and alone:
+        out = axis if params["slice_sizes"][axis] == shape[axis] else MIXED
+    elif name == "concatenate":
+        out = axis if params["dimension"] != axis else MIXED
+    elif name == "stack":
+        out = axis + (axis >= params["axis"])
+    elif name == "split":
+        out = axis if params["axis"] != axis else MIXED
+    elif name == "rev":
+        out = axis if axis not in params["dimensions"] else MIXED
+    elif name == "pad" and place == 0:
+        out = axis if params["padding_config"][axis] == (0, 0, 0) else MIXED
+    elif name.startswith(_REDUCTIONS) and "axes" in params:
+        gone = params["axes"]
+        out = MIXED if axis in gone else axis - sum(d < axis for d in gone)
+    elif name.startswith("cum") and "axis" in params:
+        out = axis if params["axis"] != axis else MIXED
+    elif name == "dot_general" and alone:
+        out = _through_product(eqn, place, axis)
+    return [out] * count
+
+
+def _same_place(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int:
+    for place, size in enumerate(new):
+        if size == old[axis] and math.prod(new[:place]) == math.prod(old[:axis]):
+            return place
+    return MIXED
+
+
+def _through_product(eqn: Any, place: int, axis: int) -> int:
+    contract, batch = eqn.params["dimension_numbers"]
+    if axis in contract[place]:
+        return MIXED
+    if axis in batch[place]:
+        return batch[place].index(axis)
+    taken = (*contract[place], *batch[place])
+    free = axis - sum(d < axis for d in taken)
+    left = eqn.invars[0].aval.ndim - len(contract[0]) - len(batch[0])
+    return len(batch[0]) + free + (left if place == 1 else 0)
+
+
+def jacobian(step: Step, h: jax.Array, structure: str) -> tuple[jax.Array, jax.Array]:
+    """The next state and the Jacobian, in the shapes above; dense ones as [1, n, n]."""
+    out, push = jax.linearize(step, h)
+    zero = jnp.zeros_like(h)  # of h, so that over a mesh directions vary where h does
+    if structure == "diagonal":
+        return out, push(jnp.ones_like(h))
+    if structure == "block":
+        units = jnp.eye(h.shape[-1], dtype=h.dtype)
+        columns = [push(zero + unit) for unit in units]
+        return out, jnp.stack(columns, axis=-1)
+    basis = jnp.eye(h.size, dtype=h.dtype).reshape(h.size, *h.shape)
+    full = jax.vmap(lambda unit: push(zero + unit))(basis).reshape(h.size, h.size).T
+    return out, full[None] if structure == "dense" else jnp.diagonal(full).reshape(h.shape)
+
+
+def disagrees(step: Step, h: jax.Array, structure: str, direction: jax.Array) -> jax.Array:
+    """How far a declared Jacobian's product with a direction is off, relative to its size."""
+    _, made = jacobian(step, h, structure)
+    exact = jax.jvp(step, (h,), (direction,))[1]
+    if structure == "block":
+        product = jnp.einsum("dij,dj->di", made, direction)
+    else:
+        product = made * direction
+    return jnp.max(jnp.abs(product - exact)) / jnp.maximum(jnp.max(jnp.abs(exact)), 1e-6)
+
+
+def float_leaves(tree: PyTree) -> list[jax.Array]:
+    """The floating-point arrays of a tree."""
+    return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+
+def resolve(
+    op: str, cell: Callable[..., Any], params: PyTree, xs: PyTree, h0: jax.Array, declared: str
+) -> tuple[str, str]:
+    """The Jacobian's structure for the solver, and the exact one for derivatives."""
+    if declared not in ("auto", *STRUCTURES):
+        raise ValueError(
+            f"{op}: `jacobian` must be one of auto, {', '.join(STRUCTURES)}, got {declared!r}."
+        )
+    state = checks.state_dtype(h0, *float_leaves((params, xs)))
+
+    def like(x: jax.Array, lead: int) -> jax.ShapeDtypeStruct:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(x.shape[lead:], state if floating else x.dtype)
+
+    args = (
+        jax.tree.map(lambda x: like(x, 0), params),
+        like(h0, 1),
+        jax.tree.map(lambda x: like(x, 2), xs),
+    )
+    closed, shape = jax.make_jaxpr(cell, return_shape=True)(*args)
+    if not hasattr(shape, "shape") or shape.shape != h0.shape[1:]:
+        raise ValueError(
+            f"{op}: `cell` must return one array of the shape of its state,"
+            f" {list(h0.shape[1:])}, got {jax.tree.map(lambda s: list(s.shape), shape)}."
+        )
+    if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+        raise ValueError(
+            f"{op}: `cell` closes over arrays made inside jit, grad or vmap; pass them in `params`."
+        )
+    place = len(jax.tree.leaves(args[0]))
+    apart = keeps_channels_apart(closed.jaxpr, place)
+    structured = "diagonal" if h0.ndim == 2 else "block"
+    if declared == "auto":
+        declared = getattr(cell, "structure", structured if apart else "dense")
+    exact = structured if apart else "dense"
+    if declared in ("dense", "quasi"):
+        return declared, exact
+    if declared != structured:
+        raise ValueError(
+            f"{op}: `jacobian` {declared!r} is for states [B, {'D' if h0.ndim == 3 else 'D, k'}],"
+            f" and `initial_state` has shape {list(h0.shape)}; take {structured!r} or 'dense'."
+        )
+    if not apart:
+        _probe(op, cell, args, declared)
+    return declared, declared
+
+
+def _probe(op: str, cell: Callable[..., Any], args: Any, declared: str) -> None:
+    """Refuse a declared structure that does not hold, where the program alone does not tell."""
+
+    def random(key: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return jax.random.normal(key, x.shape, x.dtype)
+        return jnp.zeros(x.shape, x.dtype)
+
+    with jax.ensure_compile_time_eval():
+        leaves, tree = jax.tree.flatten(args)
+        for seed in range(3):
+            keys = jax.random.split(jax.random.key(seed), len(leaves) + 1)
+            params, h, x = jax.tree.unflatten(
+                tree, [random(k, leaf) for k, leaf in zip(keys[1:], leaves, strict=True)]
+            )
+            direction = jax.random.normal(keys[0], h.shape, h.dtype)
+            step = functools.partial(lambda p, x, h: cell(p, h, x), params, x)
+            off = float(disagrees(step, h, declared, direction))
+            if off > 1e-3:
+                raise ValueError(
+                    f"{op}: the cell's Jacobian is not {declared!r}: channels depend on each"
+                    " other; take jacobian='dense' or 'auto'."
+                )

@@ -1,0 +1,181 @@
+"""What the contract tests share: inputs by dtype, compiled runs, and how errors are judged."""
+
+import contextlib
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.contract.case import Case
+from tests.contract.cases import QUICK, VARIANTS
+
+B, T = 2, 13
+
+
+def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
+    """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow.
+
+    A variant's tests run one after the other in one worker, and share compiled functions.
+    """
+    return pytest.mark.parametrize(
+        ("case", "algorithm"),
+        [
+            pytest.param(
+                case,
+                algorithm,
+                id=f"{case}-{algorithm}" if algorithm else str(case),
+                marks=[pytest.mark.xdist_group(f"{case}-{algorithm}")]
+                + [pytest.mark.slow] * (case.name not in QUICK or algorithm != case.algorithms[0]),
+            )
+            for case, algorithm in VARIANTS
+            if keep(case) and (every_kernel or with_kernel_once(case, algorithm))
+        ],
+    )
+
+
+def with_kernel_once(case: Case, algorithm: str | None) -> bool:
+    """For what a kernel takes from the XLA form: its first row is enough, interpreting is slow."""
+    return algorithm != "pallas" or case.name == "linear_scan"
+
+
+def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:
+    """Float64 (inputs, initial state, reset); about one step in five resets."""
+    rng = np.random.default_rng([seed, length])
+    inputs = case.inputs(rng, batch, length)
+    state = None if case.state is None else case.state(rng, batch)
+    return inputs, state, rng.random((batch, length)) < 0.2
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """The tree in a dtype; complex leaves in the complex one of that width (bfloat16: none)."""
+    wide = np.complex128 if dtype == "float64" else np.complex64
+
+    def leaf(value: np.ndarray) -> jax.Array:
+        return jnp.asarray(value, wide if np.iscomplexobj(value) else dtype)
+
+    return jax.tree.map(leaf, tree)
+
+
+def cast_inputs(case: Case, inputs: Any, dtype: str) -> Any:
+    """Like `cast`; a layer's parameters stay float32 when its input is narrower."""
+    if case.layer is None or dtype != "bfloat16":
+        return cast(inputs, dtype)
+    return {k: cast(v, "float32" if k == "params" else dtype) for k, v in inputs.items()}
+
+
+def keywords(algorithm: str | None, chunk_size: int = 4) -> dict[str, Any]:
+    if algorithm is None:
+        return {}
+    if algorithm == "pallas":
+        return {"implementation": "pallas", "interpret": True}
+    chunk = {} if algorithm in ("sequential", "newton") else {"chunk_size": chunk_size}
+    return {"algorithm": algorithm, **chunk}
+
+
+@contextlib.contextmanager
+def unoptimized() -> Any:
+    """Compiles quickly: for a rule, or a reference, not for numbers the compiler could change."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@functools.cache
+def runner(case: Case, algorithm: str | None, chunk_size: int = 4) -> Any:
+    """The compiled (inputs, state, reset) -> (outputs, final state)."""
+    return jax.jit(functools.partial(case.run, **keywords(algorithm, chunk_size)))
+
+
+def pair(x: jax.Array, weight: Any) -> jax.Array:
+    return jnp.sum(jnp.real(x * weight))
+
+
+def weights(tree: Any, seed: int = 7) -> Any:
+    """A fixed random weight for every element of a tree."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: (
+            rng.standard_normal(x.shape)
+            + (1j * rng.standard_normal(x.shape) if np.iscomplexobj(x) else 0)
+        ),
+        tree,
+    )
+
+
+def state_weights(case: Case, final: Any) -> Any:
+    """Weights for the final state; layers' states are judged by continuing from them."""
+    return None if case.layer is not None else weights(final, 8)
+
+
+def contract(tree: Any, w: Any) -> Any:
+    """sum Re(tree * w): a scalar that every element of the tree enters."""
+    return sum(jax.tree.leaves(jax.tree.map(pair, tree, w)))
+
+
+@functools.cache
+def runner_with_gradients(case: Case, algorithm: str | None) -> Any:
+    """The compiled (inputs, state, reset, output weights, state weights) -> gradients."""
+    run = functools.partial(case.run, **keywords(algorithm))
+
+    def loss(inputs: Any, state: Any, reset: Any, w_out: Any, w_state: Any) -> jax.Array:
+        out, final = run(inputs, state, reset)
+        # Selected, not multiplied: outputs without weight may be NaN.
+        out = jax.tree.map(lambda y, w: jnp.where(w == 0, jnp.zeros_like(y), y), out, w_out)
+        total = contract(out, w_out)
+        return total if w_state is None else total + contract(final, w_state)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))
+
+
+def error(actual: Any, expected: Any) -> tuple[float, str]:
+    """Return the largest error of any element relative to its array's largest magnitude, and where.
+
+    An error that is not a number counts as infinite, so that no later leaf can hide it.
+    """
+    worst, place = 0.0, ""
+    actual_leaves = jax.tree_util.tree_leaves_with_path(actual)
+    expected_leaves = jax.tree.leaves(expected)
+    assert len(actual_leaves) == len(expected_leaves), "the trees differ"
+    for (path, a), e in zip(actual_leaves, expected_leaves, strict=True):
+        wide = np.complex128 if np.iscomplexobj(e) else np.float64
+        a, e = np.asarray(a).astype(wide), np.asarray(e).astype(wide)
+        assert a.shape == e.shape, f"{jax.tree_util.keystr(path)}: {a.shape} != {e.shape}"
+        scale = max(float(np.abs(e).max(initial=0)), 1e-30)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            errors = np.abs(a - e) / scale
+        errors = np.where(np.isnan(errors), np.inf, errors)
+        index = np.unravel_index(np.argmax(errors), e.shape)
+        largest = float(errors[index])
+        if largest > worst:
+            worst = largest
+            place = (
+                f"{jax.tree_util.keystr(path)}{list(map(int, index))}: {a[index]} for {e[index]}"
+            )
+    return worst, place
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    worst, place = error(actual, expected)
+    assert worst <= tolerance, f"error {worst:.2e} > {tolerance:.0e} of the scale at {place}"
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(e))
+
+
+def cut(case: Case, inputs: Any, start: int, stop: int) -> Any:
+    """Steps start..stop of the inputs."""
+    return {k: case.in_time(k, v, slice(start, stop)) for k, v in inputs.items()}
+
+
+def copied(case: Case, inputs: Any) -> Any:
+    """The inputs, with copies of those that vary in time."""
+    names = case.timed + case.shared
+    return {k: v.copy() if k in names else v for k, v in inputs.items()}

@@ -1,0 +1,154 @@
+"""Contract: `jax.export` with symbolic sizes, for platforms other than the host's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import seqjax
+from tests.contract.cases import ROWS
+from tests.contract.harness import assert_close, cast, keywords, make, runner
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+ANY_LENGTH = (None, "sequential")  # the algorithms that run with a symbolic T
+QUICK = {"linear_scan", "delta_rule", "GRU"}  # one of each kind
+CHUNKED = {"linear_attention", "delta_rule", "generalized_delta_rule"}  # and their chunks
+VARIANTS = [
+    pytest.param(
+        case,
+        algorithm,
+        id=f"{case}-{algorithm}",
+        marks=[pytest.mark.slow] * (case.name not in QUICK or algorithm is not None),
+    )
+    for case in ROWS
+    for algorithm in dict.fromkeys((None, *case.algorithms))
+    if algorithm != "pallas"
+]
+
+
+def arguments(case, batch, length):
+    inputs, state, reset = make(case, batch, length)
+    return cast(inputs, "float32"), cast(state, "float32"), jnp.asarray(reset)
+
+
+def shapes(case, batch, length):
+    """Shapes of the arguments with these sizes, found by comparing those of two calls."""
+
+    def leaf(one, other):
+        sizes = {(5, 6): batch, (11, 12): length}
+        axes = zip(one.shape, other.shape, strict=True)
+        return jax.ShapeDtypeStruct([sizes.get(pair, pair[0]) for pair in axes], one.dtype)
+
+    return jax.tree.map(leaf, arguments(case, 5, 11), arguments(case, 6, 12))
+
+
+def exported(run, args):
+    return export.export(jax.jit(run), platforms=PLATFORMS)(*args)
+
+
+@pytest.mark.parametrize(("case", "algorithm"), VARIANTS)
+def test_symbolic_batch(case, algorithm, compiled_quickly):
+    (batch,) = export.symbolic_shape("b")
+    program = exported(functools.partial(case.run, **keywords(algorithm)), shapes(case, batch, 13))
+    args = arguments(case, 2, 13)
+    assert_close(program.call(*args), runner(case, algorithm)(*args), case.tolerance["float32"])
+
+
+@pytest.mark.parametrize(("case", "algorithm"), VARIANTS)
+def test_symbolic_batch_and_length(case, algorithm, compiled_quickly):
+    run, args = (
+        functools.partial(case.run, **keywords(algorithm)),
+        shapes(case, *export.symbolic_shape("b, t")),
+    )
+    name = case.name.split("-")[0]
+    if algorithm not in ANY_LENGTH and not (algorithm == "chunked" and name in CHUNKED):
+        with pytest.raises(
+            NotImplementedError,
+            match=rf"^{name}: the '{algorithm}' algorithm must have a T that is known at trace"
+            r" time, got the symbolic T=t; use algorithm='sequential' or None",
+        ):
+            exported(run, args)
+        return
+    program = exported(run, args)
+    for length in (1, 13):
+        args = arguments(case, 2, length)
+        wanted = runner(case, algorithm)(*args)
+        assert_close(program.call(*args), wanted, case.tolerance["float32"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [13, "t"])
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_symbolic_gradients(case, length, compiled_quickly):
+    def loss(inputs, state, reset):
+        out, _ = case.run(inputs, state, reset)
+        return sum(jnp.sum(jnp.abs(y) ** 2) for y in jax.tree.leaves(out))
+
+    gradient = jax.grad(loss)
+    batch, symbol = export.symbolic_shape("b, t")
+    program = exported(gradient, shapes(case, batch, symbol if length == "t" else length))
+    args = arguments(case, 2, 13)
+    assert_close(program.call(*args), jax.jit(gradient)(*args), case.tolerance["float32"])
+
+
+def classifier(layer):
+    return seqjax.models.Classifier(3, seqjax.models.Backbone(layer), vocab_size=7)
+
+
+def language_model(**keywords):
+    layers = seqjax.layers.LRU(4), seqjax.layers.SlidingWindowAttention(4, heads=2, window=3)
+    return seqjax.models.LanguageModel(7, seqjax.models.Backbone(layers, mlp_ratio=0, **keywords))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(language_model(), id="language_model"),
+        pytest.param(
+            language_model(depth=4, scan=True), id="scanned_blocks", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            classifier(seqjax.layers.S5(4, bidirectional=True)),
+            id="bidirectional_classifier",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(classifier(seqjax.layers.LRU(4)), id="classifier", marks=pytest.mark.slow),
+    ],
+)
+def test_models_with_symbolic_sizes(model, compiled_quickly):
+    rng = np.random.default_rng(0)
+    params = model.init(jax.random.key(0))
+    tokens, reset = jnp.asarray(rng.integers(0, 7, (2, 5))), jnp.asarray(rng.random((2, 5)) < 0.2)
+
+    def run(params, tokens, reset):
+        return model.apply(params, tokens, reset=reset)
+
+    like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    sizes = export.symbolic_shape("b, t")
+    program = exported(
+        run, (like, *(jax.ShapeDtypeStruct(sizes, x.dtype) for x in (tokens, reset)))
+    )
+    wanted = jax.jit(run)(params, tokens, reset)
+    assert_close(program.call(params, tokens, reset), wanted, 1e-5)
+
+
+def test_kernels_are_exported_for_tpu():
+    """They have the default of the platform that a program is compiled for, not of the host."""
+    (batch,) = export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((batch, 64, 128), jnp.float32)
+    decay = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+    assert "tpu_custom_call" in exported(seqjax.linear_scan, (decay, x)).mlir_module()
+
+
+def test_kernels_refuse_symbolic_sizes_they_do_not_support():
+    batch, length = export.symbolic_shape("b, t")
+    run = functools.partial(seqjax.linear_scan, implementation="pallas")
+    for shape, platform in (((batch, 64, 128), "cuda"), ((2, length, 128), "tpu")):
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        with pytest.raises(
+            NotImplementedError, match=r"^linear_scan: the Pallas kernel .*must have .*symbolic"
+        ):
+            export.export(jax.jit(run), platforms=(platform,))(x, x)

@@ -1,0 +1,364 @@
+"""Contract: vmap, scan, checkpoint, sharding, and one compilation for many calls."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.contract.cases import OPS, QUICK, ROWS
+from tests.contract.harness import (
+    assert_close,
+    by_variant,
+    cast,
+    contract,
+    copied,
+    keywords,
+    make,
+    runner,
+    runner_with_gradients,
+    weights,
+)
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+EACH = by_variant()
+
+
+def stack(*trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@EACH
+def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
+    """Mapped over everything, and over one argument with the rest shared."""
+    made = [make(case, seed=seed) for seed in (0, 1)]
+    inputs = [cast(m[0], "float64") for m in made]
+    states = [cast(m[1], "float64") for m in made]
+    resets = [jnp.asarray(m[2]) for m in made]
+    run = functools.partial(case.run, **keywords(algorithm))
+    single = runner(case, algorithm)
+    every = jax.jit(jax.vmap(run))(stack(*inputs), stack(*states), stack(*resets))
+    loop = stack(*(single(*args) for args in zip(inputs, states, resets, strict=True)))
+    assert_close(every, loop, 1e-12)
+
+    name = case.timed[-1]
+    axes = dict.fromkeys(inputs[0]) | {name: 1}
+    mixed = inputs[0] | {name: jnp.stack([i[name] for i in inputs], axis=1)}
+    some = jax.jit(jax.vmap(run, in_axes=(axes, None, None)))(mixed, states[0], resets[0])
+    loop = stack(*(single(inputs[0] | {name: i[name]}, states[0], resets[0]) for i in inputs))
+    assert_close(some, loop, 1e-12)
+
+
+@pytest.mark.slow
+@by_variant(every_kernel=False)
+def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
+    """The op in the body of a `lax.scan`, rematerialised, differentiated through the carry."""
+    inputs, state, reset = make(case)
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    run = functools.partial(case.run, **keywords(algorithm))
+    w = weights(jax.eval_shape(run, inputs, state, reset)[0])
+
+    def once(scale, _):
+        scaled = jax.tree.map(lambda x: x * scale.astype(x.dtype), inputs)
+        return scale * 0.9, contract(run(scaled, state, reset)[0], w)
+
+    def looped(scale):
+        return jax.lax.scan(jax.checkpoint(once), scale, None, length=2)[1].sum()
+
+    def plain(scale):
+        return once(scale, None)[1] + once(scale * 0.9, None)[1]
+
+    one = jnp.float64(1.0)
+    assert_close(jax.jit(jax.grad(looped))(one), jax.jit(jax.grad(plain))(one), 1e-10)
+
+
+EACH_MESH = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+
+
+def rows_with_quick(*names):
+    """Parametrize by row; the named rows are not slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=str(case), marks=[] if case.name in names else pytest.mark.slow)
+            for case in ROWS
+        ],
+    )
+
+
+@EACH_MESH
+@rows_with_quick(*QUICK)
+def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
+    """The numbers of one device, and no collective, without `jax.set_mesh`."""
+    inputs, state, reset = make(case, batch=8, length=8)
+    args = (cast(inputs, "float64"), cast(state, "float64"), jnp.asarray(reset))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+    def place(value, sharded):
+        spec = P("data") if sharded else P()
+        return jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, spec)), value)
+
+    placed = (
+        {name: place(value, name in case.timed) for name, value in args[0].items()},
+        place(args[1], True),
+        place(args[2], True),
+    )
+    run = runner(case, None)
+    out = run(*placed)
+    assert_close(out, run(*args), 1e-12)
+    assert all(leaf.sharding.spec[0] == "data" for leaf in jax.tree.leaves(out))
+    w = weights(run(*args)[0])
+    grads = runner_with_gradients(case, None)
+    assert_close(grads(*placed, w, None), grads(*args, w, None), 1e-12)
+    compiled = run.lower(*placed).compile().as_text()
+    for collective in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("):
+        assert collective not in compiled, f"{collective} in a program whose batch is split"
+
+
+def heads_split(case, inputs, sizes):
+    """A spec for each input: batch over `data`, features, heads and parameters over `model`.
+
+    The logical axis `embed` goes to `data` as well, as under FSDP.
+    """
+    rules = {"embed": "data", "heads": "model", "mlp": "model", "state": "model"}
+
+    def spec(shape, *names):
+        names = (*names, *(None,) * (len(shape) - len(names)))
+        return P(
+            *(
+                n if n and size % sizes[n] == 0 else None
+                for n, size in zip(names, shape, strict=True)
+            )
+        )
+
+    def of_param(axes, shape):
+        names = [rules.get(axis) for axis in axes]
+        return spec(shape, *(n if n not in names[:i] else None for i, n in enumerate(names)))
+
+    found = {}
+    for name, value in inputs.items():
+        if name == "params" and case.layer is not None:
+            axes, shapes = case.layer.param_axes(), case.layer.param_shapes()
+            found[name] = jax.tree.map(of_param, axes, shapes, is_leaf=lambda x: type(x) is tuple)
+        elif name in case.timed:
+            found[name] = jax.tree.map(lambda v: spec(v.shape, "data", None, "model"), value)
+        else:
+            names = (None, "model") if name in case.shared else ("model",)
+            found[name] = jax.tree.map(lambda v, names=names: spec(v.shape, *names), value)
+    return found
+
+
+@EACH_MESH
+@rows_with_quick("linear_scan", "delta_rule-channel", "RMSNorm", "LRU")
+def test_batch_and_heads_sharded(case, kind, x64, strict):
+    """The numbers of one device under `jax.set_mesh`: values, gradients, and vmap of both."""
+    inputs, state, reset = make(case, batch=4, length=8)
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    heads = case.layer is not None or inputs[case.timed[-1]].ndim > 3
+    sizes = {"data": 4, "model": 2} if heads else {"data": 2, "model": 3}  # or D = 3 channels
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * 2)
+
+    def place(value, spec):
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    placed = (
+        jax.tree.map(place, inputs, heads_split(case, inputs, sizes)),
+        jax.tree.map(lambda v: place(v, P("data")), state),
+        place(reset, P("data")),
+    )
+    w = weights(jax.eval_shape(case.run, inputs, state, reset)[0])
+
+    def loss(inputs, state, reset):
+        out, final = case.run(inputs, state, reset)
+        return contract(out, w), (out, final)
+
+    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
+    expected = jax.jit(gradient)(inputs, state, reset)
+    with jax.set_mesh(mesh):
+        got = jax.jit(gradient)(*placed)
+        if case.name in ("linear_scan", "delta_rule-channel", "LRU"):
+            mapped = jax.tree.map(lambda x: jnp.stack([x, x]), placed)
+            first = jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(gradient))(*mapped))
+            assert_close(first, expected, 1e-11)
+    assert_close(got, expected, 1e-11)
+    if kind == AxisType.Explicit:
+        (_, (out, final)), _ = got
+        for leaf in jax.tree.leaves((out, final)):
+            assert jax.typeof(leaf).sharding.spec[0] == "data"
+
+
+@by_variant(lambda case: case.split_axis)
+@pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, strict):
+    """`sequence_axis`: values, final state and every shard's gradients, states crossing shards."""
+    if not with_state and algorithm != case.algorithms[0]:
+        pytest.skip("no state is a zero state before any algorithm begins")
+    inputs, state, reset = make(case, length=24)
+    if not with_state:
+        reset, state = None, None
+    else:
+        reset[:, 5:] = False  # a state that travels over several devices
+        reset[1, 17] = True
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    mesh = jax.make_mesh((8,), ("time",))
+    specs = {
+        name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
+        for name in inputs
+    }
+    run = functools.partial(case.run, **keywords(algorithm))
+    split = jax.shard_map(
+        functools.partial(run, sequence_axis="time"),
+        mesh=mesh,
+        in_specs=(specs, P(), P(None, "time")),
+        out_specs=(P(None, "time"), P()),
+    )
+    whole = run(inputs, state, reset)
+    w_out, w_state = weights(whole[0]), weights(whole[1], 8)
+
+    def loss(run, reset, inputs, state):
+        out, final = run(inputs, state, reset)
+        return contract(out, w_out) + contract(final, w_state), (out, final)
+
+    argnums = (2, 3) if with_state else (2,)
+    gradient = jax.jit(jax.grad(loss, argnums=argnums, has_aux=True), static_argnums=0)
+
+    def place(value, spec):
+        return jax.device_put(value, NamedSharding(mesh, spec))
+
+    # On Explicit axes `jax.shard_map` takes arrays that are split as it says.
+    placed = {
+        name: jax.tree.map(lambda v, name=name: place(v, specs[name]), value)
+        for name, value in inputs.items()
+    }
+    cuts = None if reset is None else place(reset, P(None, "time"))
+    results = gradient(split, cuts, placed, jax.tree.map(lambda v: place(v, P()), state))
+    got, out = jax.device_get(results)
+    assert_close(out, whole, 1e-11)
+    expected, _ = gradient(run, reset, inputs, state)
+    assert_close(got, expected, 1e-10)
+    for name in case.timed:  # each shard by itself, against its own scale
+        for i in range(8):
+            steps = slice(3 * i, 3 * i + 3)
+            assert_close(got[0][name][:, steps], expected[0][name][:, steps], 1e-8)
+
+
+@by_variant(lambda case: case.split_axis)
+@pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
+def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64, strict):
+    """Values and gradients after a reset, of sequences with a past that is not finite."""
+    devices, length, where = 4, 12, 7  # the second step on the third device
+    inputs, state, reset = make(case, length=length)
+    before, after = slice(0, where), slice(where, length)
+    if case.reverse:
+        before, after = slice(length - where, length), slice(0, length - where)
+    reset[:] = False
+    reset[:, -1 - where if case.reverse else where] = True
+    spoiled = copied(case, inputs)
+    for name in case.timed + case.shared:
+        case.in_time(name, spoiled[name], before)[...] = poison
+    spoiled_state = jax.tree.map(lambda s: np.full_like(s, poison), state)
+    mesh = jax.make_mesh((devices,), ("time",), axis_types=(AxisType.Auto,))
+    specs = {
+        name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
+        for name in inputs
+    }
+    run = functools.partial(case.run, **keywords(algorithm))
+    split = jax.shard_map(
+        functools.partial(run, sequence_axis="time"),
+        mesh=mesh,
+        in_specs=(specs, P(), P(None, "time")),
+        out_specs=(P(None, "time"), P()),
+    )
+    shapes = jax.eval_shape(run, cast(inputs, "float64"), cast(state, "float64"), reset)
+    w_out, w_state = weights(shapes[0]), weights(shapes[1], 8)
+
+    def later(out):
+        return jax.tree.map(lambda y: y[:, after], out)
+
+    def loss(inputs, state):
+        out, final = split(inputs, state, reset)
+        return contract(later(out), later(w_out)) + contract(final, w_state), (later(out), final)
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    results = []
+    for data, start in ((inputs, state), (spoiled, spoiled_state)):
+        grads, out = gradient(cast(data, "float64"), cast(start, "float64"))
+        names = case.timed + case.shared
+        results.append((out, {name: case.in_time(name, grads[name], after) for name in names}))
+    assert_close(results[1], results[0], 1e-12)
+
+
+@pytest.mark.parametrize(
+    "name", ["linear_attention-channel", "delta_rule-channel", "generalized_delta_rule"]
+)
+@pytest.mark.parametrize(
+    ("length", "chunk_size"), [(4, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
+)
+def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
+    """Constants vary over the mesh as their tangents do, in the smallest chunk as well."""
+    [case] = [case for case in OPS if case.name == name]
+    inputs, state, reset = make(case, length=length)
+    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    run = functools.partial(case.run, **keywords("chunked", chunk_size))
+    split = jax.shard_map(
+        functools.partial(run, sequence_axis="time"),
+        mesh=jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(None, "time"), P(), P(None, "time")),
+        out_specs=(P(None, "time"), P()),
+    )
+    w = weights(jax.eval_shape(run, inputs, state, reset))
+
+    def loss(run, inputs, state):
+        return contract(run(inputs, state, reset), w)
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), static_argnums=0)
+    assert_close(gradient(split, inputs, state), gradient(run, inputs, state), 1e-11)
+
+
+@by_variant(every_kernel=False)
+def test_second_call_does_not_compile(case, algorithm, strict):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(inputs, state, reset):
+        return case.run(inputs, state, reset, **keywords(algorithm))
+
+    for seed in (0, 1):
+        inputs, state, reset = make(case, seed=seed)
+        jax.block_until_ready(run(cast(inputs, "float32"), cast(state, "float32"), reset))
+
+
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_second_eager_call_does_not_compile(case):
+    compilations = []
+
+    def listen(event, *args, **keywords):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    data = [make(case, seed=seed) for seed in (0, 1)]
+    data = [(cast(i, "float32"), cast(s, "float32"), jnp.asarray(r)) for i, s, r in data]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.block_until_ready(case.run(*data[0]))
+        before = len(compilations)
+        jax.block_until_ready(case.run(*data[1]))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compilations) == before
+
+
+def test_numpy_input_is_accepted(strict):
+    for case in OPS:
+        inputs, state, reset = make(case)
+        narrow = jax.tree.map(
+            lambda v: v.astype(np.complex64 if np.iscomplexobj(v) else np.float32), (inputs, state)
+        )
+        jax.eval_shape(functools.partial(case.run, reset=reset), *narrow)
+        out, _ = case.run(*narrow, reset)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(out))

@@ -1,0 +1,163 @@
+"""Contract: the numbers. Every algorithm against the float64 loop, in every dtype and length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.contract.cases import ROWS
+from tests.contract.harness import (
+    assert_close,
+    by_variant,
+    cast,
+    cast_inputs,
+    error,
+    keywords,
+    make,
+    runner,
+    runner_with_gradients,
+    unoptimized,
+    weights,
+)
+
+EACH = by_variant()
+
+
+def judged(result, expected):
+    """Layers' final states are judged by continuing from them (test_contract_state)."""
+    return (result[0],) if expected[1] is None else result, (
+        (expected[0],) if expected[1] is None else expected
+    )
+
+
+@EACH
+def test_float64_matches_the_loop(case, algorithm, x64, strict):
+    inputs, state, reset = make(case)
+    result = runner(case, algorithm)(cast(inputs, "float64"), cast(state, "float64"), reset)
+    assert_close(*judged(result, case.oracle(inputs, state, reset)), case.tolerance["float64"])
+
+
+@EACH
+def test_without_state_and_reset(case, algorithm, x64, strict):
+    inputs, state, reset = make(case)
+    run = jax.jit(lambda inputs: case.run(inputs, None, None, **keywords(algorithm)))
+    no_reset = np.zeros_like(reset)
+    if case.name.startswith("monoid_scan"):  # without a state the first element is the state
+        no_reset[:, 0] = True
+    elif state is not None:
+        state = jax.tree.map(np.zeros_like, state)
+    expected = case.oracle(inputs, state, no_reset)
+    assert_close(*judged(run(cast(inputs, "float64")), expected), case.tolerance["float64"])
+
+
+LENGTHS = [1, 2, 65] + [pytest.param(n, marks=pytest.mark.slow) for n in (63, 64, 1000)]
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@EACH
+def test_float32_at_any_length(case, algorithm, length, strict, request):
+    if case.layer is not None and length in (2, 63, 64):
+        pytest.skip("a layer takes these lengths if its ops do")
+    if length < 1000:  # the long one stands for the compiler's optimizations
+        request.getfixturevalue("compiled_quickly")
+    inputs, state, reset = make(case, length=length)
+    run = runner(case, algorithm, chunk_size=16)
+    result = run(cast(inputs, "float32"), cast(state, "float32"), reset)
+    assert_close(*judged(result, case.oracle(inputs, state, reset)), case.tolerance["float32"])
+
+
+@EACH
+def test_bfloat16_keeps_its_state_in_float32(case, algorithm, strict):
+    inputs, state, reset = make(case)
+    if any(np.iscomplexobj(leaf) for leaf in jax.tree.leaves(inputs)):
+        pytest.skip("no complex bfloat16")
+    narrow = cast_inputs(case, inputs, "bfloat16")
+    out, final = runner(case, algorithm)(narrow, cast(state, "float32"), reset)
+    assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype(jnp.bfloat16)}
+    for leaf in jax.tree.leaves(final):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            assert leaf.dtype in (jnp.float32, jnp.complex64)
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float64), narrow)
+    assert_close(
+        *judged((out, final), case.oracle(rounded, state, reset)), case.tolerance["bfloat16"]
+    )
+
+
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_output_and_state_dtypes(case, x64, strict):
+    inputs, state, reset = make(case)
+    for dtype, real, complex_ in (
+        ("float32", jnp.float32, jnp.complex64),
+        ("float64", jnp.float64, jnp.complex128),
+    ):
+        shapes = jax.eval_shape(case.run, cast(inputs, dtype), cast(state, dtype), reset)
+        for leaf in jax.tree.leaves(shapes):
+            if jnp.issubdtype(leaf.dtype, jnp.inexact):
+                assert leaf.dtype in (real, complex_)
+
+
+# bfloat16 inputs are rounded before either sees them; its outputs are rounded to 8 bits.
+HARD = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [100, pytest.param(65536, marks=pytest.mark.slow)])
+@by_variant(lambda case: case.hard is not None)
+def test_hard_inputs(case, algorithm, length, dtype, strict):
+    """Finite, and near the float64 loop, at any decay, key and length."""
+    inputs, state, reset = make(case, batch=1, length=length)
+    if length > 1000:
+        reset = np.zeros_like(reset)  # as far as a state can travel
+    inputs = case.hard(np.random.default_rng(1), inputs)
+    if dtype == "bfloat16" and length > 1000 and algorithm != case.algorithms[0]:
+        pytest.skip("in float32 the algorithms agree at this length; in bfloat16 at a shorter one")
+    if dtype == "bfloat16" and any(np.iscomplexobj(leaf) for leaf in inputs.values()):
+        pytest.skip("no complex bfloat16")
+    given = cast(inputs, dtype)
+    result = runner(case, algorithm, chunk_size=16)(given, cast(state, "float32"), reset)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
+    seen = jax.tree.map(
+        lambda v: np.asarray(v).astype(np.complex128 if np.iscomplexobj(v) else np.float64), given
+    )
+    expected = case.oracle(seen, state, reset)
+    if case.name.startswith("linear_scan"):
+        # Its final state is an output, and is judged with them: what steps of a running sum have
+        # rounded off is of the size of the largest value on the way, not of the last.
+        result, expected = result[0], expected[0]
+    tolerance = HARD[dtype]
+    if algorithm == "pallas" and case.name.startswith("linear_scan"):
+        # A TPU has no fused multiply-add: each product is rounded, and in the running sums of a
+        # decay of 1 - 1e-7 always the same way. Compiled for a CPU the other algorithms have one.
+        tolerance *= 2
+    assert_close(result, expected, tolerance)
+
+
+@by_variant(lambda case: case.hard is not None)
+def test_hard_inputs_have_finite_gradients(case, algorithm, strict):
+    """And the same in both precisions: nothing cancels that float32 would lose."""
+    inputs, state, reset = make(case, length=50)
+    inputs = cast(case.hard(np.random.default_rng(1), inputs), "float32")
+    out, _ = runner(case, algorithm)(inputs, cast(state, "float32"), reset)
+    w_out = cast(weights(jax.tree.map(np.asarray, out)), "float32")
+    gradients = runner_with_gradients(case, algorithm)
+    narrow = gradients(inputs, cast(state, "float32"), reset, w_out, None)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(narrow))
+    with jax.enable_x64(True), unoptimized():
+        wide = gradients(
+            cast(inputs, "float64"), cast(state, "float64"), reset, cast(w_out, "float64"), None
+        )
+        wide = jax.tree.map(np.asarray, wide)
+    assert_close(narrow, wide, 1e-4)
+
+
+def test_the_judge_can_fail():
+    value = np.ones((2, 3))
+    assert error({"a": value}, {"a": value})[0] == 0
+    off = value.copy()
+    off[1, 2] = 1.5
+    worst, place = error({"a": off}, {"a": value})
+    assert worst == 0.5
+    assert "[1, 2]" in place
+    off[0, 0] = np.nan
+    with pytest.raises(AssertionError, match="error"):
+        assert_close(off, value, 1.0)

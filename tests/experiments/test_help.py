@@ -1,0 +1,88 @@
+"""`--help` of every command: description, two examples, flags, words and fields of a config."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("ml_collections")
+
+from experiments.base import cli, usage
+from experiments.configs import classify, common, fields, lm, pod_gated_deltanet_1b, recall
+from experiments.configs import state_tracking as state
+
+REPOSITORY = Path(__file__).parents[2]
+COMMANDS = sorted(
+    path.stem
+    for path in (REPOSITORY / "experiments").glob("*.py")
+    if "cli.run(" in path.read_text()
+)
+CONFIGS = [lm.get_config("deltanet"), pod_gated_deltanet_1b.get_config("8k")] + [
+    module.get_config(task) for module in (recall, state, classify) for task in module.TASKS
+]
+
+
+@pytest.fixture(autouse=True)
+def from_the_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+
+
+def show(capsys, command, *arguments):
+    module = importlib.import_module(f"experiments.{command}")
+    takes_words = {"takes_words": True} if command == "bench" else {}
+    assert cli.run(module.define_flags, module.main, [command, *arguments], **takes_words) == 0
+    captured = capsys.readouterr()
+    assert not captured.err
+    return captured.out
+
+
+def test_all_commands_are_here():
+    expected = "bench evaluate generate plan report sweep train weak_scaling"
+    assert expected.split() == COMMANDS
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--helpshort", "--helpfull"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(capsys, command, flag):
+    text = show(capsys, command, flag)
+    module = importlib.import_module(f"experiments.{command}")
+    assert text.startswith(module.__doc__.splitlines()[0])
+    assert len(re.findall(rf"^    python -m experiments\.{command}\b", text, re.MULTILINE)) >= 2
+    assert "\nFlags:\n" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert ("--flagfile" in text) == (flag == "--helpfull")
+    if command in ("train", "plan"):
+        assert "experiments/configs/state_tracking.py\n" in text
+        assert "--config.data.batch_size=" in text
+        assert "sequences per training step" in text
+        assert ("model.options.deltanet.heads" in text) == (flag != "--helpshort")
+        assert ("model.options.gateloop.heads" in text) == (flag == "--helpfull")
+
+
+def test_help_shows_the_config_given(capsys):
+    config = "--config=experiments/configs/state_tracking.py:parity,gru"
+    text = show(capsys, "train", config, "--config.steps=7", "--help")
+    assert "parity (default), modular_arithmetic, S3, A5, S5" in text
+    assert "eigenvalues in [-1, 1] for DeltaNet and Mamba" in text
+    assert "--config.task.train_length=40" in text
+    assert "--config.steps=7 " in text
+    assert "--config.model.options.gru.state_dim=64" in text
+    assert "options.deltanet" not in text
+
+
+def test_words_are_listed_once():
+    for module in (lm, recall, state, classify):
+        words = [word for kind in module.KINDS.values() for word in kind]
+        assert len(words) == len(set(words))
+    assert common.layers("gru")[0] == "gru"
+    assert set(common.layers("gru")) == set(common.MIXERS)
+
+
+def test_every_field_has_a_comment_and_every_comment_a_field():
+    names = {name for config in CONFIGS for name, _ in usage.leaves(config.to_dict())}
+    assert [name for name in sorted(names) if not fields.comment(name)] == []
+    options = {name.rpartition(".")[2] for name in names if name.startswith("model.options.")}
+    assert set(fields.COMMENTS) <= names
+    assert set(fields.OPTIONS) == options

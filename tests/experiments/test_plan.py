@@ -1,0 +1,185 @@
+"""Plans: programs read right, operations counted right, and steps compiled for TPUs not there."""
+
+import dataclasses
+import importlib
+import math
+
+import jax
+import pytest
+
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("ml_collections")
+
+from experiments import plan
+from experiments.base import build
+from experiments.base.errors import UserError
+from experiments.compiled import collectives, flops
+from experiments.configs import lm, pod_gated_deltanet_1b, pod_mamba_1b, pods
+from seqjax.layers import GRU, LRU, DeltaNet, SlidingWindowAttention
+from seqjax.models import Backbone, LanguageModel
+
+
+def recipe(name, arg=""):
+    return importlib.import_module(f"experiments.configs.{name}").get_config(arg)
+
+
+@pytest.mark.parametrize("arg", sorted(pods.LENGTHS))
+@pytest.mark.parametrize("name", pods.RECIPES)
+def test_recipes_are_of_the_size_they_say(name, arg):
+    config = recipe(name, arg)
+    model = build.build_model(config.model)
+    assert config.model.scan
+    assert config.model.remat
+    billions = flops.count_params(model) / 1e9
+    assert billions == pytest.approx(7 if "7b" in name else 1.3, rel=0.08)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    assert sum(math.prod(p.shape) for p in jax.tree.leaves(shapes)) / 1e9 == billions
+
+
+def test_an_unknown_length_is_one_line():
+    with pytest.raises(UserError, match=r"unknown length '9k'"):
+        recipe("pod_mamba_1b", "9k")
+
+
+def test_operations_by_hand():
+    """Against the equations, weight by weight, for a model small enough to count."""
+    layer = DeltaNet(8, heads=2, conv_size=4)
+    backbone = Backbone(layer, depth=3, mlp_ratio=2, scan=True)
+    model = LanguageModel(10, backbone)
+    block = 4 * 8 * 8 + 3 * 4 * 8 + 8 * 2 + 3 * 8 * 16  # q k v out, convolutions, beta, MLP
+    forward = 3 * (2 * block + 6 * 2 * 4 * 4) + 2 * 8 * 10
+    assert flops.train_flops(model, 5, 7) == 3 * 5 * 7 * forward
+    stacked = dataclasses.replace(model, backbone=dataclasses.replace(backbone, scan=False))
+    assert flops.train_flops(stacked, 5, 7) == 3 * 5 * 7 * forward
+    assert flops.state_flops(SlidingWindowAttention(8, 2, 5)) == 4 * 5 * 8
+    assert flops.state_flops(LRU(8, state_dim=3)) == 24
+    assert flops.state_flops(GRU(8, state_dim=3)) == 8 * 3 * 3
+
+
+@pytest.mark.parametrize("layer", sorted(build.LAYERS))
+def test_every_layer_is_counted(layer):
+    config = lm.get_config("lru,quicktest").model
+    config.mixers = layer
+    assert flops.train_flops(build.build_model(config), 1, 1) > 0
+
+
+_LOOP = """HloModule m, num_partitions=4
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %two)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %start = (f32[8]{0}, f32[32]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4], dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  ROOT %r = (s32[], f32[8]) tuple(%next, %x)
+}
+%condition (q: (s32[], f32[8])) -> pred[] {
+  %q = (s32[], f32[8]) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %ten = s32[]{:T(128)} constant(10)
+  ROOT %less = pred[]{:T(512)} compare(%j, %ten), direction=LT
+}
+ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = (s32[], f32[8]) parameter(0)
+  ROOT %w = (s32[], f32[8]) while(%a), condition=%condition, body=%body
+}
+"""
+
+
+def test_turns_of_a_loop_that_are_not_stated():
+    """TPU programs do not say how often a loop runs: it counts to ten by twos."""
+    found = collectives.read(_LOOP)
+    assert found == collectives.Traffic({"all-gather": 5}, {"all-gather": 5 * 32 * 4 * 3 // 4}, 0)
+    unknown = collectives.read(_LOOP.replace("direction=LT", "direction=NE"))
+    assert (unknown.counts, unknown.unknown_loops) == ({"all-gather": 1}, 1)
+
+
+def test_bad_topologies_are_one_line():
+    with pytest.raises(UserError, match="unknown chip 'v5'"):
+        plan.topology_devices("v5:2x2")
+
+
+def test_what_would_fit_is_said():
+    config = recipe("pod_mamba_1b")
+    made = plan.Plan(
+        chips=8,
+        mesh={"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
+        parameters=1,
+        tokens=1,
+        model_flops=1,
+        hbm=40 * 2**30,
+        limit=16 * 2**30,
+        fits=False,
+        state_bytes=4 * 2**30,
+        temporary_bytes=36 * 2**30,
+        traffic=None,
+        seconds=1.0,
+        remat=True,
+        chip=plan.CHIPS["v5e"],
+    )
+    text = plan.report(config, made)
+    assert "memory per chip: 40.00 GiB of 16.00 GiB" in text
+    assert "DOES NOT FIT: --config.data.batch_size=80" in text
+    config.model.remat = False
+    assert "--config.model.remat=True" in plan.report(config, made)
+    full = dataclasses.replace(made, state_bytes=20 * 2**30)
+    assert "more chips" in plan.report(config, full)
+    message = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded by 4G."
+    assert plan._used(message, 2**30) == 20.5 * 2**30
+    message = "total memory required for HLO temporaries (19.5G) exceeds available HBM (15.75G)."
+    assert plan._used(message, 2**30) == 20.5 * 2**30
+    assert plan._used("out of luck", 2**30) is None
+
+
+def test_the_table_has_every_recipe_and_slice(monkeypatch, capsys):
+    def made(config, topology, mesh):
+        return plan.Plan(
+            chips=8,
+            mesh={"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
+            parameters=1,
+            tokens=8,
+            model_flops=8 * 10**12,
+            hbm=2.0**30,
+            limit=16 * 2**30,
+            fits=topology != "small",
+            state_bytes=2**29,
+            temporary_bytes=2**29,
+            traffic=collectives.Traffic({"all-gather": 1}, {"all-gather": 2**20}, 0),
+            seconds=1.0,
+            remat=False,
+            chip=plan.CHIPS["v5e"],
+        )
+
+    monkeypatch.setattr(plan, "make_plan", made)
+    monkeypatch.setattr(plan, "topology_devices", lambda topology: None)
+    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "0")
+    assert plan.table(["large"])
+    assert not plan.table(["large", "small"])
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.startswith("| pod-")]
+    assert len(rows) == 3 * len(pods.RECIPES) * len(pods.LENGTHS)
+    assert rows[0].startswith("| pod-gated-deltanet-1.3b-8k | large | fsdp=8 |")
+    assert "does not fit" in rows[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "recipe", [pod_gated_deltanet_1b, pod_mamba_1b], ids=["gated_deltanet", "mamba"]
+)
+def test_a_recipe_compiles_for_a_slice_that_is_not_there(recipe):
+    """Narrow and for eight chips, every axis of the mesh in use; a whole one takes minutes."""
+    pytest.importorskip("libtpu")
+    config = recipe.get_config("131k")
+    config.model.update(depth=3, dim=256)
+    config.model.options.gated_deltanet.heads = 2
+    config.data.update(length=512, batch_size=8)
+    made = plan.make_plan(config, "v5e:2x4", "fsdp=2,tensor=2,sequence=2")
+    assert made.fits
+    assert made.traffic.total > 0
+    assert not made.traffic.unknown_loops
+    assert 0 < made.step_seconds() < 1
+    text = plan.report(config, made)
+    assert text.endswith("FITS")
+    assert plan.row(config, "v5e:2x4", made).count("|") == plan.HEADER.splitlines()[0].count("|")

@@ -1,0 +1,221 @@
+"""Sweeps lose nothing, and reports say what the results hold."""
+
+import importlib
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+
+pytest.importorskip("ml_collections")
+
+from experiments import report, sweep
+from experiments.base import build, cli
+from experiments.base.errors import UserError
+from experiments.configs import common, lm
+from experiments.sweeps import grids
+
+REPOSITORY = Path(__file__).parents[2]
+JOBS = tuple(
+    grids.Job(f"{layer}, width {dim}", f"{grids.RECALL}:mqar,{layer},quicktest", {"model.dim": dim})
+    for layer in ("lru", "gru")
+    for dim in (16, 32)
+)
+TINY = grids.Grid(
+    "Tiny", JOBS, {"accuracy": "accuracy"}, "accuracy", {"lru, width 16": "0.9"}, "a paper"
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(grids.GRIDS, "tiny", TINY)
+
+
+def flags_for(tmp_path, *more):
+    results = tmp_path / "results.jsonl"
+    return ["sweep", "--grids=tiny", f"--results={results}", f"--workdir={tmp_path}", *more]
+
+
+class FakeRuns:
+    """Stands in for training processes: what they leave, and how they end."""
+
+    def __init__(self, ends=()):
+        self.commands, self.ends = [], list(ends)
+
+    def __call__(self, command, **_):
+        self.commands.append(command)
+        code = self.ends.pop(0) if self.ends else 0
+        if code == 0:
+            folder = sweep.Path(command[-1].removeprefix("--workdir="))
+            folder.mkdir(parents=True, exist_ok=True)
+            accuracy = 0.5 + 0.01 * len(self.commands)
+            (folder / "summary.json").write_text(json.dumps({"accuracy": accuracy}))
+        return subprocess.CompletedProcess(command, code, "", "error: the loss became nan\n")
+
+
+def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
+    first = FakeRuns([0, 3, 143])
+    monkeypatch.setattr(subprocess, "run", first)
+    arguments = flags_for(tmp_path, "--seeds=0,1", "--set=steps=2")
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 130
+    rows = sweep.read(tmp_path / "results.jsonl")
+    assert [("summary" in row, row.get("error")) for row in rows] == [
+        (True, None),
+        (False, "error: the loss became nan"),
+    ]
+    assert rows[0]["overrides"] == {"model.dim": 16, "steps": 2, "seed": 0}
+    assert rows[0]["set"] == {"steps": 2}
+    assert set(rows[0]["versions"]) == {"python", "jax", "seqjax"}
+    with (tmp_path / "results.jsonl").open("a") as file:
+        file.write('{"grid": "ti')  # a line cut short by a kill is a run to be done again
+    second = FakeRuns()
+    monkeypatch.setattr(subprocess, "run", second)
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
+    assert len(second.commands) == 6
+    assert second.commands[0] == first.commands[2]
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
+    assert len(second.commands) == 6
+    assert "8 of 8 runs are in" in capsys.readouterr().out
+
+
+RATED = grids.dataclasses.replace(
+    TINY,
+    jobs=tuple(
+        grids.Job(job.label, job.label.split(",")[0], job.overrides | {grids.RATE: rate})
+        for job in JOBS
+        for rate in (0.1, 0.2)
+    ),
+)
+
+
+def row(label, seed, rate, accuracy=None, seconds=60.0):
+    summary = {} if accuracy is None else {"summary": {"accuracy": accuracy, "step": 9}}
+    return {
+        "grid": "tiny",
+        "label": label,
+        "config": label.split(",")[0],
+        "overrides": {"seed": seed, "model.dim": int(label[-2:]), grids.RATE: rate},
+        "seconds": seconds,
+        "cores": 2,
+        "versions": {"python": "3", "jax": "0", "seqjax": "0"},
+    } | summary
+
+
+ROWS = [
+    row("lru, width 16", 0, 0.1, 0.2),
+    row("lru, width 16", 0, 0.2, 0.5),
+    row("lru, width 16", 1, 0.2, 0.7),
+    row("lru, width 32", 0, 0.1, 0.9),
+    row("gru, width 16", 0, 0.1, None),
+]
+
+
+def test_a_report_shows_the_best_rate_and_every_seed():
+    text = report.table("tiny", RATED, ROWS)
+    assert "| lru, width 16 | 0.600 (spread 0.200) | 0.9 | 9 | 2 | 0.2 | 1.0 |" in text
+    assert "| lru, width 32 | 0.900 |  | 9 | 1 | 0.1 | 1.0 |" in text
+    assert "| gru, width 16 |  |  |  | 1, 1 diverged | 0.1 | 1.0 |" in text
+    assert "Published: a paper." in text
+    assert "4 of 8 jobs have not run" in text
+    every = [row(job.label, 0, job.overrides[grids.RATE]) for job in RATED.jobs]
+    assert "have not run" not in report.table("tiny", RATED, every)
+
+
+def test_a_report_keeps_other_settings_apart():
+    other, own = dict(ROWS[4]), dict(ROWS[0])
+    other |= {"set": {"steps": 7}, "overrides": other["overrides"] | {"steps": 7}}
+    own |= {"set": {"model.dim": 8}, "overrides": own["overrides"] | {"model.dim": 8}}
+    gone = ROWS[0] | {"config": "a grid may lose jobs"}
+    groups = report.by_settings(RATED, [ROWS[3], other, own, gone])
+    assert groups == {"": [ROWS[3]], " --set=steps=7": [other], " --set=model.dim=8": [own]}
+
+
+def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
+    grid = grids.dataclasses.replace(RATED, figure="model.dim")
+    monkeypatch.setitem(grids.GRIDS, "tiny", grid)
+    results = tmp_path / "r.jsonl"
+    given = {"data.path": "my text"}
+    longer = ROWS[0] | {"overrides": ROWS[0]["overrides"] | given, "set": given}
+    results.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, longer]))
+    arguments = ["report", f"--results={results}", f"--figures={tmp_path}"]
+    assert cli.run(report.define_flags, report.main, arguments) == 0
+    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "![tiny](tiny.png)" in printed
+    assert "### With `--set='data.path=my text'`" in printed
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert len(drawn) == 2
+    assert all(f"![tiny]({name})" in printed for name in drawn)
+    assert "Not run yet: `python -m experiments.sweep --grids=mqar`." in printed
+
+
+def test_the_page_is_the_report_of_the_results(tmp_path, capsys):
+    figures = tmp_path / "not" / "there"
+    arguments = ["report", f"--results={REPOSITORY / sweep.RESULTS}", f"--figures={figures}"]
+    assert cli.run(report.define_flags, report.main, arguments) == 0
+    assert capsys.readouterr().out == (REPOSITORY / "experiments" / "RESULTS.md").read_text()
+    assert all((REPOSITORY / "experiments" / made.name).exists() for made in figures.iterdir())
+
+
+def test_curves_run_over_tokens_and_seconds():
+    grid = grids.dataclasses.replace(RATED, figure="curve")
+    summary = {"accuracy": 0.5, "step": 10, "tokens": 1000, "tokens_per_second": 50.0}
+    ran = row("lru, width 16", 0, 0.1) | {"summary": summary, "curve": [[5, 0.4], [10, 0.5]]}
+    by_tokens, by_seconds = report._curves(grid, [ran, row("gru, width 16", 0, 0.1, None)])
+    assert by_tokens == {"lru, width 16": [(500.0, 0.4), (1000.0, 0.5)]}
+    assert by_seconds == {"lru, width 16": [(10.0, 0.4), (20.0, 0.5)]}
+
+
+def test_bad_flags_end_with_one_line(tmp_path, tiny):
+    values = ["sweep", "--grids=tyni"]
+    assert cli.run(sweep.define_flags, sweep.main, values) == 2
+    for more in ("--seeds=one", "--set=steps"):
+        assert cli.run(sweep.define_flags, sweep.main, flags_for(tmp_path, more)) == 2
+    missing = ["report", f"--results={tmp_path / 'none.jsonl'}"]
+    assert cli.run(report.define_flags, report.main, missing) == 2
+
+
+@pytest.mark.parametrize("name", sorted(grids.GRIDS))
+def test_every_job_has_a_configuration(name):
+    """The words exist, the fields exist, and no two jobs are the same."""
+    grid, seen = grids.GRIDS[name], set()
+    for job in grid.jobs:
+        path, words = job.config.split(":")
+        config = importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_config(
+            words
+        )
+        config.update_from_flattened_dict(job.overrides)
+        seen.add(sweep.key(name, job.config, job.overrides))
+    assert len(seen) == len(grid.jobs)
+    assert set(grid.published) <= {job.label for job in grid.jobs}
+
+
+def test_models_of_text_are_of_one_size():
+    def size(job):
+        config = lm.get_config(job.config.split(":")[1])
+        config.update_from_flattened_dict(job.overrides)
+        shapes = jax.eval_shape(build.build_model(config.model).init, jax.random.key(0))
+        return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+    sizes = {job.label: size(job) for job in grids.GRIDS["text"].jobs}
+    assert set(sizes) == set(common.MIXERS) - {"hybrid"}
+    assert all(abs(size / 463_000 - 1) < 0.01 for size in sizes.values()), sizes
+
+
+@pytest.mark.slow
+def test_a_real_sweep(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(grids.GRIDS, "tiny", grids.dataclasses.replace(TINY, jobs=JOBS[:1]))
+    arguments = flags_for(tmp_path, "--set=steps=2", "--set=eval_every=2")
+    assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
+    [row] = sweep.read(tmp_path / "results.jsonl")
+    assert 0 <= row["summary"]["accuracy"] <= 1
+    assert [step for step, _ in row["curve"]] == [2]
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_run_that_cannot_run_stops_the_sweep(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", FakeRuns([code]))
+    with pytest.raises(UserError, match=r"none\.py failed: the loss became nan"):
+        sweep.run("tiny", grids.Job("bad", "experiments/configs/none.py", {}), {}, tmp_path)

@@ -1,0 +1,182 @@
+"""The kernels for GPU compiled for an H100 that is not at hand, and what ptxas says of them.
+
+Needs jax's CUDA plugin, without NVIDIA's libraries: the extra `aot-gpu`. Every program is compiled
+in a process of its own, which writes the report.
+"""
+
+import functools
+import importlib.util
+import itertools
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import seqjax
+from experiments.bench import gpu
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None,
+        reason="compiles for GPU ahead of time: pip install -e '.[aot-gpu]'",
+    ),
+]
+
+
+SIZES = "B=8, T=4096, D=2560"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *itertools.product(
+            [f"linear_scan, {SIZES}", f"linear_scan backward, {SIZES}"], ["float32", "bfloat16"]
+        ),
+        (f"nonlinear_scan, ParaLSTM, {SIZES}", "bfloat16"),
+        (f"nonlinear_scan backward, ParaLSTM, {SIZES}", "bfloat16"),
+    ],
+)
+def test_registers_and_shared_memory(name, dtype, tmp_path):
+    report = gpu.compile_apart(name, dtype, folder=tmp_path)
+    assert report.spills == 0
+    assert report.registers <= 128  # 512 threads of a multiprocessor's 65,536
+    # Two thread blocks on a multiprocessor: 160 of them find place on 132 at once.
+    assert 2 * (report.shared + 1024) <= gpu.SHARED_PER_CORE
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "blocks"),
+    [("", "bfloat16", 2), (" backward", "float32", 1)],
+    ids=["forward", "backward"],
+)
+def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
+    """Of the selective scan: in registers without spills, and [B, T, D, N] is nowhere."""
+    report = gpu.compile_apart(
+        f"selective_scan{way}, B=8, T=4096, D=2048, N=16", dtype, folder=tmp_path
+    )
+    assert report.spills == 0
+    assert report.registers <= 255
+    assert blocks * (report.shared + 1024) <= gpu.SHARED_PER_CORE
+    program = (tmp_path / "program.txt").read_text()
+    arrays = re.findall(r"(?:f32|bf16)\[([\d,]+)\]", program)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in arrays]
+    # At the borders of blocks of 64 steps, and B's cotangents by each of 16 blocks of features.
+    assert max(sizes) == 8 * 4096 * 2048
+
+
+@pytest.fixture(scope="module")
+def place():
+    before = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no CUDA here
+    yield gpu.h100()
+    if before is None:
+        del os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"]
+
+
+def _both(op):
+    """The values of an op and all gradients, from its arrays."""
+
+    def run(*given):
+        out, pull = jax.vjp(lambda *given: op(*given), *given)
+        return out, pull(out)
+
+    return jax.jit(run)
+
+
+DEFAULTS = {
+    "linear_scan": [(2, 64, 128)] * 2,
+    "selective_scan": [(2, 64, 128), (2, 64, 128), (128, 4), (2, 64, 4), (2, 64, 4)],
+}
+
+
+@pytest.mark.parametrize("op", DEFAULTS)
+def test_kernels_are_the_default_for_an_h100(op, place):
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place) for shape in DEFAULTS[op]]
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = _both(getattr(seqjax, op)).lower(*given).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
+
+
+@pytest.mark.parametrize("op", DEFAULTS)
+def test_xla_is_the_default_for_an_a100(op, place):
+    del place  # sets the environment
+    older = gpu.H100.replace(
+        "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES", "major: 8 minor: 0"
+    )
+    a100 = gpu.single_gpu("a100", older)
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=a100) for shape in DEFAULTS[op]]
+    with jax.sharding.use_abstract_mesh(a100.mesh.abstract_mesh):
+        assert "mosaic_gpu" not in _both(getattr(seqjax, op)).lower(*given).as_text()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "decay", "shape", "keywords"),
+    [
+        pytest.param("complex64", "BTD", (2, 300, 64), {}, id="complex"),
+        pytest.param("float32", "TD", (2, 300, 136), {"reverse": True}, id="shared over batch"),
+        pytest.param("bfloat16", "D", (2, 37, 8), {}, id="constant"),
+        pytest.param("float32", "BTD", (2, 37, 128), {}, id="steps that hang over"),
+        pytest.param("float32", "BTD", (2, 64, 128), {"block_sizes": (32, 128)}, id="block sizes"),
+    ],
+)
+def test_other_forms_compile(dtype, decay, shape, keywords, place):
+    def array(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    sizes = dict(zip("BTD", shape, strict=True))
+    given = {"decay": array([sizes[axis] for axis in decay], dtype), "x": array(shape, dtype)}
+
+    def both(given, reset):
+        def run(given):
+            return seqjax.linear_scan(**given, reset=reset, implementation="pallas", **keywords)
+
+        out, pull = jax.vjp(run, given)
+        return out, pull(out)
+
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = jax.jit(both).lower(given, array(shape[:2], jnp.bool_)).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
+
+
+@pytest.mark.slow
+def test_selective_scan_of_any_length_compiles(place):
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+
+    def both(given, reset):
+        def run(given):
+            return seqjax.selective_scan(*given, reset=reset, implementation="pallas")
+
+        out, pull = jax.vjp(run, given)
+        return out, pull(out)
+
+    given = [array(2, 73, 72), array(2, 73, 72), array(72, 3), array(2, 73, 3), array(2, 73, 3)]
+    reset = jax.ShapeDtypeStruct((2, 73), jnp.bool_, sharding=place)
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = jax.jit(both).lower(given, reset).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
+
+
+def test_an_elementwise_cell_compiles(place):
+    """Logarithms, infinities and four numbers a channel; mapped; a last block of a single step."""
+    cell = seqjax.cells.SLSTM(136)
+
+    def array(*shape, dtype="float32"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    params = {name: array(cell.dim) for name in cell.recurrent}
+    given = (params, array(2, 2, 65, cell.gates, cell.dim), array(2, cell.dim, cell.width))
+
+    def both(reset, *given):
+        run = functools.partial(seqjax.nonlinear_scan, cell, reset=reset, implementation="pallas")
+        out, pull = jax.vjp(lambda *given: run(*given)[:2], *given)
+        return out, pull(out)
+
+    mapped = jax.vmap(both, in_axes=(None, None, 0, None))
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        program = jax.jit(mapped).lower(array(2, 65, dtype="bool"), *given).compile()
+    assert program.as_text().count('custom_call_target="mosaic_gpu') == 2

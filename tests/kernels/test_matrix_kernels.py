@@ -1,0 +1,105 @@
+"""The kernels of the matrix-state ops, interpreted, in what the contract tests leave to them.
+
+Those run one form of each op with few heads, in chunks of 8. Here are the other forms, chunks of
+which the inverse takes several levels, more heads than a block has, and whole tiles, which are
+read in another way.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqjax
+from tests.contract.cases import OPS
+from tests.contract.harness import assert_close, cast, make
+
+FORMS = [case for case in OPS if case.name.startswith(("linear_attention", "delta_rule"))]
+REAL = [case for case in FORMS if not case.name.endswith(("complex", "negative"))]
+
+
+def arrays(op, decay, batch, length, heads, keys, values, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.standard_normal((batch, length, heads, *shape))
+
+    k = normal(keys)
+    made = {"q": normal(keys), "k": k, "v": normal(values)}
+    if op == "delta_rule":
+        made["beta"] = rng.uniform(0, 2, k.shape[:3]) / np.sum(k**2, axis=-1)
+    if decay is not None:
+        made["log_decay"] = -rng.uniform(0, 1, k.shape[: 3 if decay == "scalar" else 4])
+    return {name: jnp.asarray(x, dtype) for name, x in made.items()}
+
+
+def both_ways(op, given, reset, chunk_size):
+    """Outputs, final state and gradients of a kernel and of the XLA form."""
+    w = None
+    for implementation in ("xla", "pallas"):
+        keywords = {"implementation": implementation, "reset": reset}
+        if implementation == "pallas":
+            keywords |= {"interpret": True, "chunk_size": chunk_size}
+        run = jax.jit(functools.partial(getattr(seqjax, op), **keywords))
+
+        @jax.jit
+        def all_of(given, run=run, w=w):
+            out, pull = jax.vjp(lambda given: run(**given), given)
+            ct = jax.tree.map(lambda x: jnp.cos(3 * x), out) if w is None else w
+            return out, ct, pull(ct)
+
+        out, w, gradients = all_of(given)
+        yield out, gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_every_form_in_chunks_with_levels(case, x64, strict, compiled_quickly):
+    inputs, state, reset = make(case, length=39)
+    given = cast(inputs | {"initial_state": state}, "float64")
+    op = case.name.split("-")[0]
+    expected, found = both_ways(op, given, reset, chunk_size=32)
+    assert_close(found, expected, 1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_tiles(dtype):
+    """8 heads of 128 keys: heads are read with a stride, two of bfloat16 out of each word."""
+    given = arrays("linear_attention", "scalar", 1, 24, 8, 128, 128, dtype)
+    expected, found = both_ways("linear_attention", given, None, chunk_size=16)
+    # bfloat16: gradients are rounded, and so are products.
+    assert_close(found, expected, {"float32": 2e-5, "bfloat16": 2e-2}[dtype])
+
+
+@pytest.mark.slow
+def test_more_heads_than_a_block_has(x64, strict, compiled_quickly):
+    given = arrays("delta_rule", "scalar", 1, 9, 10, 3, 2, "float64")
+    reset = np.arange(9)[None] == 5
+    expected, found = both_ways("delta_rule", given, reset, chunk_size=8)
+    assert_close(found, expected, 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.complex64}, "has no complex form"),
+        ({"v": jnp.float16}, "takes no float16"),
+        ({"k": jnp.float64}, "takes no float64"),
+    ],
+    ids=["complex", "float16", "float64"],
+)
+def test_what_the_kernel_cannot_do(change, message, x64):
+    given = arrays("linear_attention", "scalar", 1, 9, 2, 3, 2, "float32")
+    given |= {name: given[name].astype(dtype) for name, dtype in change.items()}
+    with pytest.raises(NotImplementedError, match=message):
+        seqjax.linear_attention(**given, implementation="pallas")
+    seqjax.linear_attention(**given)
+
+
+def test_the_kernel_says_how_wide_it_can_be():
+    given = arrays("linear_attention", None, 1, 9, 1, 300, 2, "float32")
+    with pytest.raises(NotImplementedError, match="at most 256 numbers, these have 300"):
+        seqjax.linear_attention(**given, implementation="pallas")

@@ -1,0 +1,82 @@
+"""`dataclasses.replace` of a layer or model equals direct construction."""
+
+import dataclasses
+
+import pytest
+
+import seqjax
+from tests.contract.cases import ROWS
+
+OTHER = {int: lambda n: n + 1, float: lambda x: x * 0.75 + 0.2, bool: lambda flag: not flag}
+NONE = {  # other values of fields that are None
+    "activation": "silu",
+    "algorithm": "sequential",
+    "bidirectional": True,
+    "depth": 4,
+    "dt_rank": 3,
+    "head_dim": 6,
+    "hidden_dim": 24,
+    "implementation": "xla",
+    "mlp_dim": 8,
+    "output_gate": True,
+    "place": lambda x, axes: x,
+    "solver": seqjax.Newton(window=8),
+    "state_dim": 8,
+}
+NAMES = {"channel_axis": "heads", "pool": "last", "dtype": "bfloat16"}
+LRU = seqjax.layers.LRU(4)
+MODELS = [
+    seqjax.models.Block(LRU),
+    seqjax.models.Backbone([LRU, seqjax.layers.ShortConv(4)], depth=2),
+    seqjax.models.LanguageModel(7, seqjax.models.Backbone(LRU)),
+    seqjax.models.Classifier(3, seqjax.models.Backbone(LRU), vocab_size=7),
+]
+
+
+def changes(layer):
+    """Another value for each field with a default, and a larger `dim`."""
+    for field in dataclasses.fields(layer):
+        value = getattr(layer, field.name)
+        if not field.init or field.name in ("vocab_size", "input_dim", "num_classes"):
+            continue
+        if field.name in ("dim", "depth") and value:
+            yield field.name, 2 * value
+        elif field.default is dataclasses.MISSING:
+            continue
+        elif field.name == "r_max":
+            yield "r_max", 0.5
+        elif value is None:
+            yield field.name, NONE[field.name]
+        elif isinstance(value, str):
+            yield field.name, NAMES[field.name]
+        elif field.name in ("state_dim", "head_dim"):
+            yield field.name, 2 * value
+        elif field.name == "blocks":
+            yield "blocks", 1
+        elif field.name in ("min_decay", "dt_min"):
+            yield field.name, value / 2
+        else:
+            yield field.name, OTHER[type(value)](value)
+
+
+@pytest.mark.parametrize(
+    "layer", [c.layer for c in ROWS if c.layer is not None] + MODELS, ids=lambda x: type(x).__name__
+)
+def test_replaced_layers_equal_those_built_directly(layer):
+    given = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer) if f.init}
+    minimal = {
+        f.name: getattr(layer, f.name)
+        for f in dataclasses.fields(layer)
+        if f.init and (f.default is dataclasses.MISSING or f.name == "vocab_size")
+    }
+    for name, value in changes(layer):
+        replaced = dataclasses.replace(layer, **{name: value})
+        assert replaced == type(layer)(**given | {name: value})
+        assert getattr(replaced, name) == value
+        # Values that follow from other fields, such as the width of a head, follow the new ones.
+        plain = type(layer)(**minimal)
+        direct = type(layer)(**minimal | {name: value})
+        replaced = dataclasses.replace(plain, **{name: value})
+        assert replaced == direct
+        assert hash(replaced) == hash(direct)
+        assert replaced.param_shapes() == direct.param_shapes()

@@ -1,0 +1,221 @@
+"""Cells: the step is the equations', the declared structure and bounds are true.
+
+Their layers are rows of `cases.LAYERS`; here is what only these layers have.
+"""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqjax
+from seqjax import cells, layers
+from tests.contract.cases import cell_params
+from tests.oracles.rnn_oracles import STEPS
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+D = 4
+CELLS = [
+    cells.Elman(D),
+    cells.GRU(D),
+    cells.LSTM(D),
+    cells.ParaGRU(D),
+    cells.ParaLSTM(D),
+    cells.SLSTM(D),
+    cells.LEM(D, dt=0.3),
+    cells.LTC(D, dt=0.3),
+]
+EACH = pytest.mark.parametrize("cell", CELLS, ids=repr)
+AT_SCALES = pytest.mark.parametrize("scale", [1.0, 3.0])
+
+
+def limits(cell, params):
+    """The bounds as arrays of the state's shape."""
+    shape = cell.initial_state(1).shape[1:]
+    bounds = cell.bounds(jax.tree.map(jnp.asarray, params))
+    return [np.broadcast_to(np.asarray(bound), shape) for bound in bounds]
+
+
+def draw(cell, scale, seed=0):
+    """Parameters, a state anywhere within the bounds, and pre-activations, in float64."""
+    rng = np.random.default_rng(seed)
+    params = cell_params(rng, cell, scale)
+    low, high = limits(cell, params)
+    within = rng.uniform(np.maximum(low, -5), np.minimum(high, 5))
+    if isinstance(cell, cells.SLSTM):
+        within[:, 0] = within[:, 1] * rng.uniform(-1, 1, D)  # |c| <= n, as in every sLSTM state
+    return params, within, scale * rng.standard_normal((cell.gates, D))
+
+
+def draws(cell, scale, count=50):
+    """`count` such draws, stacked."""
+    return jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(draw(cell, scale, i) for i in range(count))
+    )
+
+
+@EACH
+@AT_SCALES
+def test_no_step_leaves_the_bounds(cell, scale, x64, strict):
+    params, h, u = draws(cell, scale)
+    after = np.asarray(jax.jit(jax.vmap(cell))(params, h, u))
+    assert np.isfinite(after).all()
+    low, high = zip(
+        *(limits(cell, {k: p[i] for k, p in params.items()}) for i in range(len(u))), strict=True
+    )
+    # A mean of two numbers may round to just beyond both.
+    assert (np.stack(low) - 1e-14 <= after).all()
+    assert (after <= np.stack(high) + 1e-14).all()
+    assert (np.stack(low) <= 0).all()
+    assert (np.stack(high) >= 0).all()
+
+
+@EACH
+def test_bounds_leave_out_no_number_that_has_some(cell, x64):
+    """Only c of the LSTM, and c, m and the upper end of n of the sLSTM, go to infinity."""
+    low, high = limits(cell, draw(cell, 1.0)[0])
+    wanted = {cells.LSTM: (1, 1), cells.SLSTM: (2, 3)}.get(type(cell), (0, 0))
+    assert (np.isinf(low).sum(), np.isinf(high).sum()) == (D * wanted[0], D * wanted[1])
+
+
+@EACH
+def test_infinite_bounds_pass_debug_infs(cell, strict):
+    """An eager call, as `jax.debug_infs` checks the result of every eager operation."""
+    params, h, u = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draws(cell, 1.0, 2))
+    params = jax.tree.map(lambda p: p[0], params)
+    with jax.debug_infs(True):
+        hs, *_ = seqjax.nonlinear_scan(cell, params, u[:, None], h, algorithm="sequential")
+    assert np.isfinite(hs).all()
+
+
+@EACH
+@AT_SCALES
+def test_the_jacobian_has_the_declared_structure(cell, scale, x64, strict):
+    jacobians = np.asarray(jax.jit(jax.vmap(jax.jacfwd(cell, 1)))(*draws(cell, scale)))
+    k = cell.width
+    jacobians = np.abs(jacobians).reshape(-1, D, k, D, k).max(axis=0)
+    same_channel = np.eye(D, dtype=bool)[:, None, :, None]
+    across = np.where(same_channel, 0, jacobians)
+    within = jacobians[np.arange(D), :, np.arange(D), :]
+    if cell.structure == "dense":
+        assert (across.max(axis=(1, 3))[~np.eye(D, dtype=bool)] > 0).all()
+        return
+    assert (across == 0).all()
+    assert (within.max(axis=(1, 2)) > 0).all()
+    if cell.structure == "diagonal":
+        assert k == 1
+    else:
+        assert (within[:, ~np.eye(k, dtype=bool)] > 0).any()
+
+
+def as_sums(cell, h):
+    """The state as the oracle has it: a list of vectors, sLSTM's without the stabiliser."""
+    columns = list(np.asarray(h).reshape(D, cell.width).T)
+    if isinstance(cell, cells.SLSTM):
+        c, n, h, m = columns
+        return [c * np.exp(m), n * np.exp(m), h]
+    return columns
+
+
+@EACH
+@AT_SCALES
+def test_a_step_is_the_equations(cell, scale, x64, strict):
+    oracle, width, read = STEPS[type(cell).__name__]
+    hyper = types.SimpleNamespace(dt=getattr(cell, "dt", None))
+    step = jax.jit(cell)
+    for seed in range(6):
+        params, h, u = draw(cell, scale, seed)
+        h = h * (seed > 0)  # the zero state as well
+        expected = oracle(hyper, params, as_sums(cell, h), u)
+        assert len(expected) == width
+        after = step(params, h, u)
+        # What cancels in float64 is of the size of 1.
+        np.testing.assert_allclose(as_sums(cell, after), expected, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(cell.output(after), expected[read], rtol=1e-12, atol=1e-14)
+
+
+@EACH
+def test_states_are_of_the_dtype_given(cell, strict):
+    params, h, u = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(cell, 1.0))
+    after = cell(params, h, u)
+    assert after.dtype == jnp.float32
+    assert after.shape == h.shape
+    assert hash(cell) == hash(dataclasses.replace(cell))
+
+
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
+def test_slstm_does_not_overflow(shift, strict):
+    """Every input gate times exp(shift): the same h, and finite derivatives, at zero as well."""
+    cell = cells.SLSTM(D)
+    params, _, _ = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(cell, 1.0))
+    us = jnp.asarray(np.random.default_rng(1).standard_normal((20, 4, D)), jnp.float32)
+
+    @jax.jit
+    def run(us, h):
+        return jax.lax.scan(lambda h, u: (cell(params, h, u),) * 2, h, us)[1][..., 2]
+
+    start = jnp.zeros((D, 4))
+    shifted = us.at[:, 0].add(shift)
+    np.testing.assert_allclose(run(shifted, start), run(us, start), atol=1e-4)
+
+    def value(us, h):
+        return jnp.sum(jnp.sin(run(us, h)))
+
+    for leaf in jax.jit(jax.grad(value, argnums=(0, 1)))(shifted, start):
+        assert np.isfinite(leaf).all()
+
+
+def test_slstm_begins_where_nothing_has_been_summed(x64, strict):
+    """n = 0: the past does not count, whatever c and m hold."""
+    cell = cells.SLSTM(D)
+    params, _, u = jax.tree.map(jnp.asarray, draw(cell, 1.0))
+    empty = jnp.zeros((D, 4))
+    other = empty.at[:, 0].set(3.0).at[:, 3].set(50.0)
+    np.testing.assert_array_equal(cell(params, other, u), cell(params, empty, u))
+    np.testing.assert_array_equal(cell(params, empty, u)[:, 1], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cells.GRU(0), "GRU: `dim`"),
+        (lambda: cells.SLSTM(2.0), "SLSTM: `dim`"),
+        (lambda: cells.LEM(2, dt=0), "LEM: `dt`"),
+        (lambda: cells.LEM(2, dt=1.5), "LEM: `dt`"),
+        (lambda: cells.LEM(0), "LEM: `dim`"),
+        (lambda: cells.LTC(2, dt=-1.0), "LTC: `dt`"),
+        (lambda: cells.LTC(2, dt=float("inf")), "LTC: `dt`"),
+    ],
+)
+def test_bad_hyperparameters(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("kind", [layers.ParaGRU, layers.SLSTM], ids=lambda kind: kind.__name__)
+def test_layers_say_how_they_were_solved(kind, x64):
+    """`algorithm` and `solver` reach the solver, and either way the numbers are the same."""
+    x = np.random.default_rng(0).standard_normal((2, 40, D))
+    reset = np.zeros((2, 40), bool)
+    reset[0, 17] = True
+    outputs = {}
+    for algorithm in ("sequential", "newton"):
+        layer = kind(D, algorithm=algorithm)
+        params = layer.init(jax.random.key(0), jnp.float64)
+        outputs[algorithm] = layer.apply(params, x, reset=reset)
+        info = layer.solve_info(params, x, reset=reset)
+        assert info.converged.all()
+        steps, iterations = (40, 0) if algorithm == "sequential" else (0, 1)
+        assert (info.sequential_steps == steps).all()
+        assert (info.iterations >= iterations).all()
+        assert (info.iterations < 20).all()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *outputs.values()
+    )
+    rough = kind(D, algorithm="newton", solver=seqjax.Newton(tol=0.1))
+    assert rough.solve_info(params, x, reset=reset).iterations.sum() < info.iterations.sum()
+    with pytest.raises(ValueError, match=f"{kind.__name__}.*algorithm must be"):
+        kind(D, algorithm="associative")
