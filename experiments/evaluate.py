@@ -1,7 +1,7 @@
 """Bits per byte of a trained model on held-out text, or its accuracy on its task.
 
-    python -m experiments.evaluate --workdir=runs/lm-deltanet
-    python -m experiments.evaluate --workdir=runs/lm-deltanet --which=best --path=book.txt
+    python -m experiments.evaluate --workdir=runs/lm-gated_deltanet
+    python -m experiments.evaluate --workdir=runs/lm-gated_deltanet --which=best --path=book.txt
 
 The configuration is the one of the run: `python -m experiments.train --help` lists its fields.
 """

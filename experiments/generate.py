@@ -1,7 +1,7 @@
 """Streams text from a trained model, byte by byte, with a state of constant size.
 
-    python -m experiments.generate --workdir=runs/lm-deltanet --prompt="def main("
-    python -m experiments.generate --workdir=runs/lm-deltanet --num_bytes=2000 --temperature=0.5
+    python -m experiments.generate --workdir=runs/lm-gated_deltanet --prompt="def main("
+    python -m experiments.generate --workdir=runs/lm-mamba --num_bytes=2000 --temperature=0.5
 
 The configuration is the one of the run: `python -m experiments.train --help` lists its fields.
 """

@@ -1,7 +1,7 @@
 """What a training step would take on a TPU slice that is not there: memory, traffic, time.
 
-    python -m experiments.plan --config=experiments/configs/pod_gated_deltanet_1b.py \
-        --topology=v5e:16x16
+    python -m experiments.plan --topology=v5e:16x16 \\
+        --config=experiments/configs/pod_gated_deltanet_1b.py
     python -m experiments.plan --table=v5e:16x16,v5p:4x4x4      # a table of every recipe
 
 Compiles the real training step ahead of time with the real TPU compiler; needs the `aot` extra.

@@ -46,7 +46,7 @@ experiments.sweep` writes. Runs are small: sizes, steps and departures are in th
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Defines the flags of this script."""
     flags.DEFINE_string("results", sweep.RESULTS, "The results to report.", flag_values=values)
-    flags.DEFINE_string("figures", "experiments", "Folder for figures.", flag_values=values)
+    flags.DEFINE_string("figures", "experiments/results", "Folder for figures.", flag_values=values)
 
 
 def main(values: Any) -> int:

@@ -1,6 +1,6 @@
 """Trains a model on a text or a task; start it again and it goes on where it was.
 
-python -m experiments.train --config=experiments/configs/lm.py:deltanet
+python -m experiments.train --config=experiments/configs/lm.py:gated_deltanet
 python -m experiments.train --config=experiments/configs/state_tracking.py:parity,gru
 """
 

@@ -339,7 +339,7 @@ def _check_heads(layer: Layer, over: int) -> None:
     heads = getattr(layer, "heads", None)
     if heads is not None:
         _check(f"{type(layer).__name__}: heads", heads, "tensor", over)
-    for entry in layer._params().values():
+    for entry in layer.declare_params().values():
         if isinstance(entry, Layer):
             _check_heads(entry, over)
 

@@ -26,7 +26,9 @@ ARCHITECTURES = [
     made
     for module in (seqjax.layers, seqjax.cells, seqjax.models)
     for made in map(module.__dict__.get, module.__all__)
-    if made not in (seqjax.layers.Layer, seqjax.layers.Param)  # docs/guides/adding.md has one
+    if inspect.isclass(made)
+    and issubclass(made, (seqjax.layers.Layer, seqjax.cells.Cell))
+    and made is not seqjax.layers.Layer  # docs/guides/adding.md has one
 ]
 
 

@@ -20,7 +20,10 @@ import seqjax
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMMANDS = sorted(
-    path.stem for path in (ROOT / "experiments").glob("*.py") if "__main__" in path.read_text()
+    path.stem if path.stem != "__main__" else path.parent.name
+    for pattern in ("*.py", "*/__main__.py")
+    for path in (ROOT / "experiments").glob(pattern)
+    if "__main__" in path.read_text()
 )
 
 
@@ -130,16 +133,17 @@ def test_a_command_without_its_extras(tmp_path, command):
     ("suite", "package", "extra"),
     [("tpu", "libtpu", "aot"), ("gpu", "jax-cuda13-plugin", "aot-gpu")],
 )
-def test_a_suite_without_its_compiler(capsys, monkeypatch, suite, package, extra):
-    bench = pytest.importorskip("experiments.bench")
+def test_a_suite_without_its_compiler(monkeypatch, suite, package, extra):
+    bench = pytest.importorskip("experiments.bench.__main__")
+    errors = pytest.importorskip("experiments.base.errors")
 
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr(bench, "ROUNDS", types.SimpleNamespace(value=1))
-    with pytest.raises(SystemExit, match="2"):
-        bench.main(["bench", suite])
-    assert capsys.readouterr().err == (
-        f"error: {package} is not installed: pip install -e '.[{extra}]' from a clone\n"
+    with pytest.raises(errors.UserError) as raised:
+        bench.main(None, [suite])
+    assert str(raised.value) == (
+        f"{package} is not installed: pip install -e '.[{extra}]' from a clone"
     )

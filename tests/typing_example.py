@@ -14,7 +14,7 @@ import seqjax.linen
 import seqjax.nnx
 from seqjax import sharding
 from seqjax.cells import Cell
-from seqjax.layers import LRU, GatedMLP, Layer, Param, SlidingWindowAttention
+from seqjax.layers import LRU, Context, GatedMLP, Layer, Param, SlidingWindowAttention
 from seqjax.models import Backbone, Block, Classifier, LanguageModel
 from seqjax.types import Array, Float, PyTree, Reset
 
@@ -107,26 +107,25 @@ class Average(Layer):
     dim: int
     start: float | None = None
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         return {"logit": Param((self.dim,), ("embed",), "recurrence", self._logit)}
 
     def _logit(self, key: jax.Array, shape: tuple[int, ...], dtype: PyTree) -> jax.Array:
         return jnp.full(shape, 2.0 if self.start is None else self.start, dtype)
 
-    def _initial_state(self, batch_size: int, dtype: PyTree) -> jax.Array:
+    def make_state(self, batch_size: int, dtype: PyTree) -> jax.Array:
         return jnp.zeros((batch_size, self.dim), dtype)
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: jax.Array,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: jax.Array, context: Context
     ) -> tuple[jax.Array, jax.Array]:
         decay = jax.nn.sigmoid(params["logit"])
         return seqjax.linear_scan(
-            decay, (1 - decay) * x, state, reset=reset, sequence_axis=sequence_axis
+            decay,
+            (1 - decay) * x,
+            state,
+            reset=context.reset,
+            sequence_axis=context.sequence_axis,
         )
 
 

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.base.errors import UserError, nearest
-from seqjax import layers, models
-
-LAYERS: dict[str, Callable[..., layers.Layer]] = {
-    "lru": layers.LRU,
-    "s5": layers.S5,
-    "gateloop": layers.GateLoop,
-    "mamba": layers.Mamba,
-    "deltanet": layers.DeltaNet,
-    "gated_deltanet": functools.partial(layers.DeltaNet, gated=True),
-    "attention": layers.SlidingWindowAttention,
-    "elman": layers.Elman,
-    "gru": layers.GRU,
-    "lstm": layers.LSTM,
-    "paragru": layers.ParaGRU,
-    "paralstm": layers.ParaLSTM,
-    "slstm": layers.SLSTM,
-    "lem": layers.LEM,
-    "ltc": layers.LTC,
-}
+from seqjax import models
+from seqjax.layers import REGISTRY
 
 VOCAB_SIZE = 256
 
@@ -69,18 +50,18 @@ def _one_line() -> Iterator[None]:
 
 
 def _build_layer(name: str, model: ConfigDict) -> Any:
-    if name not in LAYERS:
-        raise UserError(f"config.model.mixers: unknown layer {name!r}: {nearest(name, LAYERS)}")
-    layer = LAYERS[name]
+    if name not in REGISTRY:
+        raise UserError(f"config.model.mixers: unknown layer {name!r}: {nearest(name, REGISTRY)}")
+    entry = REGISTRY[name]
     options = model.options.get(name, ConfigDict()).to_dict()
-    fields = inspect.signature(layer).parameters
     for option in options:
-        if option not in fields:
+        if option not in entry.fields:
             raise UserError(
-                f"config.model.options.{name}: unknown field {option!r}: {nearest(option, fields)}"
+                f"config.model.options.{name}: unknown field {option!r}:"
+                f" {nearest(option, entry.fields)}"
             )
     try:
-        return layer(dim=model.dim, **options)
+        return entry.make(model.dim, **options)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.model.options.{name}: {error}") from error
 

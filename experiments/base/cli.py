@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.base import usage
 from experiments.base.errors import UserError, is_disk_full, system_error
 
-EXAMPLE_CONFIG = "experiments/configs/lm.py:deltanet"
+EXAMPLE_CONFIG = "experiments/configs/lm.py:gated_deltanet"
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:

@@ -6,26 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.base.errors import UserError, nearest
+from seqjax.layers import REGISTRY
 
-# The mixers of the blocks; a list with commas alternates.
-MIXERS = {
-    "lru": "lru",
-    "s5": "s5",
-    "gateloop": "gateloop",
-    "mamba": "mamba",
-    "deltanet": "deltanet",
-    "gated_deltanet": "gated_deltanet",
-    "attention": "attention",
-    "elman": "elman",
-    "gru": "gru",
-    "lstm": "lstm",
-    "paragru": "paragru",
-    "paralstm": "paralstm",
-    "slstm": "slstm",
-    "lem": "lem",
-    "ltc": "ltc",
-    "hybrid": "gated_deltanet,attention",
-}
+# Words for the mixers of the blocks; a value with commas alternates several layers.
+MIXERS = {name: name for name in REGISTRY} | {"hybrid": "gated_deltanet,attention"}
 
 
 QUICKTEST = {"quicktest": "a run of a few seconds, which learns next to nothing"}
@@ -66,28 +50,8 @@ def parse(
 
 
 def layer_options(dim: int, heads: int) -> dict[str, dict[str, Any]]:
-    """Options of every layer for blocks of a width."""
-    state = {"state_dim": dim}
-    deltanet = {"heads": heads, "conv_size": 4, "negative_eigenvalues": False}
-    return {
-        "lru": {"state_dim": dim, "r_min": 0.0, "r_max": 1.0},
-        # Short memories as well: the paper's steps of 1e-3 to 1e-1 and its few blocks are
-        # for signals that change slowly, and reach 2.7 bits per byte on text.
-        "s5": {"state_dim": 2 * dim, "blocks": max(dim // 4, 1), "dt_min": 1e-2, "dt_max": 2.0},
-        "gateloop": {"heads": heads},
-        "mamba": {"state_dim": 16, "expand": 2, "conv_size": 4, "negative_eigenvalues": False},
-        "deltanet": dict(deltanet),
-        "gated_deltanet": dict(deltanet),
-        "attention": {"heads": max(heads // 2, 1), "window": 64},
-        "elman": dict(state),
-        "gru": dict(state),
-        "lstm": dict(state),
-        "paragru": dict(state),
-        "paralstm": dict(state),
-        "slstm": dict(state),
-        "lem": {"state_dim": dim, "dt": 1.0},
-        "ltc": {"state_dim": dim, "dt": 1.0},
-    }
+    """Return the default options of every layer for blocks of a width."""
+    return {name: entry.defaults(dim, heads) for name, entry in REGISTRY.items()}
 
 
 def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict[str, Any]:

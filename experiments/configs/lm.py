@@ -1,6 +1,6 @@
 """Byte-level language models on text, one for each layer.
 
-    python -m experiments.train --config=experiments/configs/lm.py:deltanet
+    python -m experiments.train --config=experiments/configs/lm.py:gated_deltanet
 
 Hardware: any; the defaults are for two CPU cores: 500 steps of 16 x 128 bytes with two blocks of
 width 128, about 0.4 million parameters. Results on the first 524,288 held-out bytes of the Python

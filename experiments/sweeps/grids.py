@@ -159,6 +159,7 @@ MLP_RATIOS = {
     "mamba": 2.0,
     "deltanet": 3.0,
     "gated_deltanet": 2.625,
+    "gla": 3.0,
     "attention": 3.0,
     "elman": 3.375,
     "gru": 2.0,

@@ -1,65 +1,22 @@
-"""How Newton fares inside a model: a `SolveInfo` for every block with a nonlinear RNN."""
+"""Report of how Newton fares inside a model: a `SolveInfo` for every nonlinear RNN."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from seqjax import SolveInfo
-from seqjax.layers import RNN, Layer, Param
+from seqjax.layers import RNN, Layer
 
 Params = dict[str, Any]
-State = Any
 Report = Callable[[Params, jax.Array, jax.Array], dict[str, jax.Array]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Watched(Layer):
-    """A layer as it is, that adds to its state how it was solved (None: not by Newton).
-
-    A model made of such layers is the same model, with the same parameters, and needs no other
-    way to tell what happened inside it.
-    """
-
-    layer: Layer
-    dim: int = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dim", self.layer.dim)
-
-    @property
-    def causal(self) -> bool:
-        """Whether the layer is."""
-        return self.layer.causal
-
-    def _params(self) -> Mapping[str, Param | Layer]:
-        return self.layer._params()
-
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        return self.layer._initial_state(batch_size, dtype), None
-
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
-    ) -> tuple[jax.Array, State]:
-        info = None
-        if by_newton(self.layer):
-            assert isinstance(self.layer, RNN)
-            info = self.layer.solve_info(params, x, state[0], reset)
-        y, after = self.layer._apply(params, x, state[0], reset, sequence_axis)
-        return y, (after, info)
-
-
-def by_newton(layer: Layer) -> bool:
-    """Whether the layer solves by Newton on the platform that runs are trained on here."""
+def uses_newton(layer: Layer) -> bool:
+    """Return whether the layer is an RNN that Newton solves on this machine's platform."""
     if not isinstance(layer, RNN):
         return False
     return layer.algorithm == "newton" or (
@@ -70,32 +27,34 @@ def by_newton(layer: Layer) -> bool:
 def solve_infos(
     model: Any, params: Params, x: jax.Array, reset: jax.Array | None = None
 ) -> dict[str, SolveInfo]:
-    """Runs a model with a backbone and tells how each of its nonlinear RNNs was solved.
+    """Run a model with a backbone and return how each of its nonlinear RNNs was solved.
 
     Args:
-      model: a `LanguageModel`, or another model that is a frozen dataclass with a `backbone`.
+      model: a `LanguageModel`, or another model with a `backbone`.
       params: its parameters.
       x: its inputs.
       reset: [B, T] bool.
 
     Returns:
-      `{name of the block: SolveInfo}` for the blocks whose mixer is solved by Newton.
+      `{name of the block: SolveInfo}` for the blocks with a mixer that Newton solves.
     """
-    backbone = model.backbone
-    mixers = tuple(Watched(mixer) for mixer in backbone.layers)
-    watched = dataclasses.replace(model, backbone=dataclasses.replace(backbone, mixers=mixers))
-    _, states = watched.apply(params, x, reset=reset)
-    infos = {f"block_{i}": info for i, (_, info) in enumerate(states)}
-    return {name: info for name, info in infos.items() if info is not None}
+    _, _, aux = model.apply_with_aux(params, x, reset=reset)
+    infos = {}
+    for i, block in enumerate(model.backbone.stack):
+        for name, mixer in block.mixers.items():
+            if uses_newton(mixer):
+                infos[f"block_{i}"] = aux[f"block_{i}/{name}/solve"]
+    return infos
 
 
 def make_report(model: Any) -> Report | None:
-    """Returns `report(params, x, reset) -> numbers for the log`, jitted.
+    """Return `report(params, x, reset) -> numbers for the log`, jitted.
 
-    None if nothing in the model is solved by Newton. `newton_iterations` is the largest number
-    over sequences and blocks, `newton_unconverged` how many solves had not converged.
+    Returns None if Newton solves nothing in the model. `newton_iterations` is the largest number
+    over sequences and blocks, `newton_unconverged` the number of unconverged solves.
     """
-    if not any(map(by_newton, model.backbone.layers)):
+    mixers = [mixer for block in model.backbone.stack for mixer in block.mixers.values()]
+    if not any(map(uses_newton, mixers)):
         return None
 
     @jax.jit

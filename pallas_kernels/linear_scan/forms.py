@@ -80,7 +80,7 @@ def adjoint(
     dx, d_h0, da = run(
         a, dy, d_final, reset, (y, h0), True, not reverse, out_dtype, blocks, interpret
     )
-    axes = tuple(i for i in range(3) if a[0].shape[i] == 1 and da[0].shape[i] > 1)
+    axes = tuple(i for i in range(3) if a[0].shape[i] == 1)
     da = tuple(jnp.sum(p, axis=axes, keepdims=True).astype(a[0].dtype) for p in da)
     return da, dx, d_h0
 

@@ -260,6 +260,7 @@ def _broadcast_row(x: jax.Array, width: int, at: int) -> jax.Array:
 
 
 def widths(size: int) -> list[int]:
+    """Return 1, 2, 4, ..., the powers of two below `size`."""
     return [1 << n for n in range(size.bit_length() - 1)]
 
 

@@ -49,6 +49,7 @@ class Plan(NamedTuple):
 
     @property
     def chunks(self) -> int:
+        """The number of chunks of time."""
         return -(-self.length // self.chunk)
 
     @property
@@ -201,6 +202,7 @@ def _prepare(p: Plan, r: Refs, chunk: jax.Array) -> jax.Array:
 
 
 def forward_kernel(p: Plan, names: list[str], *refs: Any) -> None:
+    """Run one chunk of one block of heads; the state is carried in scratch memory."""
     r = Refs(names, refs)
     chunk = pl.program_id(2)
 
@@ -232,6 +234,7 @@ def forward_kernel(p: Plan, names: list[str], *refs: Any) -> None:
 
 
 def backward_kernel(p: Plan, names: list[str], *refs: Any) -> None:
+    """Run the adjoint of one chunk, from the last to the first, with the cotangent in scratch."""
     r = Refs(names, refs)
     chunk = p.chunks - 1 - pl.program_id(2)
 

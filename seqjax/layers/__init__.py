@@ -4,13 +4,18 @@ from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
+from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.gateloop import GateLoop as GateLoop
+from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mlp import GatedMLP as GatedMLP
+from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
+from seqjax.layers.registry import REGISTRY as REGISTRY
+from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.rnn import GRU as GRU
 from seqjax.layers.rnn import LEM as LEM
 from seqjax.layers.rnn import LSTM as LSTM
@@ -22,19 +27,24 @@ from seqjax.layers.rnn import ParaLSTM as ParaLSTM
 from seqjax.layers.s5 import S5 as S5
 
 __all__ = [
+    "GLA",
     "GRU",
     "LEM",
     "LRU",
     "LSTM",
     "LTC",
+    "REGISTRY",
     "RNN",
     "S5",
     "SLSTM",
+    "Context",
     "DeltaNet",
     "Elman",
+    "Entry",
     "GateLoop",
     "GatedMLP",
     "Layer",
+    "LayerNorm",
     "Mamba",
     "ParaGRU",
     "ParaLSTM",

@@ -1,4 +1,4 @@
-"""What every layer is: parameters declared once, arguments checked once, one protocol."""
+"""Base class of all layers: declared parameters, checked arguments, one protocol."""
 
 import abc
 import dataclasses
@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from seqjax.layers import _checks
+from seqjax.layers import _checks, _segments
+from seqjax.layers.context import Context
 from seqjax.ops.core import explicit_mesh
 from seqjax.types import PyTree
 
@@ -61,15 +62,20 @@ class Param:
 
 
 class Layer(abc.ABC):
-    """A sequence layer: hyperparameters in a frozen dataclass, everything else passed in.
+    """Base class of sequence layers: hyperparameters in a frozen dataclass, arrays passed in.
 
-    A subclass is a frozen dataclass with a `dim` and three methods: `_params` declares its
-    parameters and sublayers, `_initial_state` makes the state before the first step, `_apply` is
-    the layer itself. `init`, `param_axes`, `param_roles`, `apply`, `step`, `initial_state` and all
-    checks of their arguments follow from these.
+    A subclass is a frozen dataclass with a field `dim` and up to four hooks:
+
+    - `declare_params` returns its parameters and sublayers by name.
+    - `make_state` returns the state before the first step; by default there is none.
+    - `forward` computes the layer.
+    - `make_values` returns the arrays that a block hands to later blocks; by default none.
+
+    `init`, `param_axes`, `param_roles`, `apply`, `step`, `initial_state` and all argument checks
+    follow from these. A layer calls its sublayers by their `forward`.
 
     Weights are cast to the dtype of `x` (bfloat16, float16, float32 or float64) and the output has
-    that dtype; states, recurrence parameters and statistics are float32 (complex64), or float64
+    that dtype. States, recurrence parameters and statistics are float32 (complex64), or float64
     (complex128) when `x` is float64.
 
     Example:
@@ -79,17 +85,21 @@ class Layer(abc.ABC):
       ... class Leaky(seqjax.layers.Layer):
       ...     dim: int
       ...
-      ...     def _params(self):
+      ...     def declare_params(self):
       ...         zeros = jax.nn.initializers.zeros
       ...         return {"keep": seqjax.layers.Param((self.dim,), ("embed",), "recurrence", zeros)}
       ...
-      ...     def _initial_state(self, batch_size, dtype):
+      ...     def make_state(self, batch_size, dtype):
       ...         return jnp.zeros((batch_size, self.dim), dtype)
       ...
-      ...     def _apply(self, params, x, state, reset, sequence_axis=None):
+      ...     def forward(self, params, x, state, context):
       ...         decay = jax.nn.sigmoid(params["keep"])
       ...         y, state = seqjax.linear_scan(
-      ...             decay, (1 - decay) * x, state, reset=reset, sequence_axis=sequence_axis
+      ...             decay,
+      ...             (1 - decay) * x,
+      ...             state,
+      ...             reset=context.reset,
+      ...             sequence_axis=context.sequence_axis,
       ...         )
       ...         return y.astype(x.dtype), state
       >>> layer = Leaky(dim=2)
@@ -100,32 +110,55 @@ class Layer(abc.ABC):
 
     dim: int  # features per position of the input and of the output
 
-    @abc.abstractmethod
-    def _params(self) -> Mapping[str, "Param | Layer"]:
-        """The layer's parameters and sublayers by name."""
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "__repr__" not in cls.__dict__:  # a dataclass would write one that lists every field
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Return the call that makes the layer, fields with their default value omitted."""
+        given = []
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.init and (field.default is dataclasses.MISSING or value != field.default):
+                given.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @abc.abstractmethod
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        """The state before the first step; `dtype` is float32 or float64."""
+    def declare_params(self) -> Mapping[str, "Param | Layer"]:
+        """Return the layer's parameters and sublayers by name."""
+
+    def make_state(self, batch_size: int, dtype: Any) -> State:
+        """Return the state before the first step; `dtype` is float32 or float64."""
+        return ()
+
+    def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
+        """Return initial arrays [B, T, ...] for `context.values`, which blocks share by name."""
+        return {}
 
     @abc.abstractmethod
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        """`apply` on arguments that have been checked, with the state filled in.
+        """Compute `apply` on checked arguments, with the state filled in.
 
-        With a `sequence_axis`, `x` and `reset` are this device's part of the sequence, `state` is
-        the one before the whole sequence and the state returned the one after it.
+        With `context.sequence_axis`, `x` and `context.reset` are this device's part of the
+        sequence. `state` is then the one before the whole sequence, and the returned state the one
+        after it.
         """
+
+    def state_flops(self) -> int:
+        """Return the floating-point operations on the state for one position.
+
+        A multiplication and an addition count as two. Products with weights are counted from the
+        parameters elsewhere. By default this is the sum over the sublayers.
+        """
+        sublayers = [entry for entry in self.declare_params().values() if isinstance(entry, Layer)]
+        return sum(layer.state_flops() for layer in sublayers)
 
     @property
     def causal(self) -> bool:
-        """Whether outputs depend on the past only, so that a state can carry the past on."""
+        """True if outputs depend on the past only, so that a state can carry it."""
         return True
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -140,7 +173,7 @@ class Layer(abc.ABC):
         """
         _checks.key(self, key)
         dtype = _checks.float_dtype(self, dtype)
-        spec = self._params()
+        spec = self.declare_params()
         keys = jax.random.split(key, max(len(spec), 1))
         return {
             name: entry.init(k, dtype) for (name, entry), k in zip(spec.items(), keys, strict=False)
@@ -150,21 +183,21 @@ class Layer(abc.ABC):
         """Logical axis names, one per array axis: the parameters' tree with tuples as leaves."""
         return {
             name: entry.axes if isinstance(entry, Param) else entry.param_axes()
-            for name, entry in self._params().items()
+            for name, entry in self.declare_params().items()
         }
 
     def param_roles(self) -> dict[str, Any]:
         """'weight', 'bias', 'norm', 'embedding' or 'recurrence' for each parameter."""
         return {
             name: entry.role if isinstance(entry, Param) else entry.param_roles()
-            for name, entry in self._params().items()
+            for name, entry in self.declare_params().items()
         }
 
     def param_shapes(self) -> dict[str, Any]:
         """The shape of each parameter."""
         return {
             name: entry.shape if isinstance(entry, Param) else entry.param_shapes()
-            for name, entry in self._params().items()
+            for name, entry in self.declare_params().items()
         }
 
     def initial_state(self, batch_size: int, dtype: Any = jnp.float32) -> State:
@@ -176,9 +209,8 @@ class Layer(abc.ABC):
         """
         self._require_causal("initial_state")
         _checks.batch_size(self, batch_size)
-        return self._initial_state(batch_size, state_dtype(_checks.float_dtype(self, dtype)))
+        return self.make_state(batch_size, state_dtype(_checks.float_dtype(self, dtype)))
 
-    @explicit_mesh.auto_inside(explicit_mesh.of_layer)
     def apply(
         self,
         params: PyTree,
@@ -186,18 +218,23 @@ class Layer(abc.ABC):
         state: State = None,
         reset: jax.Array | None = None,
         *,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
         sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
-        """Runs the layer over whole sequences.
+        """Run the layer over whole sequences.
 
         Args:
-          params: what `init` returned.
+          params: the tree that `init` returned.
           x: [B, T, dim], any T >= 1.
           state: the state an earlier call returned, to continue from it; None starts afresh.
           reset: [B, T] bool, True where the state is cleared before that step is taken.
+          segment_ids: [B, T] integers, an alternative to `reset`: the state is cleared wherever
+            the id differs from the one before. The first step of a call continues from `state`.
+          key: a `jax.random` key for layers that draw random numbers (dropout); None disables them.
           sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split, in the order
-            of time; `x` and `reset` are then one device's part, `state` is the same on all of
-            them, before the whole sequence, and so is the returned one, after it.
+            of time. `x`, `reset` and `segment_ids` are then one device's part. `state` is the same
+            on all devices, before the whole sequence, and so is the returned one, after it.
 
         Returns:
           `(y, state)`: y [B, T, dim] in the dtype of `x`, and the state after the last step.
@@ -206,22 +243,64 @@ class Layer(abc.ABC):
           ValueError: an argument has the wrong structure, shape or dtype.
           NotImplementedError: `state` is given to a layer that is not causal.
         """
+        y, state, _ = self.apply_with_aux(
+            params,
+            x,
+            state,
+            reset,
+            segment_ids=segment_ids,
+            key=key,
+            sequence_axis=sequence_axis,
+        )
+        return y, state
+
+    @explicit_mesh.auto_inside(explicit_mesh.of_layer)
+    def apply_with_aux(
+        self,
+        params: PyTree,
+        x: jax.Array,
+        state: State = None,
+        reset: jax.Array | None = None,
+        *,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+        sequence_axis: str | None = None,
+    ) -> tuple[jax.Array, State, dict[str, Any]]:
+        """Run `apply`, and return what layers recorded as well.
+
+        Takes the arguments of `apply`.
+
+        Returns:
+          `(y, state, aux)`: aux is a dictionary of extra outputs by path, such as the `SolveInfo`
+          of nonlinear RNNs. See `Context.record`.
+        """
         x = _checks.array(self, "x", x)
         _checks.sequence_axis(self, sequence_axis)
+        if segment_ids is not None:
+            reset = _segments.to_reset(self, segment_ids, reset, x.shape[:2], sequence_axis)
         state, reset = self._check_call(params, x, state, reset, one_step=False)
-        return self._apply(params, x, state, reset, sequence_axis)
+        context = Context(reset, sequence_axis, key)
+        y, state = self.forward(params, x, state, context)
+        return y, state, context.aux
 
     @explicit_mesh.auto_inside(explicit_mesh.of_layer)
     def step(
-        self, params: PyTree, x_t: jax.Array, state: State, reset: jax.Array | None = None
+        self,
+        params: PyTree,
+        x_t: jax.Array,
+        state: State,
+        reset: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
-        """Takes one step: the numbers `apply` would give at that position.
+        """Take one step: the numbers `apply` would give at that position.
 
         Args:
-          params: what `init` returned.
+          params: the tree that `init` returned.
           x_t: [B, dim].
           state: the state before this step.
           reset: [B] bool, True where the state is cleared before the step.
+          key: as in `apply`.
 
         Returns:
           `(y_t, state)`: y_t [B, dim] and the state after the step.
@@ -238,21 +317,20 @@ class Layer(abc.ABC):
                 " layer.initial_state(batch_size, x_t.dtype)."
             )
         state, reset = self._check_call(params, x_t, state, reset, one_step=True)
-        return self._step(params, x_t, state, reset)
+        context = Context(None if reset is None else reset[:, None], None, key)
+        return self.forward_step(params, x_t, state, context)
 
-    def _step(
-        self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None
+    def forward_step(
+        self, params: Params, x_t: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        """`step` on arguments that have been checked: `_apply` to a sequence of one position."""
-        y, state = self._apply(
-            params, x_t[:, None], state, None if reset is None else reset[:, None]
-        )
+        """Compute `step` on checked arguments: by default `forward` on a sequence of one step."""
+        y, state = self.forward(params, x_t[:, None], state, context)
         return y[:, 0], state
 
     def _check_call(
         self, params: Params, x: jax.Array, state: State, reset: Any, *, one_step: bool
     ) -> tuple[State, jax.Array | None]:
-        """Checks the arguments of `apply` or `step`; returns the state, made if None, and reset."""
+        """Check the arguments of `apply` or `step`; return the state, made if None, and reset."""
         dtype = self._check_input(x, one_step)
         _checks.params(self, params)
         lead = x.shape[: 1 if one_step else 2]
@@ -260,7 +338,7 @@ class Layer(abc.ABC):
             reset = jnp.asarray(reset)
             _checks.reset(self, reset, lead)
         if state is None:
-            return self._initial_state(lead[0], state_dtype(dtype)), reset
+            return self.make_state(lead[0], state_dtype(dtype)), reset
         self._require_causal("continuing from a state")
         _checks.state(self, state, lead[0], state_dtype(dtype))
         return state, reset

@@ -1,7 +1,7 @@
 """Checks of what users pass to a layer. A failure is one line: what, wanted, given, a way out."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -18,7 +18,7 @@ class _Layer(Protocol):
 
     def param_shapes(self) -> dict[str, Any]: ...
 
-    def _initial_state(self, batch: int, dtype: Any, /) -> Any: ...
+    def make_state(self, batch: int, dtype: Any, /) -> Any: ...
 
 
 def positive(layer: object, **values: int) -> None:
@@ -28,6 +28,15 @@ def positive(layer: object, **values: int) -> None:
             raise ValueError(
                 f"{type(layer).__name__}: {name} must be an integer >= 1, given {value!r}."
             )
+
+
+def one_of(layer: object, name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise a ValueError unless the value is one of the choices."""
+    require(
+        layer,
+        value in choices,
+        f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.",
+    )
 
 
 def require(layer: object, condition: bool, message: str) -> None:
@@ -222,6 +231,11 @@ def _not_empty(layer: object, name: str, x: jax.Array) -> None:
     )
 
 
+def has_state(layer: _Layer) -> bool:
+    """Return whether the layer carries a state from step to step."""
+    return bool(jax.tree.leaves(_state_spec(layer, 1, "float32")))
+
+
 @functools.lru_cache(maxsize=1024)
 def _param_shapes(layer: _Layer) -> dict[str, Any]:
     return layer.param_shapes()
@@ -229,7 +243,7 @@ def _param_shapes(layer: _Layer) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _state_spec(layer: _Layer, batch: int, dtype: str) -> Any:
-    return jax.eval_shape(lambda: layer._initial_state(batch, jnp.dtype(dtype)))
+    return jax.eval_shape(lambda: layer.make_state(batch, jnp.dtype(dtype)))
 
 
 def _compare_params(layer: object, wanted: Any, given: Any, path: str) -> None:

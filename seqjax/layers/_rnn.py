@@ -19,8 +19,8 @@ from seqjax.layers._base import (
     state_dtype,
 )
 from seqjax.layers._math import dense
-from seqjax.ops.core import explicit_mesh
-from seqjax.ops.nonlinear.nonlinear_scan import Newton, SolveInfo, nonlinear_scan
+from seqjax.layers.context import Context
+from seqjax.ops.nonlinear.nonlinear_scan import Newton, nonlinear_scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ class RNN(Layer):
     deviation 2/sqrt(5 N), as in ParaRNN's code, and all biases at 0.
 
     Parameters: in_proj [dim, gates * N], bias [gates * N], the cell's own by name (vectors [N],
-    matrices [N, N]), out_proj [N, dim]. State: the cell's, [B, N] or [B, N, k].
+    matrices [N, N]), out_proj [N, dim]. State: the cell's, [B, N] or [B, N, k]. Extra output of
+    `apply_with_aux`: "solve", the `SolveInfo` of `seqjax.nonlinear_scan`.
 
     Example:
       >>> import dataclasses
@@ -96,7 +97,7 @@ class RNN(Layer):
     def cell(self) -> Cell:
         """The cell, over `state_dim` channels."""
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         cell, states = self.cell, self.states
         width = cell.gates * states
         start = {
@@ -128,64 +129,28 @@ class RNN(Layer):
             bias = bias.at[gate].set(jnp.linspace(first, last, self.states, dtype=dtype))
         return bias.reshape(shape)
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         return self.cell.initial_state(batch_size, dtype)
 
-    def _solve(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
-    ) -> tuple[jax.Array, State, SolveInfo]:
-        """The states after each step, the last one, and how they were found."""
+    def state_flops(self) -> int:
+        # Products with diagonal weights, and gates; matrices count as weights.
+        return 8 * self.cell.gates * self.states
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
+    ) -> tuple[jax.Array, State]:
         wide, cell = state_dtype(x.dtype), self.cell
         u = dense(x, params["in_proj"]).astype(wide) + params["bias"].astype(wide)
-        return nonlinear_scan(
+        states, state, info = nonlinear_scan(
             cell,
             {name: params[name].astype(wide) for name in cell.recurrent},
             u.reshape(*u.shape[:2], cell.gates, self.states),
             state,
-            reset=reset,
+            reset=context.reset,
             algorithm=self.algorithm,
             implementation=self.implementation,
             solver=self.solver,
-            sequence_axis=sequence_axis,
+            sequence_axis=context.sequence_axis,
         )
-
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
-    ) -> tuple[jax.Array, State]:
-        states, state, _ = self._solve(params, x, state, reset, sequence_axis)
+        context.record("solve", info)
         return dense(self.cell.output(states).astype(x.dtype), params["out_proj"]), state
-
-    @explicit_mesh.auto_inside(
-        lambda arguments, info: jax.tree.map(
-            lambda _: explicit_mesh.joined(explicit_mesh.spec_of(arguments["x"])[0]), info
-        )
-    )
-    def solve_info(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State = None,
-        reset: jax.Array | None = None,
-    ) -> SolveInfo:
-        """How the solver fares where `apply` is given the same arguments.
-
-        Returns:
-          The `SolveInfo` of `seqjax.nonlinear_scan`: iterations, residual, converged and
-          sequential_steps, each [B].
-
-        Raises:
-          ValueError: an argument has the wrong structure, shape or dtype.
-        """
-        x = _checks.array(self, "x", x)
-        state, reset = self._check_call(params, x, state, reset, one_step=False)
-        return self._solve(params, x, state, reset)[2]

@@ -11,6 +11,7 @@ import numpy as np
 from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, split_heads
+from seqjax.layers.context import Context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class SlidingWindowAttention(Layer):
         """Key features per head K: `head_dim`, or dim / heads if that is None."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         width = self.heads * self.key_dim
         inward = Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
         return {
@@ -82,7 +83,7 @@ class SlidingWindowAttention(Layer):
             "out_proj": Param((width, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal),
         }
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         shape = (batch_size, self.window - 1, self.heads, self.key_dim)
         return {
             "k": jnp.zeros(shape, dtype),
@@ -90,14 +91,13 @@ class SlidingWindowAttention(Layer):
             "valid": jnp.zeros(shape[:2], jnp.bool_),
         }
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def state_flops(self) -> int:
+        return 4 * self.window * self.heads * self.key_dim  # scores and the weighted sum
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         batch, length, _ = x.shape
         past = self.window - 1
         q, k, v = (

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers.context import Context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ShortConv(Layer):
             f"activation must be None or 'silu', given {self.activation!r}.",
         )
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         bound = self.size**-0.5
         params = {
             "weight": Param(
@@ -67,17 +68,13 @@ class ShortConv(Layer):
             params["bias"] = Param((self.dim,), (self.channel_axis,), "bias", _init.zeros)
         return params
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         return jnp.zeros((batch_size, self.size - 1, self.dim), dtype)
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         length, past = x.shape[1], self.size - 1
         wide = state_dtype(x.dtype)
         if sequence_axis is not None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, l2_normalize, merge_heads, rms_normalize, split_heads
+from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.matrix_state.delta_rule import delta_rule
 
@@ -105,7 +106,7 @@ class DeltaNet(Layer):
             for name, width in widths.items()
         }
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         def inward(width: int) -> Param:
             return Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
 
@@ -138,28 +139,24 @@ class DeltaNet(Layer):
             params["gate_proj"] = inward(value_width)
         return params
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        state = {
-            name: conv._initial_state(batch_size, dtype) for name, conv in self._convs().items()
-        }
+    def make_state(self, batch_size: int, dtype: Any) -> State:
+        state = {name: conv.make_state(batch_size, dtype) for name, conv in self._convs().items()}
         shape = (batch_size, self.heads, self.key_dim, self.value_dim)
         return state | {"memory": jnp.zeros(shape, dtype)}
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def state_flops(self) -> int:
+        size = self.heads * self.key_dim * self.value_dim
+        return (7 if self.gated else 6) * size  # read k, write, read q, and the decay
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
         new_state, mixed = {}, []
         for name, conv in self._convs().items():
             projected = dense(x, params[f"{name[0]}_proj"])
-            y, new_state[name] = conv._apply(
-                params[name], projected, state[name], reset, sequence_axis
-            )
+            y, new_state[name] = conv.forward(params[name], projected, state[name], context)
             mixed.append(split_heads(y, self.heads))
         q, k, v = mixed
         beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(wide))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import dense, merge_heads, split_heads
+from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 
@@ -73,7 +74,7 @@ class GateLoop(Layer):
         """Key features per head K: `head_dim`, or dim / heads if that is None."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         width = self.heads * self.key_dim
         inward = Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
         return {
@@ -94,20 +95,19 @@ class GateLoop(Layer):
         decay = jax.random.uniform(key, shape, dtype, self.min_decay, self.max_decay)
         return jnp.log(decay) - jnp.log1p(-decay)
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         return jnp.zeros(
             (batch_size, self.heads, self.key_dim, self.key_dim),
             complex_dtype(dtype),
         )
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def state_flops(self) -> int:
+        return 22 * self.heads * self.key_dim**2  # complex: decay 6, write 8, read 8
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
         q, k, v = (
             split_heads(dense(x, params[name]), self.heads)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
+from seqjax.layers.context import Context
 from seqjax.ops.elementwise.linear_scan import linear_scan
 
 
@@ -70,7 +71,7 @@ class LRU(Layer):
         """Number of complex states N: `state_dim`, or `dim` if that is None."""
         return self.dim if self.state_dim is None else self.state_dim
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, states = self.dim, self.states
         return {
             "nu_log": Param((states,), ("state",), "recurrence", self._draw_nu_log),
@@ -103,17 +104,16 @@ class LRU(Layer):
         u = jax.random.uniform(key, shape, dtype, 1e-6, 1 - 1e-6)
         return jnp.log(-0.5 * jnp.log(u * (self.r_max**2 - self.r_min**2) + self.r_min**2))
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         return jnp.zeros((batch_size, self.states), complex_dtype(dtype))
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def state_flops(self) -> int:
+        return 8 * self.states  # one complex product and sum
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
         nu, theta, gamma = (
             jnp.exp(params[name].astype(wide)) for name in ("nu_log", "theta_log", "gamma_log")

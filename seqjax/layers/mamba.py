@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense
+from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.elementwise.selective_scan import selective_scan
 
@@ -96,7 +97,7 @@ class Mamba(Layer):
             channel_axis="mlp",
         )
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, inner, states, rank = self.dim, self.expand * self.dim, self.state_dim, self.rank
         inward = Param((dim, inner), ("embed", "mlp"), "weight", _init.fan_in_normal)
         return {
@@ -120,23 +121,23 @@ class Mamba(Layer):
             "out_proj": Param((inner, dim), ("mlp", "embed"), "weight", _init.fan_in_normal),
         }
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         return {
-            "conv": self._conv._initial_state(batch_size, dtype),
+            "conv": self._conv.make_state(batch_size, dtype),
             "ssm": jnp.zeros((batch_size, self.expand * self.dim, self.state_dim), dtype),
         }
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def state_flops(self) -> int:
+        # exp(dt A) 2, dt B x 2, decay and add 2, C h 2
+        return 8 * self.expand * self.dim * self.state_dim
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
-        u, conv_state = self._conv._apply(
-            params["conv"], dense(x, params["in_proj"]), state["conv"], reset, sequence_axis
+        u, conv_state = self._conv.forward(
+            params["conv"], dense(x, params["in_proj"]), state["conv"], context
         )
         low_rank, B, C = jnp.split(
             dense(u, params["x_proj"]), [self.rank, self.rank + self.state_dim], axis=-1

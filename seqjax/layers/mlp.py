@@ -9,6 +9,7 @@ import jax
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State
 from seqjax.layers._math import dense
+from seqjax.layers.context import Context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class GatedMLP(Layer):
         """Features between the two products: `hidden_dim`, or its default if that is None."""
         return -(-self.dim // 3) * 8 if self.hidden_dim is None else self.hidden_dim
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         inward = Param((self.dim, self.inner_dim), ("embed", "mlp"), "weight", _init.fan_in_normal)
         return {
             "gate_proj": inward,
@@ -55,16 +56,11 @@ class GatedMLP(Layer):
             ),
         }
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         return ()
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         hidden = jax.nn.silu(dense(x, params["gate_proj"])) * dense(x, params["up_proj"])
         return dense(hidden, params["down_proj"]), state

@@ -1,21 +1,27 @@
-"""RMSNorm: scale to unit root mean square."""
+"""Norms over the features of each position: RMS norm and layer norm."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import Layer, Param, Params, State
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import rms_normalize
+from seqjax.layers.context import Context
+
+NormKind = Literal["rms", "rms_offset", "layer"]
 
 
 @dataclasses.dataclass(frozen=True)
 class RMSNorm(Layer):
-    """Root-mean-square normalisation (arXiv 1910.07467).
+    """Root-mean-square normalization (arXiv 1910.07467).
 
-        y = x / sqrt(mean(x^2) + eps) * scale
+        y = x / sqrt(mean(x^2) + eps) * scale            offset=False, scale starts at 1
+        y = x / sqrt(mean(x^2) + eps) * (1 + scale)      offset=True, scale starts at 0
 
     over the features of each position, the statistics in float32 or better. The layer looks at one
     position at a time: its state is the empty tuple and `reset` changes nothing.
@@ -30,27 +36,84 @@ class RMSNorm(Layer):
     Attributes:
       dim: features of input and output.
       eps: added to the mean square.
+      offset: whether 1 is added to the scale.
     """
 
     dim: int
     eps: float = 1e-6
+    offset: bool = False
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
-        _checks.require(self, self.eps > 0, f"eps must be > 0, given {self.eps}.")
+        _checks.require(self, self.eps > 0, f"eps must be > 0, got {self.eps}.")
 
-    def _params(self) -> Mapping[str, Param | Layer]:
-        return {"scale": Param((self.dim,), ("embed",), "norm", _init.ones)}
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        start = _init.zeros if self.offset else _init.ones
+        return {"scale": Param((self.dim,), ("embed",), "norm", start)}
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        return ()
-
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        return rms_normalize(x, params["scale"], self.eps), state
+        scale = params["scale"]
+        if self.offset:
+            scale = 1 + scale.astype(state_dtype(x.dtype))
+        return rms_normalize(x, scale, self.eps), state
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(Layer):
+    """Layer normalization (arXiv 1607.06450).
+
+        y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias
+
+    over the features of each position, with the biased variance, the statistics in float32 or
+    better. The scale starts at 1, the bias at 0. The state is the empty tuple.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = LayerNorm(dim=2)
+      >>> y, _ = layer.apply(layer.init(jax.random.key(0)), jnp.array([[[1.0, 3.0]]]))
+      >>> y.round(3).tolist()
+      [[[-1.0, 1.0]]]
+
+    Attributes:
+      dim: features of input and output.
+      eps: added to the variance.
+      bias: whether there is a bias.
+    """
+
+    dim: int
+    eps: float = 1e-6
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _checks.positive(self, dim=self.dim)
+        _checks.require(self, self.eps > 0, f"eps must be > 0, got {self.eps}.")
+
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        params: dict[str, Param | Layer] = {
+            "scale": Param((self.dim,), ("embed",), "norm", _init.ones)
+        }
+        if self.bias:
+            params["bias"] = Param((self.dim,), ("embed",), "norm", _init.zeros)
+        return params
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
+    ) -> tuple[jax.Array, State]:
+        wide = x.astype(state_dtype(x.dtype))
+        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+        y = centered * jax.lax.rsqrt(variance + self.eps) * params["scale"].astype(wide.dtype)
+        if self.bias:
+            y = y + params["bias"].astype(wide.dtype)
+        return y.astype(x.dtype), state
+
+
+def _rms_offset(dim: int, eps: float) -> Layer:
+    return RMSNorm(dim, eps, offset=True)
+
+
+NORMS: Mapping[str, Callable[[int, float], Layer]] = MappingProxyType(
+    {"rms": RMSNorm, "rms_offset": _rms_offset, "layer": LayerNorm}
+)

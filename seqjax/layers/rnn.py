@@ -33,7 +33,7 @@ class Elman(RNN):
       ((2, 5, 4), (2, 4), (2, 8))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
     """
 
     @property
@@ -70,7 +70,7 @@ class GRU(RNN):
       ((2, 5, 4), (2, 4), (2, 8))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
     """
 
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {1: (1.0, 1.0)}
@@ -109,7 +109,7 @@ class LSTM(RNN):
       ((2, 5, 4), (2, 4), (2, 8, 2))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
     """
 
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {1: (1.0, 1.0)}
@@ -150,7 +150,7 @@ class ParaGRU(RNN):
       ((2, 5, 4), (2, 4), (2, 8))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
     """
 
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {0: (0.0, -1.0)}
@@ -193,7 +193,7 @@ class ParaLSTM(RNN):
       ((2, 5, 4), (2, 4), (2, 8, 2))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
     """
 
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {0: (0.0, 1.0)}
@@ -239,7 +239,7 @@ class SLSTM(RNN):
       ((2, 5, 4), (2, 4), (2, 8, 4))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
     """
 
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {1: (3.0, 6.0)}
@@ -278,7 +278,7 @@ class LEM(RNN):
       ((2, 5, 4), (2, 4), (2, 8, 2))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
       dt: the largest time step, in (0, 1].
     """
 
@@ -317,7 +317,7 @@ class LTC(RNN):
       ((2, 5, 4), (2, 4), (2, 8))
 
     Attributes:
-      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers._rnn.RNN`.
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
       dt: the solver's step, positive.
     """
 

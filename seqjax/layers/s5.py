@@ -13,6 +13,7 @@ import numpy as np
 from seqjax.layers import _checks, _halo, _init
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
+from seqjax.layers.context import Context
 from seqjax.ops.elementwise.linear_scan import linear_scan
 
 
@@ -106,7 +107,7 @@ class S5(Layer):
         """False for the bidirectional layer."""
         return not self.bidirectional
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, states = self.dim, self.states // 2
         out_states = 2 * states if self.bidirectional else states
         state_axis = ("state",)
@@ -155,19 +156,19 @@ class S5(Layer):
             ]
         )
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         if self.bidirectional:
             return ()
         return jnp.zeros((batch_size, self.states // 2), complex_dtype(dtype))
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def state_flops(self) -> int:
+        directions = 2 if self.bidirectional else 1
+        return 8 * (self.states // 2) * directions  # one complex product and sum
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
         eigenvalues = jax.lax.complex(
             -jnp.exp(params["log_A_real"].astype(wide)), params["A_imag"].astype(wide)

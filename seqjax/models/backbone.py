@@ -1,7 +1,6 @@
-"""Backbone: a pre-norm residual stack of any layers, itself a layer."""
+"""Backbone: a stack of residual blocks, itself a layer."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,87 +9,22 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks
 from seqjax.layers._base import Layer, Param, Params, State
+from seqjax.layers.context import Context
+from seqjax.layers.dropout import check_rate
 from seqjax.layers.mlp import GatedMLP
-from seqjax.layers.norm import RMSNorm
-
-
-@dataclasses.dataclass(frozen=True)
-class Block(Layer):
-    """One residual block: a mixer over time, then, if there is one, an MLP per position.
-
-        x = x + mixer(norm(x))
-        x = x + mlp(norm(x))
-
-    The state is the mixer's.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from seqjax.layers import LRU
-      >>> block = Block(LRU(dim=4))
-      >>> y, state = block.apply(block.init(jax.random.key(0)), jnp.ones((2, 5, 4)))
-      >>> y.shape, state.shape
-      ((2, 5, 4), (2, 4))
-
-    Attributes:
-      mixer: the layer that mixes over time.
-      mlp_dim: hidden features of the MLP; None for no MLP.
-      norm_eps: see `RMSNorm`.
-      dim: features, those of the mixer.
-    """
-
-    mixer: Layer
-    mlp_dim: int | None = None
-    norm_eps: float = 1e-6
-    dim: int = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        _checks.require(
-            self,
-            isinstance(self.mixer, Layer),
-            f"mixer must be a seqjax layer, given {self.mixer!r}.",
-        )
-        object.__setattr__(self, "dim", self.mixer.dim)
-
-    @property
-    def causal(self) -> bool:
-        """Whether the mixer is."""
-        return self.mixer.causal
-
-    def _params(self) -> Mapping[str, Param | Layer]:
-        norm = RMSNorm(self.dim, self.norm_eps)
-        params: dict[str, Param | Layer] = {"mixer_norm": norm, "mixer": self.mixer}
-        if self.mlp_dim is not None:
-            params |= {"mlp_norm": norm, "mlp": GatedMLP(self.dim, self.mlp_dim)}
-        return params
-
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        return self.mixer._initial_state(batch_size, dtype)
-
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
-    ) -> tuple[jax.Array, State]:
-        norm = RMSNorm(self.dim, self.norm_eps)
-        mixed, _ = norm._apply(params["mixer_norm"], x, (), None)
-        mixed, state = self.mixer._apply(params["mixer"], mixed, state, reset, sequence_axis)
-        x = x + mixed
-        if self.mlp_dim is None:
-            return x, state
-        mixed, _ = norm._apply(params["mlp_norm"], x, (), None)
-        mixed, _ = GatedMLP(self.dim, self.mlp_dim)._apply(params["mlp"], mixed, (), None)
-        return x + mixed, state
+from seqjax.layers.norm import NORMS, NormKind
+from seqjax.models.block import Block
+from seqjax.ops.core import jax_compat
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone(Layer):
     """A stack of residual blocks and a final norm.
 
-    `mixers` is one layer, or a sequence of layers, which may differ (a hybrid); the sequence is
-    repeated until there are `depth` blocks. The state is a tuple with the state of each block.
+    `blocks` is one layer or `Block`, or a sequence of them, which may differ (a hybrid). The
+    sequence is repeated until there are `depth` blocks. A layer that is not a `Block` becomes a
+    pre-norm block with a `GatedMLP`; give a `Block` for any other kind. The state is a tuple with
+    the state of each block.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -99,133 +33,204 @@ class Backbone(Layer):
       >>> y, state = hybrid.apply(hybrid.init(jax.random.key(0)), jnp.ones((2, 5, 8)))
       >>> y.shape, len(state)
       ((2, 5, 8), 6)
+      >>> Backbone([Block(LRU(8), norm="layer"), LRU(8)], mlp_ratio=2)
+      Backbone([Block(mixer=LRU(dim=8), norm='layer'), LRU(dim=8)], mlp_ratio=2)
 
     Attributes:
-      mixers: the layers that mix over time, kept as a tuple; see also `layers`.
-      depth: number of blocks, a multiple of the number of mixers; that number if None.
-      mlp_ratio: hidden features of each MLP per feature, rounded up to a multiple of 8; 0 for
-        no MLPs.
-      norm_eps: see `RMSNorm`.
-      remat: recompute each block in the backward pass instead of storing what is inside it.
+      blocks: layers and blocks, repeated in this order.
+      depth: number of blocks, a multiple of the number of `blocks`; by default that number.
+      mlp_ratio: hidden features of the MLP per feature in blocks made from layers, rounded up to a
+        multiple of 8; 0 for no MLP.
+      norm: kind of norm in blocks made from layers, and of the final norm; see `Block`.
+      norm_eps: added to the mean square or the variance of these norms.
+      dropout: rate of dropout in blocks made from layers; see `Block`.
+      remat: recompute each block in the backward pass instead of storing its intermediate values.
       scan: run equal blocks in a `lax.scan`, their parameters stacked along a first axis
         `layers`: one block is compiled however many there are. Parameters are then
-        {"group_0": ..., "final_norm"}, a group for each of the mixers that repeat; outputs and
+        {"group_0": ..., "final_norm"}, a group for each of the blocks that repeat; outputs and
         states are the same.
-      place: `place(array, axes)` says where an array lives on a mesh, from a logical name for each
-        axis; of the residual stream, ("batch", None, None), before each group of blocks and after
-        the last, and of a model's embedding table. See `seqjax.sharding.place_activations`.
-      dim: features, those of the mixers.
+      place: `place(array, axes)` constrains where an array lives on a mesh, given a logical name
+        for each axis: the residual stream, ("batch", None, None), before each group of blocks and
+        after the last, and a model's embedding table. See `seqjax.sharding.place_activations`.
     """
 
-    mixers: Layer | Sequence[Layer]
+    blocks: Layer | Sequence[Layer]
     depth: int | None = None
     mlp_ratio: float = 8 / 3
+    norm: NormKind = "rms"
     norm_eps: float = 1e-6
+    dropout: float = 0.0
     remat: bool = False
     scan: bool = False
     place: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None = None
-    dim: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         _checks.require(
             self,
-            isinstance(self.mixers, Layer | Sequence),
-            f"mixers must be a seqjax layer or a sequence of them, given {self.mixers!r}.",
+            isinstance(self.blocks, Layer | Sequence),
+            f"`blocks` must be a seqjax layer or a sequence of layers, got {self.blocks!r}.",
         )
-        mixers = (self.mixers,) if isinstance(self.mixers, Layer) else tuple(self.mixers)
-        _checks.require(self, len(mixers) > 0, "mixers must hold at least one layer, given none.")
-        for mixer in mixers:
+        blocks = (self.blocks,) if isinstance(self.blocks, Layer) else tuple(self.blocks)
+        _checks.require(self, len(blocks) > 0, "`blocks` must hold at least one layer, got none.")
+        for block in blocks:
             _checks.require(
                 self,
-                isinstance(mixer, Layer),
-                f"mixers must be seqjax layers, given {mixer!r}.",
+                isinstance(block, Layer),
+                f"`blocks` must be seqjax layers, got {block!r}.",
             )
             _checks.require(
                 self,
-                mixer.dim == mixers[0].dim,
-                "all mixers must have the same dim, given"
-                f" {', '.join(f'{type(m).__name__}(dim={m.dim})' for m in mixers)}.",
+                block.dim == blocks[0].dim,
+                "all `blocks` must have the same dim, got"
+                f" {', '.join(f'{type(b).__name__}(dim={b.dim})' for b in blocks)}.",
             )
-        object.__setattr__(self, "mixers", mixers)  # hashable
-        depth = len(mixers) if self.depth is None else self.depth
-        _checks.positive(self, depth=depth)
-        _checks.require(
-            self,
-            depth % len(mixers) == 0,
-            f"depth must be a multiple of the number of mixers, {len(mixers)}, given {depth};"
-            " pass as many mixers as blocks, or leave depth out.",
-        )
-        _checks.require(
-            self, self.mlp_ratio >= 0, f"mlp_ratio must be >= 0, given {self.mlp_ratio}."
-        )
-        object.__setattr__(self, "dim", mixers[0].dim)
+        object.__setattr__(self, "blocks", blocks)
+        if self.depth is not None:
+            _checks.positive(self, depth=self.depth)
+            _checks.require(
+                self,
+                self.depth % len(blocks) == 0,
+                f"depth must be a multiple of the number of blocks, {len(blocks)}, got"
+                f" {self.depth}; pass as many layers as blocks, or leave depth out.",
+            )
+        _checks.require(self, self.mlp_ratio >= 0, f"mlp_ratio must be >= 0, got {self.mlp_ratio}.")
+        _checks.one_of(self, "norm", self.norm, NORMS)
+        check_rate(self, "dropout", self.dropout)
+
+    def __repr__(self) -> str:
+        """Return the call that makes the backbone: repeated blocks once, defaults omitted."""
+        assert isinstance(self.blocks, tuple)
+        given = repr(self.blocks[0] if len(self.blocks) == 1 else list(self.blocks))
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                given += f", {field.name}={value!r}"
+        return f"Backbone({given})"
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The mixer of each block: `mixers`, repeated until there are `depth`."""
-        assert isinstance(self.mixers, tuple)
-        depth = len(self.mixers) if self.depth is None else self.depth
-        return self.mixers * (depth // len(self.mixers))
+    def dim(self) -> int:  # type: ignore[override]
+        """Features, those of the blocks."""
+        assert isinstance(self.blocks, tuple)
+        return self.blocks[0].dim
 
     @property
     def causal(self) -> bool:
-        """Whether all mixers are."""
-        return all(block.causal for block in self._blocks().values())
+        """True if all blocks are causal."""
+        return all(block.causal for block in self.stack)
 
-    def _blocks(self) -> dict[str, Block]:
-        mlp_dim = -int(-self.mlp_ratio * self.dim // 8) * 8 or None
-        return {
-            f"block_{i}": Block(mixer, mlp_dim, self.norm_eps)
-            for i, mixer in enumerate(self.layers)
-        }
+    @property
+    def stack(self) -> tuple[Block, ...]:
+        """All blocks, in order."""
+        assert isinstance(self.blocks, tuple)
+        mlp_dim = -int(-self.mlp_ratio * self.dim // 8) * 8
+        mlp = GatedMLP(self.dim, mlp_dim) if mlp_dim else None
+        blocks = tuple(
+            block
+            if isinstance(block, Block)
+            else Block(block, mlp, norm=self.norm, norm_eps=self.norm_eps, dropout=self.dropout)
+            for block in self.blocks
+        )
+        return blocks if self.depth is None else blocks * (self.depth // len(blocks))
+
+    @property
+    def _final_norm(self) -> Layer:
+        return NORMS[self.norm](self.dim, self.norm_eps)
 
     def _groups(self) -> dict[str, "_Repeated"]:
-        """The blocks whose order repeats, each with how often it does."""
-        blocks = list(self._blocks().values())
+        """Return the blocks whose order repeats, each with the number of its repetitions."""
+        blocks = self.stack
         depth = len(blocks)
         period = next(
             p for p in range(1, depth + 1) if depth % p == 0 and blocks[p:] == blocks[: depth - p]
         )
         return {f"group_{i}": _Repeated(blocks[i], depth // period) for i in range(period)}
 
-    def _params(self) -> Mapping[str, Param | Layer]:
-        blocks: Mapping[str, Layer] = self._groups() if self.scan else self._blocks()
-        return {**blocks, "final_norm": RMSNorm(self.dim, self.norm_eps)}
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        blocks: Mapping[str, Layer]
+        if self.scan:
+            blocks = self._groups()
+        else:
+            blocks = {f"block_{i}": block for i, block in enumerate(self.stack)}
+        return {**blocks, "final_norm": self._final_norm}
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        return tuple(block._initial_state(batch_size, dtype) for block in self._blocks().values())
+    def make_state(self, batch_size: int, dtype: Any) -> State:
+        return tuple(block.make_state(batch_size, dtype) for block in self.stack)
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        run_blocks = self._scan_blocks if self.scan else self._run_blocks
-        x, new_state = run_blocks(params, x, state, reset, sequence_axis)
+        values: dict[str, jax.Array] = {}
+        for block in self.stack:
+            values |= block.make_values(x.shape[0], x.shape[1], x.dtype)
+        x, *leaves = jax_compat.match_varying(x, *values.values())
+        values = dict(zip(values, leaves, strict=True))
+        run = self._scan_blocks if self.scan else self._run_blocks
+        x, new_state = run(params, x, state, values, context)
         x = self._placed(x)
-        y, _ = RMSNorm(self.dim, self.norm_eps)._apply(params["final_norm"], x, (), None)
-        return y, new_state
+        return self._final_norm.forward(params["final_norm"], x, (), context)[0], new_state
 
     def _placed(self, x: jax.Array) -> jax.Array:
         return x if self.place is None else self.place(x, ("batch", None, None))
+
+    def _caller(self, block: Block, context: Context) -> Callable[..., Any]:
+        """Return a pure function that runs one block: what it records is an output as well."""
+
+        def call(
+            params: Params,
+            x: jax.Array,
+            state: State,
+            values: dict[str, jax.Array],
+            index: Any,
+            reset: jax.Array | None,
+            key: jax.Array | None,
+        ) -> tuple[jax.Array, State, dict[str, jax.Array], dict[str, Any]]:
+            inner = dataclasses.replace(
+                context,
+                reset=reset,
+                key=None if key is None else jax.random.fold_in(key, index),
+                block=index,
+                depth=len(self.stack),
+                path=(),
+                values=dict(values),
+                aux={},
+            )
+            x, state = block.forward(params, x, state, inner)
+            undeclared = sorted(inner.values.keys() - values.keys())
+            _checks.require(
+                self,
+                not undeclared,
+                f"a block wrote the values {', '.join(undeclared)}, which no `make_values`"
+                " declares; declare them in the layer that writes them.",
+            )
+            return x, state, inner.values, inner.aux
+
+        return jax.checkpoint(call) if self.remat else call
+
+    def _record(self, context: Context, index: int, aux: dict[str, Any]) -> None:
+        for name, value in aux.items():
+            context.enter(f"block_{index}").record(name, value)
 
     def _run_blocks(
         self,
         params: Params,
         x: jax.Array,
         state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None,
+        values: dict[str, jax.Array],
+        context: Context,
     ) -> tuple[jax.Array, State]:
         new_state = []
-        for (name, block), block_state in zip(self._blocks().items(), state, strict=True):
-            run = functools.partial(block._apply, sequence_axis=sequence_axis)
-            apply: Callable[..., Any] = jax.checkpoint(run) if self.remat else run
-            x, block_state = apply(params[name], self._placed(x), block_state, reset)
-            new_state.append(block_state)
+        for i, (block, own) in enumerate(zip(self.stack, state, strict=True)):
+            x, own, values, aux = self._caller(block, context)(
+                params[f"block_{i}"],
+                self._placed(x),
+                own,
+                values,
+                i,
+                context.reset,
+                context.key,
+            )
+            self._record(context, i, aux)
+            new_state.append(own)
         return x, tuple(new_state)
 
     def _scan_blocks(
@@ -233,49 +238,62 @@ class Backbone(Layer):
         params: Params,
         x: jax.Array,
         state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None,
+        values: dict[str, jax.Array],
+        context: Context,
     ) -> tuple[jax.Array, State]:
         groups = self._groups()
         period, depth = len(groups), len(state)
 
-        def body(x: jax.Array, layer: Any) -> tuple[jax.Array, State]:
-            states = []
+        def body(carry: Any, layer: Any) -> tuple[Any, Any]:
+            x, values = carry
+            turn, own_params, own_states = layer
+            states, recorded = [], []
             x = self._placed(x)
-            for (name, group), block_state in zip(groups.items(), layer[1], strict=True):
-                x, block_state = group.block._apply(
-                    layer[0][name], x, block_state, reset, sequence_axis
+            for i, (name, group) in enumerate(groups.items()):
+                x, own, values, aux = self._caller(group.block, context)(
+                    own_params[name],
+                    x,
+                    own_states[i],
+                    values,
+                    turn * period + i,
+                    context.reset,
+                    context.key,
                 )
-                states.append(block_state)
-            return x, tuple(states)
+                states.append(own)
+                recorded.append(aux)
+            return (x, values), (tuple(states), tuple(recorded))
 
         stacked = tuple(
             jax.tree.map(lambda *parts: jnp.stack(parts), *state[i::period]) for i in range(period)
         )
         own = {name: params[name] for name in groups}
-        x, stacked = jax.lax.scan(jax.checkpoint(body) if self.remat else body, x, (own, stacked))
-        return x, tuple(
-            jax.tree.map(lambda part, turn=i // period: part[turn], stacked[i % period])
-            for i in range(depth)
-        )
+        turns = jnp.arange(depth // period, dtype=jnp.int32)
+        (x, _), (stacked, recorded) = jax.lax.scan(body, (x, values), (turns, own, stacked))
+
+        def part(tree: Any, turn: int) -> Any:
+            return jax.tree.map(lambda leaf: leaf[turn], tree)
+
+        for i in range(depth):
+            self._record(context, i, part(recorded[i % period], i // period))
+        return x, tuple(part(stacked[i % period], i // period) for i in range(depth))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Repeated(Layer):
     """The parameters of `count` equal blocks, stacked along a first axis; the backbone runs them.
 
-    `_params` lists those of one block.
+    `declare_params` lists those of one block.
     """
 
     block: Block
     count: int
-    dim: int = dataclasses.field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "dim", self.block.dim)
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return self.block.dim
 
-    def _params(self) -> Mapping[str, Param | Layer]:
-        return self.block._params()
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        return self.block.declare_params()
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
         return jax.vmap(lambda key: self.block.init(key, dtype))(jax.random.split(key, self.count))
@@ -286,16 +304,8 @@ class _Repeated(Layer):
     def param_shapes(self) -> dict[str, Any]:
         return _prepend(self.count, self.block.param_shapes())
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        raise NotImplementedError("Backbone: the states of stacked blocks are kept one by one.")
-
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         raise NotImplementedError("Backbone: stacked blocks are run by the backbone.")
 

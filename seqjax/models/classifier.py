@@ -7,9 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from seqjax.layers import _checks, _halo, _init
+from seqjax.layers import _checks, _halo, _init, _segments
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense
+from seqjax.layers.context import Context
 from seqjax.models import _pool
 from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
@@ -89,7 +90,7 @@ class Classifier(Layer):
         """Whether the backbone is."""
         return self.backbone.causal
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         params: dict[str, Param | Layer] = {"backbone": self.backbone}
         if self.vocab_size is not None:
             params["embedding"] = embedding(self.vocab_size, self.dim)
@@ -113,11 +114,11 @@ class Classifier(Layer):
         """
         return super().initial_state(batch_size, self.dtype if dtype is None else dtype)
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
+    def make_state(self, batch_size: int, dtype: Any) -> State:
         if not self.causal:
             return ()
         return {
-            "backbone": self.backbone._initial_state(batch_size, dtype),
+            "backbone": self.backbone.make_state(batch_size, dtype),
             "pool": _pool.empty(batch_size, self.dim, dtype),
         }
 
@@ -130,7 +131,6 @@ class Classifier(Layer):
             _checks.features(self, x, self.input_dim, one_step)
         return jnp.dtype(self.dtype)
 
-    @explicit_mesh.auto_inside(explicit_mesh.of_layer)
     def apply(
         self,
         params: PyTree,
@@ -139,16 +139,19 @@ class Classifier(Layer):
         reset: jax.Array | None = None,
         *,
         mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
         sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State]:
-        """Classifies sequences; see `Layer.apply`.
+        """Classify sequences; see `Layer.apply`.
 
         Args:
-          params: what `init` returned.
+          params: the tree that `init` returned.
           x: tokens [B, T] or features [B, T, input_dim].
           state: the state an earlier call returned, to continue from it.
           reset: [B, T] bool, True where backbone and pool are cleared before that step.
           mask: [B, T] bool, True at real positions; None takes all as real.
+          segment_ids, key: see `Layer.apply`.
           sequence_axis: the mesh axis over which T is split; logits are the same on all devices.
 
         Returns:
@@ -158,43 +161,73 @@ class Classifier(Layer):
           ValueError: an argument has the wrong structure, shape or dtype.
           NotImplementedError: `state` is given and the backbone is bidirectional.
         """
+        logits, state, _ = self.apply_with_aux(
+            params,
+            x,
+            state,
+            reset,
+            mask=mask,
+            segment_ids=segment_ids,
+            key=key,
+            sequence_axis=sequence_axis,
+        )
+        return logits, state
+
+    @explicit_mesh.auto_inside(explicit_mesh.of_layer)
+    def apply_with_aux(
+        self,
+        params: PyTree,
+        x: jax.Array,
+        state: State = None,
+        reset: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        key: jax.Array | None = None,
+        sequence_axis: str | None = None,
+    ) -> tuple[jax.Array, State, dict[str, Any]]:
+        """Run `apply`, and return what layers recorded as well; see `Layer.apply_with_aux`."""
         x = _checks.array(self, "x", x)
         _checks.sequence_axis(self, sequence_axis)
+        if segment_ids is not None:
+            reset = _segments.to_reset(self, segment_ids, reset, x.shape[:2], sequence_axis)
         state, reset = self._check_call(params, x, state, reset, one_step=False)
         if mask is not None:
             mask = jnp.asarray(mask)
             _checks.boolean(self, "mask", mask, x.shape[:2])
         if self.vocab_size is not None:
             _checks.in_vocabulary(self, x, self.vocab_size, mask)
-        return self._apply(params, x, state, reset, sequence_axis, mask)
+        context = Context(reset, sequence_axis, key)
+        logits, state = self.forward(params, x, state, context, mask)
+        return logits, state, context.aux
 
-    def _apply(
+    def forward(
         self,
         params: Params,
         x: jax.Array,
         state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+        context: Context,
         mask: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
         batch, length = x.shape[:2]
         wide = state_dtype(self.dtype)
         if self.causal:
             backbone_state, pool = state["backbone"], state["pool"]
         else:
-            backbone_state = self.backbone._initial_state(batch, wide)
+            backbone_state = self.backbone.make_state(batch, wide)
             pool = _pool.empty(batch, self.dim, wide)
         if reset is None:
             reset = jnp.zeros((batch, length), jnp.bool_)
         inputs = self._embed(params, x, mask)
-        hidden, backbone_state = self.backbone._apply(
+        clear = reset
+        if mask is not None:
+            clear = reset | self._borders(mask, reset, pool["count"], sequence_axis)
+        hidden, backbone_state = self.backbone.forward(
             params["backbone"],
             inputs,
             backbone_state,
-            reset
-            if mask is None
-            else reset | self._borders(mask, reset, pool["count"], sequence_axis),
-            sequence_axis,
+            dataclasses.replace(context, reset=clear),
         )
         pool = _pool.update(pool, hidden.astype(wide), mask, reset, self.pool, sequence_axis)
         pooled = pool["sum"]
@@ -203,10 +236,10 @@ class Classifier(Layer):
         logits = pooled @ params["head"].astype(wide) + params["head_bias"].astype(wide)
         return logits, {"backbone": backbone_state, "pool": pool} if self.causal else ()
 
-    def _step(
-        self, params: Params, x_t: jax.Array, state: State, reset: jax.Array | None
+    def forward_step(
+        self, params: Params, x_t: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        return self._apply(params, x_t[:, None], state, None if reset is None else reset[:, None])
+        return self.forward(params, x_t[:, None], state, context)
 
     def _embed(self, params: Params, x: jax.Array, mask: jax.Array | None) -> jax.Array:
         """The backbone's inputs, zero at masked positions whatever stands there."""

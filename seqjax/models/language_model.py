@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers.context import Context
 from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
 
@@ -62,7 +63,7 @@ class LanguageModel(Layer):
             "the backbone must be causal, but one of its mixers is bidirectional.",
         )
 
-    def _params(self) -> Mapping[str, Param | Layer]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         params: dict[str, Param | Layer] = {
             "embedding": embedding(self.vocab_size, self.dim),
             "backbone": self.backbone,
@@ -82,27 +83,20 @@ class LanguageModel(Layer):
         """
         return super().initial_state(batch_size, self.dtype if dtype is None else dtype)
 
-    def _initial_state(self, batch_size: int, dtype: Any) -> State:
-        return self.backbone._initial_state(batch_size, dtype)
+    def make_state(self, batch_size: int, dtype: Any) -> State:
+        return self.backbone.make_state(batch_size, dtype)
 
     def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
         _checks.tokens(self, x, one_step)
         _checks.in_vocabulary(self, x, self.vocab_size)
         return jnp.dtype(self.dtype)
 
-    def _apply(
-        self,
-        params: Params,
-        x: jax.Array,
-        state: State,
-        reset: jax.Array | None,
-        sequence_axis: str | None = None,
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         table = whole(params["embedding"], self.backbone)
         inputs = embed(table, x, self.dtype, self.backbone)
-        hidden, state = self.backbone._apply(
-            params["backbone"], inputs, state, reset, sequence_axis
-        )
+        hidden, state = self.backbone.forward(params["backbone"], inputs, state, context)
         weight = table.T if self.tie_embeddings else whole(params["head"], self.backbone)
         logits = jnp.matmul(
             hidden,

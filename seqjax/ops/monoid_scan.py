@@ -211,7 +211,7 @@ def _check_state(op: str, state: PyTree, elems: PyTree) -> PyTree:
     if wanted_tree != jax.tree.structure(state):
         raise ValueError(
             f"{op}: `initial_state` must have the structure of `elems`,"
-            f" {_checks.describe_tree(elems)}, got {_checks.describe_tree(state)}."
+            f" {checks.describe_tree(elems)}, got {checks.describe_tree(state)}."
         )
     wanted = [[e.shape[0], *e.shape[2:]] for e in jax.tree.leaves(elems)]
     got = [list(s.shape) for s in jax.tree.leaves(state)]

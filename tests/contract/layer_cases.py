@@ -58,6 +58,16 @@ LAYERS = [
         layer_oracles.deltanet,
         "DeltaNet-gated",
     ),
+    # Several values per head: with two, the norm of an output near zero bends sharply, and
+    # differences of gradients are no judge of second derivatives.
+    _layer(
+        seqjax.layers.GLA(dim=4, heads=2, gate_rank=3, expand_k=1, expand_v=2), layer_oracles.gla
+    ),
+    _layer(
+        seqjax.layers.GLA(dim=4, heads=2, gate_rank=3, expand_k=1, expand_v=2, conv_size=3),
+        layer_oracles.gla,
+        "GLA-conv",
+    ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
@@ -72,5 +82,7 @@ LAYERS = [
     _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
+    _layer(seqjax.layers.RMSNorm(dim=4, offset=True), layer_oracles.rms_norm, "RMSNorm-offset"),
+    _layer(seqjax.layers.LayerNorm(dim=4), layer_oracles.layer_norm),
     _layer(seqjax.layers.GatedMLP(dim=4), layer_oracles.gated_mlp),
 ]

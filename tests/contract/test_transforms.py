@@ -145,7 +145,10 @@ def heads_split(case, inputs, sizes):
             axes, shapes = case.layer.param_axes(), case.layer.param_shapes()
             found[name] = jax.tree.map(of_param, axes, shapes, is_leaf=lambda x: type(x) is tuple)
         elif name in case.timed:
-            found[name] = jax.tree.map(lambda v: spec(v.shape, "data", None, "model"), value)
+            names = ("data", None, "model")
+            found[name] = jax.tree.map(
+                lambda v, names=names: spec(v.shape, *names[: v.ndim]), value
+            )
         else:
             names = (None, "model") if name in case.shared else ("model",)
             found[name] = jax.tree.map(lambda v, names=names: spec(v.shape, *names), value)

@@ -52,7 +52,7 @@ def one_line(capsys, script, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], f"give --config={CONFIG}:deltanet"),
+        ([], f"give --config={cli.EXAMPLE_CONFIG}"),
         ([f"--config={CONFIG}:deltanit"], "did you mean 'deltanet'?"),
         ([f"--config={CONFIG}:deltanet,mamba"], "names the layers deltanet and mamba"),
         ([f"--config={CONFIG}:qiucktest"], "did you mean 'quicktest'?"),
@@ -81,7 +81,7 @@ def test_bad_commands(capsys, arguments, message):
     ("field", "message"),
     [
         ("model.mixers=mambo", "did you mean 'mamba'?"),
-        ("model.mixers=lru,attention,lru", "multiple of the number of mixers"),
+        ("model.mixers=lru,attention,lru", "multiple of the number of blocks"),
         ("model.depth=0", "depth"),
         ("model.options.deltanet.heads=3", "config.model.options.deltanet"),
         ("data.path=nowhere.txt", "does not exist"),

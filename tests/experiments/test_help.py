@@ -14,11 +14,16 @@ from experiments.configs import classify, common, fields, lm, pod_gated_deltanet
 from experiments.configs import state_tracking as state
 
 REPOSITORY = Path(__file__).parents[2]
-COMMANDS = sorted(
-    path.stem
-    for path in (REPOSITORY / "experiments").glob("*.py")
+FOLDER = REPOSITORY / "experiments"
+# Command -> module.
+COMMANDS = {
+    name.removesuffix(".__main__"): f"experiments.{name}"
+    for name, path in sorted(
+        (".".join(path.relative_to(FOLDER).with_suffix("").parts), path)
+        for path in FOLDER.rglob("*.py")
+    )
     if "cli.run(" in path.read_text()
-)
+}
 CONFIGS = [lm.get_config("deltanet"), pod_gated_deltanet_1b.get_config("8k")] + [
     module.get_config(task) for module in (recall, state, classify) for task in module.TASKS
 ]
@@ -30,7 +35,7 @@ def from_the_repository(monkeypatch):
 
 
 def show(capsys, command, *arguments):
-    module = importlib.import_module(f"experiments.{command}")
+    module = importlib.import_module(COMMANDS[command])
     takes_words = {"takes_words": True} if command == "bench" else {}
     assert cli.run(module.define_flags, module.main, [command, *arguments], **takes_words) == 0
     captured = capsys.readouterr()
@@ -39,17 +44,20 @@ def show(capsys, command, *arguments):
 
 
 def test_all_commands_are_here():
-    expected = "bench evaluate generate plan report sweep train weak_scaling"
-    assert expected.split() == COMMANDS
+    expected = "bench bench.weak_scaling evaluate generate plan report sweep train"
+    assert expected.split() == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help", "--helpshort", "--helpfull"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(capsys, command, flag):
     text = show(capsys, command, flag)
-    module = importlib.import_module(f"experiments.{command}")
+    module = importlib.import_module(COMMANDS[command])
     assert text.startswith(module.__doc__.splitlines()[0])
-    assert len(re.findall(rf"^    python -m experiments\.{command}\b", text, re.MULTILINE)) >= 2
+    assert (
+        len(re.findall(rf"^    python -m experiments\.{re.escape(command)}\b", text, re.MULTILINE))
+        >= 2
+    )
     assert "\nFlags:\n" in text
     assert max(map(len, text.splitlines())) <= 100
     assert ("--flagfile" in text) == (flag == "--helpfull")
@@ -57,7 +65,7 @@ def test_help(capsys, command, flag):
         assert "experiments/configs/state_tracking.py\n" in text
         assert "--config.data.batch_size=" in text
         assert "sequences per training step" in text
-        assert ("model.options.deltanet.heads" in text) == (flag != "--helpshort")
+        assert ("model.options.gated_deltanet.heads" in text) == (flag != "--helpshort")
         assert ("model.options.gateloop.heads" in text) == (flag == "--helpfull")
 
 

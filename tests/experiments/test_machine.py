@@ -94,7 +94,8 @@ def test_errors_of_the_file_system_are_found():
 def test_a_closed_pipe_ends_quietly():
     code = (
         "import sys\n"
-        "from experiments import cli, report\n"
+        "from experiments import report\n"
+        "from experiments.base import cli\n"
         "def main(values):\n"
         "    for _ in range(100_000): print('a line')\n"
         "    return 0\n"

@@ -87,7 +87,8 @@ def test_every_block_tells_what_its_layer_would():
         hidden = params["embedding"][tokens] * model.dim**0.5
         block, norm = params["backbone"]["block_0"], seqjax.layers.RMSNorm(model.dim)
         mixed, _ = norm.apply(block["mixer_norm"], hidden)
-        return model.backbone.layers[0].solve_info(block["mixer"], mixed, reset=reset)
+        mixer = model.backbone.stack[0].mixer
+        return mixer.apply_with_aux(block["mixer"], mixed, reset=reset)[2]["solve"]
 
     for name, alone in first(params)._asdict().items():
         np.testing.assert_allclose(getattr(infos["block_0"], name), alone, atol=1e-6)
@@ -111,16 +112,3 @@ def test_the_report_is_the_worst_of_all():
 def test_nothing_to_tell_without_newton(algorithm):
     assert jax.default_backend() == "cpu"
     assert newton_report.make_report(hybrid(algorithm)[0]) is None
-
-
-def test_a_watched_layer_is_the_same_layer():
-    layer = seqjax.layers.ParaGRU(4, algorithm="newton")
-    watched = newton_report.Watched(layer)
-    params = layer.init(jax.random.key(0))
-    x = jax.random.normal(jax.random.key(1), (2, 9, 4))
-    assert watched.param_shapes() == layer.param_shapes()
-    y, state = layer.apply(params, x)
-    seen, (after, info) = watched.apply(params, x)
-    np.testing.assert_array_equal(seen, y)
-    np.testing.assert_array_equal(after, state)
-    assert info.converged.all()

@@ -15,7 +15,7 @@ from experiments.base import build
 from experiments.base.errors import UserError
 from experiments.compiled import collectives, flops
 from experiments.configs import lm, pod_gated_deltanet_1b, pod_mamba_1b, pods
-from seqjax.layers import GRU, LRU, DeltaNet, SlidingWindowAttention
+from seqjax.layers import GRU, LRU, REGISTRY, DeltaNet, SlidingWindowAttention
 from seqjax.models import Backbone, LanguageModel
 
 
@@ -51,16 +51,18 @@ def test_operations_by_hand():
     assert flops.train_flops(model, 5, 7) == 3 * 5 * 7 * forward
     stacked = dataclasses.replace(model, backbone=dataclasses.replace(backbone, scan=False))
     assert flops.train_flops(stacked, 5, 7) == 3 * 5 * 7 * forward
-    assert flops.state_flops(SlidingWindowAttention(8, 2, 5)) == 4 * 5 * 8
-    assert flops.state_flops(LRU(8, state_dim=3)) == 24
-    assert flops.state_flops(GRU(8, state_dim=3)) == 8 * 3 * 3
+    assert SlidingWindowAttention(8, 2, 5).state_flops() == 4 * 5 * 8
+    assert LRU(8, state_dim=3).state_flops() == 24
+    assert GRU(8, state_dim=3).state_flops() == 8 * 3 * 3
 
 
-@pytest.mark.parametrize("layer", sorted(build.LAYERS))
+@pytest.mark.parametrize("layer", sorted(REGISTRY))
 def test_every_layer_is_counted(layer):
     config = lm.get_config("lru,quicktest").model
     config.mixers = layer
-    assert flops.train_flops(build.build_model(config), 1, 1) > 0
+    model = build.build_model(config)
+    assert all(block.state_flops() > 0 for block in model.backbone.stack)
+    assert flops.train_flops(model, 1, 1) > 0
 
 
 _LOOP = """HloModule m, num_partitions=4

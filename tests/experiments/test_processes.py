@@ -74,7 +74,8 @@ def outputs(processes, seconds=300):
 
 _STOPPED = """
 import os, signal, sys
-from experiments import cli, logs, train
+from experiments import train
+from experiments.base import cli, logs
 
 step, taken = logs.Progress.step, iter(range(1, 100))
 def stopping(self):
@@ -132,7 +133,8 @@ def test_two_processes_are_stopped_then_killed_and_one_goes_on(text, tmp_path):
 
 _KILLED_WHILE_SAVING = """
 import os, signal, sys
-from experiments import cli, train
+from experiments import train
+from experiments.base import cli
 
 def killing(rename):
     def before(source, target, *args, **keywords):

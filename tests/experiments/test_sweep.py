@@ -155,8 +155,13 @@ def test_the_page_is_the_report_of_the_results(tmp_path, capsys):
     figures = tmp_path / "not" / "there"
     arguments = ["report", f"--results={REPOSITORY / sweep.RESULTS}", f"--figures={figures}"]
     assert cli.run(report.define_flags, report.main, arguments) == 0
-    assert capsys.readouterr().out == (REPOSITORY / "experiments" / "RESULTS.md").read_text()
-    assert all((REPOSITORY / "experiments" / made.name).exists() for made in figures.iterdir())
+    assert (
+        capsys.readouterr().out
+        == (REPOSITORY / "experiments" / "results" / "RESULTS.md").read_text()
+    )
+    assert all(
+        (REPOSITORY / "experiments" / "results" / made.name).exists() for made in figures.iterdir()
+    )
 
 
 def test_curves_run_over_tokens_and_seconds():

@@ -185,7 +185,8 @@ def test_the_word_says_whether_deltanet_is_gated(word):
         [build.build_model(pods.recipe("x", word, "", {}, {}).model)] if word != "hybrid" else []
     )
     for model in models:
-        mixers = [x for x in model.backbone.mixers if isinstance(x, seqjax.layers.DeltaNet)]
+        blocks = [block.mixer for block in model.backbone.stack]
+        mixers = [x for x in blocks if isinstance(x, seqjax.layers.DeltaNet)]
         assert mixers
         assert all(mixer.gated == (word != "deltanet") for mixer in mixers)
 

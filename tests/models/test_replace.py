@@ -17,13 +17,20 @@ NONE = {  # other values of fields that are None
     "head_dim": 6,
     "hidden_dim": 24,
     "implementation": "xla",
-    "mlp_dim": 8,
+    "conv_size": 3,
+    "mlp": seqjax.layers.GatedMLP(4, 8),
     "output_gate": True,
     "place": lambda x, axes: x,
     "solver": seqjax.Newton(window=8),
     "state_dim": 8,
 }
-NAMES = {"channel_axis": "heads", "pool": "last", "dtype": "bfloat16"}
+NAMES = {
+    "channel_axis": "heads",
+    "dtype": "bfloat16",
+    "norm": "layer",
+    "norm_position": "post",
+    "pool": "last",
+}
 LRU = seqjax.layers.LRU(4)
 MODELS = [
     seqjax.models.Block(LRU),
@@ -49,7 +56,7 @@ def changes(layer):
             yield field.name, NONE[field.name]
         elif isinstance(value, str):
             yield field.name, NAMES[field.name]
-        elif field.name in ("state_dim", "head_dim"):
+        elif field.name in ("state_dim", "head_dim", "expand_k", "expand_v"):
             yield field.name, 2 * value
         elif field.name == "blocks":
             yield "blocks", 1

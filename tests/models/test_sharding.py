@@ -205,11 +205,11 @@ def test_stacked_blocks_are_the_same_model(x64):
 
 def test_blocks_that_differ_are_stacked_by_their_order():
     mixers = [S5(4), LRU(4), S5(4), S5(4)]
-    assert list(Backbone(mixers, scan=True)._params()) == [
+    assert list(Backbone(mixers, scan=True).declare_params()) == [
         *(f"group_{i}" for i in range(4)),
         "final_norm",
     ]
-    assert len(Backbone(mixers, depth=8, scan=True)._params()) == 5
+    assert len(Backbone(mixers, depth=8, scan=True).declare_params()) == 5
 
 
 @pytest.mark.parametrize("with_context", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -206,7 +206,7 @@ def test_layers_say_how_they_were_solved(kind, x64):
         layer = kind(D, algorithm=algorithm)
         params = layer.init(jax.random.key(0), jnp.float64)
         outputs[algorithm] = layer.apply(params, x, reset=reset)
-        info = layer.solve_info(params, x, reset=reset)
+        info = layer.apply_with_aux(params, x, reset=reset)[2]["solve"]
         assert info.converged.all()
         steps, iterations = (40, 0) if algorithm == "sequential" else (0, 1)
         assert (info.sequential_steps == steps).all()
@@ -216,6 +216,7 @@ def test_layers_say_how_they_were_solved(kind, x64):
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), *outputs.values()
     )
     rough = kind(D, algorithm="newton", solver=seqjax.Newton(tol=0.1))
-    assert rough.solve_info(params, x, reset=reset).iterations.sum() < info.iterations.sum()
+    again = rough.apply_with_aux(params, x, reset=reset)[2]["solve"]
+    assert again.iterations.sum() < info.iterations.sum()
     with pytest.raises(ValueError, match=f"{kind.__name__}.*algorithm must be"):
         kind(D, algorithm="associative")

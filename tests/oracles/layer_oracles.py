@@ -191,6 +191,46 @@ def deltanet(layer, params, x, reset=None):
     return y
 
 
+def gla(layer, params, x, reset=None):
+    """S = diag(exp g) S + k v^T with g = log sigmoid(x W_1 W_2 + b) / tau (arXiv 2312.06635)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads = layer.heads
+    q, k, v = (x @ p[f"{name}_proj"] for name in "qkv")
+    if layer.conv_size is not None:
+        conv = _Conv(layer.conv_size, bias=False)
+        q, k, v = (
+            short_conv(conv, p[f"{name}_conv"], z, reset)
+            for name, z in zip("qkv", (q, k, v), strict=True)
+        )
+    size, values = q.shape[-1] // heads, v.shape[-1] // heads
+    gate = x @ p["decay_down"] @ p["decay_up"] + p["decay_bias"]
+    decay = _sigmoid(gate) ** (1 / layer.gate_temperature)
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        memory = np.zeros((heads, size, values))
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                memory = np.zeros((heads, size, values))
+            out = np.zeros((heads, values))
+            for h in range(heads):
+                keys, vals = slice(h * size, (h + 1) * size), slice(h * values, (h + 1) * values)
+                kept = decay[b, t, keys][:, None] * memory[h]
+                memory[h] = kept + np.outer(k[b, t, keys], v[b, t, vals])
+                o = memory[h].T @ q[b, t, keys] / np.sqrt(size)
+                out[h] = o / np.sqrt(np.mean(o * o) + layer.norm_eps) * p["norm"]
+            y[b, t] = (out.reshape(-1) * _silu(x[b, t] @ p["gate_proj"])) @ p["out_proj"]
+    return y
+
+
+def layer_norm(layer, params, x, reset=None):
+    """(x - mean) / sqrt(var + eps) * scale + bias (arXiv 1607.06450)."""
+    del reset
+    p, x = _f64(params), _f64(x)
+    centered = x - x.mean(-1, keepdims=True)
+    y = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + layer.eps) * p["scale"]
+    return y + p["bias"] if layer.bias else y
+
+
 def sliding_window_attention(layer, params, x, reset=None):
     """Softmax over the last `window` positions, rotary by absolute position (arXiv 2104.09864)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
@@ -219,10 +259,11 @@ def sliding_window_attention(layer, params, x, reset=None):
 
 
 def rms_norm(layer, params, x, reset=None):
-    """x / rms(x) * scale."""
+    """x / rms(x) * scale, or * (1 + scale)."""
     del reset
     p, x = _f64(params), _f64(x)
-    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + layer.eps) * p["scale"]
+    scale = 1 + p["scale"] if layer.offset else p["scale"]
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + layer.eps) * scale
 
 
 def gated_mlp(layer, params, x, reset=None):

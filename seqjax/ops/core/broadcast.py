@@ -51,8 +51,9 @@ def everywhere(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     def total(ct: jax.Array) -> jax.Array:
         rows = ct.reshape(-1, ct[(0,) * leading].size)
-        if len(rows) <= 8:  # so few that they are added where they are made
+        count = rows.shape[0]
+        if isinstance(count, int) and count <= 8:  # not symbolic: a few are added where they are
             return sum(rows[1:], start=rows[0]).reshape(ct.shape[leading:])
-        return _product(jnp.ones((1, len(rows)), ct.dtype), rows).reshape(ct.shape[leading:])
+        return _product(jnp.ones((1, count), ct.dtype), rows).reshape(ct.shape[leading:])
 
     return _apply(lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), total)(x)

@@ -108,15 +108,21 @@ def like_state(given: PyTree, state: PyTree, batch: Any) -> PyTree:
     return jax.tree.map(lambda x: P(*spec_of(x)), given)
 
 
-def of_layer(arguments: Arguments, out: Any) -> tuple[P, PyTree]:
-    """Return the specs of a layer's (outputs, state): split as its input and its state are."""
+def of_layer(arguments: Arguments, out: Any) -> tuple[PyTree, ...]:
+    """Return the specs of a layer's (outputs, state, aux): split as its input and its state are."""
     x = arguments["x"] if "x" in arguments else arguments["x_t"]
-    y, state = out
+    y, state, *aux = out
     spec = spec_of(x)
     if y.shape[: len(spec)] != np.shape(x):  # one output per sequence
         spec = spec[:1]
     outputs = joined(*spec, *(None,) * (y.ndim - len(spec)))
-    return outputs, like_state(arguments.get("state"), state, spec[0])
+    state_specs = like_state(arguments.get("state"), state, spec[0])
+
+    def of_aux(leaf: Any) -> P:
+        by_sequence = leaf.ndim > 0 and leaf.shape[0] == y.shape[0]
+        return joined(spec[0]) if by_sequence else P()
+
+    return outputs, state_specs, *jax.tree.map(of_aux, aux)
 
 
 def by_axes(patterns: Mapping[str, str], output: str, state: str) -> Specs:

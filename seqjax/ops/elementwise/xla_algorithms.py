@@ -1,7 +1,7 @@
 """The elementwise linear recurrence in plain XLA: sequential, associative, chunked.
 
-All three compute either form of `seqjax.ops.elementwise.linear_recurrence`, in either direction, on a [B|1, T|1, D],
-x [B, T, D], h0 [B, D] and reset [B, T] or None, and return y [B, T, D] and the final state [B, D].
+All three compute either form of `linear_recurrence`, in either direction, on a [B|1, T|1, D],
+x [B, T, D], h0 [B, D] and reset [B, T] or None. They return y [B, T, D] and the final state [B, D].
 """
 
 import math

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from seqjax.ops.core import checks
 from seqjax.types import PyTree
 
 
@@ -32,7 +33,7 @@ def check_arrays(op: str, cell: Any, params: PyTree, xs: PyTree) -> None:
     if not isinstance(params, dict) or not set(names) <= set(params):
         raise ValueError(
             f"{op}: `params` must be a dict with the entries {sorted(names)}, as"
-            f" {type(cell).__name__} declares them, got {_checks.describe_tree(params)}."
+            f" {type(cell).__name__} declares them, got {checks.describe_tree(params)}."
         )
     if isinstance(xs, jax.Array) and xs.ndim == 4 and xs.shape[2] != gates:
         raise ValueError(
