@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import seqjax
 from pallas_kernels.nonlinear_scan import gpu
@@ -123,7 +125,16 @@ def test_what_it_cannot_do():
     refused(tanh_cell, "got bool", params=jnp.ones(8, bool))
     refused(lambda p, h, x: h * x, "an axis of D=8 channels", xs=jnp.ones((1, 3)))
     refused(tanh_cell, "kernel is sequential, not newton", algorithm="newton")
-    refused(tanh_cell, "T split over devices", sequence_axis="x")
+
+    def split(xs, state):
+        keywords = {"implementation": "pallas", "sequence_axis": "x"}
+        return seqjax.nonlinear_scan(tanh_cell, (), xs, state, **keywords)[:2]
+
+    in_time = P(None, "x")
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    over = jax.shard_map(split, mesh=mesh, in_specs=(in_time, P()), out_specs=(in_time, P()))
+    with pytest.raises(NotImplementedError, match=r"^nonlinear_scan: .*T split over devices"):
+        jax.eval_shape(over, jnp.ones((1, 3, 8)), jnp.ones((1, 8)))
     with pytest.raises(NotImplementedError, match=r"^nonlinear_scan: there is no Pallas"):
         seqjax.nonlinear_scan(
             tanh_cell, (), jnp.ones((1, 3, 8)), jnp.ones((1, 8)), implementation="pallas"
