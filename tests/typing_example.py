@@ -163,7 +163,7 @@ def main() -> dict[str, tuple[int, ...]]:
     x = jax.random.normal(jax.random.key(1), (2, 5, 8))
     finals = ops(x, starts)
 
-    block = Block(Average(8), mlp_dim=None)
+    block = Block(Average(8), mlp=None)
     y, _ = block.apply(block.init(jax.random.key(0)), x, reset=starts)
     mlp = GatedMLP(dim=8)
     y, _ = mlp.apply(mlp.init(jax.random.key(0), jnp.bfloat16), y)
