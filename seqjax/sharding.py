@@ -262,7 +262,7 @@ def split_time(
     """
     split: Callable[..., Any]
     if mesh is None or mesh.shape["sequence"] == 1:
-        split = lambda *args: function(*args, sequence_axis=None)  # noqa: E731
+        split = functools.partial(function, sequence_axis=None)
     else:
         split = jax.shard_map(
             lambda *args: function(*args, sequence_axis="sequence"),

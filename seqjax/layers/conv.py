@@ -101,3 +101,12 @@ class ShortConv(Layer):
         if sequence_axis is not None:
             state = _halo.leaving(state, sequence_axis)
         return y.astype(x.dtype), state
+
+
+def qkv_convs(heads: int, key_dim: int, value_dim: int, size: int) -> dict[str, ShortConv]:
+    """Return the short convolutions after the projections of q, k and v, by parameter name."""
+    widths = {"q": key_dim, "k": key_dim, "v": value_dim}
+    return {
+        f"{name}_conv": ShortConv(heads * width, size, activation="silu", channel_axis="heads")
+        for name, width in widths.items()
+    }

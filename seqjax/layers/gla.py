@@ -11,7 +11,7 @@ from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, rms_normalize, split_heads
 from seqjax.layers.context import Context
-from seqjax.layers.conv import ShortConv
+from seqjax.layers.conv import ShortConv, qkv_convs
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 
@@ -98,13 +98,7 @@ class GLA(Layer):
     def _convs(self) -> dict[str, ShortConv]:
         if self.conv_size is None:
             return {}
-        widths = {"q": self.key_dim, "k": self.key_dim, "v": self.value_dim}
-        return {
-            f"{name}_conv": ShortConv(
-                self.heads * width, self.conv_size, activation="silu", channel_axis="heads"
-            )
-            for name, width in widths.items()
-        }
+        return qkv_convs(self.heads, self.key_dim, self.value_dim, self.conv_size)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         def inward(width: int) -> Param:

@@ -24,7 +24,7 @@ EACH = by_variant()
 
 
 def judged(result, expected):
-    """Layers' final states are judged by continuing from them (test_contract_state)."""
+    """Layers' final states are judged by continuing from them (test_state)."""
     return (result[0],) if expected[1] is None else result, (
         (expected[0],) if expected[1] is None else expected
     )
