@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, state_dtype
 from seqjax.models.backbone import Backbone
-from seqjax.ops.core.custom_adjoint import reverse_rule
+from seqjax.ops.core.custom_adjoint import custom_adjoint
 
 
 def embedding(vocab_size: int, dim: int) -> Param:
@@ -56,7 +56,7 @@ def _sum_of_rows(args: tuple[jax.Array, jax.Array], rows: jax.Array) -> list[jax
     ]
 
 
-_rows_on_mesh = reverse_rule(_rows, _sum_of_rows)
+_rows_on_mesh = custom_adjoint(_rows, _sum_of_rows)
 
 
 def check_model(model: Layer, backbone: Backbone, dtype: str) -> None:

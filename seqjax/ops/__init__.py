@@ -1,5 +1,6 @@
 """Recurrences as pure functions of arrays: no parameters, no modules."""
 
+from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
 from seqjax.ops.elementwise.selective_scan import selective_scan as selective_scan
 from seqjax.ops.matrix_state.delta_rule import delta_rule as delta_rule
@@ -17,6 +18,7 @@ from seqjax.ops.segments import segment_starts as segment_starts
 __all__ = [
     "Newton",
     "SolveInfo",
+    "custom_adjoint",
     "delta_rule",
     "generalized_delta_rule",
     "linear_attention",

@@ -86,13 +86,10 @@ def monoid_scan(
             f"{op}: `combine` must be a function of (earlier, later), got {combine!r}."
         )
     checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = backends.resolve(
-        op,
-        algorithm,
-        implementation,
-        algorithms=("sequential", "associative", "chunked"),
-        length=length,
+    algorithm = backends.select_algorithm(
+        op, algorithm, algorithms=("sequential", "associative", "chunked"), length=length
     )
+    backends.select_backend(op, algorithm, implementation, length=length)  # XLA, or it raises
     if initial_state is not None:
         initial_state = _check_state(op, initial_state, elems)
     return _run(

@@ -1,9 +1,14 @@
-"""The one seam between ops and what runs them.
+"""Backend selection for ops.
 
-Two separate choices: `algorithm` (what is computed in which order) and `implementation` (who
-runs it). A named choice is honoured or refused, never replaced.
+Two independent choices: `algorithm` (what is computed in which order) and `implementation` (XLA or
+a Pallas kernel). An explicit choice runs or raises. By default the backend is the fastest measured
+one for the platform that the program is compiled for.
+
+`select_algorithm` and `select_backend` check the caller's choice when the op is called.
+`runs_kernel` decides when the program is lowered, because the platform is unknown before.
 """
 
+import enum
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,131 +18,149 @@ from jax import lax
 
 from seqjax.ops.core import jax_compat
 
+ALGORITHMS = ("sequential", "associative", "chunked", "newton")
 IMPLEMENTATIONS = ("xla", "pallas")
 
 
-class Kernel(NamedTuple):
-    """What there is to run an op besides XLA.
+class Kernels(NamedTuple):
+    """The Pallas kernels of an op.
 
     Attributes:
-      algorithm: that it follows.
-      platforms: that it is for; the first is that whose kernel is interpreted.
-      preferred: the platforms where it is the default; elsewhere it has to be named. "hopper" is
-        CUDA on GPUs of compute capability 9.
+      algorithm: the algorithm of the kernels.
+      modules: the module of `pallas_kernels.<op>` for each platform. The first one is interpreted.
+      preferred: the targets on which the kernel is the default. "hopper" is CUDA on GPUs of compute
+        capability 9.
     """
 
     algorithm: str
-    platforms: tuple[str, ...] = ("tpu",)
-    preferred: tuple[str, ...] = ("tpu",)
+    modules: dict[str, str]
+    preferred: tuple[str, ...]
 
 
-# The ops that have a Pallas kernel; a kernel that lands adds its op.
-KERNELS = {
-    "delta_rule": Kernel("chunked"),
-    "linear_attention": Kernel("chunked"),
-    "linear_scan": Kernel("sequential", ("tpu", "cuda"), preferred=("tpu", "hopper")),
-    "nonlinear_scan": Kernel("sequential", platforms=("cuda",), preferred=()),
-    "selective_scan": Kernel("sequential", ("tpu", "cuda"), preferred=("tpu", "hopper")),
+BACKENDS: dict[str, Kernels | None] = {
+    "delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
+    "generalized_delta_rule": None,  # XLA alone
+    "linear_attention": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
+    "linear_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
+    "monoid_scan": None,
+    "nonlinear_scan": Kernels("sequential", {"cuda": "gpu"}, ()),
+    "selective_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
 }
-FILES = {"tpu": "tpu", "cuda": "gpu"}  # of a platform's kernels, in `pallas_kernels.<op>`
 
 
-class Use(NamedTuple):
-    """How a call uses its op's kernel.
+class Mode(enum.Enum):
+    """How a call uses the Pallas kernel of its op.
+
+    OFF: XLA runs the call.
+    AUTO: the kernel runs on the platforms that prefer it, XLA elsewhere.
+    REQUIRED: the kernel runs. Compiling for a platform without the kernel raises.
+    INTERPRET: the kernel is interpreted, slowly, on any platform.
+    """
+
+    OFF = enum.auto()
+    AUTO = enum.auto()
+    REQUIRED = enum.auto()
+    INTERPRET = enum.auto()
+
+
+class Backend(NamedTuple):
+    """The backend of a call.
 
     Attributes:
-      op: its name.
-      mode: "never"; "may", where the program is compiled for a platform that prefers it; "must",
-        and compiling for a platform without it is refused; "interpret", on any platform, slowly.
-      excluded: platforms whose kernel "may" leaves out, because it does not support the call or
-        is slower.
+      op: the name of the op.
+      mode: how the call uses the kernel of the op.
+      preferred: the targets on which `Mode.AUTO` runs the kernel.
     """
 
     op: str
-    mode: str = "never"
-    excluded: tuple[str, ...] = ()
-
-    @property
-    def never(self) -> bool:
-        """Whether only XLA can run this call."""
-        return self.mode == "never"
-
-    @property
-    def always(self) -> bool:
-        """Whether only the kernel can run this call."""
-        return self.mode in ("must", "interpret")
+    mode: Mode = Mode.OFF
+    preferred: tuple[str, ...] = ()
 
     @property
     def interpret(self) -> bool:
         """Whether the kernel is interpreted."""
-        return self.mode == "interpret"
-
-    def on(self, target: jax_compat.Target, *operands: jax.Array) -> bool:
-        """Whether the kernel runs these operands where the program is compiled for.
-
-        Raises:
-          NotImplementedError: if it must and cannot.
-        """
-        if self.never or self.interpret:
-            return self.interpret
-        kernel = KERNELS[self.op]
-        if self.mode == "may":
-            preferred = target.name in kernel.preferred and target.platform not in self.excluded
-            return preferred and not target.partitioned
-        if target.platform not in kernel.platforms:
-            raise NotImplementedError(
-                f"{self.op}: there is no Pallas kernel for {target.platform}; use "
-                "implementation='xla' or None, or interpret=True to try the kernel there."
-            )
-        if target.capability is not None and target.capability < (9, 0):
-            major, minor = target.capability
-            raise NotImplementedError(
-                f"{self.op}: the Pallas kernel for GPU must have compute capability 9.0 (Hopper) "
-                f"or newer, got {major}.{minor}; use implementation='xla' or None."
-            )
-        sizes = [size for x in operands for size in x.shape if not isinstance(size, int)]
-        if target.platform == "cuda" and sizes:
-            raise NotImplementedError(
-                f"{self.op}: the Pallas kernel for GPU must have sizes that are known at trace"
-                f" time, got the symbolic size {sizes[0]}; use implementation='xla' or None."
-            )
-        if target.partitioned:
-            raise NotImplementedError(_split(self.op))
-        return True
+        return self.mode is Mode.INTERPRET
 
     @property
-    def by_tpu(self) -> bool:
-        """Whether the kernel that is interpreted is that for TPU."""
-        return KERNELS[self.op].platforms[0] == "tpu"
+    def modules(self) -> dict[str, str]:
+        """The modules of the kernel by platform."""
+        kernels = BACKENDS[self.op]
+        return {} if kernels is None else kernels.modules
 
-    def kernels(self, target: jax_compat.Target | None) -> Any:
-        """The module of `pallas_kernels` that runs it there; interpreted the first there is.
+    @property
+    def only_kernel(self) -> bool:
+        """Whether XLA never runs the call."""
+        return self.mode in (Mode.REQUIRED, Mode.INTERPRET)
 
-        Imported where it is run: half a second that programs for a CPU need not spend.
+    def kernels(self, target: jax_compat.Target | None = None) -> Any:
+        """Import the module of `pallas_kernels` for the target, or the one that is interpreted.
+
+        Importing it takes half a second, which programs for a CPU do not spend.
         """
-        if self.interpret or target is None:
-            platform = KERNELS[self.op].platforms[0]
-        else:
-            platform = target.platform
-        return importlib.import_module(f"pallas_kernels.{self.op}.{FILES[platform]}")
+        first = next(iter(self.modules))
+        platform = first if self.interpret or target is None else target.platform
+        return importlib.import_module(f"pallas_kernels.{self.op}.{self.modules[platform]}")
 
 
-def resolve(
+def runs_kernel(backend: Backend, target: jax_compat.Target, *operands: jax.Array) -> bool:
+    """Return whether the kernel runs a call in a program that is compiled for `target`.
+
+    Raises:
+      NotImplementedError: if the mode is REQUIRED and the kernel does not support the target.
+    """
+    if backend.mode in (Mode.OFF, Mode.INTERPRET):
+        return backend.interpret
+    if backend.mode is Mode.AUTO:
+        return target.name in backend.preferred and not target.partitioned
+    if reason := _unsupported_target(backend, target, operands):
+        raise NotImplementedError(f"{backend.op}: {reason}")
+    return True
+
+
+def _unsupported_target(
+    backend: Backend, target: jax_compat.Target, operands: Sequence[jax.Array]
+) -> str | None:
+    """Return why the kernel cannot run on a target, or None."""
+    if target.platform not in backend.modules:
+        return (
+            f"there is no Pallas kernel for {target.platform}; use implementation='xla' or None, or"
+            " interpret=True to try the kernel there."
+        )
+    if target.capability is not None and target.capability < (9, 0):
+        major, minor = target.capability
+        return (
+            "the Pallas kernel for GPU must have compute capability 9.0 (Hopper) or newer, got"
+            f" {major}.{minor}; use implementation='xla' or None."
+        )
+    symbolic = [size for x in operands for size in x.shape if not isinstance(size, int)]
+    if target.platform == "cuda" and symbolic:
+        return (
+            "the Pallas kernel for GPU must have sizes that are known at trace time, got the"
+            f" symbolic size {symbolic[0]}; use implementation='xla' or None."
+        )
+    return SPLIT if target.partitioned else None
+
+
+SPLIT = (
+    "a Pallas kernel cannot be split over devices by the compiler; call it inside jax.shard_map, or"
+    " use implementation='xla' or None."
+)
+
+
+def select_algorithm(
     op: str,
     algorithm: str | None,
-    implementation: str | None,
     *,
     algorithms: Sequence[str],
     length: Any,
     any_length: Sequence[str] = ("sequential",),
 ) -> str | None:
-    """Check the two keywords and return the algorithm to run (None: the op chooses).
+    """Check the caller's `algorithm` and return it (None: the op chooses).
 
     Args:
-      op: its name.
-      algorithm: as the caller named it.
-      implementation: as the caller named it.
-      algorithms: those of the op.
+      op: the name of the op.
+      algorithm: the caller's choice.
+      algorithms: the algorithms of the op.
       length: T, a number, or a symbol under `jax.export`.
       any_length: the algorithms that run with a symbolic T.
 
@@ -145,115 +168,100 @@ def resolve(
       ValueError: for a name that does not exist.
       NotImplementedError: for a choice that exists but cannot run.
     """
-    known = ("sequential", "associative", "chunked", "newton")
-    if algorithm is not None and algorithm not in known:
+    if algorithm is None:
+        return None
+    if algorithm not in ALGORITHMS:
         raise ValueError(
             f"{op}: `algorithm` must be one of {', '.join(algorithms)} or None, got {algorithm!r}."
         )
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"{op}: `implementation` must be 'xla', 'pallas' or None, got {implementation!r}."
-        )
-    if algorithm is not None and algorithm not in algorithms:
+    if algorithm not in algorithms:
         raise NotImplementedError(
             f"{op}: there is no {algorithm!r} algorithm for this op; use {' or '.join(algorithms)}."
         )
-    if not isinstance(length, int) and algorithm not in (None, *any_length):
+    if not isinstance(length, int) and algorithm not in any_length:
         raise NotImplementedError(
             f"{op}: the {algorithm!r} algorithm must have a T that is known at trace time, got the"
             f" symbolic T={length}; use algorithm={any_length[0]!r} or None, or export with a fixed"
             " T."
         )
-    if implementation == "pallas":
-        _check_kernel(op, algorithm)
     return algorithm
 
 
-def long_enough(length: Any) -> bool:
-    """Return whether a kernel or a chunk pays for T steps; not for a symbolic T."""
-    return isinstance(length, int) and length >= 8
-
-
-def unsupported_length(length: Any) -> str | None:
-    """Return what a kernel cannot do with a symbolic T, or None for a known one."""
-    if isinstance(length, int):
-        return None
-    return f"must have a T that is known at trace time, got the symbolic T={length}"
-
-
-def _check_kernel(op: str, algorithm: str | None) -> None:
-    if op not in KERNELS:
-        raise NotImplementedError(
-            f"{op}: there is no Pallas kernel for this op yet; use implementation='xla' or None."
-        )
-    if algorithm not in (None, KERNELS[op].algorithm):
-        raise NotImplementedError(
-            f"{op}: the Pallas kernel is {KERNELS[op].algorithm}, not {algorithm}; use "
-            f"algorithm={KERNELS[op].algorithm!r} or None, or implementation='xla'."
-        )
-
-
-def _split(op: str) -> str:
-    return (
-        f"{op}: a Pallas kernel cannot be split over devices by the compiler; call it inside "
-        "jax.shard_map, or use implementation='xla' or None."
-    )
-
-
-def kernel_use(
+def select_backend(
     op: str,
     algorithm: str | None,
     implementation: str | None,
-    interpret: bool,
+    interpret: bool = False,
     *,
-    lacking: str | None = None,
-    faster: bool = True,
-    excluded: tuple[str, ...] = (),
-) -> Use:
-    """How a call whose names `resolve` has checked uses the kernel of its op.
+    unsupported: str | None = None,
+    length: Any = None,
+    excluded: Sequence[str] = (),
+) -> Backend:
+    """Check the caller's `implementation` and return the backend of the call.
 
     Args:
-      op: its name.
-      algorithm: as the caller named it.
-      implementation: as the caller named it.
-      interpret: as the caller gave it.
-      lacking: what the kernel cannot do of this call ("takes no float16"), None if it can do all.
-      faster: whether the kernel is the default for these shapes.
-      excluded: platforms on which it is not the default for this call.
+      op: the name of the op.
+      algorithm: the caller's choice, checked by `select_algorithm`.
+      implementation: the caller's choice.
+      interpret: the caller's choice.
+      unsupported: what the kernel cannot do of this call ("takes no float16"), or None.
+      length: T. A kernel needs a known T, and is the default from 8 steps on.
+      excluded: targets on which the kernel is not the default for this call, such as "hopper".
 
     Raises:
-      ValueError: for `interpret` without a kernel to interpret.
+      ValueError: for an unknown name, and for `interpret` without a kernel.
       NotImplementedError: for a kernel that was asked for and cannot run.
     """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{op}: `implementation` must be 'xla', 'pallas' or None, got {implementation!r}."
+        )
+    kernels = BACKENDS.get(op)
     if implementation == "xla":
         if interpret:
             raise ValueError(
                 f"{op}: `interpret` runs the Pallas kernel without its hardware, "
                 "implementation='xla' asks for another; leave one of them out."
             )
-        return Use(op)
-    asked = interpret or implementation == "pallas"
-    if asked:
-        _check_kernel(op, algorithm)
-        if lacking is not None:
+        return Backend(op)
+    if not isinstance(length, int):
+        unsupported = f"must have a T that is known at trace time, got the symbolic T={length}"
+    if interpret or implementation == "pallas":
+        if kernels is None:
             raise NotImplementedError(
-                f"{op}: the Pallas kernel {lacking}; use implementation='xla' or None."
+                f"{op}: there is no Pallas kernel for this op yet; use implementation='xla' or"
+                " None."
+            )
+        if algorithm not in (None, kernels.algorithm):
+            raise NotImplementedError(
+                f"{op}: the Pallas kernel is {kernels.algorithm}, not {algorithm}; use "
+                f"algorithm={kernels.algorithm!r} or None, or implementation='xla'."
+            )
+        if unsupported is not None:
+            raise NotImplementedError(
+                f"{op}: the Pallas kernel {unsupported}; use implementation='xla' or None."
             )
         if not interpret and jax_compat.is_split_by_compiler():
-            raise NotImplementedError(_split(op))
-        return Use(op, "interpret" if interpret else "must")
-    if op not in KERNELS or not KERNELS[op].preferred or lacking is not None or not faster:
-        return Use(op)
-    if algorithm not in (None, KERNELS[op].algorithm):
-        return Use(op)
-    return Use(op, "may", excluded)
+            raise NotImplementedError(f"{op}: {SPLIT}")
+        return Backend(op, Mode.INTERPRET if interpret else Mode.REQUIRED)
+    if kernels is None or unsupported is not None or not pays_off(length):
+        return Backend(op)
+    preferred = tuple(target for target in kernels.preferred if target not in excluded)
+    if not preferred or algorithm not in (None, kernels.algorithm):
+        return Backend(op)
+    return Backend(op, Mode.AUTO, preferred)
+
+
+def pays_off(length: Any) -> bool:
+    """Return whether T steps are worth a kernel launch or a chunk; False for a symbolic T."""
+    return isinstance(length, int) and length >= 8
 
 
 def by_platform(run: Callable[..., Any], on_cpu: str, elsewhere: str, *operands: jax.Array) -> Any:
-    """`run(algorithm, *operands)`, with the algorithm for the platform that is compiled for.
+    """Return `run(algorithm, *operands)` with the algorithm for the platform of the program.
 
-    Which one that is, is known when the program is lowered and not before: under ahead-of-time
-    compilation it is not the one of the machine at hand.
+    The platform is known when the program is lowered, so both branches are traced here if the
+    algorithms differ.
     """
     if on_cpu == elsewhere:
         return run(on_cpu, *operands)

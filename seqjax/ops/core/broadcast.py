@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops.core.custom_adjoint import reverse_rule
+from seqjax.ops.core.custom_adjoint import custom_adjoint
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -26,7 +26,7 @@ def _apply(
         del args
         return [total(ct)]
 
-    return reverse_rule(function, adjoint)
+    return custom_adjoint(function, adjoint)
 
 
 def along_rows(x: jax.Array, size: int) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops.core.custom_adjoint import inexact, put, reverse_rule
+from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
 from seqjax.types import PyTree
 
 Advance = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -90,5 +90,5 @@ def time_scan(
         (d_state, d_shared), d_block = lax.scan(back, start, (found, leaves, d_outs), reverse=True)
         return [*jax.tree.leaves(d_state), *d_block, *d_shared]
 
-    run = reverse_rule(advance, adjoint)
+    run = custom_adjoint(advance, adjoint)
     return chunk_scan(lambda state, block: run(state, block, *shared), state, xs, chunk_size)

@@ -1,8 +1,8 @@
-"""Functions with a reverse rule of their own that keep forward mode and higher derivatives.
+"""Functions with a custom reverse rule that keep forward mode and higher derivatives.
 
-`jax.custom_vjp` gives up forward mode. Here the tangent of a function is a primitive: evaluated,
-it is the function's own `jvp`; transposed, it is the given adjoint; differentiated once more, it
-is again plain JAX. So only the first reverse pass is replaced, and everything else is JAX's.
+`jax.custom_vjp` gives up forward mode. Here the tangent of a function is a primitive. Evaluated, it
+is the function's own `jvp`. Transposed, it is the custom adjoint. Differentiated once more, it is
+plain JAX. So only the first reverse pass is replaced.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,38 +18,50 @@ Flat = Callable[..., Sequence[jax.Array]]
 
 
 def inexact(leaves: Sequence[jax.Array]) -> list[int]:
-    """Where the leaves are that can be differentiated."""
+    """Return the positions of the leaves that can be differentiated."""
     return [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def put(
     leaves: Sequence[jax.Array], which: Sequence[int], values: Sequence[jax.Array]
 ) -> list[jax.Array]:
-    """The leaves, with other values in these places."""
+    """Return the leaves with other values at these positions."""
     filled = list(leaves)
     for i, value in zip(which, values, strict=True):
         filled[i] = value
     return filled
 
 
-def reverse_rule(
+def custom_adjoint(
     function: Callable[..., PyTree],
     adjoint: Callable[..., Sequence[jax.Array]],
-    keeping: Callable[..., tuple[PyTree, PyTree]] | None = None,
-    smooth: Callable[..., PyTree] | None = None,
+    *,
+    with_residuals: Callable[..., tuple[PyTree, PyTree]] | None = None,
+    tangent_of: Callable[..., PyTree] | None = None,
 ) -> Callable[..., PyTree]:
-    """`function(*args)`, whose reverse pass is `adjoint(args, cotangents)`.
+    """Return `function` with `adjoint` as its reverse pass.
+
+    Forward mode, `vmap` and higher derivatives stay those of `function`, unlike with
+    `jax.custom_vjp`.
 
     Args:
-      function: of pytrees of arrays; returns a pytree of floating-point arrays. It must not close
-        over arrays that are differentiated.
-      adjoint: returns the cotangents of the floating-point leaves of `args`, in a list in their
-        order.
-      keeping: *args -> (the outputs, a tree of arrays that the adjoint wants kept): evaluated in
-        place of `function` where it is differentiated. The adjoint then is
-        `adjoint(args, outputs, kept, cotangents)`.
-      smooth: what the tangents are those of, where JAX can differentiate it more cheaply than
-        `function`, which it must equal.
+      function: takes pytrees of arrays and returns a pytree of floating-point arrays. It must not
+        close over arrays that are differentiated.
+      adjoint: `adjoint(args, cotangents)` returns the cotangents of the floating-point leaves of
+        `args`, in a list in their order.
+      with_residuals: `with_residuals(*args)` returns the outputs and a pytree of arrays to save for
+        the adjoint. It runs in place of `function` when the call is differentiated. The adjoint is
+        then called as `adjoint(args, outputs, residuals, cotangents)`.
+      tangent_of: a function equal to `function` that JAX differentiates at less cost. Tangents and
+        higher derivatives come from it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, seqjax
+      >>> def softplus_adjoint(args, cotangents):
+      ...     return [cotangents * jax.nn.sigmoid(args[0])]
+      >>> softplus = seqjax.ops.custom_adjoint(lambda x: jnp.logaddexp(x, 0.0), softplus_adjoint)
+      >>> float(jax.grad(softplus)(0.0)), float(jax.jvp(softplus, (0.0,), (1.0,))[1])
+      (0.5, 0.5)
     """
 
     @jax.custom_jvp
@@ -60,23 +72,27 @@ def reverse_rule(
     def _jvp(primals: Any, tangents: Any) -> Any:
         leaves, tree = jax.tree.flatten(primals)
         moving = [jax.tree.leaves(tangents)[i] for i in inexact(leaves)]
-        value, kept = (run(*primals), ()) if keeping is None else keeping(*primals)
+        if with_residuals is None:
+            value, extra = run(*primals), ()
+        else:
+            value, residuals = with_residuals(*primals)
+            extra = (value, residuals)
         out, out_tree = jax.tree.flatten(value)
-        held, held_tree = jax.tree.flatten(() if keeping is None else (value, kept))
+        saved, saved_tree = jax.tree.flatten(extra)
 
         def flat(*leaves: jax.Array) -> Sequence[jax.Array]:
-            return jax.tree.leaves((smooth or function)(*jax.tree.unflatten(tree, leaves)))
+            return jax.tree.leaves((tangent_of or function)(*jax.tree.unflatten(tree, leaves)))
 
-        def flat_adjoint(leaves: Any, held: Any, cts: Any) -> Any:
-            args, kept = jax.tree.unflatten(tree, leaves), jax.tree.unflatten(held_tree, held)
-            return adjoint(args, *kept, jax.tree.unflatten(out_tree, cts))
+        def flat_adjoint(leaves: Any, saved: Any, cts: Any) -> Any:
+            args, extra = jax.tree.unflatten(tree, leaves), jax.tree.unflatten(saved_tree, saved)
+            return adjoint(args, *extra, jax.tree.unflatten(out_tree, cts))
 
         changes = tangent_p.bind(
-            *jax_compat.match_varying(*leaves, *held, *moving),
+            *jax_compat.match_varying(*leaves, *saved, *moving),
             function=flat,
             adjoint=flat_adjoint,
             primals=len(leaves),
-            held=len(held),
+            saved=len(saved),
             avals=tuple(jax.typeof(y) for y in out),
         )
         return jax.tree.unflatten(out_tree, out), jax.tree.unflatten(out_tree, changes)
@@ -85,10 +101,10 @@ def reverse_rule(
 
 
 def _push(
-    *operands: jax.Array, function: Flat, primals: int, held: int, **_: Any
+    *operands: jax.Array, function: Flat, primals: int, saved: int, **_: Any
 ) -> Sequence[jax.Array]:
-    """The tangent as JAX computes it, from the primals and the tangents of the inexact ones."""
-    leaves, tangents = list(operands[:primals]), operands[primals + held :]
+    """Return JAX's tangents from the primals and the tangents of the inexact primals."""
+    leaves, tangents = list(operands[:primals]), operands[primals + saved :]
     moving = inexact(leaves)
 
     def of_moving(*values: jax.Array) -> Sequence[jax.Array]:
@@ -118,25 +134,25 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
 
 
 def _transpose(
-    cotangents: Any, *operands: Any, adjoint: Any, primals: int, held: int, avals: Any, **_: Any
+    cotangents: Any, *operands: Any, adjoint: Any, primals: int, saved: int, avals: Any, **_: Any
 ) -> Any:
     cts = [
         jnp.zeros(aval.shape, aval.dtype) if type(ct) is jax_compat.Zero else ct
         for ct, aval in zip(cotangents, avals, strict=True)
     ]
-    leaves, kept = operands[:primals], operands[primals : primals + held]
+    leaves, residuals = operands[:primals], operands[primals : primals + saved]
     *cts, _unused = jax_compat.match_varying(*cts, leaves[0])
-    given = adjoint(leaves, kept, cts)
-    tangents = operands[primals + held :]
+    found = adjoint(leaves, residuals, cts)
+    tangents = operands[primals + saved :]
     wanted = [
         ct if jax_compat.ad.is_undefined_primal(t) else None
-        for ct, t in zip(given, tangents, strict=True)
+        for ct, t in zip(found, tangents, strict=True)
     ]
-    return [None] * (primals + held) + wanted
+    return [None] * (primals + saved) + wanted
 
 
 def _batch(args: Any, dims: Any, *, function: Any, adjoint: Any, avals: Any, **params: Any) -> Any:
-    """vmap: of the function and of its adjoint."""
+    """Map the function and its adjoint."""
     size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
     mapped = [
         jnp.broadcast_to(x[None], (size, *x.shape)) if d is None else jnp.moveaxis(x, d, 0)
@@ -146,7 +162,7 @@ def _batch(args: Any, dims: Any, *, function: Any, adjoint: Any, avals: Any, **p
         *mapped,
         function=jax.vmap(function),
         adjoint=jax.vmap(adjoint),
-        avals=tuple(jax_compat.aval_like(aval, (size, *aval.shape), aval.dtype) for aval in avals),
+        avals=jax_compat.mapped_avals(avals, size),
         **params,
     )
     return out, [0] * len(out)

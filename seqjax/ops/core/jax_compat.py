@@ -18,10 +18,11 @@ __all__ = [
     "Target",
     "Zero",
     "ad",
-    "aval_like",
+    "avals_like",
     "batching",
     "is_split_by_compiler",
     "make_primitive",
+    "mapped_avals",
     "match_varying",
     "parts",
 ]
@@ -114,14 +115,22 @@ def is_split_by_compiler() -> bool:
     return any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes)
 
 
-def aval_like(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of an array of another shape, with the mesh and varying axes of `like`.
+def avals_like(like: jax.Array, shapes: Sequence[jax.ShapeDtypeStruct]) -> tuple[Any, ...]:
+    """Return types of these shapes and dtypes, with the mesh and varying axes of `like`."""
+    aval = jax.typeof(like)
+    return tuple([_reshaped(aval, shape.shape, shape.dtype) for shape in shapes])
 
-    Primitives run in Auto mode, where the type of an array has no sharding but a rank.
-    """
+
+def mapped_avals(avals: Sequence[Any], size: int) -> tuple[Any, ...]:
+    """Return the types with a leading axis."""
+    return tuple([_reshaped(aval, (size, *aval.shape), aval.dtype) for aval in avals])
+
+
+def _reshaped(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return a type of another shape. In Auto mode its sharding has only a rank."""
     spec = jax.sharding.PartitionSpec(*(None,) * len(shape))
-    sharding = like.sharding.update(spec=spec)
-    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+    sharding = aval.sharding.update(spec=spec)
+    return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 def make_primitive(

@@ -1,13 +1,17 @@
 """The elementwise linear recurrence, h_t = a_t h_{t-1} + x_t."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu.limits import whole_rows
+from pallas_kernels.linear_scan import faster_on_gpu
 from seqjax.ops.core import backends, checks, explicit_mesh, jax_compat, sequence_parallel
-from seqjax.ops.elementwise.linear_recurrence import kernel_use, with_adjoint
+from seqjax.ops.elementwise.linear_recurrence import scan
+from seqjax.ops.elementwise.xla_algorithms import Form
 from seqjax.types import Array, Inexact, Reset
 
 PATTERNS = {"x": "B T D", "decay": "B T D | T D | D", "initial_state": "B D"}
@@ -94,73 +98,85 @@ def linear_scan(
     reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
     checks.check_sequence_axis(op, sequence_axis)
     checks.check_positive(op, chunk_size=chunk_size, unroll=unroll)
-    algorithm = backends.resolve(
-        op,
-        algorithm,
-        implementation,
-        algorithms=("sequential", "associative", "chunked"),
-        length=sizes["T"],
+    algorithm = backends.select_algorithm(
+        op, algorithm, algorithms=("sequential", "associative", "chunked"), length=sizes["T"]
     )
     state, out = checks.state_dtype(*given.values()), checks.output_dtype(*given.values())
     h0 = given["initial_state"]
     h0 = jnp.zeros((sizes["B"], sizes["D"]), state) if h0 is None else h0.astype(state)
     decay = given["decay"].reshape((1,) * (3 - given["decay"].ndim) + given["decay"].shape)
-    arrays = (decay, given["x"], h0)
     _check_block_sizes(block_sizes, sizes["D"])
-    return _run(
-        *arrays,
+    dtypes = {jnp.finfo(array.dtype).dtype for array in (decay, given["x"], h0)}
+    backend = backends.select_backend(
+        op,
+        algorithm,
+        implementation,
+        interpret,
+        length=sizes["T"],
+        unsupported=unsupported(dtypes, interpret),
+        # Block sizes that suit a TPU raise on GPU, so a call with them must name the kernel there.
+        excluded=() if block_sizes is None and _pays_off_on_gpu(sizes, dtypes) else ("hopper",),
+    )
+    form = Form(out, reverse=reverse, algorithm=algorithm, chunk_size=chunk_size, unroll=unroll)
+    return _scan(
+        decay,
+        given["x"],
+        h0,
         reset,
-        use=kernel_use(algorithm, implementation, interpret, block_sizes, *arrays),
+        form=form,
+        backend=backend,
         block_sizes=block_sizes,
-        reverse=reverse,
-        out_dtype=out,
-        algorithm=algorithm,
-        chunk_size=chunk_size,
-        unroll=unroll,
         sequence_axis=sequence_axis,
     )
 
 
-def _check_block_sizes(given: tuple[int, int] | None, features: int) -> None:
-    if given is None:
+def unsupported(dtypes: set[jnp.dtype], interpret: bool) -> str | None:
+    """Return what the kernels cannot do of a call, or None."""
+    refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
+    found = sorted(map(str, refused & dtypes))
+    return f"takes no {found[0]} arrays" if found else None
+
+
+def _pays_off_on_gpu(sizes: Mapping[str, Any], dtypes: set[jnp.dtype]) -> bool:
+    """Return whether the GPU kernel supports rows of D numbers and is expected to be faster."""
+    shape = sizes["B"], sizes["T"], sizes["D"]
+    if not all(isinstance(size, int) for size in shape):  # symbolic
+        return False
+    itemsize = min(dtype.itemsize for dtype in dtypes)
+    return whole_rows(sizes["D"], itemsize) and faster_on_gpu(*shape)
+
+
+def _check_block_sizes(block_sizes: tuple[int, int] | None, features: int) -> None:
+    if block_sizes is None:
         return
-    steps, columns = given
+    steps, columns = block_sizes
     if steps < 16 or steps % 16 or columns < 1 or (columns % 128 and columns != features):
         raise ValueError(
             "linear_scan: `block_sizes` must be (a multiple of 16, a multiple of 128 or "
-            f"D={features}), got {given}."
+            f"D={features}), got {block_sizes}."
         )
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "use",
-        "block_sizes",
-        "reverse",
-        "out_dtype",
-        "algorithm",
-        "chunk_size",
-        "unroll",
-        "sequence_axis",
-    ),
-)
-def _run(
+@functools.partial(jax.jit, static_argnames=("form", "backend", "block_sizes", "sequence_axis"))
+def _scan(
     a: Array,
     x: Array,
     h0: Array,
     reset: Array | None,
     *,
-    reverse: bool,
+    form: Form,
+    backend: backends.Backend,
+    block_sizes: tuple[int, int] | None,
     sequence_axis: str | None,
-    **params: Any,
 ) -> tuple[Array, Array]:
+    if sequence_axis is None:
+        return scan(a, x, h0, reset, form, backend, block_sizes)
     a, x, h0, reset = jax_compat.match_varying(a, x, h0, reset)
 
-    def local(h0: Array, x: Array = x) -> tuple[Array, Array]:
-        return with_adjoint(a, x, h0, reset, reverse=reverse, **params)
+    def shard(h0: Array, x: Array = x) -> tuple[Array, Array]:
+        return scan(a, x, h0, reset, form, backend, block_sizes)
 
-    if sequence_axis is None:
-        return local(h0)
-    _, transition = local(jnp.ones_like(h0), jnp.zeros_like(x))
-    return sequence_parallel.run_split(local, transition, h0, reset, sequence_axis, reverse=reverse)
+    _, transition = shard(jnp.ones_like(h0), jnp.zeros_like(x))
+    return sequence_parallel.run_split(
+        shard, transition, h0, reset, sequence_axis, reverse=form.reverse
+    )

@@ -1,6 +1,7 @@
 """Mamba's selective scan: a diagonal state space whose step size, input and output vary in time."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from seqjax.ops.core import (
 from seqjax.ops.core.broadcast import down_columns, everywhere
 from seqjax.ops.core.checkpointed_scan import chunk_scan, time_scan
 from seqjax.ops.elementwise.linear_recurrence import recurrence
+from seqjax.ops.elementwise.xla_algorithms import Form
 from seqjax.types import Array, Float, Reset
 
 PATTERNS = {
@@ -106,54 +108,60 @@ def selective_scan(
     reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
     checks.check_sequence_axis(op, sequence_axis)
     checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = backends.resolve(
-        op, algorithm, implementation, algorithms=("sequential", "chunked"), length=sizes["T"]
+    algorithm = backends.select_algorithm(
+        op, algorithm, algorithms=("sequential", "chunked"), length=sizes["T"]
     )
     if initial_state is None:
         state = checks.state_dtype(*given.values())
         given["initial_state"] = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
-    narrow = {a.dtype for a in given.values() if a is not None}
-    refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
-    lacking = backends.unsupported_length(sizes["T"])
-    if narrow & refused:
-        lacking = f"takes no {(narrow & refused).pop()} arrays"
-    elif sizes["N"] > 64:
-        lacking = f"holds 64 states per channel at most, not N={sizes['N']}"
-    elif negative_eigenvalues:
-        lacking = "has no decays below 0, as negative_eigenvalues=True wants them"
-    long_enough = backends.long_enough(sizes["T"])
     itemsize = min(given[name].dtype.itemsize for name in ("x", "dt"))
     on_gpu = sizes["N"] <= GPU_STATES and whole_rows(sizes["D"], itemsize)
-    use = backends.kernel_use(
+    backend = backends.select_backend(
         op,
         algorithm,
         implementation,
         interpret,
-        lacking=lacking,
-        faster=long_enough,
-        excluded=() if on_gpu else ("cuda",),
+        length=sizes["T"],
+        unsupported=unsupported(given, sizes["N"], negative_eigenvalues, interpret),
+        excluded=() if on_gpu else ("hopper",),
     )
-    return _run(
+    # In order, steps need the least work, which is what counts on a CPU. On accelerators each step
+    # costs a launch or a round of the loop (measured on CPU only).
+    parallel = "chunked" if backends.pays_off(sizes["T"]) else "sequential"
+    return _scan(
         *given.values(),
         reset,
-        use=use,
-        # Steps in order need the least work, and on a CPU nothing else counts; elsewhere every one
-        # of them costs a launch or a round of the loop (measured on CPU only).
+        backend=backend,
         on_cpu=algorithm or "sequential",
-        elsewhere=algorithm or ("chunked" if long_enough else "sequential"),
+        elsewhere=algorithm or parallel,
         chunk_size=chunk_size or 16,
         negative=negative_eigenvalues,
         sequence_axis=sequence_axis,
     )
 
 
+def unsupported(
+    arrays: Mapping[str, Array | None], states: int, negative: bool, interpret: bool
+) -> str | None:
+    """Return what the kernels cannot do of a call, or None."""
+    refused = {"float16"} | (set() if interpret else {"float64"})
+    found = sorted(refused & {str(x.dtype) for x in arrays.values() if x is not None})
+    if found:
+        return f"takes no {found[0]} arrays"
+    if states > 64:
+        return f"holds at most 64 states per channel, got N={states}"
+    if negative:
+        return "has no decays below 0, which negative_eigenvalues=True needs"
+    return None
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("use", "on_cpu", "elsewhere", "chunk_size", "negative", "sequence_axis"),
+    static_argnames=("backend", "on_cpu", "elsewhere", "chunk_size", "negative", "sequence_axis"),
 )
-def _run(
+def _scan(
     *arrays: Array | None,
-    use: backends.Use,
+    backend: backends.Backend,
     on_cpu: str,
     elsewhere: str,
     chunk_size: int,
@@ -173,7 +181,7 @@ def _run(
         x, dt, *rest, reset = args
         A, B, C, D, h0 = _for_kernel(*rest)
         y, final, borders = kernels.forward(
-            x, dt, A, B, C, D, h0, reset, save=save, interpret=use.interpret
+            x, dt, A, B, C, D, h0, reset, save=save, interpret=backend.interpret
         )
         return (y, final.mT), borders if save else ()
 
@@ -184,15 +192,15 @@ def _run(
         A, B, C, D, _ = _for_kernel(*rest)
         dy, d_final = cotangents
         dx, d_dt, dA, dB, dC, dD, dh0 = kernels.backward(
-            x, dt, A, B, C, D, reset, borders, dy, d_final.mT, interpret=use.interpret
+            x, dt, A, B, C, D, reset, borders, dy, d_final.mT, interpret=backend.interpret
         )
         given = (dx, d_dt, dA.T, dB, dC, dD[0], dh0.mT)
         return [ct.astype(like.dtype) for ct, like in zip(given, args[:-1], strict=True)]
 
-    def saved(x: Array, dt: Array, A: Array, *_: Any) -> jax.ShapeDtypeStruct:
+    def residual_shapes(x: Array, dt: Array, A: Array, *_: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(border_shape((*x.shape, A.shape[1])), state)
 
-    run = kernel_op.kernel_op(use, xla, forward, backward, saved)
+    run = kernel_op.kernel_op(backend, xla, forward, backward, residual_shapes)
 
     def local(h0: Array) -> tuple[Array, Array]:
         return run(x, dt, A, B, C, D, h0, reset)
@@ -265,7 +273,7 @@ def _xla(
             write.reshape(flat),
             h.reshape(h.shape[0], -1),
             cut,
-            out_dtype=state,
+            Form(state),
         )
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)

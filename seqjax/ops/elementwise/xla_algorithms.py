@@ -15,11 +15,23 @@ ASSOCIATIVE_BYTES = 2 * 2**30  # of states, at most, for the associative algorit
 
 
 class Form(NamedTuple):
-    """Which recurrence, in which direction, written in which dtype."""
+    """The form of the recurrence and how XLA runs it.
 
-    post: bool
-    reverse: bool
-    out_dtype: Any
+    Attributes:
+      out_dtype: of the outputs y.
+      post: the form, see `linear_recurrence`.
+      reverse: whether time runs backwards.
+      algorithm: "sequential", "associative", "chunked", or None to choose by platform.
+      chunk_size: steps in a chunk of the chunked algorithm; by default 256.
+      unroll: steps in an iteration of the sequential loop; by default 4, and 1 for `post`.
+    """
+
+    out_dtype: jnp.dtype
+    post: bool = False
+    reverse: bool = False
+    algorithm: str | None = None
+    chunk_size: int | None = None
+    unroll: int | None = None
 
 
 def run(
@@ -28,20 +40,15 @@ def run(
     h0: jax.Array,
     reset: jax.Array | None,
     form: Form,
-    *,
-    algorithm: str | None,
-    chunk_size: int | None,
-    unroll: int | None,
     platform: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run the recurrence by the named algorithm, or by the one that suits the platform."""
-    if algorithm is None:
-        algorithm = choose(x.shape, h0.dtype, platform)
+    """Run the recurrence by the algorithm of the form, or by the fastest one of the platform."""
+    algorithm = form.algorithm or choose(x.shape, h0.dtype, platform)
     if algorithm == "sequential":
-        return _sequential(a, x, h0, reset, form, unroll or (1 if form.post else 4))
+        return _sequential(a, x, h0, reset, form)
     if algorithm == "associative":
         return _associative(a, x, h0, reset, form)
-    return _chunked(a, x, h0, reset, form, chunk_size or 256)
+    return _chunked(a, x, h0, reset, form)
 
 
 def choose(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
@@ -62,7 +69,7 @@ def choose(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
 
 
 def _sequential(
-    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form, unroll: int
+    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
 ) -> tuple[jax.Array, jax.Array]:
     """A loop over time on the arrays as they lie: no transposes, `unroll` rows an iteration.
 
@@ -72,6 +79,7 @@ def _sequential(
     """
     length = x.shape[1]
     # A symbolic T is a multiple of 1 only.
+    unroll = form.unroll or (1 if form.post else 4)
     unroll = min(unroll, length) if isinstance(length, int) else 1
 
     def advance(start: Any, rows: int, h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,11 +118,13 @@ def _buffer(x: jax.Array, form: Form) -> jax.Array:
 def _step(
     decay: jax.Array, x: jax.Array, h: jax.Array, cut: jax.Array | None, post: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """One step of either form: (y_t, what is carried on)."""
+    """Return (y_t, carry) of one step of either form."""
     if post:
         out = h + x
         return out, _unless(cut, decay * out)
-    out = _unless(cut, decay * h) + x
+    # Select after the sum, so that product and sum are one operation, rounded once.
+    out = decay * h + x
+    out = out if cut is None else jnp.where(cut[..., None], x, out)
     return out, out
 
 
@@ -175,16 +185,11 @@ def _associative(
 
 
 def _chunked(
-    a: jax.Array,
-    x: jax.Array,
-    h0: jax.Array,
-    reset: jax.Array | None,
-    form: Form,
-    chunk_size: int,
+    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
 ) -> tuple[jax.Array, jax.Array]:
     """Log depth inside a chunk, one chunk after the other: temporaries of a chunk's size only."""
     length = x.shape[1]
-    chunk_size = min(chunk_size, length)
+    chunk_size = min(form.chunk_size or 256, length)
 
     def advance(start: Any, rows: int, h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         first = length - rows - start if form.reverse else start

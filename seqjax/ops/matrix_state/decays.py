@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import sequence_parallel
 from seqjax.ops.core.broadcast import along_rows, down_columns
-from seqjax.ops.core.custom_adjoint import reverse_rule
+from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.linalg import matmul, matmul_nt
 
 SUB = 16  # steps in the blocks inside which pairs are selected by a mask
@@ -93,7 +93,7 @@ def _sums(after: bool, transposed: bool, x: jax.Array) -> jax.Array:
 
 
 def _summing(after: bool) -> Callable[[jax.Array], jax.Array]:
-    return reverse_rule(
+    return custom_adjoint(
         functools.partial(_sums, after, False), lambda _, ct: [_sums(after, True, ct)]
     )
 
@@ -305,7 +305,7 @@ def _all_to_middle_back(_: Any, cts: list[jax.Array]) -> list[jax.Array]:
 
 def _sums_to_middle(x: jax.Array) -> list[jax.Array]:
     """Return by level the sums of x, over axis -2, from every step to the middle of its block."""
-    return reverse_rule(_all_to_middle, _all_to_middle_back)(x) if x.shape[-2] > 1 else []
+    return custom_adjoint(_all_to_middle, _all_to_middle_back)(x) if x.shape[-2] > 1 else []
 
 
 def _widths(start: int, stop: int) -> list[int]:

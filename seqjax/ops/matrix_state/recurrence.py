@@ -73,7 +73,7 @@ class Plan:
     on_cpu: str
     elsewhere: str
     chunk_size: int | None
-    use: backends.Use
+    backend: backends.Backend
     scale: float | None
 
 
@@ -131,10 +131,9 @@ def call(
     reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
     checks.check_sequence_axis(op, sequence_axis)
     checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = backends.resolve(
+    algorithm = backends.select_algorithm(
         op,
         algorithm,
-        implementation,
         algorithms=ALGORITHMS,
         length=sizes["T"],
         any_length=("sequential", "chunked"),
@@ -143,17 +142,17 @@ def call(
         shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
         given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values()))
     chosen = choose(recurrence, sizes, given["log_decay"])
-    use = backends.kernel_use(
+    backend = backends.select_backend(
         op,
         algorithm,
         implementation,
         interpret,
-        lacking=_lacking(given, interpret),
-        faster=backends.long_enough(sizes["T"]),  # most of a chunk would be empty
+        length=sizes["T"],
+        unsupported=unsupported(given, interpret),
     )
     scale = checks.check_scale(op, scale)
     default = sizes["K"] ** -0.5 if scale is None else None
-    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size, use, default)
+    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size, backend, default)
     return _run(given, reset, scale, recurrence=recurrence, plan=plan, sequence_axis=sequence_axis)
 
 
@@ -213,7 +212,7 @@ def _run(
 
         return backends.by_platform(by, plan.on_cpu, plan.elsewhere, S0, arrays)
 
-    run = kernel_op.kernel_op(plan.use, xla, *_as_kernels(plan))
+    run = kernel_op.kernel_op(plan.backend, xla, *_as_kernels(plan))
 
     def local(S0: jax.Array, v: jax.Array = arrays["v"]) -> tuple[jax.Array, jax.Array]:
         return run(arrays | {"v": v}, log_decay, S0, reset, scale)
@@ -232,8 +231,8 @@ def _run(
     return sequence_parallel.run_split(local, transition, S0, reset, sequence_axis, apply=apply)
 
 
-def _lacking(given: Mapping[str, Any], interpret: bool) -> str | None:
-    """What the kernels cannot do of this call."""
+def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
+    """Return what the kernels cannot do of a call, or None."""
     dtypes = {x.dtype for x in given.values() if x is not None}
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return "has no complex form"
@@ -241,8 +240,6 @@ def _lacking(given: Mapping[str, Any], interpret: bool) -> str | None:
         return "takes no float16; cast to bfloat16 or float32"
     if jnp.dtype(jnp.float64) in dtypes and not interpret:
         return "takes no float64, which TPUs do not have"
-    if (unsupported := backends.unsupported_length(given["q"].shape[1])) is not None:
-        return unsupported
     widest = max(given["k"].shape[-1], given["v"].shape[-1])
     if widest > KERNEL_WIDTH:
         return f"takes keys and values of at most {KERNEL_WIDTH} numbers, these have {widest}"
@@ -255,7 +252,7 @@ def _as_kernels(plan: Plan) -> tuple[Callable[..., Any], ...]:
     shared = {
         "scale": 1.0 if plan.scale is None else plan.scale,
         "chunk_size": plan.chunk_size,
-        "interpret": plan.use.interpret,
+        "interpret": plan.backend.interpret,
     }
 
     def inputs(arrays: Any, log_decay: Any, scale: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.ops.core import backends, sequence_parallel
-from seqjax.ops.core.custom_adjoint import inexact, put, reverse_rule
+from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
 from seqjax.ops.nonlinear import jacobian_structure
 from seqjax.ops.nonlinear.affine_scan import correction
 from seqjax.ops.nonlinear.newton import as_state
@@ -85,7 +85,7 @@ def derivatives(
         d_changed, d_h0 = jax.vjp(alone, changed, h0)[1](weights)
         return [*d_changed, d_h0, jnp.zeros_like(states)]
 
-    follow = reverse_rule(states_of, adjoint)
+    follow = custom_adjoint(states_of, adjoint)
     return follow
 
 

@@ -116,18 +116,26 @@ class SolveInfo(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A cell and its inputs, batched. States are [B, W, ...] over any range of steps.
+    """A range of W steps of a batched recurrence. States are [B, W, ...].
 
     Attributes:
+      h0: the state before the range [B, ...].
+      xs: the inputs, a pytree of [B, W, ...] arrays.
+      reset: [B, W] bool. Only `step_all` takes None.
+      guess: the states from which Newton's method starts.
       evaluate: (states before, x) -> next states.
       step: the same of one step, states [B, ...].
       linearise: (states before, x) -> (next states, Jacobians).
       correct: (Jacobians, gaps, reset) -> the d of a Newton step.
       previous: (state before the range, states, reset) -> states before each step.
-      anywhere: an [B] bool that holds on any device that has a part of the sequence.
+      anywhere: [B] bool -> whether it is true on any device that holds a shard of the sequence.
       bounds: lowest and highest state, or None.
     """
 
+    h0: jax.Array
+    xs: PyTree
+    reset: Any
+    guess: jax.Array
     evaluate: Callable[[jax.Array, PyTree], jax.Array]
     step: Callable[[jax.Array, PyTree], jax.Array]
     linearise: Callable[[jax.Array, PyTree], tuple[jax.Array, jax.Array]]
@@ -135,6 +143,10 @@ class Problem(NamedTuple):
     previous: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     anywhere: Callable[[jax.Array], jax.Array]
     bounds: tuple[Any, Any] | None
+
+    def before(self, states: jax.Array) -> jax.Array:
+        """Return the states before each step."""
+        return self.previous(self.h0, states, self.reset)
 
 
 def tolerance(solver: Newton, dtype: Any) -> float:
@@ -158,21 +170,21 @@ def unconverged(gap: jax.Array, state: jax.Array, tol: float) -> jax.Array:
 def iterate(
     problem: Problem,
     solver: Newton,
-    h0: jax.Array,
-    xs: PyTree,
-    reset: jax.Array,
-    guess: jax.Array,
     limit: int,
     done: jax.Array,
     *,
     split: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Newton steps on a range of states: the states, Newton steps by sequence, what has converged.
+    """Take Newton steps on all states of a problem.
 
-    A state stays as it is from the moment that it and all before it have converged. So neither
-    what comes later nor another sequence of the batch can change its last digit.
+    A state does not change once it and all states before it have converged. So neither later states
+    nor another sequence of the batch can change its last digit.
+
+    Returns:
+      The states, the Newton steps of each sequence, and which states have converged.
     """
-    # A quarter of what is promised: the final check rounds differently.
+    guess, xs = problem.guess, problem.xs
+    # A quarter of the tolerance, because the final check rounds differently.
     aim = tolerance(solver, guess.dtype) / 4
 
     def clip(h: jax.Array) -> jax.Array:
@@ -184,26 +196,28 @@ def iterate(
         if solver.jacobian_clip is not None:
             J = jnp.clip(J, -solver.jacobian_clip, solver.jacobian_clip)
         narrow = solver.scan_dtype or gap.dtype
-        return problem.correct(J.astype(narrow), gap.astype(narrow), reset).astype(gap.dtype)
+        return problem.correct(J.astype(narrow), gap.astype(narrow), problem.reset).astype(
+            gap.dtype
+        )
 
     def better(g: jax.Array, f: jax.Array, d: jax.Array, ready: jax.Array) -> jax.Array:
         new = g + d
         if solver.projection:
-            # An iterate that overflowed is no use to anyone: the cell's own value instead of it.
+            # Replace an iterate that overflowed by the value of the cell.
             new = clip(jnp.where(jnp.isfinite(new), new, f))
-            new = problem.evaluate(problem.previous(h0, new, reset), xs)
+            new = problem.evaluate(problem.before(new), xs)
         if split:  # the state that enters this part is not known to be exact
             return new
         # The first state that is off follows an exact one.
         first = ready if ready.shape[1] == 1 else jnp.pad(ready[:, :-1], [(0, 0), (1, 0)])
         return jnp.where(as_state(first.at[:, 0].set(True), g), f, new)
 
-    # None, in an array that varies over a mesh where the states do, as a loop's carry must.
+    # All False, with the same varying mesh axes as the states, because loop carries must match.
     varies = jnp.isnan(over_state(jnp.zeros_like(guess), jnp.sum))
 
     def body(carry: Any) -> Any:
         i, g, taken, near, done, given_up = carry
-        f, J = problem.linearise(problem.previous(h0, g, reset), xs)
+        f, J = problem.linearise(problem.before(g), xs)
         gap = jnp.where(as_state(done, g), jnp.zeros_like(g), f - g)
         d = newton_step(gap, J)
         # From here a small step squares the error. A large one says that errors grow along the
@@ -251,15 +265,15 @@ def as_state(mask: jax.Array, like: jax.Array) -> jax.Array:
 def in_windows(
     problem: Problem,
     solver: Newton,
-    h0: jax.Array,
-    xs: PyTree,
-    reset: jax.Array,
-    guess: jax.Array,
     done: jax.Array,
     finish: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """From the first unconverged window on: states, Newton steps, and steps taken one by one."""
-    length = guess.shape[1]
+    """Solve window by window, from the first window with an unconverged state.
+
+    Returns:
+      The states, and the Newton steps and sequential steps of each sequence.
+    """
+    length = problem.guess.shape[1]
     size = min(solver.window, length)
     count = -(-length // size)
 
@@ -271,36 +285,23 @@ def in_windows(
         return lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
     first = jnp.min(jnp.sum(jnp.cumsum(~done, axis=1) == 0, axis=1)) // size
-    xs, reset, states = jax.tree.map(padded, xs), padded(reset), padded(guess)
+    xs, reset, states = jax.tree.map(padded, (problem.xs, problem.reset, problem.guess))
     done = padded(done, value=True)
 
     def body(carry: Any) -> Any:
         w, h, states, taken, stepped = carry
         start = w * size
-        x, cuts = jax.tree.map(lambda x: window(x, start), xs), window(reset, start)
-        g, more, known = iterate(
-            problem,
-            solver,
-            h,
-            x,
-            cuts,
-            window(states, start),
-            solver.max_iterations,
-            window(done, start),
-        )
+        inputs = jax.tree.map(lambda x: window(x, start), (xs, reset, states))
+        part = problem._replace(h0=h, **dict(zip(("xs", "reset", "guess"), inputs, strict=True)))
+        g, more, known = iterate(part, solver, solver.max_iterations, window(done, start))
         if finish:
-            g = lax.cond(
-                jnp.all(known),
-                lambda g: g,
-                lambda g: step_through(problem, h, x, cuts, g, ~known),
-                g,
-            )
+            g = lax.cond(jnp.all(known), lambda g: g, lambda g: step_through(part, g, ~known), g)
             stepped = stepped + jnp.sum(~known, axis=1, dtype=stepped.dtype)
         states = lax.dynamic_update_slice_in_dim(states, g, start, axis=1)
         return w + 1, g[:, -1], states, taken + more, stepped
 
     before = lax.dynamic_index_in_dim(states, jnp.maximum(first * size - 1, 0), 1, keepdims=False)
-    h = jnp.where(first == 0, h0, before)
+    h = jnp.where(first == 0, problem.h0, before)
     zeros = jnp.zeros_like(done[:, 0], jnp.int32)
     _, _, states, taken, stepped = lax.while_loop(
         lambda carry: carry[0] < count, body, (first, h, states, zeros, zeros)
@@ -308,62 +309,65 @@ def in_windows(
     return states[:, :length], taken, stepped
 
 
-def step_all(problem: Problem, h: jax.Array, xs: PyTree, reset: jax.Array | None) -> jax.Array:
-    """All states, one after the other."""
+def step_all(problem: Problem) -> jax.Array:
+    """Compute all states one after the other."""
 
     def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        x, cut = inputs
-        if cut is not None:
-            h = jnp.where(as_state(cut, h), jnp.zeros_like(h), h)
+        x, reset = inputs
+        if reset is not None:
+            h = jnp.where(as_state(reset, h), jnp.zeros_like(h), h)
         h = problem.step(h, x)
         return h, h
 
-    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, reset))
-    return jnp.moveaxis(lax.scan(step, h, inputs)[1], 0, 1)
+    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (problem.xs, problem.reset))
+    return jnp.moveaxis(lax.scan(step, problem.h0, inputs)[1], 0, 1)
 
 
-def step_through(
-    problem: Problem, h: jax.Array, xs: PyTree, reset: jax.Array, g: jax.Array, left: jax.Array
-) -> jax.Array:
-    """The states of `g`, those that are `left` computed one after the other."""
+def step_through(problem: Problem, states: jax.Array, todo: jax.Array) -> jax.Array:
+    """Return the states, with those marked by `todo` computed one after the other."""
 
     def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-        x, cut, known, todo = jax.tree.map(lambda v: v[:, None], inputs)
-        new = problem.evaluate(problem.previous(h, known, cut), x)
+        x, reset, known, todo = jax.tree.map(lambda v: v[:, None], inputs)
+        new = problem.evaluate(problem.previous(h, known, reset), x)
         h = jnp.where(as_state(todo, known), new, known)[:, 0]
         return h, h
 
-    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, reset, g, left))
-    return jnp.moveaxis(lax.scan(step, h, inputs)[1], 0, 1)
+    inputs = (problem.xs, problem.reset, states, todo)
+    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), inputs)
+    return jnp.moveaxis(lax.scan(step, problem.h0, inputs)[1], 0, 1)
 
 
 def solve(
     problem: Problem,
     solver: Newton,
-    h0: jax.Array,
-    xs: PyTree,
-    reset: jax.Array,
-    guess: jax.Array,
     *,
     finish: bool,
     rescue: Callable[[], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """All states, and the Newton steps and single steps that each sequence took.
+    """Solve for all states.
 
-    `rescue` stands in for the windows where they cannot be: when T is split over devices.
+    Args:
+      problem: the recurrence over the whole sequence.
+      solver: the configuration.
+      finish: whether to compute states that do not converge step by step.
+      rescue: computes all states in place of the windows, when T is split over devices.
+
+    Returns:
+      The states, and the Newton steps and sequential steps of each sequence.
     """
+    guess = problem.guess
     done = jnp.zeros(guess.shape[:2], bool)
     g, taken = guess, jnp.zeros(guess.shape[0], jnp.int32)
     if solver.whole_iterations or rescue is not None:
         limit = solver.whole_iterations or solver.max_iterations
         split = rescue is not None
-        g, taken, done = iterate(problem, solver, h0, xs, reset, g, limit, done, split=split)
+        g, taken, done = iterate(problem, solver, limit, done, split=split)
     lost = problem.anywhere(~done.all(axis=1))
     zeros = jnp.zeros_like(taken)
     if rescue is None:
         states, more, stepped = lax.cond(
             jnp.any(lost),
-            lambda: in_windows(problem, solver, h0, xs, reset, g, done, finish),
+            lambda: in_windows(problem._replace(guess=g), solver, done, finish),
             lambda: (g, zeros, zeros),
         )
         return states, taken + more, stepped

@@ -116,8 +116,8 @@ def nonlinear_scan(
     batch, length, state = _check_arrays(op, params, xs, h0)
     cell_checks.check_arrays(op, cell, params, xs)
     reset = checks.check_reset(op, reset, batch, length)
-    algorithm = backends.resolve(
-        op, algorithm, implementation, algorithms=("newton", "sequential"), length=length
+    algorithm = backends.select_algorithm(
+        op, algorithm, algorithms=("newton", "sequential"), length=length
     )
     if not isinstance(length, int):
         algorithm = "sequential"
@@ -136,19 +136,19 @@ def nonlinear_scan(
     own = getattr(cell, "bounds", None)
     if bounds is None and own is not None:
         bounds = own(params)
-    use = backends.kernel_use(
+    backend = backends.select_backend(
         op,
         algorithm,
         implementation,
         interpret,
-        lacking=backends.unsupported_length(length)
-        or cell_kernel.lacking(structure[1], sequence_axis, params, xs, h0),
+        length=length,
+        unsupported=cell_kernel.unsupported(structure[1], sequence_axis, params, xs, h0),
     )
     wanted = (batch, length, *h0.shape[1:])
     guess = jnp.zeros(wanted, state) if guess is None else jnp.asarray(guess)
     if guess.shape != wanted:
         raise ValueError(f"{op}: `guess` must have shape {list(wanted)}, got {list(guess.shape)}.")
-    return _run(
+    return _scan(
         params,
         xs,
         h0.astype(state),
@@ -161,8 +161,8 @@ def nonlinear_scan(
         algorithm=algorithm,
         on_failure=on_failure,
         sequence_axis=sequence_axis,
-        resets=reset is not None,
-        use=use,
+        has_resets=reset is not None,
+        backend=backend,
     )
 
 
@@ -175,11 +175,11 @@ def nonlinear_scan(
         "algorithm",
         "on_failure",
         "sequence_axis",
-        "resets",
-        "use",
+        "has_resets",
+        "backend",
     ),
 )
-def _run(
+def _scan(
     params: PyTree,
     xs: PyTree,
     h0: Array,
@@ -193,61 +193,65 @@ def _run(
     algorithm: str | None,
     on_failure: str,
     sequence_axis: str | None,
-    resets: bool,
-    use: backends.Use,
+    has_resets: bool,
+    backend: backends.Backend,
 ) -> tuple[Array, Array, SolveInfo]:
     out = jacobian_structure.float_leaves(xs)[0].dtype
     leaves, tree = jax.tree.flatten((params, xs, h0, reset, guess))
     params, xs, h0, reset, guess = jax.tree.unflatten(tree, jax_compat.match_varying(*leaves))
-    # On a CPU a step of a small cell costs what its kernels cost to start: where nothing is reset,
-    # no step asks.
-    cuts = reset if resets else None
+    # On a CPU a step of a small cell costs as much as launching its kernels. Without resets, skip
+    # the select in each step.
+    step_reset = reset if has_resets else None
     params = jax.tree.map(lambda x: _widened(x, h0.dtype), params)
     bounds = lax.stop_gradient(bounds)
-    if not use.never:
-        by_xla = functools.partial(
-            _run,
+    if backend.mode is not backends.Mode.OFF:
+        by_steps = functools.partial(
+            _scan,
             cell=cell,
             structure=structure,
             solver=solver,
             algorithm="sequential",
             on_failure="sequential",
             sequence_axis=None,
-            resets=resets,
-            use=backends.Use(use.op),
+            has_resets=has_resets,
+            backend=backends.Backend(backend.op),
         )
-        hs, final = cell_kernel.by_kernel(use, cell, out, by_xla)(params, xs, h0, cuts)
+        run = cell_kernel.by_kernel(backend, cell, out, by_steps)
+        hs, final = run(params, xs, h0, step_reset)
         finite = newton.over_state(jnp.isfinite(lax.stop_gradient(hs)), jnp.all).all(axis=1)
-        info = _of_steps(lax.stop_gradient(hs).astype(h0.dtype), finite)
+        info = _info_of_steps(lax.stop_gradient(hs).astype(h0.dtype), finite)
         if on_failure != "sequential":
             _report(info, on_failure)
         return hs, final, info
     xs = jax.tree.map(lambda x: _widened(x, h0.dtype), xs)
 
-    # Derivatives come from the rule below, not from the solver.
-    fixed = jax.tree.map(lax.stop_gradient, (params, xs, h0))
-    problem = _problem(cell, fixed[0], structure[0], bounds, sequence_axis)
+    # Stop gradients through the solver: derivatives come from the implicit function theorem below.
+    fixed_params, fixed_xs, fixed_h0 = jax.tree.map(lax.stop_gradient, (params, xs, h0))
+    problem = _problem(
+        cell, fixed_params, structure[0], bounds, sequence_axis, (fixed_h0, fixed_xs, reset, guess)
+    )
 
-    def by(algorithm: str, h0: Array) -> tuple[Array, SolveInfo]:
-        arrays = (h0, fixed[1], reset, guess)
+    def solve(algorithm: str, h0: Array) -> tuple[Array, SolveInfo]:
+        here = problem._replace(h0=h0)
+        steps = here._replace(reset=step_reset)
         if algorithm == "sequential":
-            return _stepped(problem, h0, fixed[1], cuts, sequence_axis)
+            return _step_by_step(steps, sequence_axis)
         rescue = None
         if sequence_axis is not None:
-            rescue = functools.partial(_in_turn, problem, h0, fixed[1], cuts, sequence_axis)
+            rescue = functools.partial(_device_by_device, steps, sequence_axis)
         finish = on_failure == "sequential"
-        states, iterations, steps = newton.solve(
-            problem, solver, *arrays, finish=finish, rescue=rescue
+        states, iterations, sequential_steps = newton.solve(
+            here, solver, finish=finish, rescue=rescue
         )
-        return states, _judge(
-            problem, solver, *arrays[:3], states, iterations, steps, sequence_axis
-        )
+        return states, _judge(here, solver, states, iterations, sequential_steps, sequence_axis)
 
     on_cpu = algorithm or "sequential"  # a Newton iteration costs more than all steps there
     # With a dense Jacobian an iteration multiplies D x D matrices at all t. On an H100 a GRU of
     # width 256 took 3,599 ms and 25 GB by Newton, and 15 ms step by step.
     elsewhere = algorithm or ("sequential" if "dense" in structure else "newton")
-    states, info = backends.by_platform(by, on_cpu, elsewhere, fixed[2])
+    # If the two differ, both are traced here, and again in the adjoint: by `lax.platform_dependent`
+    # in `backends.by_platform`.
+    states, info = backends.by_platform(solve, on_cpu, elsewhere, problem.h0)
     if on_failure != "sequential":
         _report(info, on_failure)
 
@@ -260,8 +264,15 @@ def _run(
 
 
 def _problem(
-    cell: CellFunction, params: PyTree, structure: str, bounds: Any, sequence_axis: str | None
+    cell: CellFunction,
+    params: PyTree,
+    structure: str,
+    bounds: Any,
+    sequence_axis: str | None,
+    arrays: tuple[Array, PyTree, Array, Array],
 ) -> newton.Problem:
+    """Return the problem of a cell for the arrays (h0, xs, reset, guess)."""
+
     def over_steps(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(jax.vmap(function))
 
@@ -271,8 +282,9 @@ def _problem(
         return lax.psum(mask.astype(jnp.int32), sequence_axis) > 0
 
     return newton.Problem(
+        *arrays,
         evaluate=over_steps(lambda h, x: cell(params, h, x)),
-        # Not `evaluate` on one step: the axis more gives XLA's CPU compiler twice the kernels.
+        # Not `evaluate` of one step: the additional axis doubles the kernels of XLA's CPU compiler.
         step=jax.vmap(lambda h, x: cell(params, h, x)),
         linearise=over_steps(
             lambda h, x: jacobian_structure.jacobian(lambda h: cell(params, h, x), h, structure)
@@ -284,37 +296,32 @@ def _problem(
     )
 
 
-def _in_turn(
-    problem: newton.Problem, h0: Array, xs: PyTree, reset: Array | None, sequence_axis: str
-) -> Array:
-    """All states step by step, one device after the other."""
+def _device_by_device(problem: newton.Problem, sequence_axis: str) -> Array:
+    """Compute all states step by step, one device after the other."""
     size = lax.axis_size(sequence_axis)
-    entered, states = h0, jnp.zeros(())
+    entered, states = problem.h0, jnp.zeros(())
     for _ in range(size):
-        states = newton.step_all(problem, entered, xs, reset)
+        states = newton.step_all(problem._replace(h0=entered))
         links = [(i, i + 1) for i in range(size - 1)]
         received = lax.ppermute(states[:, -1], sequence_axis, links)
-        entered = jnp.where(sequence_parallel.is_first(sequence_axis), h0, received)
+        entered = jnp.where(sequence_parallel.is_first(sequence_axis), problem.h0, received)
     return states
 
 
-def _stepped(
-    problem: newton.Problem,
-    h0: Array,
-    xs: PyTree,
-    reset: Array | None,
-    sequence_axis: str | None,
-) -> tuple[Array, SolveInfo]:
-    """All states step by step. They are what they are said to be, unless they are not numbers."""
+def _step_by_step(problem: newton.Problem, sequence_axis: str | None) -> tuple[Array, SolveInfo]:
+    """Compute all states step by step.
+
+    They are exact by construction, so `converged` only checks for non-finite values.
+    """
     if sequence_axis is None:
-        states = newton.step_all(problem, h0, xs, reset)
+        states = newton.step_all(problem)
     else:
-        states = _in_turn(problem, h0, xs, reset, sequence_axis)
+        states = _device_by_device(problem, sequence_axis)
     finite = ~problem.anywhere(~newton.over_state(jnp.isfinite(states), jnp.all).all(axis=1))
-    return states, _of_steps(states, finite, sequence_axis)
+    return states, _info_of_steps(states, finite, sequence_axis)
 
 
-def _of_steps(states: Array, finite: Array, sequence_axis: str | None = None) -> SolveInfo:
+def _info_of_steps(states: Array, finite: Array, sequence_axis: str | None = None) -> SolveInfo:
     none = jnp.zeros_like(finite, jnp.int32)
     steps = none + states.shape[1] * (lax.axis_size(sequence_axis) if sequence_axis else 1)
     return SolveInfo(none, jnp.where(finite, 0.0, jnp.nan).astype(states.dtype), finite, steps)
@@ -323,20 +330,17 @@ def _of_steps(states: Array, finite: Array, sequence_axis: str | None = None) ->
 def _judge(
     problem: newton.Problem,
     solver: Newton,
-    h0: Array,
-    xs: PyTree,
-    reset: Array,
     states: Array,
     iterations: Array,
     steps: Array,
     sequence_axis: str | None,
 ) -> SolveInfo:
-    """What is true of the states that are returned."""
-    gap = problem.evaluate(problem.previous(h0, states, reset), xs) - states
+    """Return the residual and the convergence of the states that are returned."""
+    gap = problem.evaluate(problem.before(states), problem.xs) - states
     off = newton.unconverged(gap, states, newton.tolerance(solver, states.dtype))
     worst = jnp.max(newton.over_state(jnp.abs(gap), jnp.max), axis=1)
     if sequence_axis is not None:
-        # The counts are the same on all devices; only this tells the types so.
+        # The counts are equal on all devices. The reduction makes their types say so.
         worst, iterations, steps = lax.pmax((worst, iterations, steps), sequence_axis)
     return SolveInfo(iterations, worst, ~problem.anywhere(off.any(axis=1)), steps)
 
