@@ -63,6 +63,9 @@ class Mode(enum.Enum):
     INTERPRET = enum.auto()
 
 
+KERNEL_ONLY = (Mode.REQUIRED, Mode.INTERPRET)
+
+
 class Backend(NamedTuple):
     """The backend of a call.
 
@@ -86,11 +89,6 @@ class Backend(NamedTuple):
         """The modules of the kernel by platform."""
         kernels = BACKENDS[self.op]
         return {} if kernels is None else kernels.modules
-
-    @property
-    def only_kernel(self) -> bool:
-        """Whether XLA never runs the call."""
-        return self.mode in (Mode.REQUIRED, Mode.INTERPRET)
 
     def kernels(self, target: jax_compat.Target | None = None) -> Any:
         """Import the module of `pallas_kernels` for the target, or the one that is interpreted.

@@ -64,9 +64,7 @@ def custom_adjoint(
       (0.5, 0.5)
     """
 
-    @jax.custom_jvp
-    def run(*args: PyTree) -> PyTree:
-        return function(*args)
+    run = jax.custom_jvp(function)
 
     @run.defjvp
     def _jvp(primals: Any, tangents: Any) -> Any:
@@ -120,10 +118,6 @@ def _implementation(
     return _push(*operands, **params)
 
 
-def _abstract(*_: Any, avals: tuple[Any, ...], **__: Any) -> Sequence[Any]:
-    return list(avals)
-
-
 def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     moving = [i for i, t in enumerate(tangents) if type(t) is not jax_compat.Zero]
 
@@ -168,7 +162,7 @@ def _batch(args: Any, dims: Any, *, function: Any, adjoint: Any, avals: Any, **p
     return out, [0] * len(out)
 
 
-tangent_p = jax_compat.make_primitive("seqjax_tangent", _implementation, _abstract)
+tangent_p = jax_compat.make_primitive("seqjax_tangent", _implementation)
 jax_compat.ad.primitive_jvps[tangent_p] = _jvp
 jax_compat.ad.primitive_transposes[tangent_p] = _transpose
 jax_compat.batching.primitive_batchers[tangent_p] = _batch

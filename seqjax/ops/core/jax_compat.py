@@ -136,22 +136,29 @@ def _reshaped(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 def make_primitive(
     name: str,
     implementation: Callable[..., Sequence[jax.Array]],
-    abstract: Callable[..., Sequence[Any]],
+    abstract: Callable[..., Sequence[Any]] | None = None,
     *,
     local: bool = False,
 ) -> Primitive:
-    """A primitive with several results, compiled from `implementation(target, *args, **params)`.
+    """Return a primitive with several results.
 
-    With `local` there is no communication between devices in it, and it is compiled without
-    regard to the mesh axes that its operands vary over, about which a kernel knows nothing.
-    A parameter `side_effects` is those that `implementation` has besides computing.
+    Args:
+      name: the name of the primitive.
+      implementation: (target, *args, **params) -> the results, traced at lowering.
+      abstract: (*avals, **params) -> the types of the results. By default they are the parameter
+        `avals`.
+      local: whether the primitive has no communication between devices. It is then compiled without
+        the mesh axes that its operands vary over, because a kernel has no such types.
+
+    A parameter `side_effects` lists the effects of `implementation`.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
 
     @primitive.def_effectful_abstract_eval
     def _abstract(*args: Any, **params: Any) -> tuple[Sequence[Any], Any]:
-        return abstract(*args, **params), params.get("side_effects", frozenset())
+        avals = abstract(*args, **params) if abstract else list(params["avals"])
+        return avals, params.get("side_effects", frozenset())
 
     @functools.cache
     def compiled(params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops.core import jax_compat
-from seqjax.ops.core.backends import Backend, Mode, runs_kernel
+from seqjax.ops.core.backends import KERNEL_ONLY, Backend, Mode, runs_kernel
 from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
 from seqjax.types import PyTree
 
@@ -71,7 +71,7 @@ def kernel_call(
     kernel: Function,
     *,
     tangent_of: Function | None = None,
-    out_shapes: PyTree = None,
+    out_shapes: Callable[..., PyTree] | None = None,
 ) -> Function:
     """Return a function of pytrees of arrays that `kernel` or `xla` computes.
 
@@ -83,7 +83,8 @@ def kernel_call(
       kernel: (kernels, *args) -> the same outputs. `kernels` is the module of `pallas_kernels` for
         the platform.
       tangent_of: `xla` by default.
-      out_shapes: the shapes and dtypes of the outputs. By default `xla` is traced for them.
+      out_shapes: *args -> the shapes and dtypes of the outputs. By default `xla` is traced for
+        them.
     """
     if backend.mode is Mode.OFF:
         return xla
@@ -91,14 +92,15 @@ def kernel_call(
     def run(*args: PyTree) -> PyTree:
         leaves, tree = jax.tree.flatten(args)
         leaves = list(jax_compat.match_varying(*leaves))
-        wanted = jax.eval_shape(xla, *_shapes(args)) if out_shapes is None else out_shapes
+        wanted = out_shapes(*args) if out_shapes else jax.eval_shape(xla, *_shapes(args))
         shapes, out_tree = jax.tree.flatten(wanted)
 
         def flat(function: Function) -> Flat:
             return lambda *leaves: jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
 
         effects: frozenset[Any] = frozenset()
-        if backend.interpret and "tpu" not in backend.modules:  # the GPU interpreter calls back
+        # The interpreter of GPU kernels calls back to the host.
+        if backend.mode is Mode.INTERPRET and "tpu" not in backend.modules:
             interpreted = flat(functools.partial(kernel, backend.kernels()))
             effects = frozenset(jax.make_jaxpr(interpreted)(*leaves).effects)
         out = kernel_p.bind(
@@ -120,7 +122,7 @@ def kernel_op(
     xla: Function,
     forward: Callable[..., tuple[PyTree, PyTree]],
     backward: Callable[..., Sequence[jax.Array]],
-    residual_shapes: Callable[..., PyTree],
+    shapes: Callable[..., tuple[PyTree, PyTree]],
 ) -> Function:
     """Return the op `xla(*args)` with kernels for its forward and its backward pass.
 
@@ -133,11 +135,12 @@ def kernel_op(
         residuals are ().
       backward: (kernels, args, outputs, residuals, cotangents) -> the cotangents of the
         floating-point leaves of `args`, in a list in their order.
-      residual_shapes: *args -> the shapes and dtypes of the residuals of `forward`, a pytree of
-        `jax.ShapeDtypeStruct`.
+      shapes: *args -> the shapes and dtypes of the outputs and of the residuals of `forward`, two
+        pytrees of `jax.ShapeDtypeStruct`.
     """
     if backend.mode is Mode.OFF:
         return xla
+    kernel_only = backend.mode in KERNEL_ONLY
 
     def pulled(args: tuple[PyTree, ...]) -> tuple[PyTree, Any]:
         """Return the outputs, and the map from their cotangents to those of the inexact leaves."""
@@ -167,14 +170,13 @@ def kernel_op(
             pairs = zip(residuals, layout.known, strict=True)
             return out, [r for r, i in pairs if i is None]
 
-        of_kernel = residual_shapes(*args)
-        if backend.only_kernel:
-            out_shapes, of_xla = jax.eval_shape(xla, *_shapes(args)), []
-        else:
-            out_shapes, of_xla = jax.eval_shape(xla_with_residuals, *_shapes(args))
+        out_shapes, of_kernel = shapes(*args)
+        of_xla = []
+        if not kernel_only:
+            of_xla = jax.eval_shape(xla_with_residuals, *_shapes(args))[1]
 
         def by_xla(*args: PyTree) -> PyTree:
-            out, residuals = (xla(*args), []) if backend.only_kernel else xla_with_residuals(*args)
+            out, residuals = (xla(*args), []) if kernel_only else xla_with_residuals(*args)
             return out, (_zeros(of_kernel), residuals)
 
         def by_kernel(kernels: Any, *args: PyTree) -> PyTree:
@@ -189,7 +191,7 @@ def kernel_op(
             by_xla,
             by_kernel,
             tangent_of=tangent_of,
-            out_shapes=(out_shapes, (of_kernel, of_xla)),
+            out_shapes=lambda *_: (out_shapes, (of_kernel, of_xla)),
         )
         out, residuals = run(*args)
         return out, _Residuals(*residuals, layout)
@@ -197,10 +199,10 @@ def kernel_op(
     def adjoint(args: Any, out: Any, residuals: _Residuals, cts: PyTree) -> list[jax.Array]:
         run = kernel_call(
             backend,
-            xla_again if backend.only_kernel else xla_backward,
+            xla_again if kernel_only else xla_backward,
             kernel_backward,
             tangent_of=xla_again,
-            out_shapes=_shapes(inexact_leaves(args)),
+            out_shapes=lambda args, *_: _shapes(inexact_leaves(args)),
         )
         return run(args, out, residuals, cts)
 
@@ -212,7 +214,7 @@ def kernel_op(
     def xla_again(args: Any, out: Any, residuals: _Residuals, cts: PyTree) -> list[jax.Array]:
         return list(pulled(args)[1](cts))
 
-    def kernel_only(kernels: Any, *args: PyTree) -> PyTree:
+    def kernel_forward(kernels: Any, *args: PyTree) -> PyTree:
         return forward(kernels, *args, save=False)[0]
 
     def kernel_backward(
@@ -222,7 +224,7 @@ def kernel_op(
 
     # Tangents come from the XLA form, so the kernel does not run for them.
     return custom_adjoint(
-        kernel_call(backend, xla, kernel_only),
+        kernel_call(backend, xla, kernel_forward, out_shapes=lambda *args: shapes(*args)[0]),
         adjoint,
         with_residuals=with_residuals,
         tangent_of=xla,
@@ -246,10 +248,6 @@ def _implementation(
     if runs_kernel(backend, target, *operands):
         return kernel(backend.kernels(target))(*operands)
     return xla(*operands)
-
-
-def _abstract(*_: Any, avals: tuple[Any, ...], **__: Any) -> Sequence[Any]:
-    return list(avals)
 
 
 def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
@@ -279,6 +277,6 @@ def _batch(args: Any, dims: Any, *, avals: Any, **params: Any) -> Any:
     return out, [0] * len(out)
 
 
-kernel_p = jax_compat.make_primitive("seqjax_kernel", _implementation, _abstract, local=True)
+kernel_p = jax_compat.make_primitive("seqjax_kernel", _implementation, local=True)
 jax_compat.ad.primitive_jvps[kernel_p] = _jvp
 jax_compat.batching.primitive_batchers[kernel_p] = _batch

@@ -1,5 +1,11 @@
-"""Small matrices and their products, with float32 accuracy on every backend."""
+"""Small matrices, their products and broadcasts, with float32 accuracy on every backend.
 
+The transpose of a broadcast is a sum. On a CPU, XLA sums over a minor axis one number after the
+other, ten times slower than a product with a vector of ones, and over a major axis hardly faster.
+On other backends the two cost the same. So the adjoints of the broadcasts below are products.
+"""
+
+import functools
 from typing import Any
 
 import jax
@@ -7,34 +13,34 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.ops.core import jax_compat
-from seqjax.ops.core.broadcast import along_rows
+from seqjax.ops.core.custom_adjoint import custom_adjoint
 
 SUB = 16  # the size up to which a block is inverted without cutting it apart
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product with float32 accuracy; on TPU the default would round the factors to bfloat16."""
+    """Return a b with float32 accuracy. On TPU the default rounds the factors to bfloat16."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def matmul_nt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b^T."""
+    """Return a b^T."""
     return jnp.einsum("...tk,...jk->...tj", a, b, precision=lax.Precision.HIGHEST)
 
 
 def outer(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a b^T: [..., K] and [..., V] -> [..., K, V]."""
+    """Return a b^T: [..., K] and [..., V] -> [..., K, V]."""
     return jnp.einsum("...k,...v->...kv", a, b)
 
 
 def read(state: jax.Array, key: jax.Array) -> jax.Array:
-    """S^T k, for a single step: [..., K, V] and [..., K] -> [..., V]."""
+    """Return S^T k for a single step: [..., K, V] and [..., K] -> [..., V]."""
     return jnp.einsum("...kv,...k->...v", state, key, precision=lax.Precision.HIGHEST)
 
 
 @jax.custom_jvp
 def inverse_unit_lower(n: jax.Array) -> jax.Array:
-    """(I + N)^-1 for strictly lower triangular N [..., C, C], by halves.
+    """Return (I + N)^-1 for strictly lower triangular N [..., C, C], by halves.
 
     inv [[A, 0], [N, B]] = [[A', 0], [-B' N A', B']] with A', B' the inverses of the halves. Unlike
     the series in powers of N, no intermediate exceeds the result and its factors.
@@ -70,6 +76,48 @@ def _inverse_jvp(primals: Any, tangents: Any) -> Any:
 
 
 def diagonal(rows: jax.Array) -> jax.Array:
-    """diag(rows): [..., K] -> [..., K, K]."""
+    """Return diag(rows): [..., K] -> [..., K, K]."""
     size = rows.shape[-1]
     return along_rows(rows, size) * jnp.eye(size, dtype=rows.dtype)
+
+
+def along_rows(x: jax.Array, size: int) -> jax.Array:
+    """Repeat every element along a row: [..., K] -> [..., K, size]."""
+    return _along_rows(size)(x)
+
+
+@functools.cache
+def _along_rows(size: int) -> Any:
+    return custom_adjoint(
+        lambda x: jnp.broadcast_to(x[..., None], (*x.shape, size)),
+        lambda args, ct: [matmul(ct, jnp.ones((size,), ct.dtype))],
+    )
+
+
+def down_columns(x: jax.Array, size: int) -> jax.Array:
+    """Repeat every element down a column: [..., K] -> [..., size, K]."""
+    return _down_columns(size)(x)
+
+
+@functools.cache
+def _down_columns(size: int) -> Any:
+    return custom_adjoint(
+        lambda x: jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], size, x.shape[-1])),
+        lambda args, ct: [matmul(jnp.ones((*ct.shape[:-2], 1, size), ct.dtype), ct)[..., 0, :]],
+    )
+
+
+def everywhere(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Repeat an array for every element of an array of this shape: [...] -> [*shape, ...]."""
+    leading = len(shape)
+
+    def adjoint(args: Any, ct: jax.Array) -> list[jax.Array]:
+        rows = ct.reshape(-1, ct[(0,) * leading].size)
+        count = rows.shape[0]
+        if isinstance(count, int) and count <= 8:  # known and small: add the rows
+            total = sum(rows[1:], start=rows[0])
+        else:
+            total = matmul(jnp.ones((1, count), ct.dtype), rows)
+        return [total.reshape(ct.shape[leading:])]
+
+    return custom_adjoint(lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), adjoint)(x)

@@ -17,8 +17,8 @@ from seqjax.ops.core import (
     kernel_op,
     sequence_parallel,
 )
-from seqjax.ops.core.broadcast import down_columns, everywhere
 from seqjax.ops.core.checkpointed_scan import chunk_scan, time_scan
+from seqjax.ops.core.linalg import down_columns, everywhere
 from seqjax.ops.elementwise.linear_recurrence import recurrence
 from seqjax.ops.elementwise.xla_algorithms import Form
 from seqjax.types import Array, Float, Reset
@@ -197,10 +197,12 @@ def _scan(
         given = (dx, d_dt, dA.T, dB, dC, dD[0], dh0.mT)
         return [ct.astype(like.dtype) for ct, like in zip(given, args[:-1], strict=True)]
 
-    def residual_shapes(x: Array, dt: Array, A: Array, *_: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(border_shape((*x.shape, A.shape[1])), state)
+    def shapes(x: Array, dt: Array, A: Array, *rest: Any) -> Any:
+        final = jax.ShapeDtypeStruct(h0.shape, state)
+        borders = jax.ShapeDtypeStruct(border_shape((*x.shape, A.shape[1])), state)
+        return (jax.ShapeDtypeStruct(x.shape, x.dtype), final), borders
 
-    run = kernel_op.kernel_op(backend, xla, forward, backward, residual_shapes)
+    run = kernel_op.kernel_op(backend, xla, forward, backward, shapes)
 
     def local(h0: Array) -> tuple[Array, Array]:
         return run(x, dt, A, B, C, D, h0, reset)

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.ops.core import sequence_parallel
-from seqjax.ops.core.broadcast import along_rows, down_columns
 from seqjax.ops.core.custom_adjoint import custom_adjoint
-from seqjax.ops.core.linalg import matmul, matmul_nt
+from seqjax.ops.core.linalg import along_rows, down_columns, matmul, matmul_nt
 
 SUB = 16  # steps in the blocks inside which pairs are selected by a mask
 

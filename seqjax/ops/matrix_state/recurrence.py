@@ -18,8 +18,8 @@ from seqjax.ops.core import (
     linalg,
     sequence_parallel,
 )
-from seqjax.ops.core.broadcast import along_rows
 from seqjax.ops.core.checkpointed_scan import time_scan
+from seqjax.ops.core.linalg import along_rows
 from seqjax.ops.matrix_state import chunked, decays
 
 ALGORITHMS = ("sequential", "chunked", "associative")
@@ -286,13 +286,14 @@ def _as_kernels(plan: Plan) -> tuple[Callable[..., Any], ...]:
         last = [] if log_decay is None else [found["log_decay"]]
         return [*(found[name] for name in sorted(arrays)), *last, found["initial_state"], *by_scale]
 
-    def saved(
-        arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any
-    ) -> list[jax.ShapeDtypeStruct]:
+    def shapes(arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any) -> Any:
         del reset
+        out = checks.output_dtype(arrays["v"], *arrays.values(), log_decay, S0)
+        output = jax.ShapeDtypeStruct(arrays["v"].shape, out)
         steps = chunk_steps(*inputs(arrays, log_decay, scale), wanted=plan.chunk_size)
         count = -(-arrays["q"].shape[1] // steps)
         batch, *rest = S0.shape
-        return [jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)]
+        states = jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)
+        return (output, jax.ShapeDtypeStruct(S0.shape, S0.dtype)), [states]
 
-    return forward, backward, saved
+    return forward, backward, shapes

@@ -55,8 +55,10 @@ def by_kernel(
         )
         return [*d_params, *d_xs, d_h0]
 
-    def residual_shapes(params: PyTree, xs: PyTree, h0: Array, *_: Any) -> jax.ShapeDtypeStruct:
+    def shapes(params: PyTree, xs: PyTree, h0: Array, *_: Any) -> Any:
         lead = jax.tree.leaves(xs)[0].shape[:2]
-        return jax.ShapeDtypeStruct((*lead, *h0.shape[2:], h0.shape[1]), h0.dtype)
+        states = jax.ShapeDtypeStruct((*lead, *h0.shape[1:]), out_dtype)
+        residuals = jax.ShapeDtypeStruct((*lead, *h0.shape[2:], h0.shape[1]), h0.dtype)
+        return (states, jax.ShapeDtypeStruct(h0.shape, h0.dtype)), residuals
 
-    return kernel_op.kernel_op(backend, xla, forward, backward, residual_shapes)
+    return kernel_op.kernel_op(backend, xla, forward, backward, shapes)
