@@ -15,6 +15,11 @@ def _delta_rule(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array) -> ja
     return seqjax.delta_rule(q, k, v, beta)[0].sum()
 
 
+def _linear_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
+    return seqjax.linear_scan(decay, x)[0].sum()
+
+
+FEATURES = (jnp.ones((2, 16, 4)),) * 2
 HEADS = (jnp.ones((2, 16, 2, 4)),) * 3 + (jnp.ones((2, 16, 2)),)
 
 
@@ -22,7 +27,11 @@ HEADS = (jnp.ones((2, 16, 2, 4)),) * 3 + (jnp.ones((2, 16, 2)),)
 @pytest.mark.parametrize(
     ("function", "args", "calls", "changes"),
     [
-        pytest.param(jax.grad(_delta_rule, range(4)), HEADS, 620, 262, id="delta_rule gradient"),
+        pytest.param(seqjax.linear_scan, FEATURES, 125, 22, id="linear_scan"),
+        pytest.param(
+            jax.grad(_linear_scan, range(2)), FEATURES, 230, 60, id="linear_scan gradient"
+        ),
+        pytest.param(jax.grad(_delta_rule, range(4)), HEADS, 620, 130, id="delta_rule gradient"),
     ],
 )
 def test_call_path(

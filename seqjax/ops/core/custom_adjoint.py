@@ -70,8 +70,9 @@ def custom_adjoint(
     def _jvp(primals: Any, tangents: Any) -> Any:
         leaves, tree = jax.tree.flatten(primals)
         moving = [jax.tree.leaves(tangents)[i] for i in inexact(leaves)]
+        extra: tuple[PyTree, ...] = ()
         if with_residuals is None:
-            value, extra = run(*primals), ()
+            value = run(*primals)
         else:
             value, residuals = with_residuals(*primals)
             extra = (value, residuals)

@@ -193,8 +193,8 @@ def kernel_op(
             tangent_of=tangent_of,
             out_shapes=lambda *_: (out_shapes, (of_kernel, of_xla)),
         )
-        out, residuals = run(*args)
-        return out, _Residuals(*residuals, layout)
+        out, (kernel_residuals, xla_residuals) = run(*args)
+        return out, _Residuals(kernel_residuals, xla_residuals, layout)
 
     def adjoint(args: Any, out: Any, residuals: _Residuals, cts: PyTree) -> list[jax.Array]:
         run = kernel_call(

@@ -123,9 +123,11 @@ def scan(
         a, x, h0, reset = args
         like = [jax.ShapeDtypeStruct(value.shape, value.dtype) for value in (a, x, h0)]
 
-        def by_xla(a: Array, y: Array, h0: Array, reset: Any, *cotangents: Array) -> list[Array]:
+        def by_xla(
+            a: Array, y: Array, h0: Array, reset: Any, dy: Array, d_final: Array
+        ) -> list[Array]:
             backwards = form._replace(post=True, reverse=not form.reverse, out_dtype=h0.dtype)
-            dx, dh0 = recurrence(a, *cotangents, reset, backwards, backend, block_sizes)
+            dx, dh0 = recurrence(a, dy, d_final, reset, backwards, backend, block_sizes)
             da = dx * _select(reset, shift(h0, y.astype(h0.dtype), form.reverse))
             shared = tuple(axis for axis in (0, 1) if a.shape[axis] == 1)
             da = jnp.sum(da, axis=shared, keepdims=True) if shared else da
