@@ -114,7 +114,7 @@ def tanh_cell(params, h, x):
 
 
 def test_what_it_cannot_do():
-    refused(lambda p, h, x: jnp.tanh(jnp.roll(h, 1) + x), "this one's Jacobian is dense")
+    refused(lambda p, h, x: jnp.tanh(jnp.roll(h, 1) + x), "got a dense one")
     # Not seen in the derivative: what is mixed does not depend on the state.
     refused(lambda p, h, x: h + jnp.cumsum(x), "has the operation 'cumsum'")
     refused(lambda p, h, x: h * x.sum(), "has 'reduce_sum' over channels")
