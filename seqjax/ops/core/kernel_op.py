@@ -9,7 +9,8 @@ from the XLA form on every backend.
 The residuals of both backends travel together. The backend that does not run contributes zeros,
 which the compiler removes. Recomputing XLA's residuals in the backward pass instead made value and
 gradient slower on two CPU cores, at [4, 1024, 4, 64]: 1.35 times for `delta_rule`, 1.02 times for
-`linear_attention`, and 1.16 times for `selective_scan`, at equal temporary memory.
+`linear_attention`, and 1.16 times for `selective_scan`, at equal temporary memory. Compiled for TPU
+v5e, a scan over four `delta_rule` layers has the same operations and memory either way.
 """
 
 import dataclasses
