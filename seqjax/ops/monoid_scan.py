@@ -92,7 +92,7 @@ def monoid_scan(
     backends.select_backend(op, algorithm, implementation, length=length)  # XLA, or it raises
     if initial_state is not None:
         initial_state = _check_state(op, initial_state, elems)
-    return _run(
+    return _scan(
         elems,
         initial_state,
         reset,
@@ -104,7 +104,7 @@ def monoid_scan(
 
 
 @functools.partial(jax.jit, static_argnames=("combine", "algorithm", "chunk_size", "sequence_axis"))
-def _run(
+def _scan(
     elems: PyTree,
     state: PyTree | None,
     reset: Array | None,

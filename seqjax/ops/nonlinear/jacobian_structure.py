@@ -144,11 +144,11 @@ def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
         if inner is not None:
             return _follow(getattr(inner, "jaxpr", inner), ins)
     axes = {m for m in ins if m is not None}
-    place = next((i for i, m in enumerate(ins) if m is not None), 0)
+    position = next((i for i, m in enumerate(ins) if m is not None), 0)
     count = len(eqn.outvars)
     if len(axes) > 1:
         return [MIXED] * count
-    axis, shape = axes.pop(), eqn.invars[place].aval.shape
+    axis, shape = axes.pop(), eqn.invars[position].aval.shape
     alone = sum(m is not None for m in ins) == 1
     out = MIXED
     if name in _ELEMENTWISE:
@@ -169,7 +169,7 @@ def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
         strides = params["strides"] or (1,) * len(shape)
         whole = params["start_indices"][axis] == 0 and params["limit_indices"][axis] == shape[axis]
         out = axis if whole and strides[axis] == 1 else MIXED
-    elif name == "dynamic_slice" and place == 0 and alone:
+    elif name == "dynamic_slice" and position == 0 and alone:
         out = axis if params["slice_sizes"][axis] == shape[axis] else MIXED
     elif name == "concatenate":
         out = axis if params["dimension"] != axis else MIXED
@@ -179,7 +179,7 @@ def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
         out = axis if params["axis"] != axis else MIXED
     elif name == "rev":
         out = axis if axis not in params["dimensions"] else MIXED
-    elif name == "pad" and place == 0:
+    elif name == "pad" and position == 0:
         out = axis if params["padding_config"][axis] == (0, 0, 0) else MIXED
     elif name.startswith(_REDUCTIONS) and "axes" in params:
         gone = params["axes"]
@@ -187,27 +187,27 @@ def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
     elif name.startswith("cum") and "axis" in params:
         out = axis if params["axis"] != axis else MIXED
     elif name == "dot_general" and alone:
-        out = _through_product(eqn, place, axis)
+        out = _through_product(eqn, position, axis)
     return [out] * count
 
 
 def _same_place(old: tuple[int, ...], new: tuple[int, ...], axis: int) -> int:
-    for place, size in enumerate(new):
-        if size == old[axis] and math.prod(new[:place]) == math.prod(old[:axis]):
-            return place
+    for position, size in enumerate(new):
+        if size == old[axis] and math.prod(new[:position]) == math.prod(old[:axis]):
+            return position
     return MIXED
 
 
-def _through_product(eqn: Any, place: int, axis: int) -> int:
+def _through_product(eqn: Any, position: int, axis: int) -> int:
     contract, batch = eqn.params["dimension_numbers"]
-    if axis in contract[place]:
+    if axis in contract[position]:
         return MIXED
-    if axis in batch[place]:
-        return batch[place].index(axis)
-    taken = (*contract[place], *batch[place])
+    if axis in batch[position]:
+        return batch[position].index(axis)
+    taken = (*contract[position], *batch[position])
     free = axis - sum(d < axis for d in taken)
     left = eqn.invars[0].aval.ndim - len(contract[0]) - len(batch[0])
-    return len(batch[0]) + free + (left if place == 1 else 0)
+    return len(batch[0]) + free + (left if position == 1 else 0)
 
 
 def jacobian(step: Step, h: jax.Array, structure: str) -> tuple[jax.Array, jax.Array]:
@@ -270,8 +270,8 @@ def resolve(
         raise ValueError(
             f"{op}: `cell` closes over arrays made inside jit, grad or vmap; pass them in `params`."
         )
-    place = len(jax.tree.leaves(args[0]))
-    apart = keeps_channels_apart(closed.jaxpr, place)
+    position = len(jax.tree.leaves(args[0]))
+    apart = keeps_channels_apart(closed.jaxpr, position)
     structured = "diagonal" if h0.ndim == 2 else "block"
     if declared == "auto":
         declared = getattr(cell, "structure", structured if apart else "dense")
