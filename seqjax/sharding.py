@@ -207,15 +207,15 @@ def shard(
         _check("the batch", batch_shape[0], "data * fsdp", over)
         _check("the length", batch_shape[1], "sequence", mesh.shape["sequence"])
 
-    def place(spec: P) -> NamedSharding:
+    def sharding(spec: P) -> NamedSharding:
         return NamedSharding(mesh, spec)
 
-    replicated = place(P())
-    params = jax.tree.map(place, specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    replicated = sharding(P())
+    params = jax.tree.map(sharding, specs, is_leaf=lambda leaf: isinstance(leaf, P))
     optimizer = None
     if optimizer_state is not None:
         optimizer = _like_params(optimizer_state, params, model, replicated)
-    return Shardings(mesh, params, optimizer, place(P(BATCH_AXES, "sequence")), replicated)
+    return Shardings(mesh, params, optimizer, sharding(P(BATCH_AXES, "sequence")), replicated)
 
 
 def param_specs(model: Layer, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Any:
@@ -278,11 +278,13 @@ def split_time(
     return explicit_mesh.auto_inside(lambda _, out: specs(out))(split)
 
 
-def place_activations(model: Model, mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Model:
-    """The same model, its residual stream kept where the batch is.
+def constrain_activations(
+    model: Model, mesh: Mesh | None, rules: Mapping[str, str] = RULES
+) -> Model:
+    """Return the model with its residual stream sharded along the batch.
 
-    The partitioner would else be free to split features instead, as the parameters are, and does
-    so where that is worse. None changes nothing.
+    Without the constraint the partitioner may split features, as the parameters are, where that is
+    slower. If `mesh` is None, return the model unchanged.
 
     Args:
       model: a frozen dataclass with a `backbone`, or a `Backbone`.
@@ -292,30 +294,30 @@ def place_activations(model: Model, mesh: Mesh | None, rules: Mapping[str, str] 
     if mesh is None:
         return model
     if isinstance(model, Backbone):
-        return dataclasses.replace(model, place=_Place(mesh, tuple(sorted(rules.items()))))
+        return dataclasses.replace(model, constrain=_Constraint(mesh, tuple(sorted(rules.items()))))
     inner: Any = model
-    return dataclasses.replace(inner, backbone=place_activations(inner.backbone, mesh, rules))
+    return dataclasses.replace(inner, backbone=constrain_activations(inner.backbone, mesh, rules))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """Where an array with logical axes lives."""
+class _Constraint:
+    """A sharding constraint on arrays with logical axes."""
 
     mesh: Mesh
     rules: tuple[tuple[str, str], ...]
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-        places: dict[str | None, Any] = {**dict(self.rules), "batch": BATCH_AXES}
+        mesh_axes: dict[str | None, Any] = {**dict(self.rules), "batch": BATCH_AXES}
         # Inside `shard_map` the mesh is the one around us, with the axis `sequence` gone from it.
         around = jax.sharding.get_abstract_mesh()
         mesh = explicit_mesh.auto_mesh(self.mesh) if around.empty else around
-        where = NamedSharding(mesh, P(*map(places.get, axes)))
+        where = NamedSharding(mesh, P(*map(mesh_axes.get, axes)))
         return jax.lax.with_sharding_constraint(x, where)
 
 
 def _like_params(state: Any, params: Any, model: Layer, replicated: NamedSharding) -> Any:
     """The shardings of a tree in which trees of parameters occur, anywhere."""
-    places = {
+    shardings = {
         tuple(map(str, path)): (leaf, shape)
         for (path, leaf), shape in zip(
             jax.tree_util.tree_leaves_with_path(params),
@@ -324,15 +326,15 @@ def _like_params(state: Any, params: Any, model: Layer, replicated: NamedShardin
         )
     }
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = tuple(map(str, path))
         for start in range(len(names)):
-            found = places.get(names[start:])
+            found = shardings.get(names[start:])
             if found is not None and found[1] == tuple(leaf.shape):
                 return found[0]
         return replicated
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def _check_heads(layer: Layer, over: int) -> None:

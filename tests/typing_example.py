@@ -179,7 +179,7 @@ def main() -> dict[str, tuple[int, ...]]:
     mesh = sharding.make_mesh({"fsdp": 1}, devices=jax.devices()[:1])
     plan = sharding.shard(model, mesh, batch_shape=None)
     placed = jax.device_put(params, plan.params)
-    found = sample(sharding.place_activations(model, None), placed, tokens, 3)
+    found = sample(sharding.constrain_activations(model, None), placed, tokens, 3)
     return {
         "losses": (len(losses),),
         "logits": logits.shape,

@@ -42,7 +42,7 @@ def make_train_step(
     the `loss` of the `objective`, of batches as its `prepare` makes them.
     """
     mesh = None if plan is None else plan.mesh
-    model = sharding.place_activations(model, mesh)
+    model = sharding.constrain_activations(model, mesh)
 
     def split_loss(params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
         return protocol.loss(model, params, batch, sequence_axis)

@@ -23,12 +23,12 @@ def whole(weight: jax.Array, backbone: Backbone) -> jax.Array:
     has to be put together to take them apart by sequences. Looked up where the vocabulary is
     split, XLA's partitioner crashes once another axis is manual (jax 0.10.2).
     """
-    return weight if backbone.place is None else backbone.place(weight, (None, None))
+    return weight if backbone.constrain is None else backbone.constrain(weight, (None, None))
 
 
 def embed(table: jax.Array, tokens: jax.Array, dtype: Any, backbone: Backbone) -> jax.Array:
     """Rows of the table, scaled to unit variance; NaN for a token outside the vocabulary."""
-    lookup = _rows if backbone.place is None else _rows_on_mesh
+    lookup = _rows if backbone.constrain is None else _rows_on_mesh
     return lookup(table, tokens).astype(dtype) * table.shape[1] ** 0.5
 
 

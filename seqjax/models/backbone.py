@@ -49,9 +49,9 @@ class Backbone(Layer):
         `layers`: one block is compiled however many there are. Parameters are then
         {"group_0": ..., "final_norm"}, a group for each of the blocks that repeat; outputs and
         states are the same.
-      place: `place(array, axes)` constrains where an array lives on a mesh, given a logical name
+      constrain: `constrain(array, axes)` sets where an array lives on a mesh, given a logical name
         for each axis: the residual stream, ("batch", None, None), before each group of blocks and
-        after the last, and a model's embedding table. See `seqjax.sharding.place_activations`.
+        after the last, and a model's embedding table. See `seqjax.sharding.constrain_activations`.
     """
 
     blocks: Layer | Sequence[Layer]
@@ -62,7 +62,7 @@ class Backbone(Layer):
     dropout: float = 0.0
     remat: bool = False
     scan: bool = False
-    place: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None = None
+    constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] | None = None
 
     def __post_init__(self) -> None:
         _checks.require(
@@ -166,11 +166,11 @@ class Backbone(Layer):
         values = dict(zip(values, leaves, strict=True))
         run = self._scan_blocks if self.scan else self._run_blocks
         x, new_state = run(params, x, state, values, context)
-        x = self._placed(x)
+        x = self._constrained(x)
         return self._final_norm.forward(params["final_norm"], x, (), context)[0], new_state
 
-    def _placed(self, x: jax.Array) -> jax.Array:
-        return x if self.place is None else self.place(x, ("batch", None, None))
+    def _constrained(self, x: jax.Array) -> jax.Array:
+        return x if self.constrain is None else self.constrain(x, ("batch", None, None))
 
     def _caller(self, block: Block, context: Context) -> Callable[..., Any]:
         """Return a pure function that runs one block: what it records is an output as well."""
@@ -222,7 +222,7 @@ class Backbone(Layer):
         for i, (block, own) in enumerate(zip(self.stack, state, strict=True)):
             x, own, values, aux = self._caller(block, context)(
                 params[f"block_{i}"],
-                self._placed(x),
+                self._constrained(x),
                 own,
                 values,
                 i,
@@ -248,7 +248,7 @@ class Backbone(Layer):
             x, values = carry
             turn, own_params, own_states = layer
             states, recorded = [], []
-            x = self._placed(x)
+            x = self._constrained(x)
             for i, (name, group) in enumerate(groups.items()):
                 x, own, values, aux = self._caller(group.block, context)(
                     own_params[name],

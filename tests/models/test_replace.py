@@ -20,7 +20,7 @@ NONE = {  # other values of fields that are None
     "conv_size": 3,
     "mlp": seqjax.layers.GatedMLP(4, 8),
     "output_gate": True,
-    "place": lambda x, axes: x,
+    "constrain": lambda x, axes: x,
     "solver": seqjax.Newton(window=8),
     "state_dim": 8,
 }

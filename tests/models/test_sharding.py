@@ -240,10 +240,10 @@ def test_a_model_on_an_explicit_mesh(sizes, with_context, x64):
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=2), static_argnums=(0, 1))
     expected = gradient(model, None, params, tokens)
-    placed = sharding.place_activations(model, mesh)
+    constrained = sharding.constrain_activations(model, mesh)
     with jax.set_mesh(mesh) if with_context else contextlib.nullcontext():
         args = jax.device_put(params, where.params), jax.device_put(tokens, where.batch)
-        got = gradient(placed, mesh, *args)
+        got = gradient(constrained, mesh, *args)
     assert_close(got, expected, 1e-11)
     for leaf, place in zip(jax.tree.leaves(got[1]), jax.tree.leaves(where.params), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -285,13 +285,13 @@ def test_no_activation_crosses_devices():
     """
     mesh = sharding.make_mesh("data=2,fsdp=2,sequence=2")
     model = model_of(LRU(8), mlp_ratio=2)
-    placed = sharding.place_activations(model, mesh)
+    constrained = sharding.constrain_activations(model, mesh)
 
     def traffic(batch):
         where = sharding.shard(model, mesh, batch_shape=(batch, 64))
 
         def apply(params, tokens, sequence_axis):
-            logits, _ = placed.apply(params, tokens, sequence_axis=sequence_axis)
+            logits, _ = constrained.apply(params, tokens, sequence_axis=sequence_axis)
             return jax.lax.pmean(jnp.mean(logits**2), sequence_axis)
 
         def loss(params, tokens):
