@@ -2,11 +2,15 @@
 
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
 from seqjax.ops.elementwise.selective_scan import selective_scan as selective_scan
+from seqjax.ops.matrix_state.chunked import ChunkMap as ChunkMap
+from seqjax.ops.matrix_state.decays import cumulative_decays as cumulative_decays
+from seqjax.ops.matrix_state.decays import decayed_products as decayed_products
 from seqjax.ops.matrix_state.delta_rule import delta_rule as delta_rule
 from seqjax.ops.matrix_state.generalized_delta_rule import (
     generalized_delta_rule as generalized_delta_rule,
 )
 from seqjax.ops.matrix_state.linear_attention import linear_attention as linear_attention
+from seqjax.ops.matrix_state.recurrence import MatrixRecurrence as MatrixRecurrence
 from seqjax.ops.monoid_scan import monoid_scan as monoid_scan
 from seqjax.ops.nonlinear.lyapunov import lyapunov as lyapunov
 from seqjax.ops.nonlinear.nonlinear_scan import Newton as Newton
@@ -15,8 +19,12 @@ from seqjax.ops.nonlinear.nonlinear_scan import nonlinear_scan as nonlinear_scan
 from seqjax.ops.segments import segment_starts as segment_starts
 
 __all__ = [
+    "ChunkMap",
+    "MatrixRecurrence",
     "Newton",
     "SolveInfo",
+    "cumulative_decays",
+    "decayed_products",
     "delta_rule",
     "generalized_delta_rule",
     "linear_attention",
