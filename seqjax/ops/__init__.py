@@ -16,6 +16,7 @@ from seqjax.ops.nonlinear.lyapunov import lyapunov as lyapunov
 from seqjax.ops.nonlinear.nonlinear_scan import Newton as Newton
 from seqjax.ops.nonlinear.nonlinear_scan import SolveInfo as SolveInfo
 from seqjax.ops.nonlinear.nonlinear_scan import nonlinear_scan as nonlinear_scan
+from seqjax.ops.previous import previous as previous
 from seqjax.ops.segments import segment_starts as segment_starts
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "lyapunov",
     "monoid_scan",
     "nonlinear_scan",
+    "previous",
     "segment_starts",
     "selective_scan",
 ]
