@@ -25,7 +25,7 @@ def _write(S, decayed, x):
 
 
 def _write_chunk(x):
-    """The same for a chunk of steps: decayed scores, and what is left of each step at the end."""
+    """The same for a chunk of steps."""
     product = functools.partial(jnp.matmul, precision="highest")
     keys = x["gate"] * x["k"]
     [[scores]] = seqjax.ops.decayed_products((x["q"],), (keys,), x["log_decay"])

@@ -1,8 +1,8 @@
 """Sequence parallelism: the collectives of recurrences whose T is split over a mesh axis.
 
 Each device computes a summary of its sequence shard, of the size of the state. A prefix scan over
-the devices, with ceil(log2 n) exchanges of one summary each, gives every device the summary of all
-earlier shards, and from it the state at the start of its own shard.
+the devices gives every device the summary of all earlier shards, and so the state at the start of
+this device's shard. It takes ceil(log2 n) exchanges of one summary each.
 
 For linear recurrences the summary is the shard as an affine map of the state,
 

@@ -52,8 +52,8 @@ def shard_decay(g: jax.Array | None, state: jax.Array, reset: jax.Array | None) 
 def _products(g: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     """Return products of the decays a_i = exp(g_i) in blocks of 1, 2, 4, ..., C steps.
 
-    C is a power of two. The two lists hold arrays [..., C, K]: upto[n][t] is the product from the
-    start of t's block of 2^n steps to t, and after[n][j] the product from j + 1 to the end of j's
+    C is a power of two. The two lists hold arrays [..., C, K]. upto[n][t] is the product from the
+    start of t's block of 2^n steps to t. after[n][j] is the product from j + 1 to the end of j's
     block. Each step and channel takes one exponential.
     """
     upto, after = [decay_of(g)], [jnp.ones_like(g)]

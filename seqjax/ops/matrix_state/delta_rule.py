@@ -66,28 +66,29 @@ def delta_rule(
         S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_{t-1} + beta_t k_t v_t^T      g = log_decay
         o_t = scale * S_t^T q_t                                                    S [K, V]
 
-    that is, S is decayed, and then what it holds under k_t moves by beta_t towards v_t. Where
+    S is decayed, and then the value that it returns for k_t moves by beta_t towards v_t. Where
     `reset` is true, S_{t-1} is cleared first. DeltaNet: arXiv 2406.06484; one decay per head:
     Gated DeltaNet, 2412.06464; per key channel: Kimi Delta Attention, 2510.26692; beta up to 2
-    gives negative eigenvalues, 2411.12537. The state is stable for beta |k|^2 in [0, 2]; keys are
-    taken as they come, so normalise them in the layer.
+    gives negative eigenvalues, 2411.12537. The state is stable for beta |k|^2 in [0, 2]. The op
+    does not normalise the keys: do so in the layer.
 
     Args:
       q, k: [B, T, H, K].
       v: [B, T, H, V].
       beta: [B, T, H], the write strength.
       log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
-      initial_state: [B, H, K, V], zeros if None.
-      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
-        not recompile.
-      reset: [B, T] bool.
-      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
-        128 in the Pallas kernel, or what fits its memory.
-        The backward pass keeps at most one state per chunk.
+      initial_state: [B, H, K, V]; zeros by default.
+      scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
+        do not recompile.
+      reset: [B, T] bool, True where the state is cleared before the step.
+      chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
+        sequential algorithm;
+        128 in the Pallas kernel, or what fits its memory. The backward pass stores at most one
+        state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps, and for small states on CPU.
-      implementation: "xla", "pallas" or None.
+        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
+        for a few steps, and for small states on CPU.
+      implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel without its hardware, slowly; for tests.
 

@@ -49,17 +49,18 @@ def linear_attention(
       q, k: [B, T, H, K], real or complex.
       v: [B, T, H, V].
       log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
-      initial_state: [B, H, K, V], zeros if None.
-      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
-        not recompile.
-      reset: [B, T] bool.
-      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
-        128 in the Pallas kernel, or what fits its memory.
-        The backward pass keeps at most one state per chunk.
+      initial_state: [B, H, K, V]; zeros by default.
+      scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
+        do not recompile.
+      reset: [B, T] bool, True where the state is cleared before the step.
+      chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
+        sequential algorithm;
+        128 in the Pallas kernel, or what fits its memory. The backward pass stores at most one
+        state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps, and for small states on CPU.
-      implementation: "xla", "pallas" or None.
+        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
+        for a few steps, and for small states on CPU.
+      implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel without its hardware, slowly; for tests.
 

@@ -70,8 +70,8 @@ class MatrixRecurrence:
         it to `decayed_products` and `cumulative_decays`, which take both. "q" comes scaled. A
         step whose inputs are zero must change the state by its decay only: the last chunk is
         padded with such steps. Without `chunk`, steps are taken one after another.
-      inputs: shapes of the inputs besides "q" [B, T, H, K] and "v" [B, T, H, V], by name: "B T H",
-        or "B T H" and one more axis, such as "B T H K".
+      inputs: shapes of the other inputs than "q" [B, T, H, K] and "v" [B, T, H, V], by name:
+        "B T H", or "B T H" and one more axis, such as "B T H K".
       complex_ok: whether inputs may be complex.
       diagonal: whether S_t - D_t S_{t-1} does not depend on the state. This saves arithmetic with
         `sequence_axis`.
