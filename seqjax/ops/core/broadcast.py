@@ -5,6 +5,7 @@ major axis hardly faster, ten times slower than a product with a vector of ones;
 the two cost the same.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,9 @@ def _apply(
 
 def along_rows(x: jax.Array, size: int) -> jax.Array:
     """[..., K] -> [..., K, size]: every element along a row of its own."""
+    shape, axes = (*x.shape, size), tuple(range(x.ndim))
     return _apply(
-        lambda x: jnp.broadcast_to(x[..., None], (*x.shape, size)),
+        functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=axes),
         lambda ct: _product(ct, jnp.ones((size,), ct.dtype)),
     )(x)
 

@@ -193,6 +193,7 @@ class MatrixRecurrence:
         reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
         checks.check_sequence_axis(op, sequence_axis)
         checks.check_positive(op, chunk_size=chunk_size)
+        scale = checks.check_scale(op, scale)
         algorithm = backends.resolve(
             op,
             algorithm,
@@ -216,7 +217,6 @@ class MatrixRecurrence:
             lacking=unsupported(given, interpret),
             faster=backends.long_enough(sizes["T"]),  # most of a chunk would be empty
         )
-        scale = checks.check_scale(op, scale)
         default = sizes["K"] ** -0.5 if scale is None else None
         algorithms = (algorithm, algorithm) if algorithm else chosen
         options = CallOptions(*algorithms, chunk_size, use, default)
