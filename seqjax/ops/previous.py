@@ -77,10 +77,11 @@ def previous(
     if initial_state is None:
         first = [jnp.full_like(leaf[:, 0], fill) for leaf in leaves]
     else:
+        state_tree: PyTree = jax.tree.structure(initial_state)
         first = [jnp.asarray(leaf) for leaf in jax.tree.leaves(initial_state)]
         wanted = [[batch, *leaf.shape[2:]] for leaf in leaves]
         got = [list(leaf.shape) for leaf in first]
-        if jax.tree.structure(initial_state) != tree or wanted != got:
+        if state_tree != tree or wanted != got:
             raise ValueError(
                 f"{op}: `initial_state` must have the structure of `x` and shapes {wanted}, got"
                 f" {checks.describe_tree(initial_state)} with shapes {got}."
