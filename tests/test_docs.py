@@ -46,6 +46,7 @@ def public_names():
     """What users import, by the path they import it with."""
     ops = [name for name in vars(seqjax) if name in vars(seqjax.ops) and not name.startswith("_")]
     names = {f"seqjax.{name}" for name in ops if not inspect.ismodule(getattr(seqjax, name))}
+    names |= {f"seqjax.ops.{name}" for name in seqjax.ops.__all__ if not hasattr(seqjax, name)}
     for module in (seqjax.layers, seqjax.models, seqjax.cells):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     names |= {f"seqjax.sharding.{name}" for name in defined(seqjax.sharding)}

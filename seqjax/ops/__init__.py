@@ -3,22 +3,31 @@
 from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
 from seqjax.ops.elementwise.selective_scan import selective_scan as selective_scan
+from seqjax.ops.matrix_state.chunked import ChunkMap as ChunkMap
+from seqjax.ops.matrix_state.decays import cumulative_decays as cumulative_decays
+from seqjax.ops.matrix_state.decays import decayed_products as decayed_products
 from seqjax.ops.matrix_state.delta_rule import delta_rule as delta_rule
 from seqjax.ops.matrix_state.generalized_delta_rule import (
     generalized_delta_rule as generalized_delta_rule,
 )
 from seqjax.ops.matrix_state.linear_attention import linear_attention as linear_attention
+from seqjax.ops.matrix_state.recurrence import MatrixRecurrence as MatrixRecurrence
 from seqjax.ops.monoid_scan import monoid_scan as monoid_scan
 from seqjax.ops.nonlinear.lyapunov import lyapunov as lyapunov
 from seqjax.ops.nonlinear.nonlinear_scan import Newton as Newton
 from seqjax.ops.nonlinear.nonlinear_scan import SolveInfo as SolveInfo
 from seqjax.ops.nonlinear.nonlinear_scan import nonlinear_scan as nonlinear_scan
+from seqjax.ops.previous import previous as previous
 from seqjax.ops.segments import segment_starts as segment_starts
 
 __all__ = [
+    "ChunkMap",
+    "MatrixRecurrence",
     "Newton",
     "SolveInfo",
+    "cumulative_decays",
     "custom_adjoint",
+    "decayed_products",
     "delta_rule",
     "generalized_delta_rule",
     "linear_attention",
@@ -26,6 +35,7 @@ __all__ = [
     "lyapunov",
     "monoid_scan",
     "nonlinear_scan",
+    "previous",
     "segment_starts",
     "selective_scan",
 ]

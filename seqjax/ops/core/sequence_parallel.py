@@ -1,12 +1,12 @@
-"""Sequence parallelism: what devices tell each other when T is split over a mesh axis.
+"""Sequence parallelism: the collectives of recurrences whose T is split over a mesh axis.
 
-Each device summarises its part of the sequence in one state-sized piece. A prefix combination
-over the devices, ceil(log2 n) exchanges of one summary each, gives every device the summary of
-all that came before it, and from that the state that enters its part.
+Each device computes a summary of its sequence shard, of the size of the state. A prefix scan over
+the devices gives every device the summary of all earlier shards, and so the state at the start of
+this device's shard. It takes ceil(log2 n) exchanges of one summary each.
 
-For the linear recurrences a summary is the affine map of the state that the part amounts to,
+For linear recurrences the summary is the shard as an affine map of the state,
 
-    S_out = M S_in + X,     or the constant X if a reset lies in the part.
+    S_out = M S_in + X,     or the constant X if a reset lies in the shard.
 """
 
 from collections.abc import Callable
@@ -21,22 +21,22 @@ from seqjax.ops.core import jax_compat
 T = TypeVar("T")
 
 
-def _place(axis_name: str, reverse: bool) -> tuple[int, jax.Array]:
-    """How many devices share the sequence, and this one's place in the direction of time."""
+def _position(axis_name: str, reverse: bool) -> tuple[int, jax.Array]:
+    """Return the number of sequence shards, and this device's index in the direction of time."""
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
     return size, size - 1 - index if reverse else index
 
 
 def is_first(axis_name: str, reverse: bool = False) -> jax.Array:
-    """Whether time starts on this device."""
-    return _place(axis_name, reverse)[1] == 0
+    """Return whether the sequence starts on this device."""
+    return _position(axis_name, reverse)[1] == 0
 
 
 def combine_before(
     summary: T, compose: Callable[[T, T], T], axis_name: str, reverse: bool = False
 ) -> T:
-    """The composition of the summaries of all earlier devices; meaningless on the first device."""
-    size, place = _place(axis_name, reverse)
+    """Return the composed summaries of all earlier devices; undefined on the first device."""
+    size, position = _position(axis_name, reverse)
 
     def receive(value: T, distance: int) -> T:
         links = [(i, i + distance) for i in range(size - distance)]
@@ -47,9 +47,9 @@ def combine_before(
 
     distance = 1
     while distance < size:
-        has_earlier = place >= distance
-        # The zeros that a first device receives are replaced before `compose`, not only after it:
-        # its derivative there may not be finite.
+        has_earlier = position >= distance
+        # Replace the zeros that a first device receives before `compose`, not only after it: its
+        # derivative at zero may not be finite.
         early = select(has_earlier, receive(summary, distance), summary)
         summary = select(has_earlier, compose(early, summary), summary)
         distance *= 2
@@ -77,10 +77,10 @@ def run_split(
     """Run a recurrence whose T is split over the mesh axis `axis_name`.
 
     Args:
-      local: maps the state entering this device's part to (outputs, state leaving it).
-      transition: M of this device's part; anything where a reset lies in the part.
+      local: maps the state before this device's shard to (outputs, state after it).
+      transition: M of this device's shard; ignored where a reset lies in the shard.
       initial_state: [B, ...], before the whole sequence; the same on every device.
-      reset: [B, T] of this device's part.
+      reset: [B, T] of this device's shard.
       axis_name: a mesh axis, in the order of time.
       reverse: time runs from the last device to the first.
       apply: M S, where S is a state or another M.
@@ -114,10 +114,10 @@ def run_split(
 
 
 def whole_part(values: jax.Array, reset: jax.Array | None) -> jax.Array:
-    """Per-step exponents [B, T, ...], zero in sequences whose part holds a reset.
+    """Return per-step exponents [B, T, ...], zero in sequences with a reset in this shard.
 
-    Their transition is never used, and summed as they are, non-finite values would come back in
-    the gradients of steps after the reset.
+    The transition of such a shard is never used. If non-finite values stayed in its sum, they would
+    reach the gradients of steps after the reset.
     """
     if reset is None:
         return values
@@ -126,27 +126,32 @@ def whole_part(values: jax.Array, reset: jax.Array | None) -> jax.Array:
 
 
 def from_last(state: T, axis_name: str, reverse: bool = False) -> T:
-    """The value on the device where time ends, on every device."""
-    size, place = _place(axis_name, reverse)
+    """Return the value of the device where the sequence ends, on every device."""
+    size, position = _position(axis_name, reverse)
 
     def share(s: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(s):  # see `jax_compat.match_varying`
             return lax.complex(*map(share, jax_compat.parts(s)))
-        return lax.psum(jnp.where(place == size - 1, s, jnp.zeros_like(s)), axis_name)
+        return lax.psum(jnp.where(position == size - 1, s, jnp.zeros_like(s)), axis_name)
 
     return jax.tree.map(share, state)
 
 
 def previous(
-    h0: jax.Array, states: jax.Array, reset: jax.Array, axis_name: str | None = None
+    h0: jax.Array,
+    states: jax.Array,
+    reset: jax.Array | None,
+    axis_name: str | None = None,
+    fill: float = 0.0,
 ) -> jax.Array:
-    """The state that each step [B, T] finds: the one before it, zero after a reset."""
+    """Return the state [B, T, ...] before each step: the one a step earlier, `fill` at a reset."""
     if axis_name is not None:
         size = lax.axis_size(axis_name)
         links = [(i, i + 1) for i in range(size - 1)]
         received = lax.ppermute(states[:, -1], axis_name, links)
         h0 = jnp.where(is_first(axis_name), h0, received)
-    found = jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
-    return jnp.where(
-        reset.reshape(*reset.shape, *(1 for _ in found.shape[2:])), jnp.zeros_like(found), found
-    )
+    earlier = jnp.concatenate([h0[:, None], states[:, :-1]], axis=1)
+    if reset is None:
+        return earlier
+    reset = reset.reshape(*reset.shape, *(1 for _ in earlier.shape[2:]))
+    return jnp.where(reset, jnp.full_like(earlier, fill), earlier)

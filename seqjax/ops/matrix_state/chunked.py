@@ -1,16 +1,19 @@
 """Matrix-state recurrences in chunks: matmuls inside a chunk, an affine map of the state per chunk.
 
-Whatever the recurrence, a chunk of C steps entered with state S amounts to
+In every such recurrence, a chunk of C steps that starts from the state S computes
 
     O  = O_c + R_c S        outputs [C, V]
-    S' = X_c + M_c S        the state that leaves [K, V]
+    S' = X_c + M_c S        state after the chunk [K, V]
 
-and O_c, R_c, X_c, M_c do not depend on S. So chunks are prepared side by side, and only the second
-line runs from chunk to chunk, in order or in log depth.
+and O_c, R_c, X_c, M_c do not depend on S. So the maps of several chunks are computed at once, and
+only the second line runs from chunk to chunk, in order or in log depth.
 
-A matmul multiplies what a mask sets to zero, and zero times NaN is NaN. So steps with non-finite
-input, and non-finite numbers of a state, are set to zero before the matmuls. Every output and
-state that they reach, and no other, is NaN.
+Zero times NaN is NaN, so a mask alone does not keep a NaN out of a matmul. Steps with non-finite
+input, and non-finite numbers of a state, are therefore set to zero before the matmuls. Every output
+and state that depends on them, and no other, is NaN.
+
+Derivatives are JAX's own. Chunks are recomputed in the backward pass, which stores the inputs and
+one state per chunk.
 """
 
 import functools
@@ -24,26 +27,34 @@ from jax import lax
 from seqjax.ops.core.linalg import matmul
 from seqjax.ops.matrix_state.decays import same_segment
 
-# Matmuls of a kind that are done side by side: enough for two cores, few enough for their caches.
+# Matmuls of a kind that run at once: enough for two cores, few enough for their caches.
 PRODUCTS = 16
 
 Arrays = Mapping[str, jax.Array]
 
 
 class ChunkMap(NamedTuple):
-    """A chunk as an affine map of the state."""
+    """A chunk of C steps as an affine map of the state S before it.
 
-    outputs: jax.Array  # O_c [..., C, V]
-    reads: jax.Array  # R_c [..., C, K]
-    offset: jax.Array  # X_c [..., K, V]
-    transition: jax.Array  # M_c [..., K, K], or [..., K, 1] or [..., 1, 1] where it is diagonal
+    Attributes:
+      outputs: O_c [..., C, V], the outputs for S = 0.
+      reads: R_c [..., C, K]; the outputs are O_c + R_c S.
+      offset: X_c [..., K, V], the state after the chunk for S = 0.
+      transition: M_c [..., K, K], or its diagonal [..., K, 1] or [..., 1, 1]; the state after the
+        chunk is X_c + M_c S.
+    """
+
+    outputs: jax.Array
+    reads: jax.Array
+    offset: jax.Array
+    transition: jax.Array
 
 
-Prepare = Callable[[Arrays], ChunkMap]
+Chunk = Callable[[Arrays], ChunkMap]
 
 
 def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> jax.Array:
-    """Return M S in the rows that are alive, and zero in the others, for any values in S.
+    """Return M S in the rows that no reset clears, and zero in the others, for any values in S.
 
     Non-finite numbers of S never enter a product: in the transpose of a product they would turn
     zero cotangents into NaN, which later products spread to steps after a reset. The result is
@@ -51,7 +62,7 @@ def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> ja
     """
     zero, nan = (jnp.asarray(value, state.dtype) for value in (0, jnp.nan))
     finite = jnp.isfinite(state)
-    if transition.shape[-1] == 1:  # a diagonal: all of the state is alive or none of it
+    if transition.shape[-1] == 1:  # a diagonal: `alive` holds for all rows or for none
         product = transition * jnp.where(alive & finite, state, zero)
     else:
         product = matmul(jnp.where(alive, transition, zero), jnp.where(finite, state, zero))
@@ -60,7 +71,7 @@ def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> ja
 
 
 def scan_chunks(
-    prepare: Prepare,
+    chunk: Chunk,
     arrays: dict[str, jax.Array],
     state: jax.Array,
     reset: jax.Array | None,
@@ -72,17 +83,16 @@ def scan_chunks(
     """Run a recurrence chunk by chunk.
 
     Args:
-      prepare: makes the `ChunkMap` of chunks, from arrays [..., C, features].
-      arrays: [B, T, H, features] by name; "g", the log decay if there is one (`_decays` says what
-        becomes of it), and "q", which writes nothing, have a role here, and a step in which all
-        but "g" are zero must leave the state to its decay.
+      chunk: computes the `ChunkMap` of chunks, from arrays [..., C, features] by name.
+      arrays: [B, T, H, features] by name. Two names have a meaning here: "log_decay", which may be
+        -inf, and "q", which does not write. A step in which all others are zero must change the
+        state by its decay only.
       state: [B, H, K, V].
       reset: [B, T] or None.
-      out_dtype: of the outputs.
+      out_dtype: dtype of the outputs.
       chunk_size: C; rounded up to a power of two.
-      log_depth: prepare all chunks side by side and combine them in log depth. Otherwise as many
-        are prepared at once as make `PRODUCTS` matmuls of a kind, and the others wait, so that
-        the memory is that of a few chunks.
+      log_depth: compute all chunks at once and combine them in log depth. Otherwise only as many
+        as make `PRODUCTS` matmuls of a kind are computed at once, which bounds the memory.
 
     Returns:
       (outputs [B, T, H, V], final state).
@@ -108,63 +118,65 @@ def scan_chunks(
 
     if reset is None:
         reset = jnp.zeros((batch, length), bool)
-    cuts = chunks(reset[:, :, None, None])[..., 0]  # [blocks, at_once, B, 1, C]
+    resets = chunks(reset[:, :, None, None])[..., 0]  # [blocks, at_once, B, 1, C]
 
     def advance(state: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
-        arrays, cut = block
+        arrays, reset = block
+        since_reset = same_segment(reset)
         values = {name: x.astype(dtype) for name, x in arrays.items()}
-        values, spoiled, unread = _take_out_non_finite(values, cut)
-        clear = cut[..., None]
-        if "g" in values:
-            clear = jnp.where(clear, jnp.full_like(values["g"], -jnp.inf), values["g"])
-        values["g"] = clear
-        maps = prepare(values)
-        alive = ~_reached(cut, jnp.zeros_like(cut))[..., None]
+        values, spoiled, bad_query = _zero_non_finite(values, since_reset)
+        clear = reset[..., None]
+        if "log_decay" in values:
+            g = values["log_decay"]
+            clear = jnp.where(clear, jnp.full_like(g, -jnp.inf), g)
+        values["log_decay"] = clear
+        maps = chunk(values)
+        alive = ~_occurred(reset, jnp.tril(jnp.ones_like(since_reset)))[..., None]
         nan = jnp.full((), jnp.nan, dtype)
         offset = jnp.where(spoiled[..., -1:, None], nan, maps.offset)
         states, final = _carry(maps._replace(offset=offset), alive[..., -1:, :], state, log_depth)
         reads = apply_alive(alive, maps.reads, states)
-        spoiled = (spoiled | unread)[..., None]
+        spoiled = (spoiled | bad_query)[..., None]
         return final, jnp.where(spoiled, nan, maps.outputs + reads).astype(out_dtype)
 
-    # Recomputed in the backward pass, so that what is kept is the inputs and a state per block.
     advance = jax.checkpoint(advance, prevent_cse=False)
     blocked = {name: chunks(x) for name, x in arrays.items()}
-    final, out = lax.scan(advance, state, (blocked, cuts))
+    final, out = lax.scan(advance, state, (blocked, resets))
     out = jnp.transpose(out, (2, 0, 1, 4, 3, 5))  # [B, blocks, at_once, C, H, V]
     return out.reshape(batch, -1, *out.shape[4:])[:, :length], final
 
 
-def _take_out_non_finite(
-    values: dict[str, jax.Array], cut: jax.Array
+def _zero_non_finite(
+    values: dict[str, jax.Array], since_reset: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
-    """Zero the steps with non-finite numbers, and say what they reach.
+    """Zero the steps with non-finite inputs, and mark the steps that depend on them.
 
-    Returns the arrays, the steps that find such a number written since the last reset, and the
-    steps whose own query is such a number.
+    Returns:
+      The arrays, the steps at or after a non-finite write with no reset in between, and the steps
+      with a non-finite query.
     """
     finite = {name: jnp.all(jnp.isfinite(x), axis=-1) for name, x in values.items()}
-    if "g" in values:  # where -inf has a meaning
-        decayed = jnp.isfinite(values["g"]) | jnp.isneginf(jnp.real(values["g"]))
-        finite["g"] = jnp.all(decayed, axis=-1)
-    asks = finite.pop("q")
-    writes = functools.reduce(jnp.logical_and, finite.values())
-    kept = {
-        name: jnp.where((asks if name == "q" else writes)[..., None], x, jnp.zeros_like(x))
+    if "log_decay" in values:  # -inf clears the state
+        g = values["log_decay"]
+        finite["log_decay"] = jnp.all(jnp.isfinite(g) | jnp.isneginf(jnp.real(g)), axis=-1)
+    query = finite.pop("q")
+    write = functools.reduce(jnp.logical_and, finite.values())
+    zeroed = {
+        name: jnp.where((query if name == "q" else write)[..., None], x, jnp.zeros_like(x))
         for name, x in values.items()
     }
-    return kept, _reached(~writes, cut), ~asks
+    return zeroed, _occurred(~write, since_reset), ~query
 
 
-def _reached(events: jax.Array, cut: jax.Array) -> jax.Array:
-    """Whether an event [..., C] has happened at or before each step, and no cut since."""
-    return jnp.any(events[..., None, :] & same_segment(cut), axis=-1)
+def _occurred(events: jax.Array, steps: jax.Array) -> jax.Array:
+    """Return for each step t whether an event [..., C] occurred in its `steps` [..., t, :]."""
+    return jnp.any(events[..., None, :] & steps, axis=-1)
 
 
 def _carry(
     maps: ChunkMap, alive: jax.Array, state: jax.Array, log_depth: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """The states that enter the chunks [count, B, H, K, V], and the one that leaves the last."""
+    """Return the states before the chunks [count, B, H, K, V], and the state after the last."""
     if log_depth:
 
         def combine(early: Any, late: Any) -> Any:

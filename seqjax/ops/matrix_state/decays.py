@@ -1,12 +1,15 @@
-"""Decays inside a chunk: products of exp(g) over the steps in between.
+"""Decays inside a chunk: products of a_i = exp(g_i) over ranges of steps, g = log_decay.
 
-Such a product is never the exponential of a difference of two sums: g may be -inf (a reset enters
-as just that), and differences of large sums have no correct digits left. Products are made in
-blocks of 1, 2, 4, ... steps instead, each from the two of half its width. None exceeds one, and
-none is divided by.
+    from_start[t]  = a_1 ... a_t
+    to_end[t]      = a_{t+1} ... a_C
+    P[t, j]        = sum_d left[t, d] a_{j+1, d} ... a_{t, d} right[j, d]        for j <= t
 
-Without decay there is still what a reset clears. Then `g` is boolean, true where the state is
-cleared before the step.
+A product of decays is never computed as the exponential of a difference of two sums: g is -inf at
+resets, and a difference of large sums has no correct digits. Products are computed over blocks of
+1, 2, 4, ... steps instead, each from two blocks of half the width. No factor exceeds one, and
+nothing is divided.
+
+Without decays, `g` is boolean: True where the state is reset before the step.
 """
 
 import functools
@@ -20,11 +23,11 @@ from seqjax.ops.core import sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.linalg import along_rows, down_columns, matmul, matmul_nt
 
-SUB = 16  # steps in the blocks inside which pairs are selected by a mask
+SUB = 16  # steps in the blocks inside which a mask selects the pairs
 
 
 def by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
-    """The decays in the shape of the keys, for forms that take step after step."""
+    """Return the decays in the shape of the keys, for the sequential algorithm."""
     if g is None:
         return None
     g = g if g.ndim == 4 else g[..., None]
@@ -32,13 +35,13 @@ def by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
 
 
 def decay_of(g: jax.Array) -> jax.Array:
-    """exp(g), zero where g is -inf, whatever its imaginary part."""
+    """Return exp(g), and zero where the real part of g is -inf."""
     low = jnp.isneginf(jnp.real(g))
     return jnp.where(low, jnp.zeros_like(g), jnp.exp(jnp.where(low, jnp.zeros_like(g), g)))
 
 
-def of_part(g: jax.Array | None, state: jax.Array, reset: jax.Array | None) -> jax.Array:
-    """The decay of a state [B, H, K, V] over all steps of a device's part of the sequence."""
+def shard_decay(g: jax.Array | None, state: jax.Array, reset: jax.Array | None) -> jax.Array:
+    """Return the decay of a state [B, H, K, V] over all steps of a device's sequence shard."""
     if g is None:
         return jnp.ones_like(state[..., :1])
     total = jnp.sum(sequence_parallel.whole_part(g.astype(state.dtype), reset), axis=1)
@@ -46,11 +49,11 @@ def of_part(g: jax.Array | None, state: jax.Array, reset: jax.Array | None) -> j
 
 
 def _products(g: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Products of the decays a_i = exp(g_i) in blocks of 1, 2, 4, ..., C steps, C a power of two.
+    """Return products of the decays a_i = exp(g_i) in blocks of 1, 2, 4, ..., C steps.
 
-    Returns two lists of arrays [..., C, K]: upto[n][t], the product from the start of t's block of
-    2^n steps to t, and after[n][j], from j + 1 to the end of j's block. Products, not exponentials
-    of sums: one exponential a step and channel is all there is, and g may be -inf.
+    C is a power of two. The two lists hold arrays [..., C, K]. upto[n][t] is the product from the
+    start of t's block of 2^n steps to t. after[n][j] is the product from j + 1 to the end of j's
+    block. Each step and channel takes one exponential.
     """
     upto, after = [decay_of(g)], [jnp.ones_like(g)]
     for width in _widths(1, g.shape[-2]):
@@ -61,23 +64,40 @@ def _products(g: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     return upto, after
 
 
-def decay_through(g: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """a_1 ... a_t and a_{t+1} ... a_C for a_i = exp(g_i): [..., C, K] each."""
-    if g.dtype != bool:
-        return _decay_through(g)
-    count = _count(g[..., 0])[..., None]
+def cumulative_decays(
+    log_decay: jax.Array, dtype: Any, channels: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Return the decays from the start of a chunk to each step, and from each step to the end.
+
+        from_start[t] = a_1 ... a_t        to_end[t] = a_{t+1} ... a_C        a = exp(log_decay)
+
+    Args:
+      log_decay: [..., C, 1] or [..., C, K], C a power of two; or boolean [..., C, 1], True where
+        the state is reset, for chunks without decays.
+      dtype: dtype of the result for boolean `log_decay`.
+      channels: K, to repeat decays [..., C, 1] for all channels; by default they stay as they are.
+
+    Returns:
+      Two arrays of the shape of `log_decay`, or [..., C, channels].
+    """
+    if log_decay.dtype != bool:
+        both = _cumulative_decays(log_decay)
+        return both if channels is None else (widen(both[0], channels), widen(both[1], channels))
+    count = _count(log_decay[..., 0])[..., None]
+    if channels is not None:
+        count = jnp.broadcast_to(count, (*count.shape[:-1], channels))
     return (count == 0).astype(dtype), (count == count[..., -1:, :]).astype(dtype)
 
 
 @jax.custom_jvp
-def _decay_through(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cumulative_decays(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     upto, after = _products(g)
     return upto[-1], after[-1]
 
 
-@_decay_through.defjvp
-def _decay_through_jvp(primals: Any, tangents: Any) -> Any:
-    upto, after = _decay_through(*primals)
+@_cumulative_decays.defjvp
+def _cumulative_decays_jvp(primals: Any, tangents: Any) -> Any:
+    upto, after = _cumulative_decays(*primals)
     (dg,) = tangents
     return (upto, after), (upto * sums_through(dg), after * sums_after(dg))
 
@@ -86,8 +106,8 @@ def _sums(after: bool, transposed: bool, x: jax.Array) -> jax.Array:
     t, i = order(x.shape[-2])
     included = i > t if after else i <= t
     included = (included.T if transposed else included).astype(x.dtype)
-    # With a matrix of its own for each chunk: XLA on CPU would make one product with x^T of a
-    # shared one, and take ten times as long to copy x^T.
+    # Each chunk has its own copy of the matrix. With a shared one, XLA on CPU computes a single
+    # product with x^T, and copying x^T takes ten times as long.
     return matmul(jnp.broadcast_to(included, (*x.shape[:-2], *included.shape)), x)
 
 
@@ -102,7 +122,7 @@ sums_after = _summing(after=True)  # x_{t+1} + ... + x_C
 
 
 def _halves(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """The first and second halves of blocks of 2 * width steps: two [..., blocks, width, K]."""
+    """Return the halves of blocks of 2 * width steps: two arrays [..., blocks, width, K]."""
     blocks = x.reshape(*x.shape[:-2], -1, 2, width, x.shape[-1])
     return blocks[..., 0, :, :], blocks[..., 1, :, :]
 
@@ -112,7 +132,7 @@ def _join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Ar
 
 
 def widen(x: jax.Array, channels: int) -> jax.Array:
-    """[..., 1 or K] as [..., K]."""
+    """Repeat the last axis, of size 1 or `channels`, to `channels`."""
     return x if x.shape[-1] == channels else along_rows(x[..., 0], channels)
 
 
@@ -127,15 +147,15 @@ def _count(events: jax.Array) -> jax.Array:
 
 
 def same_segment(events: jax.Array) -> jax.Array:
-    """Whether j <= t and no event lies after j and up to t: [..., C] -> [..., C, C]."""
+    """Return for steps t, j whether j <= t and no event lies in j+1..t: [..., C] -> [..., C, C]."""
     count, (t, j) = _count(events), order(events.shape[-1])
     return (count[..., :, None] == count[..., None, :]) & (j <= t)
 
 
 def _between(g: jax.Array) -> jax.Array:
-    """a_{j+1} ... a_t for j <= t, else 0; a = exp(g): [..., C] -> [..., C, C].
+    """Return a_{j+1} ... a_t for j <= t, else 0; a = exp(g): [..., C] -> [..., C, C].
 
-    Every sum of g is made by itself, as a product with zeros and ones.
+    Every sum of g is computed separately, as a product with zeros and ones.
     """
     size = g.shape[-1]
     t, i = order(size)
@@ -146,30 +166,37 @@ def _between(g: jax.Array) -> jax.Array:
 
 
 def decayed_products(
-    lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], g: jax.Array
+    lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], log_decay: jax.Array
 ) -> list[list[jax.Array]]:
-    """P[t, j] = sum_d left[t, d] a_{j+1, d} ... a_{t, d} right[j, d], a = exp(g), for j <= t.
+    """Return the decayed products of the steps of a chunk.
 
-    Zero for j > t.
+        P[t, j] = sum_d left[t, d] a_{j+1, d} ... a_{t, d} right[j, d]        a = exp(log_decay)
+
+    for j <= t, and zero for j > t. With queries as lefts and keys as rights, these are the scores
+    of a decayed attention.
 
     Args:
       lefts: arrays [..., C, K].
       rights: arrays [..., C, K].
-      g: [..., C, 1] or [..., C, K], or boolean [..., C, 1].
+      log_decay: [..., C, 1] or [..., C, K], C a power of two; or boolean [..., C, 1], True where
+        the state is reset, for chunks without decays.
 
     Returns:
-      P of every left and right [..., C, C]; what they share becomes one matmul.
-
-    One decay for all channels comes out of the product; decays per channel do not.
+      P [..., C, C] of every left and right, as a list of lists. One call with several of them
+      shares the decays.
     """
-    if g.shape[-1] == rights[0].shape[-1] and g.dtype != bool:
-        return _by_channel(lefts, rights, g)
-    products = [[matmul_nt(left, right) for right in rights] for left in lefts]
-    if g.dtype == bool:
-        same = same_segment(g[..., 0])
-        return jax.tree.map(lambda p: jnp.where(same, p, jnp.zeros_like(p)), products)
-    factor = _between(g[..., 0])
-    return jax.tree.map(lambda p: p * factor, products)
+    if log_decay.shape[-1] == rights[0].shape[-1] and log_decay.dtype != bool:
+        return _by_channel(lefts, rights, log_decay)
+    # One decay for all channels factors out of the sum.
+    products = [matmul_nt(left, right) for left in lefts for right in rights]
+    if log_decay.dtype == bool:
+        same = same_segment(log_decay[..., 0])
+        products = [jnp.where(same, p, jnp.zeros_like(p)) for p in products]
+    else:
+        factor = _between(log_decay[..., 0])
+        products = [p * factor for p in products]
+    count = len(rights)
+    return [products[n : n + count] for n in range(0, len(products), count)]
 
 
 @jax.custom_jvp
@@ -178,10 +205,10 @@ def _by_channel(
 ) -> list[list[jax.Array]]:
     """`decayed_products` for decays per channel.
 
-    They factorise at any step between j and t. For every t and j < t there is one width at which
-    j is in the first and t in the second half of the same block: the middle is such a step, and
-    all pairs of that width are one matmul per block. Nothing is divided, no factor exceeds one,
-    and no decay after t enters.
+    The decays from j to t factor at any step between j and t. For every t and j < t there is one
+    width at which j is in the first and t in the second half of the same block. The middle of the
+    block is such a step, and all pairs of that width are one matmul per block. Nothing is divided,
+    no factor exceeds one, and no decay after t contributes.
     """
     upto, after = _products(g)
     return _pairs(
@@ -212,12 +239,12 @@ def _pairs(
         return x.reshape(*x.shape[:-2], size // base, base, channels)
 
     def product(lefts: list[jax.Array], rights: list[jax.Array]) -> jax.Array:
-        """[..., n, L, width, R, width] from lists of [..., n, width, K]."""
+        """Return [..., n, L, width, R, width] from lists of [..., n, width, K]."""
         shape = (*lefts[0].shape[:-1], len(rights), lefts[0].shape[-2])
         both = matmul_nt(jnp.concatenate(lefts, axis=-2), jnp.concatenate(rights, axis=-2))
         return both.reshape(*shape[:-3], len(lefts), *shape[-3:])
 
-    # Inside blocks of SUB steps, matmuls of the whole block, of which the width's pairs are kept.
+    # Inside blocks of SUB steps, compute matmuls of the whole block and select each width's pairs.
     steps = jnp.arange(base)
     rows, columns = steps[:, None, None], steps
     made = product([blocks(x) for x in lefts], [blocks(x) for x in rights])
@@ -228,7 +255,7 @@ def _pairs(
             [blocks(x) for x in decayed_lefts[level]], [blocks(x) for x in decayed_rights[level]]
         )
         made = jnp.where(met, pairs, made)
-    # Above, only the pairs that meet.
+    # For larger widths, compute only the pairs of the two halves.
     for width in _widths(base, size):
         level = width.bit_length() - 1
         second = [_halves(x, width)[1] for x in decayed_lefts[level]]
@@ -243,7 +270,7 @@ def _pairs(
 
 @_by_channel.defjvp
 def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
-    """Differentiate the products of every level by the decays that are in them.
+    """Differentiate the products of every level with respect to their own decays.
 
     Cumulative sums over the whole chunk are simpler: pair (t, j) adds to the sum at t and subtracts
     from the sum at j. But then pairs that do not contain a step cancel in its gradient up to
@@ -308,7 +335,7 @@ def _sums_to_middle(x: jax.Array) -> list[jax.Array]:
 
 
 def _widths(start: int, stop: int) -> list[int]:
-    """start, 2 start, 4 start, ... below stop."""
+    """Return start, 2 start, 4 start, ... below stop."""
     widths = []
     while start < stop:
         widths.append(start)
@@ -317,6 +344,6 @@ def _widths(start: int, stop: int) -> list[int]:
 
 
 def order(size: int) -> tuple[jax.Array, jax.Array]:
-    """Steps as a column and as a row, to be compared."""
+    """Return the steps as a column and as a row, for comparison."""
     steps = jnp.arange(size)
     return steps[:, None], steps[None, :]

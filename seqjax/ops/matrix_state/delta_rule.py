@@ -1,13 +1,50 @@
-"""The delta rule: a matrix state that replaces what it holds under a key."""
+"""The delta rule: a matrix state that replaces the value under a key.
+
+    S_t = (I - beta_t k_t k_t^T) D_t S_{t-1} + beta_t k_t v_t^T      D_t = diag(exp g_t), S [K, V]
+    o_t = scale * S_t^T q_t                                          g = log_decay
+
+**Step by step** (`_step`). The decayed state returns (D_t S_{t-1})^T k_t for the key k_t. The step
+adds what is missing to v_t, times beta_t:
+
+    S_t = D_t S_{t-1} + k_t u_t^T,      u_t = beta_t (v_t - (D_t S_{t-1})^T k_t)
+
+**In chunks** (`_chunk`). Let S be the state before the chunk, G_t = exp(g_1 + ... + g_t) and
+G_{t,j} = G_t / G_j. Unrolled over the chunk,
+
+    S_t = G_t S + sum_{j <= t} G_{t,j} k_j u_j^T
+    u_t = beta_t (v_t - S^T G_t k_t - sum_{j < t} (k_t^T G_{t,j} k_j) u_j)
+
+The second line is a triangular system for all u of the chunk. With N the strictly lower part of
+beta_t k_t^T G_{t,j} k_j, and U, V, K the matrices with rows u_t, v_t, k_t,
+
+    (I + N) U = beta V - beta (G K) S      so      U = U_c - W S
+
+with U_c = (I + N)^-1 beta V and W = (I + N)^-1 beta (G K), which do not depend on S. The first
+line, read with q_t and taken at the last step C, then gives the chunk as an affine map of S:
+
+    O  = A U_c + (G Q - A W) S                          A[t, j] = q_t^T G_{t,j} k_j for j <= t
+    S' = B^T U_c + (diag(G_C) - B^T W) S                B[j] = G_{C,j} k_j
+
+**Derivatives.** With F_t the gradient of S_t, which contains scale q_t do_t^T, and e_t = u_t /
+beta_t the error, the step's transpose is
+
+    du_t    = F_t^T k_t                        dv_t = beta_t du_t,      dbeta_t = e_t . du_t
+    dk_t    = F_t u_t - beta_t D_t S_{t-1} du_t
+    F_{t-1} = D_t (F_t - beta_t k_t du_t^T) + scale q_{t-1} do_{t-1}^T
+
+JAX derives this from `_step` and from `_chunk`, whose states are recomputed per chunk. The Pallas
+kernels have backward kernels.
+"""
 
 import jax.numpy as jnp
 
 from seqjax.ops.core import linalg
-from seqjax.ops.matrix_state import chunked, decays, recurrence
+from seqjax.ops.core.linalg import along_rows
+from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Float, Reset
 
 
-@recurrence.auto_inside
 def delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -29,28 +66,29 @@ def delta_rule(
         S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_{t-1} + beta_t k_t v_t^T      g = log_decay
         o_t = scale * S_t^T q_t                                                    S [K, V]
 
-    that is, S is decayed, and then what it holds under k_t moves by beta_t towards v_t. Where
+    S is decayed, and then the value that it returns for k_t moves by beta_t towards v_t. Where
     `reset` is true, S_{t-1} is cleared first. DeltaNet: arXiv 2406.06484; one decay per head:
     Gated DeltaNet, 2412.06464; per key channel: Kimi Delta Attention, 2510.26692; beta up to 2
-    gives negative eigenvalues, 2411.12537. The state is stable for beta |k|^2 in [0, 2]; keys are
-    taken as they come, so normalise them in the layer.
+    gives negative eigenvalues, 2411.12537. The state is stable for beta |k|^2 in [0, 2]. The op
+    does not normalise the keys: do so in the layer.
 
     Args:
       q, k: [B, T, H, K].
       v: [B, T, H, V].
       beta: [B, T, H], the write strength.
       log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
-      initial_state: [B, H, K, V], zeros if None.
-      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
-        not recompile.
-      reset: [B, T] bool.
-      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
-        128 in the Pallas kernel, or what fits its memory.
-        The backward pass keeps at most one state per chunk.
+      initial_state: [B, H, K, V]; zeros by default.
+      scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
+        do not recompile.
+      reset: [B, T] bool, True where the state is cleared before the step.
+      chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
+        sequential algorithm;
+        128 in the Pallas kernel, or what fits its memory. The backward pass stores at most one
+        state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps, and for small states on CPU.
-      implementation: "xla", "pallas" or None.
+        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
+        for a few steps, and for small states on CPU.
+      implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel without its hardware, slowly; for tests.
 
@@ -70,16 +108,10 @@ def delta_rule(
       >>> o.ravel().tolist()
       [3.0, 5.0]
     """
-    return recurrence.call(
-        _RECURRENCE,
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "beta": beta,
-            "log_decay": log_decay,
-            "initial_state": initial_state,
-        },
+    return _DELTA_RULE(
+        {"q": q, "k": k, "v": v, "beta": beta},
+        log_decay,
+        initial_state,
         scale=scale,
         reset=reset,
         chunk_size=chunk_size,
@@ -96,32 +128,30 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["k"], x["beta"] * error)
 
 
-def _prepare(chunk: chunked.Arrays) -> chunked.ChunkMap:
-    """A chunk of the delta rule, by what each step writes: S_t = D_t S_{t-1} + k_t u_t^T.
-
-    With G_t = exp(g_1 + ... + g_t), G_{t,j} = G_t / G_j and S the state that enters,
-
-        S_t = G_t S + sum_{j <= t} G_{t,j} k_j u_j^T
-        u_t = beta_t (v_t - (D_t S_{t-1})^T k_t)
-            = beta_t (v_t - S^T G_t k_t - sum_{j < t} (k_t^T G_{t,j} k_j) u_j)
-
-    so (I + N) U = beta V - beta (G K) S, N the strictly lower part of beta_t k_t^T G_{t,j} k_j, and
-    with (I + N)^-1 applied to both terms, U = U_c - W S. Reading S_t with q_t gives the outputs.
-    """
-    q, k, v, beta, g = (chunk[name] for name in ("q", "k", "v", "beta", "g"))
+def _chunk(x: chunked.Arrays) -> chunked.ChunkMap:
+    q, k, v, beta, g = x["q"], x["k"], x["v"], x["beta"][..., 0], x["log_decay"]
     matmul = linalg.matmul
     [[scores], [overlaps]] = decays.decayed_products((q, k), (k,), g)
-    inverse = linalg.inverse_unit_lower(decays.widen(beta, k.shape[-2]) * jnp.tril(overlaps, -1))
-    decay, rest = (decays.widen(x, k.shape[-1]) for x in decays.decay_through(g, k.dtype))
-    beta_v, beta_k = (decays.widen(beta, x.shape[-1]) * x for x in (v, k * decay))
+    from_start, to_end = decays.cumulative_decays(g, k.dtype, k.shape[-1])
+    decayed_k = k * from_start
+    system = along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1)
+    beta_v = along_rows(beta, v.shape[-1]) * v
+    beta_k = along_rows(beta, k.shape[-1]) * decayed_k
+    inverse = linalg.inverse_unit_lower(system)
     written, w = matmul(inverse, beta_v), matmul(inverse, beta_k)
-    left = (k * rest).mT
+    keys_at_end = (k * to_end).mT
     return chunked.ChunkMap(
         outputs=matmul(scores, written),
-        reads=q * decay - matmul(scores, w),
-        offset=matmul(left, written),
-        transition=linalg.diagonal(decay[..., -1, :]) - matmul(left, w),
+        reads=q * from_start - matmul(scores, w),
+        offset=matmul(keys_at_end, written),
+        transition=linalg.diagonal(from_start[..., -1, :]) - matmul(keys_at_end, w),
     )
 
 
-_RECURRENCE = recurrence.Recurrence("delta_rule", _step, _prepare, cpu_chunks_from=(48 * 48,) * 3)
+_DELTA_RULE = MatrixRecurrence(
+    "delta_rule",
+    _step,
+    _chunk,
+    {"k": "B T H K", "beta": "B T H"},
+    has_kernels=True,
+)

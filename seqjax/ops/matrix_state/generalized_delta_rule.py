@@ -1,13 +1,30 @@
-"""The delta rule with any rank-one update: the state is read and written under different keys."""
+"""The generalized delta rule: the state is read under one key and written under another.
+
+    S_t = D_t S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T      D_t = diag(exp g_t), S [K, V]
+    o_t = scale * S_t^T q_t                                  g = log_decay
+
+`_step` is this equation, with z_t = S_{t-1}^T a_t, the value read under a_t. In a chunk that starts
+from the state S, with G_t = exp(g_1 + ... + g_t) and G_{t,j} = G_t / G_j,
+
+    S_t = G_t S + sum_{j <= t} G_{t,j} (b_j z_j^T + k_j v_j^T)
+    z_t = S^T G_{t-1} a_t + sum_{j < t} (a_t^T G_{t-1,j} b_j) z_j + (a_t^T G_{t-1,j} k_j) v_j
+
+The second line is a triangular system for all z of the chunk. With P and P' the strictly lower
+triangular matrices of its two sums,
+
+    (I - P) Z = P' V + (G_{t-1} a_t) S      so      Z = Z_c + W S
+
+and reading S_t with q_t gives the outputs (`_chunk`). JAX derives the derivatives from both forms.
+"""
 
 import jax.numpy as jnp
 
 from seqjax.ops.core import linalg
-from seqjax.ops.matrix_state import chunked, decays, recurrence
+from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Float, Reset
 
 
-@recurrence.auto_inside
 def generalized_delta_rule(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
@@ -31,23 +48,24 @@ def generalized_delta_rule(
 
     Where `reset` is true, S_{t-1} is cleared first. RWKV-7 (arXiv 2503.14456) is this recurrence;
     the delta rule is b = -beta k, a = exp(g) k and beta k for k; DeltaProduct (2502.10297) takes
-    several such steps for one token. The state is bounded when diag(exp g) + b a^T does not expand
-    it, which is the caller's business.
+    several such steps for one token. The state is bounded if diag(exp g) + b a^T does not expand
+    it; the op does not check this.
 
     Args:
       q, k, a, b: [B, T, H, K].
       v: [B, T, H, V].
       log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
-      initial_state: [B, H, K, V], zeros if None.
-      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
-        not recompile.
-      reset: [B, T] bool.
-      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step.
-        The backward pass keeps at most one state per chunk.
+      initial_state: [B, H, K, V]; zeros by default.
+      scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
+        do not recompile.
+      reset: [B, T] bool, True where the state is cleared before the step.
+      chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
+        sequential algorithm. The backward pass stores at most one
+        state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps, and for small states on CPU.
-      implementation: "xla", "pallas" or None.
+        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
+        for a few steps, and for small states on CPU.
+      implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -66,17 +84,10 @@ def generalized_delta_rule(
       >>> o.ravel().tolist()
       [3.0, 5.0]
     """
-    return recurrence.call(
-        _RECURRENCE,
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "a": a,
-            "b": b,
-            "log_decay": log_decay,
-            "initial_state": initial_state,
-        },
+    return _GENERALIZED_DELTA_RULE(
+        {"q": q, "k": k, "v": v, "a": a, "b": b},
+        log_decay,
+        initial_state,
         scale=scale,
         reset=reset,
         chunk_size=chunk_size,
@@ -87,46 +98,42 @@ def generalized_delta_rule(
 
 
 def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
-    found = linalg.read(S, x["a"])
-    return decayed + linalg.outer(x["b"], found) + linalg.outer(x["k"], x["v"])
+    z = linalg.read(S, x["a"])
+    return decayed + linalg.outer(x["b"], z) + linalg.outer(x["k"], x["v"])
 
 
-def _prepare(chunk: chunked.Arrays) -> chunked.ChunkMap:
-    """A chunk, by what each step reads: z_t = S_{t-1}^T a_t.
-
-    With G_t = exp(g_1 + ... + g_t), G_{t,j} = G_t / G_j and S the state that enters,
-
-        S_t = G_t S + sum_{j <= t} G_{t,j} (b_j z_j^T + k_j v_j^T)
-        z_t = S^T G_{t-1} a_t + sum_{j < t} (a_t^T G_{t-1,j} b_j) z_j + (a_t^T G_{t-1,j} k_j) v_j
-
-    so (I - P) Z = P' V + (G_{t-1} a_t) S, P and P' strictly lower triangular, and with (I - P)^-1
-    applied to both terms, Z = Z_c + W S. Reading S_t with q_t gives the outputs.
-    """
-    q, k, v, a, b, g = (chunk[name] for name in ("q", "k", "v", "a", "b", "g"))
+def _chunk(x: chunked.Arrays) -> chunked.ChunkMap:
+    q, k, v, a, b, g = (x[name] for name in ("q", "k", "v", "a", "b", "log_decay"))
     matmul = linalg.matmul
-    # a_t meets the state before step t: as the row of step t - 1, moved back afterwards.
-    ahead = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
-    products = decays.decayed_products((q, ahead), (b, k), g)
-    (scores_b, scores_k), (ahead_b, ahead_k) = products
-    decay, rest = (decays.widen(x, k.shape[-1]) for x in decays.decay_through(g, k.dtype))
-    before = jnp.concatenate([jnp.ones_like(decay[..., :1, :]), decay[..., :-1, :]], axis=-2)
-    inverse = linalg.inverse_unit_lower(-_down(ahead_b))
-    found = matmul(inverse, matmul(_down(ahead_k), v))
-    w = matmul(inverse, a * before)
-    left_b, left_k = (b * rest).mT, (k * rest).mT
+    # a_t reads the state before step t: put it in row t - 1, and move the products back.
+    next_a = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
+    products = decays.decayed_products((q, next_a), (b, k), g)
+    (scores_b, scores_k), (reads_b, reads_k) = products
+    from_start, to_end = decays.cumulative_decays(g, k.dtype, k.shape[-1])
+    first = jnp.ones_like(from_start[..., :1, :])
+    before_step = jnp.concatenate([first, from_start[..., :-1, :]], axis=-2)
+    inverse = linalg.inverse_unit_lower(-_next_row(reads_b))
+    z = matmul(inverse, matmul(_next_row(reads_k), v))
+    w = matmul(inverse, a * before_step)
+    b_at_end, k_at_end = (b * to_end).mT, (k * to_end).mT
     return chunked.ChunkMap(
-        outputs=matmul(scores_b, found) + matmul(scores_k, v),
-        reads=q * decay + matmul(scores_b, w),
-        offset=matmul(left_b, found) + matmul(left_k, v),
-        transition=linalg.diagonal(decay[..., -1, :]) + matmul(left_b, w),
+        outputs=matmul(scores_b, z) + matmul(scores_k, v),
+        reads=q * from_start + matmul(scores_b, w),
+        offset=matmul(b_at_end, z) + matmul(k_at_end, v),
+        transition=linalg.diagonal(from_start[..., -1, :]) + matmul(b_at_end, w),
     )
 
 
-def _down(rows: Array) -> Array:
-    """Every row one step later, zeros first."""
+def _next_row(rows: Array) -> Array:
+    """Move every row down by one, with zeros in the first."""
     return jnp.concatenate([jnp.zeros_like(rows[..., :1, :]), rows[..., :-1, :]], axis=-2)
 
 
-_RECURRENCE = recurrence.Recurrence(
-    "generalized_delta_rule", _step, _prepare, cpu_chunks_from=(96 * 96,) * 3, reads=("a",)
+_GENERALIZED_DELTA_RULE = MatrixRecurrence(
+    "generalized_delta_rule",
+    _step,
+    _chunk,
+    {"k": "B T H K", "a": "B T H K", "b": "B T H K"},
+    reads_before_decay=("a",),
+    cpu_chunks_from=(96 * 96,) * 3,
 )

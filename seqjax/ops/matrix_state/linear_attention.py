@@ -1,11 +1,25 @@
-"""Linear attention: a matrix state, decayed and written to at every step."""
+"""Linear attention with decay.
+
+    S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        S [K, V],   g = log_decay
+    o_t = scale * S_t^T q_t
+
+`_step` is this equation. In a chunk that starts from the state S, with G_t = exp(g_1 + ... + g_t)
+and G_{t,j} = G_t / G_j,
+
+    S_t = G_t S + sum_{j <= t} G_{t,j} k_j v_j^T
+    o_t = S^T G_t q_t + sum_{j <= t} (q_t^T G_{t,j} k_j) v_j
+
+which `_chunk` writes as matmuls. The recurrence is linear in the state, so its derivative is one
+as well, backwards in time: with F_t the gradient of S_t, F_{t-1} = diag(exp g_t) F_t +
+q_{t-1} do_{t-1}^T. JAX derives it from both forms.
+"""
 
 from seqjax.ops.core import linalg
-from seqjax.ops.matrix_state import chunked, decays, recurrence
+from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Inexact, Reset
 
 
-@recurrence.auto_inside
 def linear_attention(
     q: Inexact[Array, "B T H K"],
     k: Inexact[Array, "B T H K"],
@@ -35,17 +49,18 @@ def linear_attention(
       q, k: [B, T, H, K], real or complex.
       v: [B, T, H, V].
       log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
-      initial_state: [B, H, K, V], zeros if None.
-      scale: factor of the queries, a real number or scalar array; K**-0.5 if None. New values do
-        not recompile.
-      reset: [B, T] bool.
-      chunk_size: steps in a chunk, rounded up to a power of two; 64 if None, 16 step after step,
-        128 in the Pallas kernel, or what fits its memory.
-        The backward pass keeps at most one state per chunk.
+      initial_state: [B, H, K, V]; zeros by default.
+      scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
+        do not recompile.
+      reset: [B, T] bool, True where the state is cleared before the step.
+      chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
+        sequential algorithm;
+        128 in the Pallas kernel, or what fits its memory. The backward pass stores at most one
+        state per chunk.
       algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk), "associative" (matmuls, and chunks in log depth, all at once) or None, which is
-        chunked except for a handful of steps, and for small states on CPU.
-      implementation: "xla", "pallas" or None.
+        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
+        for a few steps, and for small states on CPU.
+      implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel without its hardware, slowly; for tests.
 
@@ -64,15 +79,10 @@ def linear_attention(
       >>> [round(float(value), 4) for value in o.ravel()]
       [1.0, 1.5, 1.75]
     """
-    return recurrence.call(
-        _RECURRENCE,
-        {
-            "q": q,
-            "k": k,
-            "v": v,
-            "log_decay": log_decay,
-            "initial_state": initial_state,
-        },
+    return _LINEAR_ATTENTION(
+        {"q": q, "k": k, "v": v},
+        log_decay,
+        initial_state,
         scale=scale,
         reset=reset,
         chunk_size=chunk_size,
@@ -88,27 +98,24 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["k"], x["v"])
 
 
-def _prepare(chunk: chunked.Arrays) -> chunked.ChunkMap:
-    """A chunk of linear attention, with G_t = exp(g_1 + ... + g_t) and G_{t,j} = G_t / G_j:
-
-    S_t = G_t S + sum_{j <= t} G_{t,j} k_j v_j^T    and    o_t = S_t^T q_t
-    """
-    q, k, v, g = (chunk[name] for name in ("q", "k", "v", "g"))
+def _chunk(x: chunked.Arrays) -> chunked.ChunkMap:
+    q, k, v, g = (x[name] for name in ("q", "k", "v", "log_decay"))
     [[scores]] = decays.decayed_products((q,), (k,), g)
-    decay, rest = decays.decay_through(g, q.dtype)
+    from_start, to_end = decays.cumulative_decays(g, q.dtype)
     return chunked.ChunkMap(
         outputs=linalg.matmul(scores, v),
-        reads=q * decays.widen(decay, q.shape[-1]),
-        offset=linalg.matmul((k * decays.widen(rest, k.shape[-1])).mT, v),
-        transition=decay[..., -1, :, None],
+        reads=q * decays.widen(from_start, q.shape[-1]),
+        offset=linalg.matmul((k * decays.widen(to_end, k.shape[-1])).mT, v),
+        transition=from_start[..., -1, :, None],
     )
 
 
-_RECURRENCE = recurrence.Recurrence(
+_LINEAR_ATTENTION = MatrixRecurrence(
     "linear_attention",
     _step,
-    _prepare,
-    cpu_chunks_from=(1, 32 * 32, 32 * 32),
+    _chunk,
     complex_ok=True,
+    has_kernels=True,
     diagonal=True,
+    cpu_chunks_from=(1, 32 * 32, 32 * 32),
 )

@@ -1,4 +1,12 @@
-"""What the matrix-state ops do alike: all but their equation and its form in chunks."""
+"""Matrix-state recurrences: one class for the library's ops and for those of users.
+
+    S_t = f(S_{t-1}, D_t S_{t-1}, x_t)      D_t = diag(exp g_t)      S [K, V],  g = log_decay
+    o_t = scale * S_t^T q_t
+
+`MatrixRecurrence` holds f, as a function of one step, and its form in chunks. Checks, dtypes,
+resets, the choice of the algorithm, chunks, meshes and derivatives are here and in `chunked`, for
+all of them.
+"""
 
 import dataclasses
 import functools
@@ -8,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.chunk_math import chunk_steps
 from seqjax.ops.core import (
     backends,
     checks,
@@ -20,54 +27,219 @@ from seqjax.ops.core import (
 )
 from seqjax.ops.core.checkpointed_scan import time_scan
 from seqjax.ops.core.linalg import along_rows
-from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state import chunked, decays, matrix_kernels
+from seqjax.ops.matrix_state.algorithm_choice import default_algorithms
+from seqjax.types import Array
 
 ALGORITHMS = ("sequential", "chunked", "associative")
-KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every chip
-PATTERNS = {
-    "q": "B T H K",
-    "k": "B T H K",
-    "v": "B T H V",
-    "a": "B T H K",
-    "b": "B T H K",
-    "beta": "B T H",
-    "log_decay": "B T H | B T H K",
-    "initial_state": "B H K V",
-}
 
-auto_inside = explicit_mesh.auto_inside(explicit_mesh.by_axes(PATTERNS, "B T H V", "B H K V"))
+
+def _specs(arguments: Mapping[str, Any], out: Any) -> Any:
+    """Return the specs of (outputs, final state), split by axis as the inputs are."""
+    recurrence = arguments["self"]
+    given = {**arguments["inputs"], **arguments}
+    return explicit_mesh.by_axes(recurrence.patterns, "B T H V", "B H K V")(given, out)
 
 
 @dataclasses.dataclass(frozen=True)
-class Recurrence:
-    """A recurrence S_t = f(S_{t-1}, D_t S_{t-1}, x_t), D_t = diag(exp g_t), and o_t = S_t^T q_t.
+class MatrixRecurrence:
+    """A recurrence of matrix states, in parallel over time.
+
+        S_t = f(S_{t-1}, D_t S_{t-1}, x_t)      D_t = diag(exp g_t)      S [K, V],  g = log_decay
+        o_t = scale * S_t^T q_t
+
+    Give f as the function `step`, and optionally its form in chunks, and call the recurrence like
+    an op: `recurrence({"q": q, "k": k, "v": v}, log_decay)`. `delta_rule`, `linear_attention` and
+    `generalized_delta_rule` are instances of this class. Create an instance once, at module level:
+    each new one compiles again.
+
+    f must be affine in the state and treat each of its columns alike. If all inputs with an axis V
+    are zero, f must be linear in the state; otherwise results with `sequence_axis` are wrong. Use
+    `nonlinear_scan` for other recurrences.
 
     Attributes:
-      name: of the op.
-      step: f, from S and D S [B, H, K, V] and the inputs of a step by name [B, H, features].
-      prepare: chunks of it as affine maps of the state.
-      complex_ok: whether arguments may be complex.
-      diagonal: whether f adds to D S something that does not depend on S.
-      reads: the inputs that read S_{t-1}, which a reset clears.
-      cpu_chunks_from: the number of elements of a state from which chunks pay on a CPU: without
-        decay, with one per head, and with decays per channel.
+      name: name of the op in error messages.
+      step: maps (S, DS, x) to S_t. S is S_{t-1} after the reset, [B, H, K, V]. DS is D_t S_{t-1},
+        or S without a `log_decay`. x holds the inputs of the step by name, [B, H, F] each, with
+        F = 1 for inputs [B, T, H], in the dtype of the state.
+      chunk: maps the inputs of a chunk of C steps by name, [..., C, F] each, to a `ChunkMap`, for
+        any number of leading axes. Its entry "log_decay" is [..., C, 1] or [..., C, K] and -inf
+        where the state is reset; without decays it is a boolean [..., C, 1], True at resets. Pass
+        it to `decayed_products` and `cumulative_decays`, which take both. "q" comes scaled. A
+        step whose inputs are zero must change the state by its decay only: the last chunk is
+        padded with such steps. Without `chunk`, steps are taken one after another.
+      inputs: shapes of the other inputs than "q" [B, T, H, K] and "v" [B, T, H, V], by name:
+        "B T H", or "B T H" and one more axis, such as "B T H K".
+      complex_ok: whether inputs may be complex.
+      diagonal: whether S_t - D_t S_{t-1} does not depend on the state. This saves arithmetic with
+        `sequence_axis`.
+      reads_before_decay: inputs that read S_{t-1} and not D_t S_{t-1}. They are set to zero where
+        the state is reset.
+      has_kernels: whether `pallas_kernels` has kernels under this name; for ops of the library.
+      cpu_chunks_from: number of elements K * V from which chunks are the default on a CPU: without
+        decays, with one per head, and with decays per channel.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> def step(S, DS, x):  # linear attention whose writes have a gate
+      ...     return DS + x["gate"][..., None] * x["k"][..., :, None] * x["v"][..., None, :]
+      >>> def chunk(x):
+      ...     k, decay = x["gate"] * x["k"], x["log_decay"]
+      ...     from_start, to_end = seqjax.ops.cumulative_decays(decay, k.dtype)
+      ...     [[scores]] = seqjax.ops.decayed_products((x["q"],), (k,), decay)
+      ...     return seqjax.ops.ChunkMap(
+      ...         outputs=scores @ x["v"],
+      ...         reads=x["q"] * from_start,
+      ...         offset=(k * to_end).mT @ x["v"],
+      ...         transition=from_start[..., -1, :, None],
+      ...     )
+      >>> gated = seqjax.ops.MatrixRecurrence(
+      ...     "gated", step, chunk, {"k": "B T H K", "gate": "B T H"}, diagonal=True
+      ... )
+      >>> one = jnp.ones((1, 3, 1, 1))
+      >>> inputs = {"q": one, "k": one, "v": one, "gate": 2 * one[..., 0]}
+      >>> o, S = gated(inputs, jnp.log(one / 2))
+      >>> [round(float(value), 4) for value in o.ravel()]
+      [2.0, 3.0, 3.5]
     """
 
     name: str
-    step: Callable[[jax.Array, jax.Array, chunked.Arrays], jax.Array]
-    prepare: chunked.Prepare
-    cpu_chunks_from: tuple[int, int, int]
+    step: Callable[[Array, Array, chunked.Arrays], Array]
+    chunk: chunked.Chunk | None = None
+    inputs: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: {"k": "B T H K"}, hash=False
+    )
     complex_ok: bool = False
     diagonal: bool = False
-    reads: tuple[str, ...] = ()
+    reads_before_decay: tuple[str, ...] = ()
+    has_kernels: bool = False
+    cpu_chunks_from: tuple[int, int, int] = (48 * 48,) * 3
+
+    def __post_init__(self) -> None:
+        if backends.BACKENDS.get(self.name) is not None and not self.has_kernels:
+            raise ValueError(
+                f"{self.name}: `name` must not be that of an op with Pallas kernels, got"
+                f" {self.name!r}; choose another name."
+            )
+        reserved = {"q", "v", "log_decay", "initial_state"}
+        for name, pattern in self.inputs.items():
+            axes = [option.split() for option in pattern.split("|")]
+            if name in reserved or any(a[:3] != ["B", "T", "H"] or len(a) > 4 for a in axes):
+                raise ValueError(
+                    f"{self.name}: `inputs` must have the shape 'B T H', or 'B T H' and one more"
+                    f" axis, and a name other than {', '.join(sorted(reserved))}, got"
+                    f" {name!r}: {pattern!r}."
+                )
+        unknown = set(self.reads_before_decay) - set(self.inputs)
+        if unknown:
+            raise ValueError(
+                f"{self.name}: `reads_before_decay` must be names of `inputs`, got"
+                f" {', '.join(sorted(unknown))}."
+            )
+
+    @property
+    def patterns(self) -> dict[str, str]:
+        """Shapes of all arrays by name."""
+        decays = {"log_decay": "B T H | B T H K", "initial_state": "B H K V"}
+        return {"q": "B T H K", **self.inputs, "v": "B T H V", **decays}
+
+    @explicit_mesh.auto_inside(_specs)
+    def __call__(
+        self,
+        inputs: dict[str, Array],
+        log_decay: Array | None = None,
+        initial_state: Array | None = None,
+        *,
+        scale: float | Array | None = None,
+        reset: Array | None = None,
+        chunk_size: int | None = None,
+        algorithm: str | None = None,
+        implementation: str | None = None,
+        sequence_axis: str | None = None,
+        interpret: bool = False,
+    ) -> tuple[Array, Array]:
+        """Run the recurrence over whole sequences.
+
+        Args:
+          inputs: arrays by name: "q" [B, T, H, K], "v" [B, T, H, V] and those of the attribute
+            `inputs`.
+          log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
+          initial_state: [B, H, K, V]; zeros by default.
+          scale: factor of the queries, a real number or scalar array; by default K**-0.5.
+          reset: [B, T] bool, True where the state is cleared before the step.
+          chunk_size: steps in a chunk, rounded up to a power of two; by default 64, or 16 for the
+            sequential algorithm, which recomputes its states in chunks.
+          algorithm: "sequential", "chunked" (matmuls inside chunks, chunk after chunk) or
+            "associative" (matmuls, and chunks in log depth). By default chunks are used if there
+            is a `chunk`, the state is large enough and there are more than a few steps.
+          implementation: "xla", "pallas" or None. Only ops of the library have Pallas kernels.
+          sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+          interpret: run the Pallas kernel without its hardware, slowly; for tests.
+
+        Returns:
+          (o [B, T, H, V] in the dtype of "v", final state [B, H, K, V] in float32, or float64 if
+          any argument is); both complex if any argument is.
+
+        Raises:
+          ValueError: for names, shapes or dtypes that do not fit.
+          NotImplementedError: for an algorithm or implementation that cannot run here.
+        """
+        op = self.name
+        wanted = self.patterns
+        given = checks.as_arrays({**inputs, "log_decay": log_decay, "initial_state": initial_state})
+        if given.keys() != wanted.keys():
+            names = ", ".join(sorted({"q", "v", *self.inputs}))
+            raise ValueError(
+                f"{op}: `inputs` must be a dict with the entries {names}, got"
+                f" {', '.join(sorted(inputs))}."
+            )
+        sizes = checks.check_shapes(op, {name: wanted[name] for name in given}, given)
+        checks.check_dtypes(op, given, complex_ok=self.complex_ok)
+        reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
+        checks.check_sequence_axis(op, sequence_axis)
+        checks.check_positive(op, chunk_size=chunk_size)
+        scale = checks.check_scale(op, scale)
+        algorithm = backends.select_algorithm(
+            op,
+            algorithm,
+            algorithms=ALGORITHMS if self.chunk else ALGORITHMS[:1],
+            length=sizes["T"],
+            any_length=("sequential", "chunked"),
+        )
+        if given["initial_state"] is None:
+            shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
+            given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values()))
+        decay_axes = 0 if log_decay is None else given["log_decay"].ndim - 2
+        chosen = default_algorithms(
+            sizes, decay_axes, self.diagonal, self.cpu_chunks_from if self.chunk else None
+        )
+        backend = backends.select_backend(
+            op,
+            algorithm,
+            implementation,
+            interpret,
+            length=sizes["T"],
+            unsupported=matrix_kernels.unsupported(given, interpret),
+        )
+        default = sizes["K"] ** -0.5 if scale is None else None
+        algorithms = (algorithm, algorithm) if algorithm else chosen
+        options = CallOptions(*algorithms, chunk_size, backend, default)
+        return _recur(
+            given, reset, scale, recurrence=self, options=options, sequence_axis=sequence_axis
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The algorithm on CPU and on other backends, the caller's chunk size, and for the kernel.
+class CallOptions:
+    """Static options of a call: each combination of them is compiled once.
 
-    `scale` is the default, K**-0.5, and None where the caller gives a scale. A given scale is an
-    operand: a static one would compile the op again for every new number.
+    Attributes:
+      on_cpu: the algorithm if the program is compiled for a CPU.
+      elsewhere: the algorithm on other platforms.
+      chunk_size: as the caller gave it.
+      backend: the backend of the call.
+      scale: the default, K**-0.5, and None if the caller gives a scale. A given scale is an
+        operand: as a static option it would compile the op again for every new number.
     """
 
     on_cpu: str
@@ -77,93 +249,14 @@ class Plan:
     scale: float | None
 
 
-def choose(
-    recurrence: Recurrence, sizes: Mapping[str, int], log_decay: jax.Array | None
-) -> tuple[str, str]:
-    """The algorithms on CPU and elsewhere, for T steps of B x H states of K x V elements.
-
-    On a CPU, a step on a small state costs little more than a kernel call, and small matmuls run
-    far below their peak: what a state must hold for chunks to pay depends on how many matmuls
-    a chunk takes, and a chunk of a few steps takes few. Where all states together are few, the
-    kernel calls that a chunk saves are all that counts, unless its decays take many themselves.
-    Where chunks do little each, as the small ones of a diagonal recurrence, many at once are the
-    faster. All with gradients; only forward, steps stay the faster for longer (`experiments.bench
-    choice`). Elsewhere steps wait for each other and matmuls are what the machine is made for, but
-    for a handful of steps; not measured there.
-    """
-    # Symbolic sizes, under `jax.export`, count as large ones.
-    batch, length = (size if isinstance(size, int) else 2**31 for size in (sizes["B"], sizes["T"]))
-    elements = sizes["K"] * sizes["V"]
-    together = batch * sizes["H"] * elements
-    axes = 0 if log_decay is None else log_decay.ndim - 2
-    light = recurrence.diagonal or axes == 0
-    if length < 16:
-        pays = length >= 4 and elements >= 4096 and (recurrence.diagonal or together >= 2**17)
-    else:
-        pays = elements >= recurrence.cpu_chunks_from[axes] and length * elements >= 8192
-        pays |= together <= 1024 and light and (axes < 2 or length <= 64)
-    if not pays:
-        on_cpu = "sequential"
-    else:
-        many = recurrence.diagonal and elements <= 1024 and length >= 256
-        many &= isinstance(sizes["T"], int)
-        on_cpu = "associative" if many else "chunked"
-    return on_cpu, "sequential" if length < 8 else "chunked"
-
-
-def call(
-    recurrence: Recurrence,
-    arrays: Mapping[str, Any],
-    *,
-    scale: Any,
-    reset: Any,
-    chunk_size: int | None,
-    algorithm: str | None,
-    implementation: str | None,
-    sequence_axis: str | None,
-    interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Check the arguments of a public op and run it; `arrays` by the names in `PATTERNS`."""
-    op = recurrence.name
-    given = checks.as_arrays(arrays)
-    sizes = checks.check_shapes(op, {name: PATTERNS[name] for name in given}, given)
-    checks.check_dtypes(op, given, complex_ok=recurrence.complex_ok)
-    reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
-    checks.check_sequence_axis(op, sequence_axis)
-    checks.check_positive(op, chunk_size=chunk_size)
-    algorithm = backends.select_algorithm(
-        op,
-        algorithm,
-        algorithms=ALGORITHMS,
-        length=sizes["T"],
-        any_length=("sequential", "chunked"),
-    )
-    if given["initial_state"] is None:
-        shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
-        given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values()))
-    chosen = choose(recurrence, sizes, given["log_decay"])
-    backend = backends.select_backend(
-        op,
-        algorithm,
-        implementation,
-        interpret,
-        length=sizes["T"],
-        unsupported=unsupported(given, interpret),
-    )
-    scale = checks.check_scale(op, scale)
-    default = sizes["K"] ** -0.5 if scale is None else None
-    plan = Plan(*((algorithm, algorithm) if algorithm else chosen), chunk_size, backend, default)
-    return _run(given, reset, scale, recurrence=recurrence, plan=plan, sequence_axis=sequence_axis)
-
-
-@functools.partial(jax.jit, static_argnames=("recurrence", "plan", "sequence_axis"))
-def _run(
+@functools.partial(jax.jit, static_argnames=("recurrence", "options", "sequence_axis"))
+def _recur(
     given: dict[str, jax.Array | None],
     reset: jax.Array | None,
     scale: jax.Array | None,
     *,
-    recurrence: Recurrence,
-    plan: Plan,
+    recurrence: MatrixRecurrence,
+    options: CallOptions,
     sequence_axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     names = list(given)
@@ -177,123 +270,64 @@ def _run(
         arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
     ) -> tuple[jax.Array, jax.Array]:
         arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
-        factor = jnp.asarray(plan.scale if scale is None else scale, state)
+        factor = jnp.asarray(options.scale if scale is None else scale, state)
         arrays["q"] = arrays["q"].astype(state) * factor
-        if reset is not None:  # a cleared state is not read either
-            for name in recurrence.reads:
+        if reset is not None:  # decays of -inf do not clear the state before the decay
+            for name in recurrence.reads_before_decay:
                 x = arrays[name]
                 arrays[name] = jnp.where(reset[..., None, None], jnp.zeros_like(x), x)
 
         def step(S: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-            x, decay, cut = inputs
+            x, decay, reset = inputs
             x = {name: value.astype(state) for name, value in x.items()}
-            if cut is not None:
-                S = jnp.where(cut[:, None, None, None], jnp.zeros_like(S), S)
+            if reset is not None:
+                S = jnp.where(reset[:, None, None, None], jnp.zeros_like(S), S)
             decayed = S if decay is None else along_rows(decay, S.shape[-1]) * S
             S = recurrence.step(S, decayed, x)
             return S, linalg.read(S, x["q"]).astype(out)
 
-        def by(algorithm: str, S0: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+        def run(algorithm: str, S0: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
             if algorithm == "sequential":
                 decay = decays.by_step(log_decay, inputs["q"])
-                # The adjoint keeps the states of a chunk at hand: few enough for a cache.
-                return time_scan(step, S0, (inputs, decay, reset), plan.chunk_size or 16)
+                # The adjoint stores the states of one chunk: few enough for a cache.
+                return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
             if log_decay is not None:
-                inputs = inputs | {"g": log_decay if log_decay.ndim == 4 else log_decay[..., None]}
+                g = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+                inputs = inputs | {"log_decay": g}
+            assert recurrence.chunk is not None
             return chunked.scan_chunks(
-                recurrence.prepare,
+                recurrence.chunk,
                 inputs,
                 S0,
                 reset,
                 out_dtype=out,
-                chunk_size=plan.chunk_size or 64,
+                chunk_size=options.chunk_size or 64,
                 log_depth=algorithm == "associative",
             )
 
-        return backends.by_platform(by, plan.on_cpu, plan.elsewhere, S0, arrays)
+        return backends.by_platform(run, options.on_cpu, options.elsewhere, S0, arrays)
 
-    run = kernel_op.kernel_op(plan.backend, xla, *_as_kernels(plan))
+    kernels = matrix_kernels.functions(
+        options.scale, options.chunk_size, options.backend.mode is backends.Mode.INTERPRET
+    )
+    compute = kernel_op.kernel_op(options.backend, xla, *kernels)
 
-    def local(S0: jax.Array, v: jax.Array = arrays["v"]) -> tuple[jax.Array, jax.Array]:
-        return run(arrays | {"v": v}, log_decay, S0, reset, scale)
+    def local(S0: jax.Array, values: dict[str, jax.Array] | None = None) -> Any:
+        return compute(arrays | (values or {}), log_decay, S0, reset, scale)
 
     if sequence_axis is None:
         return local(S0)
     apply: Callable[[jax.Array, jax.Array], jax.Array]
     if not recurrence.diagonal:
-        # What becomes of the identity when nothing is written.
+        # With values of zero the step is linear, and the identity becomes the transition.
         size = S0.shape[-2]
         identity = jnp.eye(size, dtype=state) + jnp.zeros_like(S0[..., :1])
-        nothing = jnp.zeros_like(arrays["v"], shape=(*arrays["v"].shape[:-1], size))
-        transition, apply = local(identity, nothing)[1], linalg.matmul
+        no_values = {
+            name: jnp.zeros_like(x, shape=(*x.shape[:-1], size))
+            for name, x in arrays.items()
+            if recurrence.patterns[name].endswith("V")
+        }
+        transition, apply = local(identity, no_values)[1], linalg.matmul
     else:
-        transition, apply = decays.of_part(log_decay, S0, reset), jnp.multiply
+        transition, apply = decays.shard_decay(log_decay, S0, reset), jnp.multiply
     return sequence_parallel.run_split(local, transition, S0, reset, sequence_axis, apply=apply)
-
-
-def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
-    """Return what the kernels cannot do of a call, or None."""
-    dtypes = {x.dtype for x in given.values() if x is not None}
-    if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
-        return "has no complex form"
-    if jnp.dtype(jnp.float16) in dtypes:
-        return "takes no float16; cast to bfloat16 or float32"
-    if jnp.dtype(jnp.float64) in dtypes and not interpret:
-        return "takes no float64, which TPUs do not have"
-    widest = max(given["k"].shape[-1], given["v"].shape[-1])
-    if widest > KERNEL_WIDTH:
-        return f"takes keys and values of at most {KERNEL_WIDTH} numbers, these have {widest}"
-    return None
-
-
-def _as_kernels(plan: Plan) -> tuple[Callable[..., Any], ...]:
-    """The kernels as `kernel_op.kernel_op` wants them: forward, backward and what is saved."""
-    # A kernel is compiled with the default scale; a given one multiplies the queries before it.
-    shared = {
-        "scale": 1.0 if plan.scale is None else plan.scale,
-        "chunk_size": plan.chunk_size,
-        "interpret": plan.backend.interpret,
-    }
-
-    def inputs(arrays: Any, log_decay: Any, scale: Any) -> tuple[Any, ...]:
-        q = arrays["q"]
-        if scale is not None:
-            q = (q.astype(scale.dtype) * scale).astype(q.dtype)
-        return q, arrays["k"], arrays["v"], arrays.get("beta"), log_decay
-
-    def forward(
-        kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
-    ) -> Any:
-        out, final, *states = kernels.forward(
-            *inputs(arrays, log_decay, scale), S0, reset, states=save, **shared
-        )
-        return (out, final), states
-
-    def backward(
-        kernels: Any, args: Any, outputs: Any, kept: Any, cotangents: Any
-    ) -> list[jax.Array]:
-        del outputs
-        arrays, log_decay, _, reset, scale = args
-        [states] = kept
-        found = kernels.backward(
-            *inputs(arrays, log_decay, scale), states, reset, *cotangents, **shared
-        )
-        by_scale = []
-        if scale is not None:
-            q, d_scaled = arrays["q"], found["q"].astype(scale.dtype)
-            by_scale = [jnp.sum(d_scaled * q.astype(scale.dtype))]
-            found |= {"q": (d_scaled * scale).astype(q.dtype)}
-        last = [] if log_decay is None else [found["log_decay"]]
-        return [*(found[name] for name in sorted(arrays)), *last, found["initial_state"], *by_scale]
-
-    def shapes(arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any) -> Any:
-        del reset
-        out = checks.output_dtype(arrays["v"], *arrays.values(), log_decay, S0)
-        output = jax.ShapeDtypeStruct(arrays["v"].shape, out)
-        steps = chunk_steps(*inputs(arrays, log_decay, scale), wanted=plan.chunk_size)
-        count = -(-arrays["q"].shape[1] // steps)
-        batch, *rest = S0.shape
-        states = jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)
-        return (output, jax.ShapeDtypeStruct(S0.shape, S0.dtype)), [states]
-
-    return forward, backward, shapes

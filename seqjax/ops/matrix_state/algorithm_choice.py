@@ -1,0 +1,46 @@
+"""Choice of the algorithm of a matrix-state recurrence, by sizes and platform."""
+
+from collections.abc import Mapping
+
+
+def default_algorithms(
+    sizes: Mapping[str, int],
+    decay_axes: int,
+    diagonal: bool,
+    cpu_chunks_from: tuple[int, int, int] | None,
+) -> tuple[str, str]:
+    """Return the algorithms on CPU and elsewhere, for T steps of B x H states of K x V elements.
+
+    On a CPU, a step on a small state costs little more than a kernel call, and small matmuls run
+    far below their peak. The size from which chunks are faster depends on the number of matmuls in
+    a chunk, and a chunk of a few steps has few. If all states together are small, the number of
+    kernel calls decides: chunks have fewer, unless their decays take many. The small chunks of a
+    diagonal recurrence are faster all at once. These limits were measured with gradients
+    (`experiments.bench choice`); forward alone, steps stay faster up to larger sizes. On other
+    platforms chunks are the default from 8 steps on; this has not been measured there.
+
+    Args:
+      sizes: B, T, H, K and V.
+      decay_axes: 0 without decays, 1 for one per head, 2 for decays per channel.
+      diagonal: see `MatrixRecurrence`.
+      cpu_chunks_from: see `MatrixRecurrence`; None if there is no form in chunks.
+    """
+    if cpu_chunks_from is None:
+        return "sequential", "sequential"
+    # Symbolic sizes, under `jax.export`, count as large ones.
+    batch, length = (size if isinstance(size, int) else 2**31 for size in (sizes["B"], sizes["T"]))
+    elements = sizes["K"] * sizes["V"]
+    together = batch * sizes["H"] * elements
+    light = diagonal or decay_axes == 0
+    if length < 16:
+        pays = length >= 4 and elements >= 4096 and (diagonal or together >= 2**17)
+    else:
+        pays = elements >= cpu_chunks_from[decay_axes] and length * elements >= 8192
+        pays |= together <= 1024 and light and (decay_axes < 2 or length <= 64)
+    if not pays:
+        on_cpu = "sequential"
+    else:
+        many = diagonal and elements <= 1024 and length >= 256
+        many &= isinstance(sizes["T"], int)
+        on_cpu = "associative" if many else "chunked"
+    return on_cpu, "sequential" if length < 8 else "chunked"

@@ -1,0 +1,100 @@
+"""The value one step earlier, across resets, calls and devices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.ops.core import checks, explicit_mesh, jax_compat, sequence_parallel
+from seqjax.types import PyTree, Reset
+
+
+def _specs(arguments: explicit_mesh.Arguments, out: Any) -> PyTree:
+    """Return the specs of (values, final state), split as `x` is."""
+    del out
+
+    def of_state(x: Any) -> Any:
+        batch, _, *rest = explicit_mesh.spec_of(x)
+        return explicit_mesh.joined(batch, *rest)
+
+    def of_values(x: Any) -> Any:
+        return explicit_mesh.joined(*explicit_mesh.spec_of(x))
+
+    x = arguments["x"]
+    return jax.tree.map(of_values, x), jax.tree.map(of_state, x)
+
+
+@explicit_mesh.auto_inside(_specs)
+def previous(
+    x: PyTree,
+    initial_state: PyTree | None = None,
+    reset: Reset | None = None,
+    sequence_axis: str | None = None,
+    *,
+    fill: float = 0.0,
+) -> tuple[PyTree, PyTree]:
+    """Return the value one step earlier.
+
+        y_t = x_{t-1}        x_0 = initial_state
+
+    Where `reset` is true, y_t = fill. Use it for token shifts, two-point rules, and recurrences
+    that read the state before a step.
+
+    Args:
+      x: array [B, T, ...], or a pytree of them with the same B and T.
+      initial_state: the value before the first step, [B, ...], in the structure of `x`; `fill` by
+        default. Pass the final state of an earlier call to continue it.
+      reset: [B, T] bool, True where the earlier steps are cleared.
+      sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+      fill: the value after a reset.
+
+    Returns:
+      (y in the shapes and dtypes of `x`, the last value of the sequence [B, ...]).
+
+    Raises:
+      ValueError: for shapes or dtypes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> x = jnp.arange(1.0, 5.0).reshape(1, 4)
+      >>> reset = jnp.array([[False, False, True, False]])
+      >>> y, last = seqjax.ops.previous(x, jnp.array([9.0]), reset)
+      >>> y.tolist(), last.tolist()
+      ([[9.0, 1.0, 0.0, 3.0]], [4.0])
+    """
+    op = "previous"
+    x = jax.tree.map(jnp.asarray, x)
+    leaves, tree = jax.tree.flatten(x)
+    shapes = [list(leaf.shape) for leaf in leaves]
+    if not shapes or any(len(s) < 2 or s[:2] != shapes[0][:2] or 0 in s for s in shapes):
+        raise ValueError(
+            f"{op}: `x` must hold arrays of shape [B, T, ...] with the same B and T >= 1, got"
+            f" {', '.join(map(str, shapes)) or repr(x)}."
+        )
+    batch, length = leaves[0].shape[:2]
+    reset = checks.check_reset(op, reset, batch, length)
+    checks.check_sequence_axis(op, sequence_axis)
+    if initial_state is None:
+        first = [jnp.full_like(leaf[:, 0], fill) for leaf in leaves]
+    else:
+        state_tree: PyTree = jax.tree.structure(initial_state)
+        first = [jnp.asarray(leaf) for leaf in jax.tree.leaves(initial_state)]
+        wanted = [[batch, *leaf.shape[2:]] for leaf in leaves]
+        got = [list(leaf.shape) for leaf in first]
+        if state_tree != tree or wanted != got:
+            raise ValueError(
+                f"{op}: `initial_state` must have the structure of `x` and shapes {wanted}, got"
+                f" {checks.describe_tree(initial_state)} with shapes {got}."
+            )
+    *varying, reset = jax_compat.match_varying(*first, *leaves, reset)
+    first, leaves = varying[: len(first)], varying[len(first) :]
+    earlier = [
+        sequence_parallel.previous(start.astype(leaf.dtype), leaf, reset, sequence_axis, fill)
+        for start, leaf in zip(first, leaves, strict=True)
+    ]
+    last = [leaf[:, -1] for leaf in leaves]
+    if sequence_axis is not None:  # a sum over devices, which booleans do not have
+        numbers = [y.astype(jnp.int32) if y.dtype == bool else y for y in last]
+        numbers = sequence_parallel.from_last(numbers, sequence_axis)
+        last = [n.astype(y.dtype) for n, y in zip(numbers, last, strict=True)]
+    return jax.tree.unflatten(tree, earlier), jax.tree.unflatten(tree, last)
