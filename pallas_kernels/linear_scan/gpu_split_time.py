@@ -23,7 +23,9 @@ from pallas_kernels.selection import zero_where
 class RunSummaryPass(Protocol):
     """Function that runs a pass, or computes only its final state and product of decays."""
 
-    def __call__(self, call: Pass, summary: bool = False) -> PassResult: ...
+    def __call__(self, call: Pass, summary: bool = False) -> PassResult:
+        """Run the pass, or its summary."""
+        ...
 
 
 def run_in_segments(run_pass: RunSummaryPass, segments: int, call: Pass) -> PassResult:

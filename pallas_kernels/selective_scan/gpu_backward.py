@@ -293,7 +293,7 @@ def _adjoint_group(
     skip: jax.Array,
     carry: Any,
 ) -> Any:
-    """Take the cotangents (of the state, of A, of D) back through a group, and write its outputs."""
+    """Run the adjoint steps of a group on the cotangents (of the state, of A, of D)."""
     ring, padded_states = smem.ring, smem.ring["B"].shape[-1]
     h, state_dtype = read_state(smem.states.at[g], layout.states), skip.dtype
 

@@ -44,7 +44,7 @@ class Refs(NamedTuple):
 
     Attributes:
       x, dt, dy, A, B, C, D, borders, d_final, reset: blocks of the inputs.
-      dx, ddt, d_B, d_C, d_A, dh0, d_D: blocks of the outputs.
+      dx, ddt, d_b, d_c, d_a, dh0, d_d: blocks of the outputs.
       h: states of the block, scratch [N, 64 + 8, columns]; step r has the state before it in row
         7 + r and the state after it in row 8 + r.
       d_states: cotangents of the states after each step, scratch [N, 64, columns].
@@ -64,11 +64,11 @@ class Refs(NamedTuple):
     d_final: Any
     dx: Any
     ddt: Any
-    d_B: Any
-    d_C: Any
-    d_A: Any
+    d_b: Any
+    d_c: Any
+    d_a: Any
     dh0: Any
-    d_D: Any
+    d_d: Any
     h: Any
     d_states: Any
     carry: Any
@@ -118,11 +118,11 @@ def backward(
     outputs = [
         ("dx", x.shape, x.dtype, specs.timed),
         ("ddt", dt.shape, dt.dtype, specs.timed),
-        ("d_B", sums, state_dtype, specs.sums),
-        ("d_C", sums, state_dtype, specs.sums),
-        ("d_A", d_final.shape, state_dtype, specs.state),
+        ("d_b", sums, state_dtype, specs.sums),
+        ("d_c", sums, state_dtype, specs.sums),
+        ("d_a", d_final.shape, state_dtype, specs.state),
         ("dh0", d_final.shape, state_dtype, specs.state),
-        ("d_D", (batch, 1, width), state_dtype, specs.row),
+        ("d_d", (batch, 1, width), state_dtype, specs.row),
     ]
     scratch: Scratch = [
         ("h", (states, BORDER_STEPS + 8, columns), state_dtype),
@@ -139,10 +139,10 @@ def backward(
     return (
         out["dx"],
         out["ddt"],
-        out["d_A"].sum(0),
-        out["d_B"].sum(1),
-        out["d_C"].sum(1),
-        out["d_D"].sum(0),
+        out["d_a"].sum(0),
+        out["d_b"].sum(1),
+        out["d_c"].sum(1),
+        out["d_d"].sum(0),
         out["dh0"],
     )
 
@@ -158,8 +158,8 @@ def _backward(variant: Variant, refs: Refs) -> None:
     @pl.when(time == 0)
     def _start() -> None:
         refs.carry[...] = refs.d_final[...]
-        refs.d_A[...] = jnp.zeros_like(refs.d_A)
-        refs.d_D[...] = jnp.zeros_like(refs.d_D)
+        refs.d_a[...] = jnp.zeros_like(refs.d_a)
+        refs.d_d[...] = jnp.zeros_like(refs.d_d)
 
     def recompute(i: jax.Array, h: State) -> State:
         """Recompute the states of a group."""
@@ -219,12 +219,12 @@ def _backward(variant: Variant, refs: Refs) -> None:
         flush_group(refs.ddt, refs.wide_ddt, base, group_length)
         return carry
 
-    carry = read_state(refs.carry, variant.states), read_state(refs.d_A, variant.states)
-    d_state, dA, dD = lax.fori_loop(0, group_count, adjoint, (*carry, refs.d_D[...]))
+    carry = read_state(refs.carry, variant.states), read_state(refs.d_a, variant.states)
+    d_state, dA, dD = lax.fori_loop(0, group_count, adjoint, (*carry, refs.d_d[...]))
     for n in range(variant.states):
         refs.carry[n : n + 1, :] = d_state[n]
-        refs.d_A[n : n + 1, :] = dA[n]
-    refs.d_D[...] = dD
+        refs.d_a[n : n + 1, :] = dA[n]
+    refs.d_d[...] = dD
     refs.dh0[...] = refs.carry[...]
     _sum_over_columns(variant, refs, group_count, valid_columns)
 
@@ -241,8 +241,8 @@ def _sum_over_columns(variant: Variant, refs: Refs, group_count: Any, valid_colu
         rows = pl.ds(base, group_length)
         x, dt, dy = (ref[rows, :].astype(state_dtype) for ref in (refs.x, refs.dt, refs.dy))
         for out, states, state_rows, factor in (
-            (refs.d_B, refs.d_states, rows, dt * x),
-            (refs.d_C, refs.h, pl.ds(base + 8, group_length), dy),
+            (refs.d_b, refs.d_states, rows, dt * x),
+            (refs.d_c, refs.h, pl.ds(base + 8, group_length), dy),
         ):
             total = jnp.zeros((group_length, variant.states), state_dtype)
             for n in range(variant.states):
