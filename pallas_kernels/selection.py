@@ -9,7 +9,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 def zero_where(reset: Any, arrays: Arrays) -> Arrays:
-    """Replace the arrays by zero where `reset` is true; None is never true.
+    """Replace the arrays by zero where `reset` is true; nowhere if it is None.
 
     A selection and not a product, because the values that a reset discards may be NaN.
     """
@@ -19,7 +19,7 @@ def zero_where(reset: Any, arrays: Arrays) -> Arrays:
 
 
 def select(condition: Any, new: Arrays, old: Arrays) -> Arrays:
-    """Return `new` where the condition is true and `old` elsewhere; None is always true."""
+    """Return `new` where the condition is true and `old` elsewhere; `new` if it is None."""
     if condition is None:
         return new
     return tuple(jnp.where(condition, a, b) for a, b in zip(new, old, strict=True))

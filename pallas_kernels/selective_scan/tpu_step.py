@@ -113,7 +113,8 @@ def call_kernel(
     Returns:
       The outputs by name.
     """
-    names = [entry[0] for entry in (*inputs, *outputs, *scratch)]
+    output_names = [entry[0] for entry in outputs]
+    names = [*(i[0] for i in inputs), *output_names, *(s[0] for s in scratch)]
 
     def body(*refs: Any) -> None:
         kernel(dict(zip(names, refs, strict=True)))
@@ -132,7 +133,7 @@ def call_kernel(
         interpret=variant.interpret,
         name=name,
     )(*(array for _, array, _ in inputs))
-    return dict(zip([entry[0] for entry in outputs], out, strict=True))
+    return dict(zip(output_names, out, strict=True))
 
 
 def wide_rows(variant: Variant, state_dtype: Any, dtypes: dict[str, Any]) -> Scratch:

@@ -73,7 +73,7 @@ class Variant(NamedTuple):
 
     @property
     def head_logs(self) -> bool:
-        """Whether there are logarithms per head: of decays, or of resets alone."""
+        """Flag for logarithms per head: of decays, or of resets alone."""
         return self.decay == "scalar" or (self.reset and self.decay is None)
 
 
