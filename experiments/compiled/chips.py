@@ -1,9 +1,9 @@
 """Published specifications of TPUs, for predictions from compiled programs.
 
 Peaks, memory sizes and memory bandwidths are those of Google Cloud (docs.cloud.google.com/tpu/docs,
-pages v5e, v5p, v6e and tpu7x, November 2026). Link bandwidths are those of the Scaling Book, chapter
-"How to Think About TPUs", which states them per link. They are 10 % below the sums of Google Cloud
-over all links of a chip, divided by the number of links.
+pages v5e, v5p, v6e and tpu7x, November 2026). Link bandwidths are those of the Scaling Book,
+chapter "How to Think About TPUs", which states them per link. They are 10 % below the sums of
+Google Cloud over all links of a chip, divided by the number of links.
 """
 
 from typing import NamedTuple

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu import whole_rows
+from pallas_kernels.gpu.limits import whole_rows
 from pallas_kernels.linear_scan import faster_on_gpu
 from seqjax.ops.core import backends, jax_compat, kernel_op
 from seqjax.ops.elementwise.xla_algorithms import Form, run
