@@ -29,33 +29,14 @@ from ml_collections import ConfigDict
 from experiments.base import build, cli
 from experiments.base.errors import UserError, nearest
 from experiments.compiled import collectives, flops
+from experiments.compiled.chips import CHIPS as ALL_CHIPS
+from experiments.compiled.chips import Chip
 from experiments.configs import pods
 from experiments.training import loop, optimizer
 from seqjax import sharding
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What a chip can do; the numbers are those of the Scaling Book's chapter on TPUs.
-
-    Attributes:
-      hbm: bytes of memory.
-      bandwidth: bytes of it per second.
-      flops: bfloat16 operations per second.
-      link: bytes per second to the neighbours along one axis of the torus, both ways together.
-    """
-
-    hbm: float
-    bandwidth: float
-    flops: float
-    link: float
-
-
-CHIPS = {
-    "v5e": Chip(16 * 2**30, 8.2e11, 1.97e14, 9e10),
-    "v5p": Chip(95 * 2**30, 2.8e12, 4.59e14, 1.8e11),
-    "v6e": Chip(32 * 2**30, 1.6e12, 9.2e14, 1.8e11),
-}
+# TPU7x is left out: it has two devices per chip, and a plan counts one.
+CHIPS = {name: ALL_CHIPS[name] for name in ("v5e", "v5p", "v6e")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Pallas kernels for the hot paths of seqjax, one folder per op. Arrays in, arrays out.
+"""Pallas kernels for seqjax, one folder per op; functions of arrays that import only jax and NumPy.
 
-A leaf: it imports jax and nothing of seqjax.
+A module `<op>/tpu.py` or `<op>/gpu.py` has the kernels of an op for one platform. The package of
+an op exports what its callers need at trace time. `tpu/` and `gpu/` have the shared parts.
 """

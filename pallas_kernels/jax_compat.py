@@ -1,4 +1,4 @@
-"""What the kernels need of jax that differs between its versions or may still move."""
+"""Differences between jax versions that the kernels depend on."""
 
 import inspect
 from typing import Any
@@ -11,33 +11,33 @@ __all__ = ["array_like", "gpu_interpreter", "gpu_load", "pl", "pltpu"]
 
 
 def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """An output of a kernel, which varies over the same mesh axes as its operand `x`.
+    """Return the type of a kernel output that varies over the same mesh axes as the operand `x`.
 
-    Inside `jax.shard_map` with varying-axes checks `pallas_call` wants that stated.
+    `pallas_call` requires these axes inside `jax.shard_map` with varying-axes checks.
     """
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).mat)
 
 
 def gpu_interpreter() -> Any:
-    """What runs a Mosaic GPU kernel on a CPU, and raises if its copies and accesses race.
+    """Return the interpreter that runs Mosaic GPU kernels on a CPU and raises on data races.
 
     Raises:
-      NotImplementedError: where jax has nothing that does.
+      NotImplementedError: for a jax version without such an interpreter.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    made = getattr(plgpu, "InterpretGPUParams", None)
-    if made is None:
+    parameters = getattr(plgpu, "InterpretGPUParams", None)
+    if parameters is None:
         raise NotImplementedError(
             f"jax {jax.__version__} cannot interpret a kernel for GPU; 0.11.2 and newer can."
         )
-    return made(detect_races=True)
+    return parameters(detect_races=True)
 
 
 def gpu_load(ref: Any, layout: Any) -> jax.Array:
-    """What is in shared memory, spread over the threads of a warpgroup as the layout says."""
+    """Read an array in shared memory into the registers of a warpgroup, in the given layout."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    # The check that it is read without bank conflicts cannot follow rows of odd length.
+    # The check for bank conflicts does not support rows of odd length.
     indices = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
     return plgpu.load(ref, *indices, layout=layout, optimized=False)

@@ -1,8 +1,8 @@
-"""Rows of a block in VMEM, one at a time, whatever their dtype.
+"""Reads and writes of single rows of a block [rows, lanes] in VMEM, for any dtype.
 
-A single row of [rows, lanes] float32 can be addressed at any index, and Mosaic packs it into full
-registers. Rows of narrower numbers share their words: they are widened, and narrowed again, a
-group at a time, a group being a tile of them.
+Mosaic can address a single float32 row at any index, and packs the row into full registers. Rows
+of 16-bit numbers share 32-bit words. They are therefore widened and narrowed in groups: the rows of
+one tile at once, by way of a scratch array [group length, lanes] in the wide dtype.
 """
 
 from collections.abc import Callable
@@ -15,56 +15,69 @@ from jax import lax
 from pallas_kernels.jax_compat import pl
 
 
-def take(block: Any, wide: Any, base: Any, group: int) -> Callable[[Any], jax.Array]:
-    """From r to row `base + r` of a block, as [1, lanes].
+def row_reader(block: Any, wide: Any, base: Any, group_length: int) -> Callable[[Any], jax.Array]:
+    """Return a function of r that reads row `base + r` of a block, as [1, lanes].
 
-    `wide` is a scratch [group, lanes] of the wide dtype, or None if the block has it.
+    `wide` is the scratch array, or None if the block has the wide dtype.
     """
     if wide is None:
         return lambda r: block[pl.ds(base + r, 1), :]
-    wide[...] = block[pl.ds(base, group), :].astype(wide.dtype)
+    wide[...] = block[pl.ds(base, group_length), :].astype(wide.dtype)
     return lambda r: wide[pl.ds(r, 1), :]
 
 
-def put(block: Any, wide: Any, base: Any, r: Any, value: jax.Array) -> None:
-    """Write row `base + r`; after the rows of a group, `close` it."""
+def write_row(block: Any, wide: Any, base: Any, r: Any, value: jax.Array) -> None:
+    """Write row `base + r` of a block; call `flush_group` after the last row of a group."""
     if wide is None:
         block[pl.ds(base + r, 1), :] = value
     else:
         wide[pl.ds(r, 1), :] = value
 
 
-def close(block: Any, wide: Any, base: Any, group: int) -> None:
-    """Write what `put` has gathered in `wide`."""
+def flush_group(block: Any, wide: Any, base: Any, group_length: int) -> None:
+    """Narrow the rows that `write_row` has collected in `wide`, and write them to the block."""
     if wide is not None:
-        block[pl.ds(base, group), :] = wide[...].astype(block.dtype)
+        block[pl.ds(base, group_length), :] = wide[...].astype(block.dtype)
 
 
-def each(
-    group: int, row: Callable[[Any, Any], Any], carry: Any, *, reverse: bool, unroll: bool
+def fold_rows(
+    group_length: int,
+    row: Callable[[Any, Any], Any],
+    carry: Any,
+    *,
+    reverse: bool,
+    unroll: bool,
 ) -> Any:
     """Fold `row(r, carry)` over the rows of a group.
 
-    Unrolled the schedule overlaps them; interpreted nothing is gained by that but a long program.
+    An unrolled loop lets the compiler overlap the rows. The interpreter gains nothing from
+    unrolling, which only makes the program longer.
     """
     if unroll:
-        for r in range(group)[:: -1 if reverse else 1]:
+        for r in range(group_length)[:: -1 if reverse else 1]:
             carry = row(r, carry)
         return carry
-    return lax.fori_loop(0, group, lambda i, c: row(group - 1 - i if reverse else i, c), carry)
+
+    def body(i: Any, carry: Any) -> Any:
+        return row(group_length - 1 - i if reverse else i, carry)
+
+    return lax.fori_loop(0, group_length, body, carry)
 
 
-def groups(block: Any, rows: int, length: int, group: int) -> tuple[Any, Any]:
-    """How many groups a block of time has, and how many rows are left from its first on."""
-    left = length - block * rows
-    if length % rows == 0:
-        return rows // group, left
-    return lax.div(jnp.minimum(left, rows) + group - 1, jnp.int32(group)), left
+def groups_in_block(
+    block: Any, block_length: int, length: int, group_length: int
+) -> tuple[Any, Any]:
+    """Return the number of groups in a block of time, and the valid rows from its start to T."""
+    valid_rows = length - block * block_length
+    if length % block_length == 0:
+        return block_length // group_length, valid_rows
+    present = jnp.minimum(valid_rows, block_length)
+    return lax.div(present + group_length - 1, jnp.int32(group_length)), valid_rows
 
 
-def scalars(reset: jax.Array, rows: int) -> jax.Array:
-    """[B, T] bool as [B, blocks, 1, rows] numbers: blocks of any number of rows for SMEM."""
+def reset_blocks(reset: jax.Array, block_length: int) -> jax.Array:
+    """Convert [B, T] bool to integers [B, blocks, 1, block length], for blocks in SMEM."""
     batch, length = reset.shape
-    blocks = -(-length // rows)
-    padded = jnp.pad(reset.astype(jnp.int32), ((0, 0), (0, blocks * rows - length)))
-    return padded.reshape(batch, blocks, 1, rows)
+    blocks = -(-length // block_length)
+    padded = jnp.pad(reset.astype(jnp.int32), ((0, 0), (0, blocks * block_length - length)))
+    return padded.reshape(batch, blocks, 1, block_length)

@@ -22,6 +22,7 @@ import seqjax
 from experiments.base.errors import installed_version
 from experiments.bench.tools import ONLY, Table, answer, run_apart
 from experiments.compiled import tpu_schedule
+from experiments.compiled.chips import CHIPS
 
 Shapes = dict[str, Any]  # trees of jax.ShapeDtypeStruct
 
@@ -155,9 +156,7 @@ def _compile(name: str, dtype: str, chip: str, implementation: str, length: int)
     """In the worker process: the compiled text."""
     from jax.experimental import topologies
 
-    device = topologies.get_topology_desc(
-        tpu_schedule.CHIPS[chip].topology, platform="tpu"
-    ).devices[0]
+    device = topologies.get_topology_desc(CHIPS[chip].topology, platform="tpu").devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
 
     def rows(s: Any) -> Format:
@@ -210,7 +209,7 @@ def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, 
             for kernel in names:
                 read = tpu_schedule.read_kernel(folder, kernel)
                 kernels[kernel] = tpu_schedule.Kernel(*(n * row.length / short for n in read))
-        found = tpu_schedule.cost(whole, kernels, tpu_schedule.CHIPS[chip])
+        found = tpu_schedule.cost(whole, kernels, CHIPS[chip])
     return {"ideal": tpu_schedule.ideal_bytes(whole), **found._asdict()}
 
 
@@ -223,7 +222,7 @@ def bench_tpu(rounds: int) -> None:
         if not name.startswith(ONLY.value):
             continue
         for dtype, chip in itertools.product(row.dtypes, row.chips):
-            at = tpu_schedule.CHIPS[chip]
+            at = CHIPS[chip]
             kernel = measure(name, dtype, chip, "pallas")
             roofline = kernel["ideal"] / at.bandwidth
             values: dict[str, float | str] = {

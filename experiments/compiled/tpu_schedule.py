@@ -21,28 +21,8 @@ import re
 from typing import NamedTuple
 
 from experiments.compiled import hlo_trip_counts
+from experiments.compiled.chips import Chip
 
-
-class Chip(NamedTuple):
-    """A core as programs see it.
-
-    Attributes:
-      topology: a name that libtpu knows.
-      clock: Hz, from the published peak and the flops of a cycle.
-      bandwidth: of its memory, bytes per second, as published.
-    """
-
-    topology: str
-    clock: float
-    bandwidth: float
-
-
-CHIPS = {
-    "v5e": Chip("v5e:2x2", 1.5e9, 819e9),
-    "v5p": Chip("v5p:2x2x1", 1.75e9, 2765e9),
-    "v6e": Chip("v6e:2x2", 1.75e9, 1640e9),
-    "v7x": Chip("tpu7x:2x2x1", 2.2e9, 3690e9),
-}
 # Of libtpu; DIR is where it writes.
 PROFILE = "--xla_jf_dump_static_llo_profile_to=DIR"
 FLAGS = (

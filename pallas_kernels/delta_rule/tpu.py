@@ -1,96 +1,122 @@
 """The delta rule on TPU: S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_{t-1} + beta_t k_t v_t^T.
 
-By what each step writes, S_t = diag(exp g_t) S_{t-1} + k_t u_t^T. With D_{t,j} the decays of the
-steps after j and up to t, and S the state that enters a chunk,
+With u_t the value that a step writes, S_t = diag(exp g_t) S_{t-1} + k_t u_t^T. D_{t,j} are the
+decays of the steps after j and up to t, and S is the state before a chunk:
 
     u_t = beta_t (v_t - S^T D_{t,0} k_t - sum_{j < t} (k_t^T D_{t,j} k_j) u_j)
 
-that is U = (I + N)^-1 R with R = beta (V - D K S) and N the strictly lower part of
-beta_t k_t^T D_{t,j} k_j; what remains is linear attention to U. R holds the state, so that nothing
-is multiplied by (I + N)^-1 that the outputs do not need. DeltaNet in chunks: arXiv 2406.06484;
-gated: 2412.06464; gated per channel: 2510.26692.
+That is U = (I + N)^-1 R, where R = beta (V - D K S), and N is the strictly lower part of
+beta_t k_t^T D_{t,j} k_j. The outputs are linear attention with values U. R includes the state, so
+that (I + N)^-1 is applied to one right-hand side only. DeltaNet in chunks: arXiv 2406.06484; gated:
+2412.06464; gated per channel: 2510.26692.
 """
 
+import functools
 from collections.abc import Generator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import matrix_state
-from pallas_kernels.tpu.chunk_math import NT, TN, Numerics, Shared, cols, rows
-from pallas_kernels.tpu.head_layout import in_step
+from pallas_kernels.tpu.chunk_math import SharedDecay
+from pallas_kernels.tpu.head_layout import interleave
 from pallas_kernels.tpu.inverse import inverses
+from pallas_kernels.tpu.matrix_kernel import ChunkRecurrence
+from pallas_kernels.tpu.numerics import NT, TN, Numerics, column_indices, row_indices
 
 Inputs = dict[str, jax.Array]
-Gradients = dict[str, Any]  # decays: a `SpansBack`, the others arrays
+Gradients = dict[str, Any]  # `log_decay` is a `DecaySumCotangents`, the others are arrays
 
 
-def _solved(
-    num: Numerics, decays: list[Shared], heads: list[Inputs], states: list[jax.Array]
-) -> list[Any]:
-    """For every head the scores, the overlaps, (I + N)^-1, V - D K S and U."""
+class Solution(NamedTuple):
+    """Intermediate results of a chunk of one head.
+
+    Attributes:
+      scores: q_t^T D_{t,j} k_j.
+      overlaps: k_t^T D_{t,j} k_j for j < t.
+      inverse: (I + N)^-1.
+      change: V - D K S.
+      written: U.
+    """
+
+    scores: jax.Array
+    overlaps: jax.Array
+    inverse: jax.Array
+    change: jax.Array
+    written: jax.Array
+
+
+def _solve(
+    num: Numerics, decays: list[SharedDecay], heads: list[Inputs], states: list[jax.Array]
+) -> list[Solution]:
+    """Compute U and the intermediate results for every head."""
     size = heads[0]["q"].shape[0]
-    below = rows(size) > cols(size)
-    # Every step of all heads before the next one: none waits for its own last product.
+    below = row_indices(size) > column_indices(size)
+    # Each product for all heads before the next product, to hide the latency.
     pairs = [d.pairs([x["q"], x["k"]], x["k"]) for d, x in zip(decays, heads, strict=True)]
     overlaps = [jnp.where(below, own, 0.0) for _, own in pairs]
-    found = [
+    changes = [
         x["v"].astype(num.dtype) - d.read(x["k"], state, exact=True)
         for d, x, state in zip(decays, heads, states, strict=True)
     ]
-    solve = inverses([x["beta"] * n for x, n in zip(heads, overlaps, strict=True)], num)
+    inverted = inverses([x["beta"] * n for x, n in zip(heads, overlaps, strict=True)], num)
     written = [
         num.dot(inverse, x["beta"] * change, exact=True)
-        for x, inverse, change in zip(heads, solve, found, strict=True)
+        for x, inverse, change in zip(heads, inverted, changes, strict=True)
     ]
     scores = [own for own, _ in pairs]
-    return list(zip(scores, overlaps, solve, found, written, strict=True))
+    solutions = zip(scores, overlaps, inverted, changes, written, strict=True)
+    return [Solution(*solution) for solution in solutions]
 
 
 def _forward(
-    num: Numerics, decays: list[Shared], heads: list[Inputs], states: list[jax.Array], scale: float
+    num: Numerics,
+    decays: list[SharedDecay],
+    heads: list[Inputs],
+    states: list[jax.Array],
+    scale: float,
 ) -> list[tuple[jax.Array, jax.Array]]:
-    solved = _solved(num, decays, heads, states)
+    solutions = _solve(num, decays, heads, states)
     read = [d.read(x["q"], state) for d, x, state in zip(decays, heads, states, strict=True)]
     outs = [
-        scale * (own + num.dot(scores, u, exact=True))
-        for own, (scores, _, _, _, u) in zip(read, solved, strict=True)
+        scale * (own + num.dot(s.scores, s.written, exact=True))
+        for own, s in zip(read, solutions, strict=True)
     ]
-    left = [
-        d.carry(state) + d.write(x["k"], u, exact=True)
-        for d, x, state, (*_, u) in zip(decays, heads, states, solved, strict=True)
+    final = [
+        d.carry(state) + d.write(x["k"], s.written, exact=True)
+        for d, x, state, s in zip(decays, heads, states, solutions, strict=True)
     ]
-    return list(zip(outs, left, strict=True))
+    return list(zip(outs, final, strict=True))
 
 
 def _backward(
     num: Numerics,
-    decays: list[Shared],
+    decays: list[SharedDecay],
     heads: list[Inputs],
     states: list[jax.Array],
     scale: float,
     d_outs: list[jax.Array],
     d_states: list[jax.Array],
 ) -> list[dict[str, Any]]:
-    solved = _solved(num, decays, heads, states)
-    given = zip(decays, heads, states, d_outs, d_states, solved, strict=True)
-    return in_step([_pull(num, scale, *head) for head in given])
+    solutions = _solve(num, decays, heads, states)
+    by_head = zip(decays, heads, states, d_outs, d_states, solutions, strict=True)
+    return interleave([_head_backward(num, scale, *head) for head in by_head])
 
 
-def _pull(
+def _head_backward(
     num: Numerics,
     scale: float,
-    d: Shared,
+    d: SharedDecay,
     x: Inputs,
     state: jax.Array,
     d_out: jax.Array,
     ct: jax.Array,
-    solved: tuple[jax.Array, ...],
+    solution: Solution,
 ) -> Generator[None, None, Gradients]:
     q, k, beta = x["q"], x["k"], x["beta"]
-    scores, overlaps, inverse, change, u = solved
-    below = rows(q.shape[0]) > cols(q.shape[0])
+    scores, overlaps, inverse, change, u = solution
+    below = row_indices(q.shape[0]) > column_indices(q.shape[0])
     d_out = scale * d_out.astype(num.dtype)
     du = num.dot(scores, d_out, TN, exact=True)
     yield
@@ -106,7 +132,7 @@ def _pull(
     d_scores = num.dot(d_out, u, NT, exact=True)
     yield
     cts, pairs = [d_scores, beta * dn], [scores, overlaps]
-    [dq, dk_left], dk_right, spans = d.pairs_back(cts, [q, k], k, pairs, exact=True)
+    [dq, dk_left], dk_right, d_pairs = d.pairs_back(cts, [q, k], k, pairs, exact=True)
     yield
     q_read = d.read_back(d_out, state, exact=True)
     yield
@@ -126,18 +152,12 @@ def _pull(
         "v": dv,
         "beta": d_beta,
         "state": d_state,
-        "log_decay": d.spans_back(spans, reads, k * written, d.carry(state) * ct),
+        "log_decay": d.decay_sums_back(d_pairs, reads, k * written, d.carry(state) * ct),
     }
 
 
-_CORE = matrix_state.Core("delta_rule", _forward, _backward)
+_RECURRENCE = ChunkRecurrence("delta_rule", _forward, _backward)
 
 
-def forward(*args: Any, **keywords: Any) -> Any:
-    """See `matrix_state.forward`."""
-    return matrix_state.forward(_CORE, *args, **keywords)
-
-
-def backward(*args: Any, **keywords: Any) -> Any:
-    """See `matrix_state.backward`."""
-    return matrix_state.backward(_CORE, *args, **keywords)
+forward = functools.partial(matrix_state.forward, _RECURRENCE)
+backward = functools.partial(matrix_state.backward, _RECURRENCE)

@@ -1,10 +1,10 @@
-"""One pass of a recurrence over [B, T, D] on GPU: how its arrays come and go.
+"""One pass of a recurrence over [B, T, D] on GPU: the pipeline of copies around an op's steps.
 
-A thread block has 128 features of one sequence, one for each of its threads, and takes them
-through all of time. The arrays come as the user has them, [B, T, D] or [B, T, R, D] for R numbers
-of a feature, in blocks of time, which the copy engine (TMA) brings to shared memory several ahead
-and takes back from there; it fills up what hangs over the end of an array. What a step does is the
-op's. For Hopper and newer, by Mosaic GPU.
+A thread block has 128 features of one sequence, one for each thread, and iterates over all of time.
+Arrays keep the user's layout, [B, T, D], or [B, T, R, D] for R numbers per feature. The copy engine
+(TMA) prefetches blocks of time to shared memory, several ahead, and stores the blocks of outputs.
+It fills elements that are out of bounds with zeros. The op supplies the steps as a `BlockProgram`.
+The kernel uses Mosaic GPU and requires Hopper or newer.
 """
 
 import functools
@@ -17,304 +17,334 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import tma as gpu
-from pallas_kernels.gpu.tma import AHEAD, BEHIND, MARKS, MOST, WIDTH
+from pallas_kernels.gpu import tma
+from pallas_kernels.gpu.limits import BLOCK_FEATURES
+from pallas_kernels.gpu.tma import MAX_PREFETCH_DEPTH, MIN_RESETS, OUTPUT_SLOTS, SMEM_TIMED
 from pallas_kernels.jax_compat import array_like, pl
 
 Arrays = Mapping[str, tuple[jax.Array, ...]]
 Shapes = Mapping[str, tuple[jax.ShapeDtypeStruct, ...]]
 
 
-class Blocks(NamedTuple):
-    """How T and D are cut.
+class BlockLayout(NamedTuple):
+    """Division of [T, D] into blocks.
 
     Attributes:
       length: T.
-      rows: of time in a block.
-      ahead: blocks of time on their way to shared memory, or in use there.
+      block_length: time steps per block.
+      prefetch_depth: blocks of time in shared memory, in flight or in use.
       width: D.
       reverse: whether time runs from the last row to the first.
-      interpret: whether it runs without a GPU.
+      interpret: whether the kernel is interpreted on a CPU.
     """
 
     length: int
-    rows: int
-    ahead: int
+    block_length: int
+    prefetch_depth: int
     width: int
     reverse: bool
     interpret: bool
 
     @property
-    def blocks(self) -> int:
-        """Blocks of time."""
-        return -(-self.length // self.rows)
+    def time_blocks(self) -> int:
+        """Number of blocks of time."""
+        return -(-self.length // self.block_length)
 
     @property
-    def across(self) -> int:
-        """Blocks of features."""
-        return -(-self.width // WIDTH)
+    def column_blocks(self) -> int:
+        """Number of blocks of features."""
+        return -(-self.width // BLOCK_FEATURES)
 
     @property
-    def group(self) -> int:
-        """Rows that are unrolled together."""
-        return min(self.rows, 8)
+    def group_length(self) -> int:
+        """Number of time steps that are unrolled together."""
+        return min(self.block_length, 8)
 
 
-class Near(NamedTuple):
-    """What there is in shared memory.
+class SharedMemory(NamedTuple):
+    """References to the buffers in shared memory, by the names of the arrays.
 
     Attributes:
-      fetched: by name, refs [ahead, rows, (R,) 128] of what comes in blocks of time; "edge" is
-        [ahead, (R,) 128], "reset" [ahead, rows].
-      begun: refs [(R,) 128] of what comes once.
-      made: refs [BEHIND, rows, (R,) 128] of what goes in blocks of time.
-      ends: refs [(R,) 128] of what goes once.
+      timed_inputs: refs [prefetch depth, block length, (R,) 128] of inputs with a time axis. "edge"
+        is [prefetch depth, (R,) 128], "reset" [prefetch depth, block length].
+      fixed_inputs: refs [(R,) 128] of inputs without a time axis.
+      timed_outputs: refs [OUTPUT_SLOTS, block length, (R,) 128] of outputs with a time axis.
+      final_outputs: refs [(R,) 128] of outputs that are stored after the last step.
     """
 
-    fetched: dict[str, list[Any]]
-    begun: dict[str, list[Any]]
-    made: dict[str, list[Any]]
-    ends: dict[str, list[Any]]
+    timed_inputs: dict[str, list[Any]]
+    fixed_inputs: dict[str, list[Any]]
+    timed_outputs: dict[str, list[Any]]
+    final_outputs: dict[str, list[Any]]
 
 
-class Place(NamedTuple):
-    """Where a block of time is: its number, and its places in `fetched` and in `made`."""
+class GlobalMemory(NamedTuple):
+    """References to the arrays in global memory, by name."""
+
+    timed_inputs: Mapping[str, tuple[Any, ...]]
+    fixed_inputs: Mapping[str, tuple[Any, ...]]
+    outputs: Mapping[str, tuple[Any, ...]]
+
+
+class BlockPosition(NamedTuple):
+    """Index of a block of time, and its slots in `timed_inputs` and in `timed_outputs`."""
 
     block: Any
-    slot: Any
-    place: Any
+    input_slot: Any
+    output_slot: Any
 
 
-class Pass(NamedTuple):
-    """What an op does.
+class BlockProgram(NamedTuple):
+    """Computation of an op.
 
     Attributes:
-      start: near -> (what stays the same, what is carried on).
-      through: (near, what stays, place, carry) -> carry: takes it through a block of time, and
-        fills that of `made`.
-      finish: carry -> the values of `ends`, by name, in the order of their rows.
+      start: smem -> (constants, first carry).
+      run_block: (smem, constants, position, carry) -> carry. Takes the carry through a block of
+        time, and writes the block of `timed_outputs`.
+      finish: carry -> values of `final_outputs`, by name, in the order of their rows.
     """
 
-    start: Callable[[Near], tuple[Any, Any]]
-    through: Callable[[Near, Any, Place, Any], Any]
+    start: Callable[[SharedMemory], tuple[Any, Any]]
+    run_block: Callable[[SharedMemory, Any, BlockPosition, Any], Any]
     finish: Callable[[Any], Mapping[str, tuple[Any, ...]]]
 
 
-def bytes_of_a_step(arrays: Arrays | Shapes) -> int:
-    """Of what comes or goes in blocks of time, for one thread block."""
-    each = (x for group in arrays.values() for x in group)
-    return sum(WIDTH * math.prod(x.shape[2:-1]) * jnp.dtype(x.dtype).itemsize for x in each)
+def step_bytes(arrays: Arrays | Shapes) -> int:
+    """Return the bytes of one time step of the arrays, for one thread block."""
+    flat = (x for group in arrays.values() for x in group)
+    return sum(
+        BLOCK_FEATURES * math.prod(x.shape[2:-1]) * jnp.dtype(x.dtype).itemsize for x in flat
+    )
 
 
-def in_time(
-    op: str, length: int, width: int, fetched: int, made: int, blocks: tuple[int, int] | None
+def choose_blocks(
+    op: str,
+    length: int,
+    width: int,
+    input_bytes: int,
+    output_bytes: int,
+    block_sizes: tuple[int, int] | None,
 ) -> tuple[int, int]:
-    """Steps of time in a block, and how many blocks ahead the copies are.
+    """Return the block length and the prefetch depth.
 
-    A step takes so many bytes of shared memory for what is fetched and for what is made.
+    `input_bytes` and `output_bytes` are the shared memory of one time step.
 
     Raises:
-      NotImplementedError: for blocks that were asked for and do not fit.
+      NotImplementedError: for requested block sizes that do not fit.
     """
-    if blocks is None:
-        rows = gpu.steps(length, fetched, made)
-        ahead = min(AHEAD, (MOST // rows - BEHIND * made) // fetched)
-        if ahead < 2:
+    if block_sizes is None:
+        block_length = tma.preferred_block_length(length, input_bytes, output_bytes)
+        depth = _prefetch_depth(block_length, input_bytes, output_bytes)
+        if depth < 2:
             raise NotImplementedError(
-                f"{op}: the GPU kernel has no room for {(fetched + made) // WIDTH} bytes a "
+                f"{op}: the GPU kernel has no room for "
+                f"{(input_bytes + output_bytes) // BLOCK_FEATURES} bytes a "
                 "step and feature; use implementation='xla' or None."
             )
-        return rows, ahead
-    rows, columns = blocks
-    if columns != WIDTH and not columns == width < WIDTH:
+        return block_length, depth
+    block_length, columns = block_sizes
+    if columns != BLOCK_FEATURES and not columns == width < BLOCK_FEATURES:
         raise NotImplementedError(
-            f"{op}: on GPU `block_sizes` must have {WIDTH} features, got {columns}."
+            f"{op}: on GPU `block_sizes` must have {BLOCK_FEATURES} features, got {columns}."
         )
-    longest = min(256, MOST // (2 * fetched + BEHIND * made) // 16 * 16)
-    if rows > longest:
+    longest = min(256, SMEM_TIMED // (2 * input_bytes + OUTPUT_SLOTS * output_bytes) // 16 * 16)
+    if block_length > longest:
         raise NotImplementedError(
-            f"{op}: on GPU `block_sizes` of these arrays can have {longest} steps, got {rows}."
+            f"{op}: on GPU `block_sizes` of these arrays can have {longest} steps, got "
+            f"{block_length}."
         )
-    return rows, min(AHEAD, (MOST // rows - BEHIND * made) // fetched)
+    return block_length, _prefetch_depth(block_length, input_bytes, output_bytes)
 
 
-def check_alignment(op: str, *arrays: Arrays | Shapes) -> None:
-    """Refuse rows that the copy engine cannot take.
+def _prefetch_depth(block_length: int, input_bytes: int, output_bytes: int) -> int:
+    room = SMEM_TIMED // block_length - OUTPUT_SLOTS * output_bytes
+    return min(MAX_PREFETCH_DEPTH, room // input_bytes)
+
+
+def check_alignment(op: str, *groups: Arrays | Shapes) -> None:
+    """Check that the copy engine supports the rows of all arrays.
 
     Raises:
-      NotImplementedError: for one.
+      NotImplementedError: for rows whose size is not a multiple of 16 bytes.
     """
-    given: list[Any] = [x for group in arrays for xs in group.values() for x in xs]
-    gpu.check_alignment(op, given)
+    arrays: list[Any] = [x for group in groups for xs in group.values() for x in xs]
+    tma.check_alignment(op, arrays)
 
 
-def as_read(row: Any) -> jax.Array:
-    """A row [128] laid out as what is read from memory, as a loop's carry has to stay."""
-    return plgpu.layout_cast(row, plgpu.Layout.WG_STRIDED((WIDTH,), vec_size=1))
-
-
-def call(
+def run(
     name: str,
-    plan: Blocks,
-    work: Pass,
+    layout: BlockLayout,
+    program: BlockProgram,
     *,
-    fetched: Arrays,
-    begun: Arrays,
-    made: Shapes,
-    ends: Shapes,
+    timed_inputs: Arrays,
+    fixed_inputs: Arrays,
+    timed_outputs: Shapes,
+    final_outputs: Shapes,
     reset: jax.Array | None = None,
     edge: str | None = None,
 ) -> dict[str, tuple[jax.Array, ...]]:
-    """Run a pass.
+    """Run a program over all blocks.
 
     Args:
-      name: the kernel's.
-      plan: the blocks.
-      work: what is done.
-      fetched: by name, arrays [S, T, (R,) D] that come in blocks of time, S a divisor of B.
-      begun: arrays [S, (R,) D] that come once.
-      made: arrays [B, T, (R,) D] that go in blocks of time.
-      ends: arrays [B, (R,) D] that go once; there is at least one.
-      reset: [B, T] bool; comes as "reset", in int32.
-      edge: the name among `fetched` of what each block also needs the row before its first of, in
-        time as it is in the array; comes as "edge".
+      name: name of the kernel.
+      layout: the blocks.
+      program: the computation.
+      timed_inputs: by name, arrays [S, T, (R,) D] that are copied in blocks of time. S divides B.
+      fixed_inputs: arrays [S, (R,) D] that are copied once.
+      timed_outputs: arrays [B, T, (R,) D] that are stored in blocks of time.
+      final_outputs: arrays [B, (R,) D] that are stored once; at least one.
+      reset: [B, T] bool, available to the program as the timed input "reset", in int32.
+      edge: name of a timed input, or None. The program gets the row of this input that precedes
+        each block in the order of the array's recurrence, as the timed input "edge".
 
     Returns:
-      The arrays of `made` and `ends`, by name.
+      The arrays of `timed_outputs` and `final_outputs`, by name.
     """
-    inputs, outputs = {"fetched": dict(fetched), "begun": dict(begun)}, {**made, **ends}
+    inputs = {"fixed": dict(fixed_inputs), "timed": dict(timed_inputs)}
+    outputs = {**timed_outputs, **final_outputs}
 
-    def refs(lead: tuple[int, ...], skipped: int, arrays: Any) -> dict[str, list[Any]]:
+    def buffers(lead: tuple[int, ...], skipped: int, arrays: Any) -> dict[str, list[Any]]:
         return {
-            k: [plgpu.SMEM((*lead, *x.shape[skipped:-1], WIDTH), x.dtype) for x in v]
-            for k, v in arrays.items()
+            name: [
+                plgpu.SMEM((*lead, *x.shape[skipped:-1], BLOCK_FEATURES), x.dtype) for x in group
+            ]
+            for name, group in arrays.items()
         }
 
-    near = Near(
-        refs((plan.ahead, plan.rows), 2, fetched),
-        refs((), 1, begun),
-        refs((BEHIND, plan.rows), 2, made),
-        refs((), 1, ends),
+    depth, block_length = layout.prefetch_depth, layout.block_length
+    smem = SharedMemory(
+        buffers((depth, block_length), 2, timed_inputs),
+        buffers((), 1, fixed_inputs),
+        buffers((OUTPUT_SLOTS, block_length), 2, timed_outputs),
+        buffers((), 1, final_outputs),
     )
     if edge is not None:
-        near.fetched["edge"] = refs((plan.ahead,), 2, {edge: fetched[edge]})[edge]
+        smem.timed_inputs["edge"] = buffers((depth,), 2, {edge: timed_inputs[edge]})[edge]
     if reset is not None:
-        inputs["fetched"]["reset"] = (gpu.marks(reset),)
-        near.fetched["reset"] = [plgpu.SMEM((plan.ahead, max(plan.rows, MARKS)), jnp.int32)]
+        inputs["timed"]["reset"] = (tma.reset_words(reset),)
+        smem.timed_inputs["reset"] = [plgpu.SMEM((depth, max(block_length, MIN_RESETS)), jnp.int32)]
     leaves, tree = jax.tree.flatten(inputs)
     shapes, out_tree = jax.tree.flatten(outputs)
     batch = shapes[0].shape[0]
 
-    def kernel(*given: Any, near: Near, ready: Any, first: Any) -> None:
-        far = jax.tree.unflatten(tree, given[: len(leaves)])
-        far["sent"] = jax.tree.unflatten(out_tree, given[len(leaves) :])
-        _kernel(plan, work, edge, far, near, ready, first)
+    def kernel(*refs: Any, fixed_barrier: Any, smem: SharedMemory, timed_barrier: Any) -> None:
+        by_kind = jax.tree.unflatten(tree, refs[: len(leaves)])
+        stored = jax.tree.unflatten(out_tree, refs[len(leaves) :])
+        gmem = GlobalMemory(by_kind["timed"], by_kind["fixed"], stored)
+        _kernel(layout, program, edge, gmem, smem, fixed_barrier, timed_barrier)
 
-    arriving = sum(map(len, near.fetched.values()))
-    out = gpu.launch(
+    arrivals = sum(map(len, smem.timed_inputs.values()))
+    out = tma.launch(
         kernel,
         leaves,
         [array_like(leaves[0], s.shape, s.dtype) for s in shapes],
         {
-            "near": near,
-            "ready": plgpu.Barrier(num_arrivals=arriving, num_barriers=plan.ahead),
-            "first": plgpu.Barrier(num_arrivals=sum(map(len, near.begun.values()))),
+            "fixed_barrier": plgpu.Barrier(num_arrivals=sum(map(len, smem.fixed_inputs.values()))),
+            "smem": smem,
+            "timed_barrier": plgpu.Barrier(num_arrivals=arrivals, num_barriers=depth),
         },
-        batch * plan.across,
+        batch * layout.column_blocks,
         name=name,
-        interpret=plan.interpret,
+        interpret=layout.interpret,
     )
     return jax.tree.unflatten(out_tree, out)
 
 
 def _kernel(
-    plan: Blocks, work: Pass, edge: str | None, far: Any, near: Near, ready: Any, first: Any
+    layout: BlockLayout,
+    program: BlockProgram,
+    edge: str | None,
+    gmem: GlobalMemory,
+    smem: SharedMemory,
+    fixed_barrier: Any,
+    timed_barrier: Any,
 ) -> None:
-    sequence, column = gpu.position(plan.across)
-    columns = pl.ds(column * WIDTH, WIDTH)
+    sequence, column = tma.sequence_and_column(layout.column_blocks)
+    columns = pl.ds(column * BLOCK_FEATURES, BLOCK_FEATURES)
+    depth = layout.prefetch_depth
 
-    def member(source: Any) -> Any:
-        """Which of its sequences: all take them in turn."""
+    def shared_sequence(source: Any) -> Any:
+        """Return the index into an array with fewer sequences, which is repeated over the batch."""
         return lax.rem(sequence, jnp.int32(source.shape[0]))
 
-    def middle(near: Any, lead: int) -> tuple[Any, ...]:
-        """All the R numbers of a feature."""
-        return (slice(None),) * (len(near.shape) - lead - 1)
+    def whole_axes(buffer: Any, lead: int) -> tuple[Any, ...]:
+        """Return the index of all R numbers of a feature."""
+        return (slice(None),) * (len(buffer.shape) - lead - 1)
 
-    def in_time(step: Any) -> Any:
-        return plan.blocks - 1 - step if plan.reverse else step
+    def block_at(iteration: Any) -> Any:
+        return layout.time_blocks - 1 - iteration if layout.reverse else iteration
 
-    def fetch(step: Any) -> None:
-        """Have a block of time brought to its place."""
-        slot, start = lax.rem(step, jnp.int32(plan.ahead)), in_time(step) * plan.rows
-        # Its edge is the last state before it, in the form's own direction.
-        before = jnp.maximum(start - 1, 0) if plan.reverse else start + plan.rows
-        for name, refs in near.fetched.items():
-            for source, to in zip(
-                far["fetched"][edge if name == "edge" else name], refs, strict=True
-            ):
-                where: tuple[Any, ...] = (member(source), pl.ds(start, plan.rows))
+    def fetch(iteration: Any) -> None:
+        """Start the copies of a block of time to its slot."""
+        slot = lax.rem(iteration, jnp.int32(depth))
+        start = block_at(iteration) * layout.block_length
+        # In a reverse pass the edge is the row before the block, else the row after the block.
+        edge_row = jnp.maximum(start - 1, 0) if layout.reverse else start + layout.block_length
+        for name, refs in smem.timed_inputs.items():
+            sources = gmem.timed_inputs[edge if name == "edge" else name]  # type: ignore[index]
+            for source, buffer in zip(sources, refs, strict=True):
+                index: tuple[Any, ...] = (
+                    shared_sequence(source),
+                    pl.ds(start, layout.block_length),
+                )
                 if name == "reset":
-                    where = (sequence, pl.ds(start, to.shape[-1]))
+                    index = (sequence, pl.ds(start, buffer.shape[-1]))
                 elif name == "edge":
-                    at = jnp.minimum(before, plan.length - 1)
-                    where = (member(source), at, *middle(to, 1), columns)
+                    row = jnp.minimum(edge_row, layout.length - 1)
+                    index = (shared_sequence(source), row, *whole_axes(buffer, 1), columns)
                 else:
-                    where = (*where, *middle(to, 2), columns)
-                plgpu.copy_gmem_to_smem(source.at[where], to.at[slot], ready.at[slot])
+                    index = (*index, *whole_axes(buffer, 2), columns)
+                plgpu.copy_gmem_to_smem(source.at[index], buffer.at[slot], timed_barrier.at[slot])
 
-    def send(source: Any, to: Any, start: Any, count: int) -> None:
-        """Have rows of several numbers of a feature taken away.
+    def store(tile: Any, target: Any, start: Any, count: int) -> None:
+        """Start a copy of rows with several numbers per feature, which are strided."""
+        index = (sequence, pl.ds(start, count), *whole_axes(tile, 1), columns)
+        plgpu.copy_smem_to_gmem(tile.at[pl.ds(0, count)], target.at[index], commit_group=False)
 
-        They are not contiguous where they hang over the features.
-        """
-        where = (sequence, pl.ds(start, count), *middle(source, 1), columns)
-        plgpu.copy_smem_to_gmem(source.at[pl.ds(0, count)], to.at[where], commit_group=False)
-
-    lax.fori_loop(0, plan.ahead, lambda i, _: fetch(i.astype(jnp.int32)), None)
-    for name, refs in near.begun.items():
-        for source, to in zip(far["begun"][name], refs, strict=True):
-            where = (member(source), *middle(to, 0), columns)
-            plgpu.copy_gmem_to_smem(source.at[where], to, first)
-    plgpu.barrier_wait(first)
-    fixed, carry = work.start(near)
+    lax.fori_loop(0, depth, lambda i, _: fetch(i.astype(jnp.int32)), None)
+    for name, refs in smem.fixed_inputs.items():
+        for source, buffer in zip(gmem.fixed_inputs[name], refs, strict=True):
+            index = (shared_sequence(source), *whole_axes(buffer, 0), columns)
+            plgpu.copy_gmem_to_smem(source.at[index], buffer, fixed_barrier)
+    plgpu.barrier_wait(fixed_barrier)
+    constants, carry = program.start(smem)
 
     def block_of_time(i: Any, carry: Any) -> Any:
-        step = i.astype(jnp.int32)
-        block, slot = in_time(step), lax.rem(step, jnp.int32(plan.ahead))
-        place = lax.rem(step, jnp.int32(BEHIND))
-        plgpu.barrier_wait(ready.at[slot])
-        plgpu.wait_smem_to_gmem(BEHIND - 1, wait_read_only=True)
-        carry = work.through(near, fixed, Place(block, slot, place), carry)
+        iteration = i.astype(jnp.int32)
+        block, slot = block_at(iteration), lax.rem(iteration, jnp.int32(depth))
+        output_slot = lax.rem(iteration, jnp.int32(OUTPUT_SLOTS))
+        plgpu.barrier_wait(timed_barrier.at[slot])
+        plgpu.wait_smem_to_gmem(OUTPUT_SLOTS - 1, wait_read_only=True)
+        carry = program.run_block(smem, constants, BlockPosition(block, slot, output_slot), carry)
         plgpu.commit_smem()
-        for name, refs in near.made.items():
-            for source, to in zip(refs, far["sent"][name], strict=True):
-                tile, start = source.at[place], block * plan.rows
-                if len(to.shape) == 3:
-                    gpu.send(tile, to, (sequence,), start, plan.length, column)
+        for name, refs in smem.timed_outputs.items():
+            for buffer, target in zip(refs, gmem.outputs[name], strict=True):
+                tile, start = buffer.at[output_slot], block * layout.block_length
+                if len(target.shape) == 3:
+                    tma.store_tile(tile, target, (sequence,), start, layout.length, column)
                 else:
-                    last = block == plan.blocks - 1
-                    copy = functools.partial(send, tile, to, start)
-                    gpu.exactly(plan.length, plan.rows, last, copy)
+                    last = block == layout.time_blocks - 1
+                    copy = functools.partial(store, tile, target, start)
+                    tma.copy_in_bounds(layout.length, layout.block_length, last, copy)
         plgpu.commit_smem_to_gmem_group()
-        pl.when(step + plan.ahead < plan.blocks)(lambda: fetch(step + plan.ahead))
+        pl.when(iteration + depth < layout.time_blocks)(lambda: fetch(iteration + depth))
         return carry
 
-    values = work.finish(lax.fori_loop(0, plan.blocks, block_of_time, carry))
-    for name, refs in near.ends.items():
-        for ref, value in zip(refs, values[name], strict=True):
-            if len(ref.shape) == 1:
-                ref[...] = value
+    values = program.finish(lax.fori_loop(0, layout.time_blocks, block_of_time, carry))
+    for name, refs in smem.final_outputs.items():
+        for buffer, value in zip(refs, values[name], strict=True):
+            if len(buffer.shape) == 1:
+                buffer[...] = value
             else:
                 for r, row in enumerate(value):
-                    ref[r] = row
+                    buffer[r] = row
     plgpu.commit_smem()
-    for name, refs in near.ends.items():
-        for source, to in zip(refs, far["sent"][name], strict=True):
-            if len(source.shape) == 1:
-                gpu.send_row(source, to, (sequence,), column, plan.across)
+    for name, refs in smem.final_outputs.items():
+        for buffer, target in zip(refs, gmem.outputs[name], strict=True):
+            if len(buffer.shape) == 1:
+                tma.store_row(buffer, target, (sequence,), column, layout.column_blocks)
             else:
-                where = (sequence, *middle(source, 0), columns)
-                plgpu.copy_smem_to_gmem(source, to.at[where], commit_group=False)
+                index = (sequence, *whole_axes(buffer, 0), columns)
+                plgpu.copy_smem_to_gmem(buffer, target.at[index], commit_group=False)
     plgpu.commit_smem_to_gmem_group()
     plgpu.wait_smem_to_gmem(0)

@@ -1,23 +1,23 @@
-"""The elementwise linear recurrence."""
+"""Kernels of the elementwise linear recurrence."""
 
-from pallas_kernels.gpu.limits import CORES, WIDTH
+from pallas_kernels.gpu.limits import BLOCK_FEATURES, MULTIPROCESSORS
 
-SHORTEST = 256  # steps of a piece of time on GPU
+MIN_SEGMENT_LENGTH = 256  # time steps of a segment on GPU
 
 
-def pieces(batch: int, length: int, width: int) -> int:
-    """Return how many pieces time is cut into on GPU: a power of two that divides it.
+def time_segments(batch: int, length: int, width: int) -> int:
+    """Return the number of time segments on GPU: a power of two that divides the length.
 
-    A thread block has about 50 KiB on their way to it and the memory of an H100 wants 3.4 MB, what
-    it delivers in a microsecond: some 70 thread blocks keep it busy. Two passes move 5 arrays where
-    one moves 3, so that they pay off where less than three fifths of that are there: below a third
-    of the multiprocessors. Then there are pieces until each has a thread block or two.
+    About 70 thread blocks saturate the memory of an H100. Each has about 50 KiB in flight, and the
+    memory delivers 3.4 MB in a microsecond. Two passes move 5 arrays where one pass moves 3. They
+    are faster when fewer than three fifths of these thread blocks exist, which is a third of the
+    multiprocessors. Time is then split until every multiprocessor has one or two thread blocks.
     """
-    blocks = batch * -(-width // WIDTH)
+    blocks = batch * -(-width // BLOCK_FEATURES)
     count = 1
-    if 3 * blocks < CORES:
-        while length % (2 * count) == 0 and length // (2 * count) >= SHORTEST:
-            if 2 * count * blocks > 2 * CORES:
+    if 3 * blocks < MULTIPROCESSORS:
+        while length % (2 * count) == 0 and length // (2 * count) >= MIN_SEGMENT_LENGTH:
+            if 2 * count * blocks > 2 * MULTIPROCESSORS:
                 break
             count *= 2
     return count
@@ -26,9 +26,10 @@ def pieces(batch: int, length: int, width: int) -> int:
 def faster_on_gpu(batch: int, length: int, width: int) -> bool:
     """Return whether the GPU kernel is expected to beat XLA's associative scan.
 
-    A thread block takes its steps in order, about 60 ns each on an H100 ([32, 1024, 256]). Few
+    A thread block runs its steps in order, at about 60 ns each on an H100 ([32, 1024, 256]). Few
     thread blocks with many steps each therefore lose against a scan that uses the whole chip. The
     limits, 1024 steps or a third of the multiprocessors, are estimates from that rate.
     """
-    count = pieces(batch, length, width)
-    return length // count <= 1024 or 3 * count * batch * -(-width // WIDTH) >= CORES
+    segments = time_segments(batch, length, width)
+    blocks = segments * batch * -(-width // BLOCK_FEATURES)
+    return length // segments <= 1024 or 3 * blocks >= MULTIPROCESSORS

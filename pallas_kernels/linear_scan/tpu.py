@@ -1,12 +1,10 @@
 """The elementwise linear recurrence on TPU: one pass over the arrays, forward and backward.
 
-The arrays come as the user has them, [B, T, D], and are read in blocks of whole rows: [Tb, Db] of
-one sequence, which lie in one piece of memory if Db is D. Time is an inner axis of the grid and
-the state stays in VMEM, so every element is read once and written once. Inside a block the rows
-are taken one after the other; a row is wide enough to be independent work for a step, and all of
-it hides behind the copies from and to memory.
-
-What is computed is in `forms`.
+Arrays keep the user's layout, [B, T, D]. A block has whole rows of one sequence, [block length,
+columns], which are contiguous in memory if the columns are all of D. Time is an inner axis of the
+grid and the state stays in VMEM, so every element is read once and written once. Inside a block the
+kernel takes one row after the other. A row has enough independent elements to fill the vector unit,
+and the copies hide the arithmetic. `forms` has the equations.
 """
 
 import functools
@@ -19,50 +17,100 @@ from jax import lax
 
 from pallas_kernels.jax_compat import array_like, pl, pltpu
 from pallas_kernels.linear_scan import forms
-from pallas_kernels.linear_scan.forms import Numbers
-from pallas_kernels.vmem_rows import close, each, groups, put, scalars, take
+from pallas_kernels.linear_scan.forms import Numbers, Pass, PassResult
+from pallas_kernels.selection import select, zero_where
+from pallas_kernels.vmem_rows import (
+    flush_group,
+    fold_rows,
+    groups_in_block,
+    reset_blocks,
+    row_reader,
+    write_row,
+)
 
 
-class Plan(NamedTuple):
-    """What a kernel is specialised to.
+class Variant(NamedTuple):
+    """Specialization of a kernel.
 
     Attributes:
       length: T.
-      rows: of time in a block.
-      group: rows that are widened and narrowed together: a tile of the narrowest dtype.
-      post: the form.
+      block_length: time steps per block.
+      group_length: rows that are widened and narrowed together: a tile of the narrowest dtype.
+      post: whether this is the `post` form.
       reverse: whether time runs from the last row to the first.
-      a_in_time: whether `a` has rows, or is the same at all times.
-      resets: whether there are any.
-      adjoint: whether da is wanted; the states are then an input.
-      batch_inside: whether the grid takes all sequences at a time block, and then the next.
-      interpret: whether it runs without a TPU.
+      a_in_time: whether `a` has a time axis.
+      adjoint: whether the kernel computes da, with the states as an input.
+      batch_inside: whether the grid runs over all sequences before the next block of time.
+      interpret: whether the kernel is interpreted.
     """
 
     length: int
-    rows: int
-    group: int
+    block_length: int
+    group_length: int
     post: bool
     reverse: bool
     a_in_time: bool
-    resets: bool
     adjoint: bool
     batch_inside: bool
     interpret: bool
 
     @property
-    def blocks(self) -> int:
-        """Blocks of time."""
-        return -(-self.length // self.rows)
+    def time_blocks(self) -> int:
+        """Number of blocks of time."""
+        return -(-self.length // self.block_length)
+
+
+class Refs(NamedTuple):
+    """References of a kernel, one for each part of an array; () for an absent array.
+
+    Attributes:
+      a, x, h0, reset, states: blocks of the inputs; `states` are the residuals of the adjoint.
+      edge: the rows of `states` next to the block.
+      start: the initial state of the differentiated form.
+      y, final, da: blocks of the outputs.
+      state: the carried state, scratch.
+      previous: states shifted to the rows of the next steps, scratch [block length + 16, columns].
+      total: sum of da over time, scratch.
+      wide_a, wide_x, wide_y, wide_da: rows of a group in the dtype of the state, scratch.
+    """
+
+    a: Any
+    x: Any
+    h0: Any
+    y: Any
+    final: Any
+    state: Any
+    reset: Any = ()
+    states: Any = ()
+    edge: Any = ()
+    start: Any = ()
+    da: Any = ()
+    previous: Any = ()
+    total: Any = ()
+    wide_a: Any = ()
+    wide_x: Any = ()
+    wide_y: Any = ()
+    wide_da: Any = ()
+
+    @classmethod
+    def from_list(cls, counts: dict[str, int], refs: tuple[Any, ...]) -> "Refs":
+        """Group a kernel's references by field, from the number of parts of each field."""
+        fields = {}
+        first = 0
+        for name, count in counts.items():
+            fields[name] = refs[first : first + count]
+            first += count
+        return cls(**fields)
 
 
 def block_sizes(length: int, width: int, arrays: int) -> tuple[int, int]:
-    """Rows and columns of a block, for so many arrays [T, D] that pass through VMEM at once.
+    """Return the rows and columns of a block, for a number of arrays [T, D] in VMEM at once.
 
-    Whole rows up to 2560 columns: they are contiguous in memory, and wide rows keep the unit busy
-    while a step waits for the one before. Wider rows are cut in equal parts. As many rows as two
-    float32 buffers of every array leave within 12 MiB (a kernel has 16 by default on the smallest
-    chip), at most 512: the third of a microsecond that a block costs is hidden long before.
+    A block has whole rows up to 2560 columns. Whole rows are contiguous in memory, and wide rows
+    hide the latency of a step. Wider rows are split into equal parts. The number of rows is limited
+    to 512, and so that two float32 buffers of every array fit 12 MiB. A kernel has 16 MiB by
+    default on the smallest chip. Longer blocks are not faster: 512 rows already hide the third of
+    a microsecond that a block costs.
     """
     lanes = -(-width // 128) * 128
     parts = -(-lanes // 2560)
@@ -72,230 +120,238 @@ def block_sizes(length: int, width: int, arrays: int) -> tuple[int, int]:
     return min(rows, -(-length // 16) * 16), columns
 
 
-def _run(
-    a: Numbers,
-    x: Numbers,
-    h0: Numbers,
-    reset: jax.Array | None,
-    states: tuple[Numbers, Numbers] | None,
-    post: bool,
-    reverse: bool,
-    out_dtype: Any,
-    blocks: tuple[int, int] | None,
-    interpret: bool,
-) -> tuple[Numbers, Numbers, Numbers]:
+def run_pass(call: Pass) -> PassResult:
+    """Run a form, or its adjoint if the call has states."""
+    a, x = call.a, call.x
     batch, length, width = x[0].shape
-    wide = h0[0].dtype
-    parts, arrays = len(x), 3 if states is None else 6
-    rows, columns = blocks or block_sizes(length, width, parts * arrays)
-    narrow = [t for t in (a[0].dtype, x[0].dtype, out_dtype) if jnp.dtype(t) != wide]
-    plan = Plan(
+    state_dtype = call.h0[0].dtype
+    parts, arrays = len(x), 3 if call.states is None else 6
+    block_length, columns = call.block_sizes or block_sizes(length, width, parts * arrays)
+    narrow = [t for t in (a[0].dtype, x[0].dtype, call.out_dtype) if jnp.dtype(t) != state_dtype]
+    variant = Variant(
         length=length,
-        rows=rows,
-        group=16 if narrow else 8,
-        post=post,
-        reverse=reverse,
+        block_length=block_length,
+        group_length=16 if narrow else 8,
+        post=call.post,
+        reverse=call.reverse,
         a_in_time=a[0].shape[1] > 1 or length == 1,
-        resets=reset is not None,
-        adjoint=states is not None,
+        adjoint=call.states is not None,
         batch_inside=a[0].shape[:2] == (1, length)
         and isinstance(batch, int)  # under `jax.export` the batch size may be a symbol
         and batch > 1
         and parts * batch * columns * 4 <= 2**20,
-        interpret=interpret,
+        interpret=call.interpret,
     )
-    grid, place = _grid(plan, batch, -(-width // columns))
+    grid, position = _grid(variant, batch, -(-width // columns))
 
-    def block(shape: tuple[int | None, ...], where: Callable[..., Any], **kw: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *ids: where(*place(*ids)), **kw)
+    def spec(shape: tuple[int | None, ...], index: Callable[..., Any], **kw: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *ids: index(*position(*ids)), **kw)
 
-    in_time = block((None, rows, columns), lambda b, t, d: (b, t, d))
-    state = block((None, 1, columns), lambda b, t, d: (b, 0, d))
-    lone = a[0].shape[0] == 1
-    of_a = block(
-        (None, rows if plan.a_in_time else 1, columns),
-        lambda b, t, d: (0 if lone else b, t if plan.a_in_time else 0, d),
+    timed = spec((None, block_length, columns), lambda b, t, d: (b, t, d))
+    state = spec((None, 1, columns), lambda b, t, d: (b, 0, d))
+    shared_by_batch = a[0].shape[0] == 1
+    spec_of_a = spec(
+        (None, block_length if variant.a_in_time else 1, columns),
+        lambda b, t, d: (0 if shared_by_batch else b, t if variant.a_in_time else 0, d),
     )
-    values: dict[str, tuple[Any, Any]] = {"a": (a, of_a), "x": (x, in_time)}
-    values["h0"] = (tuple(p[:, None] for p in h0), state)
-    if reset is not None:
-        spec = block((None, None, 1, rows), lambda b, t, d: (b, t, 0, 0), memory_space=pltpu.SMEM)
-        values["reset"] = ((scalars(reset, rows),), spec)
-    outputs: dict[str, tuple[Any, Any, Any]] = {
-        "y": ((batch, length, width), out_dtype, in_time),
-        "final": ((batch, 1, width), wide, state),
-    }
-    scratch: dict[str, tuple[int, ...]] = {"state": (batch if plan.batch_inside else 1, 1, columns)}
-    if states is not None:
-        tile = 16 if states[0][0].dtype != wide else 8
-        last = -(-length // tile) - 1
-        step = rows // tile
-        edge = block(
-            (None, tile, columns),
-            lambda b, t, d: (b, jnp.clip(t * step - 1 if reverse else (t + 1) * step, 0, last), d),
+    inputs: dict[str, tuple[Any, Any]] = {"a": (a, spec_of_a), "x": (x, timed)}
+    inputs["h0"] = (tuple(p[:, None] for p in call.h0), state)
+    if call.reset is not None:
+        in_smem = spec(
+            (None, None, 1, block_length), lambda b, t, d: (b, t, 0, 0), memory_space=pltpu.SMEM
         )
-        values["states"], values["edge"] = (states[0], in_time), (states[0], edge)
-        values["start"] = (tuple(p[:, None] for p in states[1]), state)
-        scratch["found"] = (rows + 16, columns)
-        if not plan.a_in_time:
-            outputs["da"] = ((batch, 1, width), wide, state)
+        inputs["reset"] = ((reset_blocks(call.reset, block_length),), in_smem)
+    outputs: dict[str, tuple[Any, Any, Any]] = {
+        "y": ((batch, length, width), call.out_dtype, timed),
+        "final": ((batch, 1, width), state_dtype, state),
+    }
+    scratch: dict[str, tuple[int, ...]] = {
+        "state": (batch if variant.batch_inside else 1, 1, columns)
+    }
+    if call.states is not None:
+        states, start = call.states
+        tile = 16 if states[0].dtype != state_dtype else 8
+        last = -(-length // tile) - 1
+        tiles = block_length // tile
+        reverse = call.reverse
+        edge = spec(
+            (None, tile, columns),
+            lambda b, t, d: (
+                b,
+                jnp.clip(t * tiles - 1 if reverse else (t + 1) * tiles, 0, last),
+                d,
+            ),
+        )
+        inputs["states"], inputs["edge"] = (states, timed), (states, edge)
+        inputs["start"] = (tuple(p[:, None] for p in start), state)
+        scratch["previous"] = (block_length + 16, columns)
+        if not variant.a_in_time:
+            outputs["da"] = ((batch, 1, width), state_dtype, state)
             scratch["total"] = (1, columns)
-        else:  # summed over the batch here, or after
-            summed = lone and plan.batch_inside
+        else:  # summed over the batch here if the grid allows it, else by `forms.adjoint`
+            summed = shared_by_batch and variant.batch_inside
             shape = (1, length, width) if summed else (batch, length, width)
-            outputs["da"] = (shape, wide if lone else a[0].dtype, of_a if summed else in_time)
-    for name, dtype in (("a", a[0].dtype), ("x", x[0].dtype), ("y", out_dtype)):
-        if jnp.dtype(dtype) != wide and (name != "a" or plan.a_in_time):
-            scratch[f"wide_{name}"] = (plan.group, columns)
-    if "da" in outputs and jnp.dtype(outputs["da"][1]) != wide:
-        scratch["wide_da"] = (plan.group, columns)
+            dtype = state_dtype if shared_by_batch else a[0].dtype
+            outputs["da"] = (shape, dtype, spec_of_a if summed else timed)
+    for name, dtype in (("a", a[0].dtype), ("x", x[0].dtype), ("y", call.out_dtype)):
+        if jnp.dtype(dtype) != state_dtype and (name != "a" or variant.a_in_time):
+            scratch[f"wide_{name}"] = (variant.group_length, columns)
+    if "da" in outputs and jnp.dtype(outputs["da"][1]) != state_dtype:
+        scratch["wide_da"] = (variant.group_length, columns)
 
-    counts = {name: len(arrays) for name, (arrays, _) in values.items()}
+    counts = {name: len(arrays) for name, (arrays, _) in inputs.items()}
     counts |= dict.fromkeys((*outputs, *scratch), parts)
-    flat = [array for arrays, _ in values.values() for array in arrays]
     out = pl.pallas_call(
-        functools.partial(_kernel, plan, counts),
+        functools.partial(_kernel, variant, counts),
         grid=grid,
-        in_specs=[spec for arrays, spec in values.values() for _ in arrays],
+        in_specs=[spec for arrays, spec in inputs.values() for _ in arrays],
         out_specs=[spec for *_, spec in outputs.values() for _ in range(parts)],
         out_shape=[
             array_like(x[0], shape, dtype)
             for shape, dtype, _ in outputs.values()
             for _ in range(parts)
         ],
-        scratch_shapes=[pltpu.VMEM(s, wide) for s in scratch.values() for _ in range(parts)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=_semantics(plan)),
-        interpret=interpret,
-        name="linear_scan_adjoint" if plan.adjoint else "linear_scan",
-    )(*flat)
+        scratch_shapes=[pltpu.VMEM(s, state_dtype) for s in scratch.values() for _ in range(parts)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(
+                "parallel",
+                "arbitrary" if variant.batch_inside else "parallel",
+                "arbitrary",
+            )
+        ),
+        interpret=call.interpret,
+        name="linear_scan_adjoint" if variant.adjoint else "linear_scan",
+    )(*(array for arrays, _ in inputs.values() for array in arrays))
     y, final, da = (tuple(out[i * parts : (i + 1) * parts]) for i in range(3))
-    return y, tuple(p[:, 0] for p in final), da
+    return PassResult(y, tuple(p[:, 0] for p in final), da)
 
 
-scan, adjoint = functools.partial(forms.scan, _run), functools.partial(forms.adjoint, _run)
+scan = functools.partial(forms.scan, run_pass)
+adjoint = functools.partial(forms.adjoint, run_pass)
 
 
-def _grid(plan: Plan, batch: int, parts: int) -> tuple[tuple[int, ...], Callable[..., Any]]:
-    """The grid, and from its indices (sequence, block of time, block of columns)."""
+def _grid(
+    variant: Variant, batch: int, column_blocks: int
+) -> tuple[tuple[int, ...], Callable[..., Any]]:
+    """Return the grid, and a function from grid indices to (sequence, time block, column block)."""
 
-    def block(time: Any) -> Any:
-        return plan.blocks - 1 - time if plan.reverse else time
+    def block_at(time: Any) -> Any:
+        return variant.time_blocks - 1 - time if variant.reverse else time
 
-    if plan.batch_inside:
-        return (parts, plan.blocks, batch), lambda d, t, b: (b, block(t), d)
-    return (batch, parts, plan.blocks), lambda b, d, t: (b, block(t), d)
-
-
-def _semantics(plan: Plan) -> tuple[Any, ...]:
-    if plan.batch_inside:
-        return ("parallel", "arbitrary", "arbitrary")
-    return ("parallel", "parallel", "arbitrary")
+    if variant.batch_inside:
+        grid = column_blocks, variant.time_blocks, batch
+        return grid, lambda d, t, b: (b, block_at(t), d)
+    return (batch, column_blocks, variant.time_blocks), lambda b, d, t: (b, block_at(t), d)
 
 
-def _kernel(plan: Plan, counts: dict[str, int], *refs: Any) -> None:
-    ref = forms.named(counts, refs)
+def _kernel(variant: Variant, counts: dict[str, int], *all_refs: Any) -> None:
+    refs = Refs.from_list(counts, all_refs)
     ids = [pl.program_id(axis) for axis in range(3)]
-    time, place = (ids[1], ids[2]) if plan.batch_inside else (ids[2], 0)
-    block = plan.blocks - 1 - time if plan.reverse else time
-    wide = ref["state"][0].dtype
-    valid = plan.length - block * plan.rows  # rows of this block and those after it
+    time, sequence = (ids[1], ids[2]) if variant.batch_inside else (ids[2], 0)
+    block = variant.time_blocks - 1 - time if variant.reverse else time
+    state_dtype = refs.state[0].dtype
+    valid_rows = variant.length - block * variant.block_length  # of this and later blocks
 
     @pl.when(time == 0)
     def _start() -> None:
-        for state, h0 in zip(ref["state"], ref["h0"], strict=True):
-            state[place] = h0[...]
-        for total in ref.get("total", ()):
+        for state, h0 in zip(refs.state, refs.h0, strict=True):
+            state[sequence] = h0[...]
+        for total in refs.total:
             total[...] = jnp.zeros_like(total)
 
-    if plan.adjoint:
-        _lay_out(plan, ref, block, valid)
-    a_rows = _rows(plan, ref, "a") if plan.a_in_time else None
-    x_rows = _rows(plan, ref, "x")
-    fixed = () if plan.a_in_time else tuple(a[...].astype(wide) for a in ref["a"])
-    ragged = plan.length % plan.group != 0
-    count, _ = groups(block, plan.rows, plan.length, plan.group)
+    if variant.adjoint:
+        _shift_states(variant, refs, block, valid_rows)
+    a_rows = _group_reader(variant, refs.a, refs.wide_a) if variant.a_in_time else None
+    x_rows = _group_reader(variant, refs.x, refs.wide_x)
+    fixed = () if variant.a_in_time else tuple(a[...].astype(state_dtype) for a in refs.a)
+    ragged = variant.length % variant.group_length != 0
+    group_count, _ = groups_in_block(
+        block, variant.block_length, variant.length, variant.group_length
+    )
 
     def group(i: jax.Array, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
-        at = count - 1 - i if plan.reverse else i
-        base = pl.multiple_of(at * plan.group, plan.group)
+        index = group_count - 1 - i if variant.reverse else i
+        base = pl.multiple_of(index * variant.group_length, variant.group_length)
         a_row, x_row = a_rows and a_rows(base), x_rows(base)
 
         def row(r: Any, carry: tuple[Numbers, Numbers]) -> tuple[Numbers, Numbers]:
             h, total = carry
             a, x = a_row(r) if a_row else fixed, x_row(r)
-            cut = ref["reset"][0][0, base + r] != 0 if plan.resets else None
-            inside = base + r < valid if ragged else None
-            y, new = forms.step(plan.post, h, a, x, cut)
-            new = forms.either(inside, new, h)
-            _put(ref, "y", base, r, y)
-            if plan.adjoint:
-                shift = 7 if plan.reverse else 9
-                found = tuple(f[pl.ds(base + r + shift, 1), :] for f in ref["found"])
-                da = forms.unless(cut, forms.multiply(y, found))
-                if plan.a_in_time:
-                    _put(ref, "da", base, r, da, ids[2] == 0 if plan.batch_inside else None)
+            reset = refs.reset[0][0, base + r] != 0 if refs.reset else None
+            valid = base + r < valid_rows if ragged else None
+            y, following = forms.advance(variant.post, h, a, x, reset)
+            following = select(valid, following, h)
+            _write(refs.y, refs.wide_y, base, r, y)
+            if variant.adjoint:
+                shift = 7 if variant.reverse else 9
+                previous = tuple(s[pl.ds(base + r + shift, 1), :] for s in refs.previous)
+                da = zero_where(reset, forms.multiply(y, previous))
+                if variant.a_in_time:
+                    first = ids[2] == 0 if variant.batch_inside else None
+                    _write(refs.da, refs.wide_da, base, r, da, first)
                 else:
-                    total = forms.either(inside, forms.add(total, da), total)
-            return new, total
+                    total = select(valid, forms.add(total, da), total)
+            return following, total
 
-        carry = each(plan.group, row, carry, reverse=plan.reverse, unroll=not plan.interpret)
-        for name in ("y", "da"):
-            for block, narrowed in zip(
-                ref.get(name, ()), ref.get(f"wide_{name}", ()), strict=False
-            ):
-                close(block, narrowed, base, plan.group)
+        carry = fold_rows(
+            variant.group_length, row, carry, reverse=variant.reverse, unroll=not variant.interpret
+        )
+        for blocks, wide in ((refs.y, refs.wide_y), (refs.da, refs.wide_da)):
+            for narrow_block, wide_rows in zip(blocks, wide, strict=False):
+                flush_group(narrow_block, wide_rows, base, variant.group_length)
         return carry
 
-    h = tuple(state[place] for state in ref["state"])
-    total = tuple(total[...] for total in ref.get("total", ()))
-    h, total = lax.fori_loop(0, count, group, (h, total))
+    h = tuple(state[sequence] for state in refs.state)
+    total = tuple(total[...] for total in refs.total)
+    h, total = lax.fori_loop(0, group_count, group, (h, total))
     for i, value in enumerate(h):
-        ref["state"][i][place] = value
-        ref["final"][i][...] = value
+        refs.state[i][sequence] = value
+        refs.final[i][...] = value
     for i, value in enumerate(total):
-        ref["total"][i][...] = value
-        ref["da"][i][...] = value
+        refs.total[i][...] = value
+        refs.da[i][...] = value
 
 
-def _lay_out(plan: Plan, ref: Any, block: Any, valid: Any) -> None:
-    """States in float32, shifted so that each step's row holds the state that it found.
+def _shift_states(variant: Variant, refs: Refs, block: Any, valid_rows: Any) -> None:
+    """Copy the states in float32 to `previous`, where each step can read the state before it.
 
-    State t of the block goes to row 8 + t. What the first step found, in the direction of the
-    form that is differentiated, is the edge: the neighbouring block's last state, or the start.
+    State t of the block goes to row 8 + t. The state before the first step, in the direction of the
+    differentiated form, is the edge: the last state of the neighboring block, or the start.
     """
-    for states, edge, start, found in zip(
-        ref["states"], ref["edge"], ref["start"], ref["found"], strict=True
+    for states, edge, start, previous in zip(
+        refs.states, refs.edge, refs.start, refs.previous, strict=True
     ):
-        found[8 : 8 + plan.rows, :] = states[...].astype(found.dtype)
-        if plan.reverse:  # the form runs forwards: the edge comes before the block
-            before = edge[edge.shape[0] - 1 :, :].astype(found.dtype)
-            found[7:8, :] = jnp.where(block == 0, start[...], before)
+        previous[8 : 8 + variant.block_length, :] = states[...].astype(previous.dtype)
+        if variant.reverse:  # the differentiated form runs forwards: its edge precedes the block
+            before = edge[edge.shape[0] - 1 :, :].astype(previous.dtype)
+            previous[7:8, :] = jnp.where(block == 0, start[...], before)
         else:
-            found[8 + plan.rows : 9 + plan.rows, :] = edge[0:1, :].astype(found.dtype)
+            after = edge[0:1, :].astype(previous.dtype)
+            previous[8 + variant.block_length : 9 + variant.block_length, :] = after
 
-            @pl.when(valid <= plan.rows)
-            def _last(found: Any = found, start: Any = start) -> None:
-                found[pl.ds(8 + valid, 1), :] = start[...]
+            @pl.when(valid_rows <= variant.block_length)
+            def _last(previous: Any = previous, start: Any = start) -> None:
+                previous[pl.ds(8 + valid_rows, 1), :] = start[...]
 
 
-def _rows(plan: Plan, ref: Any, name: str) -> Callable[..., Any]:
-    """From the first row of a group, a function of r: its row r, in the dtype of the state."""
-    widened = ref.get(f"wide_{name}", (None,) * len(ref[name]))
+def _group_reader(variant: Variant, blocks: Any, wide: Any) -> Callable[..., Any]:
+    """Return a function from a group's first row to a reader of its rows, in the state's dtype."""
+    wide = wide or (None,) * len(blocks)
 
-    def of_group(base: Any) -> Callable[[Any], Numbers]:
+    def reader(base: Any) -> Callable[[Any], Numbers]:
         parts = [
-            take(block, wide, base, plan.group)
-            for block, wide in zip(ref[name], widened, strict=True)
+            row_reader(block, wide_rows, base, variant.group_length)
+            for block, wide_rows in zip(blocks, wide, strict=True)
         ]
         return lambda r: tuple(part(r) for part in parts)
 
-    return of_group
+    return reader
 
 
-def _put(ref: Any, name: str, base: Any, r: Any, value: Numbers, first: Any = None) -> None:
-    """Write row r of a group; add it to what is there if that is said not to be the first."""
-    widened = ref.get(f"wide_{name}", (None,) * len(value))
-    for block, wide, part in zip(ref[name], widened, value, strict=True):
+def _write(blocks: Any, wide: Any, base: Any, r: Any, value: Numbers, first: Any = None) -> None:
+    """Write row r of a group, or add to it where `first` is given and false."""
+    wide = wide or (None,) * len(value)
+    for block, wide_rows, part in zip(blocks, wide, value, strict=True):
         if first is not None:
             part = part + jnp.where(first, jnp.zeros_like(part), block[pl.ds(base + r, 1), :])
-        put(block, wide, base, r, part)
+        write_row(block, wide_rows, base, r, part)

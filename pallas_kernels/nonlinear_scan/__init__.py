@@ -1,1 +1,1 @@
-"""Nonlinear recurrences whose channels do not meet, step by step."""
+"""Kernels of nonlinear recurrences with elementwise cells."""

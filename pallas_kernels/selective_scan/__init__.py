@@ -1,14 +1,14 @@
-"""The selective scan of Mamba."""
+"""Kernels of Mamba's selective scan."""
 
-ROWS = 64  # of time in a block: the backward pass holds two states of each of them in VMEM
-GPU_STATES = 16  # N on GPU, at most: the backward pass has those of 8 steps in registers
+BORDER_STEPS = 64  # between stored states: the TPU's backward pass has two states per step in VMEM
+GPU_STATES = 16  # N on GPU, at most: the backward pass has the states of 8 steps in registers
 
 
 def border_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of the states before each block of time, which the forward pass leaves to the backward one.
+    """Return the shape of the residuals: the states before each block of 64 steps.
 
     >>> border_shape((8, 4096, 2048, 16))  # B, T, D, N
     (8, 64, 16, 2048)
     """
     batch, length, width, states = shape
-    return batch, -(-length // ROWS), states, width
+    return batch, -(-length // BORDER_STEPS), states, width

@@ -1,15 +1,11 @@
 """The mathematics of a chunk of C steps of a matrix-state recurrence, for one head at a time.
 
-Arrays are [C, K], [C, V], [C, C] and states [K, V]; nothing here knows of blocks, grids or memory.
+Arrays are [C, K], [C, V], [C, C] and states [K, V]. Blocks, grids and memory are in
+`matrix_kernel`, and the accuracy of products in `numerics`.
 
-Products. With float32 inputs every product has float32 accuracy. With bfloat16 inputs factors are
-rounded to bfloat16 and sums are float32, and where that is not enough (`exact`) a float32 factor
-is split into two bfloat16 numbers whose sum has 16 correct bits: states, the triangular inverse
-and what it is applied to. What arrives in bfloat16 is never split.
-
-Decays. Every product of decays between two steps is made by itself, from a sum of just those
-logarithms or from products of halves: no differences of sums, nothing is divided, nothing exceeds
-one. A decay of zero, and a reset with it, is a logarithm of -1e30.
+The product of the decays between two steps is computed from a sum of only those logarithms,
+or from products of halves. Sums are never subtracted, decays never divided, and no product exceeds
+one. A decay of zero, or a reset, is a logarithm of -1e30.
 """
 
 from typing import Any, NamedTuple
@@ -18,22 +14,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.tpu.numerics import (
+    GROUP,
+    NT,
+    TN,
+    Numerics,
+    block_index,
+    column_indices,
+    powers_below,
+    row_indices,
+)
+
 LOG_ZERO = -1e30  # exp of it is zero, and sums of a chunk of them are finite
-GROUP = 8  # the sublanes of a register: what is shuffled inside a group stays inside registers
-
 CHUNK = 128  # steps in a chunk: the side of a matrix unit
-
-NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # a b, a b^T, a^T b
 
 
 def chunk_steps(
     q: jax.Array, k: jax.Array, v: jax.Array, beta: Any, log_decay: Any, *, wanted: int | None
 ) -> int:
-    """Steps in a chunk: a power of two, and whole tiles of the narrowest of the arrays.
+    """Return the steps in a chunk: a power of two, and whole tiles of the narrowest array.
 
-    128 unless `wanted`: the inverse grows, but products fill the matrix units and states are read
-    and written half as often as with 64. Where more is kept for every step, wide keys or values or
-    float32 decays per channel, 128 would not fit the memory of a v5p.
+    The default is 128. The inverse is larger than with 64, but products fill the matrix units, and
+    states are read and written half as often. Wide keys or values and float32 decays per channel
+    use more memory per step, and 128 steps would not fit the VMEM of a v5p.
     """
     arrays = [x for x in (q, k, v, beta, log_decay) if x is not None]
     usual = CHUNK
@@ -45,120 +48,76 @@ def chunk_steps(
     return 1 << (max(least, min(wanted or usual, q.shape[1])) - 1).bit_length()
 
 
-class Numerics(NamedTuple):
-    """How products are made: of bfloat16 numbers if `narrow`; `dtype` is that of sums."""
-
-    dtype: Any
-    narrow: bool
-
-    def dot(self, a: jax.Array, b: jax.Array, kind: Any = NN, exact: bool = False) -> jax.Array:
-        """A product of two matrices; `exact` if more than bfloat16 factors are needed."""
-        dims = (kind, ((), ()))
-        if not self.narrow:
-            a, b = a.astype(self.dtype), b.astype(self.dtype)
-            return lax.dot_general(
-                a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=self.dtype
-            )
-        lefts, rights = _split(a, exact), _split(b, exact)
-        total = None
-        for i, left in reversed(list(enumerate(lefts))):  # the smallest first
-            for j, right in reversed(list(enumerate(rights))):
-                if i + j < max(len(lefts), len(rights)):
-                    term = lax.dot_general(left, right, dims, preferred_element_type=self.dtype)
-                    total = term if total is None else total + term
-        assert total is not None
-        return total
-
-    def ones(self, mask: jax.Array) -> jax.Array:
-        """A mask as a factor of a product: exact in any dtype."""
-        return jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16 if self.narrow else self.dtype)
-
-
-def _split(x: jax.Array, exact: bool) -> list[jax.Array]:
-    if x.dtype == jnp.bfloat16:
-        return [x]
-    if not exact:
-        return [x.astype(jnp.bfloat16)]
-    # By its bits: a compiler may drop a cast to bfloat16 and back.
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    high = lax.bitcast_convert_type(
-        (bits + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000), jnp.float32
-    )
-    return [high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)]
-
-
-def rows(size: int, columns: int | None = None) -> jax.Array:
-    """The row of every element of a [size, columns or size] matrix."""
-    return lax.broadcasted_iota(jnp.int32, (size, columns or size), 0)
-
-
-def cols(size: int, columns: int | None = None) -> jax.Array:
-    """The column of every element of a [size, columns or size] matrix."""
-    return lax.broadcasted_iota(jnp.int32, (size, columns or size), 1)
-
-
-def block_of(index: jax.Array, width: int) -> jax.Array:
-    """In which block of so many, a power of two. A shift: `//` would ask for the chip's name."""
-    return lax.shift_right_logical(index, jnp.int32(width.bit_length() - 1))
-
-
 def transposed(g: jax.Array, num: Numerics) -> jax.Array:
-    """[C, H] -> [H, C], by a product with the identity."""
+    """Transpose [C, H] to [H, C], by a product with the identity."""
     size = g.shape[0]
-    return num.dot(g, num.ones(rows(size) == cols(size)), TN, exact=True)
+    return num.dot(g, num.ones(row_indices(size) == column_indices(size)), TN, exact=True)
 
 
-class Scalars(NamedTuple):
-    """Decays per head, for all heads of a block: what is a handful of products for all of them."""
+class HeadDecays(NamedTuple):
+    """Decays per head, for all heads of a block, which share a few products.
 
-    row: jax.Array  # g^T [H, C]
-    upto: jax.Array  # exp(g_1 + ... + g_t) [C, H]
-    after: jax.Array  # exp(g_{t+1} + ... + g_C) [C, H]
+    Attributes:
+      row: g^T [H, C].
+      upto: exp(g_1 + ... + g_t) [C, H].
+      after: exp(g_{t+1} + ... + g_C) [C, H].
+    """
+
+    row: jax.Array
+    upto: jax.Array
+    after: jax.Array
 
 
-def scalars(g: jax.Array, num: Numerics) -> Scalars:
-    """From clean logarithms [C, H]."""
+def head_decays(g: jax.Array, num: Numerics) -> HeadDecays:
+    """Compute the decays per head from finite logarithms [C, H]."""
     size = g.shape[0]
-    t, i = rows(size), cols(size)
+    t, i = row_indices(size), column_indices(size)
     upto = num.dot(num.ones(i <= t), g, exact=True)
     after = num.dot(num.ones(i > t), g, exact=True)
-    return Scalars(transposed(g, num), jnp.exp(upto), jnp.exp(after))
+    return HeadDecays(transposed(g, num), jnp.exp(upto), jnp.exp(after))
 
 
-class PairsBack(NamedTuple):
-    """The cotangents of the lefts, of the right and of g, from the cotangents of `pairs`."""
+class PairCotangents(NamedTuple):
+    """Cotangents of the left factors, the right factor and g, from the cotangents of `pairs`."""
 
     lefts: list[jax.Array]
     right: jax.Array
     decays: jax.Array
 
 
-class SpansBack(NamedTuple):
-    """The cotangents of sums of g [C, 1 or K], by the steps in the sums."""
+class DecaySumCotangents(NamedTuple):
+    """Cotangents of sums of g [C, 1 or K].
 
-    through: jax.Array  # of g itself
-    reads: jax.Array  # of g_1 + ... + g_t
-    writes: jax.Array  # of g_{t+1} + ... + g_C
-
-
-class Shared:
-    """One decay for all channels, or none: it comes out of every product.
-
-    `pairs` makes P[t, j] = left_t^T D_{t,j} right_j for j <= t, D_{t,j} the decays of the steps
-    after j and up to t; `read` makes D_{t,0} x_t S and `write` sum_t D_{C,t} x_t y_t^T.
+    Attributes:
+      single: of g_t.
+      reads: of g_1 + ... + g_t.
+      writes: of g_{t+1} + ... + g_C.
     """
 
-    def __init__(self, num: Numerics, size: int, values: Scalars | None, head: int) -> None:
-        """Of one head among `values`, or no decay if there are none."""
+    single: jax.Array
+    reads: jax.Array
+    writes: jax.Array
+
+
+class SharedDecay:
+    """A decay that is equal for all channels, or no decay: a factor outside of every product.
+
+    `pairs` computes P[t, j] = left_t^T D_{t,j} right_j for j <= t, where D_{t,j} are the decays of
+    the steps after j and up to t. `read` computes D_{t,0} x_t S, and `write` the sum over t of
+    D_{C,t} x_t y_t^T.
+    """
+
+    def __init__(self, num: Numerics, size: int, values: HeadDecays | None, head: int) -> None:
+        """Select the decays of one head; no decay if `values` is None."""
         self.num = num
-        self.lower = rows(size) >= cols(size)
+        self.lower = row_indices(size) >= column_indices(size)
         self.factor: Any = None
         self.upto: Any = None
         self.after: Any = None
         if values is None:
             return
         head = head if values.upto.shape[1] > 1 else 0
-        t, i = rows(size), cols(size)
+        t, i = row_indices(size), column_indices(size)
         g = values.row[head : head + 1]
         sums = num.dot(jnp.where(i <= t, g, 0.0), num.ones(t > i), exact=True)
         self.factor = jnp.where(self.lower, jnp.exp(sums), 0.0)
@@ -168,10 +127,10 @@ class Shared:
         return jnp.where(self.lower, p, 0.0) if self.factor is None else p * self.factor
 
     def pairs(self, lefts: list[jax.Array], right: jax.Array) -> list[jax.Array]:
-        """P of every left [C, C]."""
+        """Compute P [C, C] for every left factor."""
         size = right.shape[0]
-        made = self.num.dot(jnp.concatenate(lefts, axis=0), right, NT)
-        return [self._masked(made[n * size : (n + 1) * size]) for n in range(len(lefts))]
+        stacked = self.num.dot(jnp.concatenate(lefts, axis=0), right, NT)
+        return [self._masked(stacked[n * size : (n + 1) * size]) for n in range(len(lefts))]
 
     def pairs_back(
         self,
@@ -180,111 +139,108 @@ class Shared:
         right: jax.Array,
         pairs: list[jax.Array],
         exact: bool = False,
-    ) -> PairsBack:
-        """Pull the cotangents of P, which is `pairs`, back to its factors and decays."""
-        made = jnp.concatenate([self._masked(ct) for ct in cts], axis=0)
+    ) -> PairCotangents:
+        """Compute the cotangents of the factors and of g from those of P, which is `pairs`."""
+        stacked = jnp.concatenate([self._masked(ct) for ct in cts], axis=0)
         size = right.shape[0]
-        d_lefts = self.num.dot(made, right, exact=exact)
-        d_right = self.num.dot(made, jnp.concatenate(lefts, axis=0), TN, exact)
+        d_lefts = self.num.dot(stacked, right, exact=exact)
+        d_right = self.num.dot(stacked, jnp.concatenate(lefts, axis=0), TN, exact)
         by_left = [d_lefts[n * size : (n + 1) * size] for n in range(len(lefts))]
         # The decay of step i is in the pairs with j < i <= t: sum over t, then over j.
-        i, j = rows(size), cols(size)
+        i, j = row_indices(size), column_indices(size)
         change = sum((ct * p for ct, p in zip(cts[1:], pairs[1:], strict=True)), cts[0] * pairs[0])
         change = self.num.dot(self.num.ones(j >= i), jnp.where(i > j, change, 0.0), exact=True)
         spans = jnp.sum(jnp.where(i > j, change, 0.0), axis=1, keepdims=True)
-        return PairsBack(by_left, d_right, spans)
+        return PairCotangents(by_left, d_right, spans)
 
     def _left(self, d: Any, x: jax.Array, state: jax.Array, exact: bool) -> jax.Array:
-        made = self.num.dot(x, state, exact=exact)
-        return made if d is None else d * made
+        product = self.num.dot(x, state, exact=exact)
+        return product if d is None else d * product
 
     def read(self, x: jax.Array, state: jax.Array, exact: bool = False) -> jax.Array:
-        """[C, V], from x [C, K]."""
+        """Compute D_{t,0} x_t S [C, V], from x [C, K]."""
         return self._left(self.upto, x, state, exact)
 
     def write(self, x: jax.Array, y: jax.Array, exact: bool = False) -> jax.Array:
-        """[K, V], from x [C, K] and y [C, V]."""
+        """Compute the sum over t of D_{C,t} x_t y_t^T [K, V], from x [C, K] and y [C, V]."""
         if self.after is not None:
             y = self.after * y.astype(self.after.dtype)
         return self.num.dot(x, y, TN, exact)
 
     def read_back(self, ct: jax.Array, state: jax.Array, exact: bool = False) -> jax.Array:
-        """The cotangent of x in `read`."""
-        made = self.num.dot(ct, state, NT, exact)
-        return made if self.upto is None else self.upto * made
+        """Compute the cotangent of x in `read`."""
+        product = self.num.dot(ct, state, NT, exact)
+        return product if self.upto is None else self.upto * product
 
     def read_back_state(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
-        """The cotangent of the state in `read`."""
+        """Compute the cotangent of the state in `read`."""
         return self.num.dot(x, ct if self.upto is None else self.upto * ct, TN, exact)
 
     def write_back(self, y: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
-        """The cotangent of x in `write`."""
-        made = self.num.dot(y, ct, NT, exact)
-        return made if self.after is None else self.after * made
+        """Compute the cotangent of x in `write`."""
+        product = self.num.dot(y, ct, NT, exact)
+        return product if self.after is None else self.after * product
 
     def write_back_values(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
-        """The cotangent of y in `write`."""
+        """Compute the cotangent of y in `write`."""
         return self._left(self.after, x, ct, exact)
 
     def carry(self, state: jax.Array) -> jax.Array:
-        """The state after all decays of the chunk."""
+        """Apply all decays of the chunk to a state."""
         return state if self.upto is None else self.upto[-1:] * state
 
-    def spans_back(
+    def decay_sums_back(
         self, pairs: jax.Array, reads: jax.Array, writes: jax.Array, last: jax.Array
-    ) -> SpansBack:
-        """Collect what changes with the decays, for `decay_gradient`.
+    ) -> DecaySumCotangents:
+        """Compute the cotangents of sums of g, for `decay_gradient`.
 
         Args:
-          pairs: the cotangents of g from `pairs_back`, [C, 1].
+          pairs: cotangents of g from `pairs_back`, [C, 1].
           reads: x times its cotangent in `read`, [C, K].
           writes: x times its cotangent in `write`, [C, K].
           last: the decayed state times its cotangent, [K, V].
         """
         reads, writes = (jnp.sum(x, axis=1, keepdims=True) for x in (reads, writes))
-        return SpansBack(pairs + jnp.sum(last), reads, writes)
+        return DecaySumCotangents(pairs + jnp.sum(last), reads, writes)
 
 
 def _broadcast_row(x: jax.Array, width: int, at: int) -> jax.Array:
-    """In blocks of `width` rows of x [C, K], row `at` of each, in all of its rows."""
+    """Copy row `at` of each block of `width` rows of x [C, K] to all rows of the block."""
     size, channels = x.shape
     unit = max(GROUP, width)
     blocks = x.reshape(size // unit, unit, channels)
-    made = None
-    place = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
+    result = None
+    row_in_unit = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
     for start in range(0, unit, width):
         row = jnp.broadcast_to(blocks[:, start + at : start + at + 1], blocks.shape)
-        made = row if made is None else jnp.where(place >= start, row, made)
-    assert made is not None
-    return made.reshape(size, channels)
+        result = row if result is None else jnp.where(row_in_unit >= start, row, result)
+    assert result is not None
+    return result.reshape(size, channels)
 
 
-def widths(size: int) -> list[int]:
-    """Return 1, 2, 4, ..., the powers of two below `size`."""
-    return [1 << n for n in range(size.bit_length() - 1)]
+class ChannelDecays(SharedDecay):
+    """Decays per channel, from finite logarithms g [C, K].
 
-
-class Channels(Shared):
-    """Decays per channel, from clean logarithms g [C, K].
-
-    They factorise at any step between j and t. For every t and j < t there is one width at which
-    j is in the first and t in the second half of the same block: the middle is such a step.
+    The decays from j to t factorize at any step between. For every t and j < t there is one block
+    width at which j is in the first and t in the second half of the same block. The decays then
+    factorize at the middle of the block.
     """
 
     def __init__(self, num: Numerics, g: jax.Array, values: int) -> None:
-        """Of one head, with states [K, values]."""
+        """Compute the decays of one head, with states [K, values]."""
         self.num = num
         size = g.shape[0]
-        t, j = rows(size), cols(size)
+        t, j = row_indices(size), column_indices(size)
         self.lower = t >= j
-        self.met = [
-            (block_of(t, 2 * w) == block_of(j, 2 * w)) & (block_of(t, w) > block_of(j, w))
-            for w in widths(size)
+        self.pair_masks = [
+            (block_index(t, 2 * w) == block_index(j, 2 * w))
+            & (block_index(t, w) > block_index(j, w))
+            for w in powers_below(size)
         ]
         upto, after = jnp.exp(g), jnp.ones_like(g)
         self.levels = []
-        step = rows(*g.shape)
-        for width in widths(size):
+        step = row_indices(*g.shape)
+        for width in powers_below(size):
             self.levels.append((upto, after))
             second = (step & width) > 0
             first_end = _broadcast_row(upto, 2 * width, width - 1)
@@ -292,21 +248,25 @@ class Channels(Shared):
             after = jnp.where(second, after, after * second_end)
             upto = jnp.where(second, first_end * upto, upto)
         self.upto, self.after = upto, after
-        ones = num.ones(rows(size, values) >= 0)
+        ones = num.ones(row_indices(size, values) >= 0)
         self.total = jnp.exp(num.dot(g, ones, TN, exact=True))
 
     def pairs(self, lefts: list[jax.Array], right: jax.Array) -> list[jax.Array]:
-        """P of every left [C, C]."""
+        """Compute P [C, C] for every left factor."""
         size, count = right.shape[0], len(lefts)
         both = jnp.concatenate(lefts, axis=0)
-        diagonal = rows(size) == cols(size)
-        own = self.num.dot(both, right, NT)
-        made = [jnp.where(diagonal, own[n * size : (n + 1) * size], 0.0) for n in range(count)]
-        for met, (upto, after) in zip(self.met, self.levels, strict=True):
+        diagonal = row_indices(size) == column_indices(size)
+        products = self.num.dot(both, right, NT)
+        result = [
+            jnp.where(diagonal, products[n * size : (n + 1) * size], 0.0) for n in range(count)
+        ]
+        for mask, (upto, after) in zip(self.pair_masks, self.levels, strict=True):
             left = jnp.concatenate([x.astype(upto.dtype) * upto for x in lefts], axis=0)
             pair = self.num.dot(left, right.astype(after.dtype) * after, NT, exact=True)
-            made = [jnp.where(met, pair[n * size : (n + 1) * size], p) for n, p in enumerate(made)]
-        return made
+            result = [
+                jnp.where(mask, pair[n * size : (n + 1) * size], p) for n, p in enumerate(result)
+            ]
+        return result
 
     def pairs_back(
         self,
@@ -315,68 +275,72 @@ class Channels(Shared):
         right: jax.Array,
         pairs: list[jax.Array],
         exact: bool = False,
-    ) -> PairsBack:
-        """Pull the cotangents of P back to its factors and decays; see `Shared`."""
+    ) -> PairCotangents:
+        """Compute the cotangents of the factors and of g from those of P; see `SharedDecay`."""
         del pairs
         size = right.shape[0]
         lefts, right = [x.astype(self.num.dtype) for x in lefts], right.astype(self.num.dtype)
-        diagonal = rows(size) == cols(size)
+        diagonal = row_indices(size) == column_indices(size)
         ends = [jnp.sum(jnp.where(diagonal, ct, 0.0), axis=1, keepdims=True) for ct in cts]
         d_lefts = [end * right for end in ends]
         d_right = sum(end * x for end, x in zip(ends[1:], lefts[1:], strict=True))
         d_right = d_right + ends[0] * lefts[0]
         spans = jnp.zeros_like(right)
-        i, t = rows(size), cols(size)
-        for width, met, (upto, after) in zip(widths(size), self.met, self.levels, strict=True):
-            made = jnp.concatenate([jnp.where(met, ct, 0.0) for ct in cts], axis=0)
-            back = self.num.dot(made, right * after, exact=exact)
+        i, t = row_indices(size), column_indices(size)
+        for width, mask, (upto, after) in zip(
+            powers_below(size), self.pair_masks, self.levels, strict=True
+        ):
+            stacked = jnp.concatenate([jnp.where(mask, ct, 0.0) for ct in cts], axis=0)
+            back = self.num.dot(stacked, right * after, exact=exact)
             by_left = [upto * back[n * size : (n + 1) * size] for n in range(len(lefts))]
             left = jnp.concatenate([x * upto for x in lefts], axis=0)
-            by_right = after * self.num.dot(made, left, TN, exact)
-            # Of a pair that meets in the middle of a block, the decays from the middle to t enter
-            # by the left, the decays after j by the right. Every other step stays out of the sum.
+            by_right = after * self.num.dot(stacked, left, TN, exact)
+            # For a pair that factorizes at the middle of a block, the left factor has the decays
+            # from the middle to t, and the right factor those after j. Other steps do not enter.
             change = right * by_right
             change = sum((x * d for x, d in zip(lefts, by_left, strict=True)), change)
             second = (t & width) > 0
             within = (second & (i <= t)) | (~second & (i > t))
-            within = within & (block_of(i, width) == block_of(t, width))
+            within = within & (block_index(i, width) == block_index(t, width))
             spans = spans + self.num.dot(self.num.ones(within), change, exact=True)
             d_lefts = [d + own for d, own in zip(d_lefts, by_left, strict=True)]
             d_right = d_right + by_right
-        return PairsBack(d_lefts, d_right, spans)
+        return PairCotangents(d_lefts, d_right, spans)
 
     def _left(self, d: Any, x: jax.Array, state: jax.Array, exact: bool) -> jax.Array:
         return self.num.dot(x.astype(d.dtype) * d, state, exact=exact)
 
     def write(self, x: jax.Array, y: jax.Array, exact: bool = False) -> jax.Array:
-        """[K, V], from x [C, K] and y [C, V]."""
+        """Compute the sum over t of D_{C,t} x_t y_t^T [K, V], from x [C, K] and y [C, V]."""
         return self.num.dot(x.astype(self.num.dtype) * self.after, y, TN, exact)
 
     def read_back_state(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
-        """The cotangent of the state in `read`."""
+        """Compute the cotangent of the state in `read`."""
         return self.num.dot(x.astype(self.num.dtype) * self.upto, ct, TN, exact)
 
     def carry(self, state: jax.Array) -> jax.Array:
-        """The state after all decays of the chunk."""
+        """Apply all decays of the chunk to a state."""
         return self.total * state
 
-    def spans_back(
+    def decay_sums_back(
         self, pairs: jax.Array, reads: jax.Array, writes: jax.Array, last: jax.Array
-    ) -> SpansBack:
-        """Collect what changes with the decays, [C, K] each; see `Shared`."""
-        ones = self.num.ones(rows(GROUP, last.shape[1]) >= 0)
-        return SpansBack(pairs + self.num.dot(ones, last, NT, exact=True)[:1], reads, writes)
+    ) -> DecaySumCotangents:
+        """Compute the cotangents of sums of g, [C, K] each; see `SharedDecay`."""
+        ones = self.num.ones(row_indices(GROUP, last.shape[1]) >= 0)
+        return DecaySumCotangents(
+            pairs + self.num.dot(ones, last, NT, exact=True)[:1], reads, writes
+        )
 
 
-def decay_gradient(back: SpansBack, num: Numerics) -> jax.Array:
-    """Return the cotangents of g: of every sum of g, those of the steps that are in it.
+def decay_gradient(back: DecaySumCotangents, num: Numerics) -> jax.Array:
+    """Compute the cotangents of g from the cotangents of sums of g.
 
-    Step i is in what step t reads of the entering state if i <= t, and in what step j writes to the
-    leaving one if j < i. No term enters with both signs: the gradient of a strong decay is
-    far smaller than what would have to cancel.
+    The decay of step i multiplies the value that step t reads if i <= t, and the value that step j
+    writes if j < i. No term enters with both signs. The gradient of a strong decay is far smaller
+    than such terms, so that their rounding errors would replace it.
     """
     size = back.reads.shape[0]
-    i, step = rows(size, 2 * size), cols(size, 2 * size)
+    i, step = row_indices(size, 2 * size), column_indices(size, 2 * size)
     band = (i <= step) & (step < i + size)
     both = jnp.concatenate([back.reads, back.writes], axis=0)
-    return back.through + num.dot(num.ones(band), both, exact=True)
+    return back.single + num.dot(num.ones(band), both, exact=True)

@@ -1,8 +1,8 @@
-"""Heads in and out of a block [1, C, H, F]: each a matrix [C, F] of its own.
+"""Conversion between a block [1, C, H, F] of all heads and one matrix [C, F] per head.
 
-H is the second axis of a tile, so a head is one sublane in each. Whole tiles of 32-bit numbers are
-read with a stride, which is as fast as reading them in order; two bfloat16 heads share a 32-bit
-sublane and are taken apart by shifts. Other shapes are transposed by the compiler, more slowly.
+H is the second axis of a tile, so a head is one sublane of each tile. Whole tiles of 32-bit numbers
+are read with a stride, which is as fast as reading them in order. Two bfloat16 heads share a 32-bit
+sublane, and shifts separate them. The compiler transposes other shapes, which is slower.
 """
 
 from collections.abc import Generator
@@ -27,46 +27,46 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def split_heads(ref: Any, out: Any, dtype: Any, low: float | None = None) -> jax.Array:
-    """Copy a block [1, C, H, F] to [H, C, F], what is below `low` raised to it.
+    """Copy a block [1, C, H, F] to [H, C, F], with values below `low` raised to it.
 
     Returns:
-      a scalar that is zero if all is finite, and NaN if not.
+      A scalar that is zero if all values are finite, and NaN if not.
     """
     _, size, heads, features = ref.shape
 
-    def put(head: int, x: jax.Array) -> jax.Array:
+    def copy(head: int, x: jax.Array) -> jax.Array:
         x = x.astype(dtype)
         x = x if low is None else jnp.where(x < low, low, x)
         out[head] = x.astype(out.dtype)
         return x * 0
 
-    odd: Any = jnp.zeros((size, features), dtype)
+    nonfinite: Any = jnp.zeros((size, features), dtype)
     if _strided(ref) and ref.dtype == jnp.float32:
         flat = ref.at[0].reshape(size * heads, features)
         for h in range(heads):
-            odd = odd + put(h, flat[pl.ds(h, size, heads), :])
+            nonfinite = nonfinite + copy(h, flat[pl.ds(h, size, heads), :])
     elif _strided(ref) and ref.dtype == jnp.bfloat16:
         flat = ref.at[0].bitcast(jnp.uint32).reshape(size * heads // 2, features)
         for h in range(0, heads, 2):
             pair = flat[pl.ds(h // 2, size, heads // 2), :]
-            even, other = pair << jnp.uint32(16), pair & jnp.uint32(0xFFFF0000)
-            odd = odd + put(h, lax.bitcast_convert_type(even, jnp.float32))
-            odd = odd + put(h + 1, lax.bitcast_convert_type(other, jnp.float32))
+            even_head, odd_head = pair << jnp.uint32(16), pair & jnp.uint32(0xFFFF0000)
+            nonfinite = nonfinite + copy(h, lax.bitcast_convert_type(even_head, jnp.float32))
+            nonfinite = nonfinite + copy(h + 1, lax.bitcast_convert_type(odd_head, jnp.float32))
     else:
         x = jnp.swapaxes(ref[0].astype(dtype), 0, 1)
         for h in range(heads):
-            odd = odd + put(h, x[h])
-    return jnp.sum(odd)
+            nonfinite = nonfinite + copy(h, x[h])
+    return jnp.sum(nonfinite)
 
 
 def flat_scratch(chunk: int, heads: int, widths: list[int]) -> tuple[int, int] | None:
-    """The shape of what `join_heads` needs to write whole tiles, uint32; None if there are none."""
-    whole = heads % SUBLANES == 0 and LANES in widths
-    return (chunk * heads, LANES) if whole else None
+    """Return the shape of the uint32 scratch of `join_heads`; None if no array has whole tiles."""
+    whole_tiles = heads % SUBLANES == 0 and LANES in widths
+    return (chunk * heads, LANES) if whole_tiles else None
 
 
 def join_heads(ref: Any, out: Any, flat: Any) -> None:
-    """The inverse of `split_heads`; `flat` as `flat_scratch` says, or None."""
+    """Invert `split_heads`; `flat` is scratch of the shape from `flat_scratch`, or None."""
     _, size, heads, features = out.shape
     if _strided(out) and out.dtype == jnp.float32:
         for h in range(heads):
@@ -75,8 +75,8 @@ def join_heads(ref: Any, out: Any, flat: Any) -> None:
         out[0] = words.reshape(size, heads, features)
     elif _strided(out) and out.dtype == jnp.bfloat16:
         for h in range(0, heads, 2):
-            even, other = (_bits(ref[n].astype(jnp.bfloat16)) for n in (h, h + 1))
-            flat[pl.ds(h // 2, size, heads // 2), :] = (even >> jnp.uint32(16)) | other
+            even_head, odd_head = (_bits(ref[n].astype(jnp.bfloat16)) for n in (h, h + 1))
+            flat[pl.ds(h // 2, size, heads // 2), :] = (even_head >> jnp.uint32(16)) | odd_head
         words = pltpu.bitcast(flat[: size * heads // 2], jnp.bfloat16)
         out[0] = words.reshape(size, heads, features)
     else:
@@ -84,11 +84,11 @@ def join_heads(ref: Any, out: Any, flat: Any) -> None:
         out[0] = jnp.swapaxes(ref[...].astype(wide), 0, 1).astype(out.dtype)
 
 
-def in_step(heads: list[Generator[None, None, Any]]) -> list[Any]:
-    """What generators return, one for each head, all of them going from `yield` to `yield` at once.
+def interleave(heads: list[Generator[None, None, Any]]) -> list[Any]:
+    """Run the generators of all heads in turns, from one `yield` to the next, to their results.
 
-    A product takes long to come and little to start. In the order in which a program is written
-    the heads take turns, so that none waits for its own last product.
+    A product has a long latency and a short issue time. The compiler keeps the order of the
+    program. With the heads interleaved, no product directly follows the one that it depends on.
     """
     results: list[Any] = [None] * len(heads)
     running = dict(enumerate(heads))

@@ -1,67 +1,78 @@
-"""Inverses of unit lower triangular matrices, of all heads of a block side by side."""
+"""Inverses of unit lower triangular matrices, for all heads of a block at once."""
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.chunk_math import GROUP, Numerics, block_of, cols, rows, widths
+from pallas_kernels.tpu.numerics import (
+    GROUP,
+    Numerics,
+    block_index,
+    column_indices,
+    powers_below,
+    row_indices,
+)
 
 
 def inverses(matrices: list[jax.Array], num: Numerics) -> list[jax.Array]:
-    """(I + N)^-1 for strictly lower triangular N [C, C], of all heads side by side.
+    """Compute (I + N)^-1 for the strictly lower triangular N [C, C] of each head.
 
-    Blocks of 8 steps by forward substitution, those of all heads and blocks in one sweep: row i of
-    block b of a head stands in row i, columns 8 b to 8 b + 7 of a [8, C] array. Larger ones from
-    their halves: inv [[A, 0], [N, B]] = [[A', 0], [-B' N A', B']]. No intermediate exceeds the
-    result and its factors, as powers of N would.
+    Blocks of 8 steps use forward substitution, in one sweep over all heads and blocks. For this,
+    row i of block b of a head is in row i, columns 8 b to 8 b + 7 of a [8, C] array. Larger blocks
+    use their halves: inv [[A, 0], [N, B]] = [[A', 0], [-B' N A', B']]. No intermediate exceeds the
+    result and its factors. A series in powers of N would.
     """
     size, count = matrices[0].shape[0], len(matrices)
-    own = block_of(cols(GROUP, size), GROUP)
+    block_of_column = block_index(column_indices(GROUP, size), GROUP)
     packed = []
     for n in matrices:
-        block = jnp.where(own == 0, n[:GROUP], 0.0)
+        block = jnp.where(block_of_column == 0, n[:GROUP], 0.0)
         for b in range(1, size // GROUP):
-            block = jnp.where(own == b, n[b * GROUP : (b + 1) * GROUP], block)
+            block = jnp.where(block_of_column == b, n[b * GROUP : (b + 1) * GROUP], block)
         packed.append(block)
     blocks = jnp.concatenate(packed, axis=0)  # [heads * 8, C]
-    i, j = rows(size), cols(size)
-    every = count * GROUP, size
-    place = (rows(*every) & (GROUP - 1)) == (cols(*every) & (GROUP - 1))
-    x = jnp.where(place, 1.0, 0.0)
+    i, j = row_indices(size), column_indices(size)
+    shape = count * GROUP, size
+    diagonal = (row_indices(*shape) & (GROUP - 1)) == (column_indices(*shape) & (GROUP - 1))
+    x = jnp.where(diagonal, 1.0, 0.0)
     x = x.astype(num.dtype).reshape(count, GROUP, size)
-    for step in range(GROUP - 1):
-        # Column `step` of every block, in all of its columns.
-        spread = num.ones((block_of(i, GROUP) == block_of(j, GROUP)) & ((i & (GROUP - 1)) == step))
+    for index in range(GROUP - 1):
+        # Copy column `index` of every block to all columns of the block.
+        spread = num.ones(
+            (block_index(i, GROUP) == block_index(j, GROUP)) & ((i & (GROUP - 1)) == index)
+        )
         column = num.dot(blocks, spread, exact=True).reshape(count, GROUP, size)
-        x = x - column * x[:, step : step + 1]
-    made = [
-        jnp.concatenate([jnp.where(own == b, y, 0.0) for b in range(size // GROUP)], axis=0)
+        x = x - column * x[:, index : index + 1]
+    result = [
+        jnp.concatenate(
+            [jnp.where(block_of_column == b, y, 0.0) for b in range(size // GROUP)], axis=0
+        )
         for y in x
     ]
-    for width in widths(size)[3:]:  # of all heads at each, so that they wait for nothing
-        # What pairs of blocks exchange, the second rows of all pairs in one [width, C]: a pair has
-        # columns of its own.
-        pair = block_of(cols(width, size), 2 * width)
-        left = (cols(width, size) & width) == 0
+    for width in powers_below(size)[3:]:  # all heads at each width, to hide the latency of products
+        # The corners N of all pairs of blocks fit one [width, C], because no two pairs share a
+        # column.
+        pair = block_index(column_indices(width, size), 2 * width)
+        left = (column_indices(width, size) & width) == 0
         starts = range(width, size, 2 * width)
         inner = []
-        for n, y in zip(matrices, made, strict=True):
+        for n, y in zip(matrices, result, strict=True):
             links = [
                 jnp.where((pair == b) & left, n[at : at + width], 0.0)
                 for b, at in enumerate(starts)
             ]
             inner.append(num.dot(sum(links[1:], start=links[0]), y, exact=True))
         corner = []
-        for z, y in zip(inner, made, strict=True):
+        for z, y in zip(inner, result, strict=True):
             second = [y[at : at + width] for at in starts]
             corner.append(
                 num.dot(sum(second[1:], start=second[0]), _second_rows(z, pair), exact=True)
             )
-        made = [y - _second_rows(z, pair) for y, z in zip(made, corner, strict=True)]
-    return made
+        result = [y - _second_rows(z, pair) for y, z in zip(result, corner, strict=True)]
+    return result
 
 
 def _second_rows(x: jax.Array, pair: jax.Array) -> jax.Array:
-    """[width, C] -> [C, C]: the columns of every pair in its second rows, zero elsewhere."""
+    """Expand [width, C] to [C, C]: the columns of every pair in its second rows, else zero."""
     width, size = x.shape
     parts = []
     for b in range(size // (2 * width)):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import seqjax
-from pallas_kernels.linear_scan import gpu, pieces
+from pallas_kernels.linear_scan import gpu, time_segments
 from tests.contract.harness import assert_close
 from tests.kernels.gpu import KERNEL, TOLERANCE, interpreted, narrowed, parts, whole
 from tests.oracles import op_oracles
@@ -113,9 +113,9 @@ def test_other_shapes_without_reset(shape):
     [("BTD", True, False), ("TD", False, True), ("D", False, False)],
     ids=["complex", "shared over batch, reverse", "constant"],
 )
-def test_time_in_pieces(axes, complex_, reverse, monkeypatch):
+def test_time_in_segments(axes, complex_, reverse, monkeypatch):
     """Of two steps, with a NaN before a reset: it does not go from piece to piece either."""
-    monkeypatch.setattr(gpu, "pieces", lambda *shape: 3)
+    monkeypatch.setattr(gpu, "time_segments", lambda *shape: 3)
     decay, x, h0, reset, dy, d_final = arrays((2, 6, 8), axes, complex_)
     h0[0], reset[0, 5 if reverse else 0] = np.nan, True
     given = [parts(z, "float32") for z in (decay, x, h0, dy, d_final)]
@@ -130,10 +130,10 @@ def test_time_in_pieces(axes, complex_, reverse, monkeypatch):
 
 
 def test_time_is_split_where_the_chip_is_not_full():
-    assert pieces(8, 4096, 2560) == 1  # 160 thread blocks
-    assert pieces(1, 8192, 2048) == 16  # 16: as many as make 256 of them
-    assert pieces(1, 1024, 128) == 4  # pieces of 256 steps
-    assert pieces(1, 8191, 128) == 1  # which 2 does not divide
+    assert time_segments(8, 4096, 2560) == 1  # 160 thread blocks
+    assert time_segments(1, 8192, 2048) == 16  # 16: as many as make 256 of them
+    assert time_segments(1, 1024, 128) == 4  # segments of 256 steps
+    assert time_segments(1, 8191, 128) == 1  # which 2 does not divide
     text = lowered(by_kernel, (1, 1024, 128), (1, 1024, 128))
     assert text.count(KERNEL) == 2
 

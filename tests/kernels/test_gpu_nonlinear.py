@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import seqjax
-from pallas_kernels.nonlinear_scan import gpu
+from pallas_kernels.nonlinear_scan import cell_program, gpu
 from tests.contract.cases import cell_params
 from tests.contract.harness import assert_close
 from tests.kernels.gpu import KERNEL, TOLERANCE, interpreted, whole
@@ -70,13 +70,19 @@ def test_a_cell_by_rows(cell):
     else:
         params, xs, h, *_ = arrays(cell, 1, 1)
     params, xs, h = jax.tree.map(narrow, (params, xs, h))
-    program = gpu._program(cell, params, xs, h)
+    program = cell_program.cell_program(cell, params, xs, h)
 
     def rows(array):
         return list(array.reshape(-1, 128))
 
-    of_state = [rows(program.state.take(h, 128)), rows(program.state.take(jnp.cos(h), 128))]
-    of_params, of_xs = ([row for a in arrays for row in rows(a)] for arrays in program.rows)
+    of_state = [
+        rows(program.state.channels_last(h, 128)),
+        rows(program.state.channels_last(jnp.cos(h), 128)),
+    ]
+    of_params, of_xs = (
+        [row for a in arrays for row in rows(a)]
+        for arrays in (program.param_arrays, program.x_arrays)
+    )
     found = jax.jit(program.forward)(*of_params, *of_state[0], *of_xs)
     leaves, tree = jax.tree.flatten((params, h[0], jax.tree.map(lambda x: x[0, 0], xs)))
     moving = [i for i, x in enumerate(leaves) if x.dtype == "float32"]
@@ -90,11 +96,15 @@ def test_a_cell_by_rows(cell):
     out, pull = jax.vjp(of_moving, [leaves[i] for i in moving])
     assert_close(jnp.stack(found, -1).reshape(out.shape), out, 1e-6)
     back = iter(jax.jit(program.backward)(*of_params, *of_state[0], *of_xs, *of_state[1]))
-    for _ in range(program.closed):  # CONSTANT, a row, has a cotangent that nobody asks for
+    for _ in range(program.closed_over):  # CONSTANT, one row, has an unused cotangent
         assert next(back).shape == (128,)
-    at = [*program.params[program.closed :], program.state, *program.xs]
+    layouts = [*program.params[program.closed_over :], program.state, *program.xs]
     cotangents = [
-        at[i].put(jnp.stack([next(back) for _ in range(at[i].size)]).reshape(*at[i].middle, 128))
+        layouts[i].original_axes(
+            jnp.stack([next(back) for _ in range(layouts[i].size)]).reshape(
+                *layouts[i].number_axis, 128
+            )
+        )
         for i in moving
     ]
     assert_close(cotangents, pull(jnp.cos(h[0]))[0], 2e-6)

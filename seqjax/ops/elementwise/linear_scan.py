@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.limits import whole_rows
+from pallas_kernels.gpu import whole_rows
 from pallas_kernels.linear_scan import faster_on_gpu
 from seqjax.ops.core import backends, checks, explicit_mesh, jax_compat, sequence_parallel
 from seqjax.ops.elementwise.linear_recurrence import scan

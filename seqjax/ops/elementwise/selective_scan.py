@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.limits import whole_rows
+from pallas_kernels.gpu import whole_rows
 from pallas_kernels.selective_scan import GPU_STATES, border_shape
 from seqjax.ops.core import (
     backends,

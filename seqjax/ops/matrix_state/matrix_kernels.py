@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.chunk_math import chunk_steps
+from pallas_kernels.tpu import chunk_steps
 from seqjax.ops.core import checks
 
 KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every chip
