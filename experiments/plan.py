@@ -1,7 +1,7 @@
 """What a training step would take on a TPU slice that is not there: memory, traffic, time.
 
     python -m experiments.plan --topology=v5e:16x16 \\
-        --config=experiments/configs/pod_gated_deltanet_1b.py
+        --config=experiments/configs/pod.py:gated_deltanet_1b
     python -m experiments.plan --table=v5e:16x16,v5p:4x4x4      # a table of every recipe
 
 Compiles the real training step ahead of time with the real TPU compiler; needs the `aot` extra.
@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from experiments.base import build, cli
 from experiments.base.errors import UserError, nearest
 from experiments.compiled import collectives, flops
-from experiments.configs import pods
+from experiments.configs import pod
 from experiments.training import loop, optimizer
 from seqjax import sharding
 
@@ -142,8 +142,8 @@ def table(topologies: Sequence[str]) -> bool:
         topology_devices(topology)  # a mistake is told at once
     print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}\n\n{HEADER}")
     fit = []
-    for topology, name, length in itertools.product(topologies, pods.RECIPES, pods.LENGTHS):
-        config = importlib.import_module(f"experiments.configs.{name}").get_config(length)
+    for topology, name, length in itertools.product(topologies, pod.MODELS, pod.LENGTHS):
+        config = pod.get_config(f"{name},{length}")
         plan = make_plan(config, topology, config.mesh)
         print(row(config, topology, plan), flush=True)
         fit.append(plan.fits)

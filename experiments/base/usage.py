@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.configs import common, fields
+from experiments.base import fields
 
 _FOLDER = Path(__file__).parents[1] / "configs"
 # `--helpshort` leaves out the options of layers; `--helpfull` has every layer's, and absl's flags.
@@ -136,9 +136,8 @@ def _words(module: ModuleType) -> list[str]:
     lines = []
     for kind, words in kinds.items():
         lines += _entry(kind, ", ".join([f"{words[0]} (default)", *words[1:]]))
-    if "layer" in kinds:
-        for switch, comment in (getattr(module, "SWITCHES", {}) | common.QUICKTEST).items():
-            lines += _entry(switch, comment)
+    for switch, comment in getattr(module, "SWITCHES", {}).items():
+        lines += _entry(switch, comment)
     return lines
 
 

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
-from experiments.base import cli, usage
-from experiments.configs import classify, common, fields, lm, pod_gated_deltanet_1b, recall
+from experiments.base import cli, fields, usage
+from experiments.configs import classify, common, lm, pod, recall
 from experiments.configs import state_tracking as state
 
 REPOSITORY = Path(__file__).parents[2]
@@ -24,7 +24,7 @@ COMMANDS = {
     )
     if "cli.run(" in path.read_text()
 }
-CONFIGS = [lm.get_config("deltanet"), pod_gated_deltanet_1b.get_config("8k")] + [
+CONFIGS = [lm.get_config("deltanet"), pod.get_config()] + [
     module.get_config(task) for module in (recall, state, classify) for task in module.TASKS
 ]
 
