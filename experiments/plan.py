@@ -30,7 +30,9 @@ from experiments.base import build, cli
 from experiments.base.errors import UserError, nearest
 from experiments.compiled import collectives, flops
 from experiments.configs import pod
-from experiments.training import loop, optimizer
+from experiments.objectives import language
+from experiments.training import optimizer
+from experiments.training.step import make_init, make_train_step
 from seqjax import sharding
 
 
@@ -176,33 +178,32 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
     model = build.build_model(config.model)
     transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())
     schedule = optimizer.make_schedule(config.optimizer, config.steps)
-
-    def init(key: jax.Array) -> Any:
-        params = model.init(key)
-        return {"params": params, "optimizer": transform.init(params)}
-
-    state = jax.eval_shape(init, jax.random.key(0))
+    state = jax.eval_shape(make_init(model, transform), jax.random.key(0))
     shape = (config.data.batch_size, config.data.length)
     try:
         mesh = sharding.make_mesh(mesh_text, devices=chips)
-        where = sharding.shard(model, mesh, batch_shape=shape, optimizer_state=state["optimizer"])
+        shardings = sharding.shard(
+            model, mesh, batch_shape=shape, optimizer_state=state["optimizer"]
+        )
     except ValueError as error:
         raise UserError(f"the mesh {mesh_text!r} on {topology}: {error}") from error
 
-    def placed(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def sharded(leaf: Any, to: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to)
 
-    state = jax.tree.map(placed, state, {"params": where.params, "optimizer": where.optimizer})
+    state = jax.tree.map(
+        sharded, state, {"params": shardings.params, "optimizer": shardings.optimizer}
+    )
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where.batch)
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.batch)
         for name, dtype in (
             ("inputs", jnp.uint8),
             ("targets", jnp.uint8),
             ("segment_ids", jnp.int32),
         )
     }
-    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=where.replicated)
-    step: Any = loop.make_train_step(model, transform, schedule, where)
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=shardings.replicated)
+    step: Any = make_train_step(language.NextByte(model), transform, schedule, shardings)
     began = time.perf_counter()
     lowered = step.lower(state, batch, index)
     known = {

@@ -155,6 +155,21 @@ def _fields(config: ConfigDict, detail: str) -> list[str]:
     return lines
 
 
+def resolved(config: ConfigDict) -> str:
+    """Return the configuration as `field = value  # comment` lines.
+
+    Options of layers that `model.mixers` does not name have no effect and are left out.
+    """
+    lines = []
+    mixers = {name.strip() for name in config.model.mixers.split(",")}
+    for name, value in leaves(config.to_dict()):
+        if name.startswith("model.options.") and name.split(".")[2] not in mixers:
+            continue
+        text, comment = f"{name} = {value!r}", fields.comment(name)
+        lines.append(f"{text:<48}  # {comment}" if comment else text)
+    return "\n".join(lines)
+
+
 def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the fields of a configuration, with dots, and their values; sections come last."""
     for name, value in sorted(config.items(), key=lambda item: isinstance(item[1], dict)):

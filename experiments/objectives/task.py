@@ -139,9 +139,11 @@ class TokenTask(_Judged):
 
         return right
 
-    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
-        """Returns `evaluate`, which runs as the partitioner sees fit."""
-        del place
+    def make_evaluate(
+        self, device_mesh: devices.DeviceMesh
+    ) -> Callable[[Any, bool], dict[str, Any]]:
+        """Return `evaluate`, whose sharding the compiler chooses."""
+        del device_mesh
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
@@ -217,9 +219,11 @@ class SequenceTask(_Judged):
 
         return right
 
-    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
-        """Returns `evaluate`, which runs as the partitioner sees fit."""
-        del place
+    def make_evaluate(
+        self, device_mesh: devices.DeviceMesh
+    ) -> Callable[[Any, bool], dict[str, Any]]:
+        """Return `evaluate`, whose sharding the compiler chooses."""
+        del device_mesh
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:

@@ -94,3 +94,25 @@ def test_every_field_has_a_comment_and_every_comment_a_field():
     options = {name.rpartition(".")[2] for name in names if name.startswith("model.options.")}
     assert set(fields.COMMENTS) <= names
     assert set(fields.OPTIONS) == options
+
+
+def test_print_config_shows_the_overrides_and_trains_nothing(capsys, tmp_path):
+    config = "--config=experiments/configs/lm.py:gru,quicktest"
+    workdir = tmp_path / "run"
+    text = show(
+        capsys,
+        "train",
+        "--print_config",
+        config,
+        "--config.steps=7",
+        "--config.model.options.gru.state_dim=5",
+        f"--workdir={workdir}",
+    )
+    values = dict(re.findall(r"^(\S+) = (.*?)(?:  +# .*)?$", text, re.MULTILINE))
+    assert values["steps"] == "7"
+    assert values["model.options.gru.state_dim"] == "5"
+    assert values["model.mixers"] == "'gru'"
+    assert re.search(r"^data\.length = 32 +# steps of each training sequence", text, re.MULTILINE)
+    assert "model.options.lru" not in text
+    assert not workdir.exists()
+    assert "--[no]print_config" in show(capsys, "train", "--help")
