@@ -108,7 +108,9 @@ class Text(NextByte):
         return evaluate
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return which held-out bytes were read, in words."""
+        """Return which held-out bytes were read, in words; "" for a log that has no number."""
+        if "heldout_bytes" not in result:
+            return ""
         return f"{heldout.coverage(result['heldout_bytes'], self._heldout_bytes)} bytes"
 
     def describe(self, result: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ class Objective(Protocol):
     curve: str
 
     def batches(self, rows: Any) -> Any:
-        """Return an endless iterator of batches, with `get_state` and `set_state` in JSON values."""
+        """Return an endless iterator of batches; its state is made of JSON values."""
 
     def prepare(self, batch: Any) -> Any:
         """Convert a batch to the arguments of the loss; traced, before time is split."""
@@ -52,7 +52,7 @@ class Objective(Protocol):
         """Return `evaluate(params, final)`: numbers by name, `metric` among them."""
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return which of the held-out data `evaluate` read for a result, in words."""
+        """Return which held-out data a result of `evaluate` covers, in words; "" if unknown."""
 
     def describe(self, result: dict[str, Any]) -> str:
         """Return a result of `evaluate` as a line of text."""

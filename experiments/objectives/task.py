@@ -78,8 +78,9 @@ class _Judged:
         return {}
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return the number of test sequences, in words."""
-        return f"{result['test_sequences']:,} test sequences"
+        """Return the number of test sequences, in words; "" for a log that has no number."""
+        count = result.get("test_sequences")
+        return "" if count is None else f"{count:,} test sequences"
 
     def describe(self, result: dict[str, Any]) -> str:
         """Return all numbers in a line, and the number of test sequences behind them."""

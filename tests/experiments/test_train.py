@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,18 @@ def test_a_finished_run_started_again_only_reports(reference, text, capsys):
     assert again == summary == json.loads((workdir / "summary.json").read_text())
     assert summary["tokens_per_second"] > 0
     assert "resumed at step 12" in capsys.readouterr().out
+
+
+def test_an_old_log_without_newer_fields_is_reported(reference, text, tmp_path):
+    """Earlier versions logged neither the speed nor the size of the held-out data."""
+    workdir = tmp_path / "old"
+    shutil.copytree(reference[0], workdir)
+    newer = ("heldout_bytes", "tokens_per_second")
+    rows = [{k: v for k, v in row.items() if k not in newer} for row in logs.read_rows(workdir)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = train.train(quick(text, steps=12), workdir)
+    assert again["heldout_bits_per_byte"] == reference[1]["heldout_bits_per_byte"]
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_that_is_good_enough_ends_early(reference, text, tmp_path):
