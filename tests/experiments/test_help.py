@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
+from experiments import train
 from experiments.base import cli, fields, usage
 from experiments.configs import classify, common, lm, pod, recall
 from experiments.configs import state_tracking as state
@@ -116,3 +117,17 @@ def test_print_config_shows_the_overrides_and_trains_nothing(capsys, tmp_path):
     assert "model.options.lru" not in text
     assert not workdir.exists()
     assert "--[no]print_config" in show(capsys, "train", "--help")
+
+
+def test_default_workdirs_tell_runs_apart(tmp_path):
+    config = lm.get_config("mamba")
+    assert train.default_workdir(config) == "runs/lm-mamba"
+    config.data.path = str(tmp_path / "novels.txt")
+    assert train.default_workdir(config) == "runs/lm-mamba-novels"
+    config.data.update(path="", tfds="imdb_reviews/plain_text")
+    assert train.default_workdir(config) == "runs/lm-mamba-imdb_reviews-plain_text"
+
+
+def test_cli_module_has_an_example_that_exists():
+    path = cli.EXAMPLE_CONFIG.split(":")[0]
+    assert (REPOSITORY / path).is_file()

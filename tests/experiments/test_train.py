@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from matplotlib import figure
 
 from experiments import evaluate, train
-from experiments.base import cli, logs
+from experiments.base import logs
 from experiments.base.build import build_model
 from experiments.base.errors import UserError
 from experiments.configs import common, lm
@@ -393,17 +393,3 @@ def test_the_schedule_warms_up_and_goes_down():
     assert rates[-1] == pytest.approx(config.learning_rate * config.final_fraction)
     assert (np.diff(rates[config.warmup_steps :]) <= 0).all()
     assert isinstance(optimizer.make_schedule(config, 1)(0), (float, jax.Array))
-
-
-def test_default_workdirs_tell_runs_apart(tmp_path):
-    config = lm.get_config("mamba")
-    assert train.default_workdir(config) == "runs/lm-mamba"
-    config.data.path = str(tmp_path / "novels.txt")
-    assert train.default_workdir(config) == "runs/lm-mamba-novels"
-    config.data.update(path="", tfds="imdb_reviews/plain_text")
-    assert train.default_workdir(config) == "runs/lm-mamba-imdb_reviews-plain_text"
-
-
-def test_cli_module_has_an_example_that_exists():
-    path = cli.EXAMPLE_CONFIG.split(":")[0]
-    assert (REPOSITORY / path).is_file()
