@@ -262,9 +262,9 @@ def _used(message: str, held: int) -> float | None:
     What is held is known; the newer wording (libtpu 0.0.50) names the rest.
     """
     for words, more in ((r"[Uu]sed", 0), (r"required for HLO temporaries \(", held)):
-        found = re.search(rf"{words} ?([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
-        if found is not None:
-            return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ") + more
+        match = re.search(rf"{words} ?([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
+        if match is not None:
+            return float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") + more
     return None
 
 

@@ -182,7 +182,7 @@ def run(
 def execute(command: list[str], interrupt: Interrupt) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end and captures its output.
 
-    The command runs in a session of its own, because a terminal sends Ctrl-C to every process of a
+    The command runs in a new session, because a terminal sends Ctrl-C to every process of a
     session and a training run treats a second signal as an order to stop without saving. The first
     signal that `interrupt` receives is passed on once, as SIGINT. A KeyboardInterrupt, which the
     second one raises, terminates the command.

@@ -100,15 +100,15 @@ def _config(values: flags.FlagValues, example: str, detail: str) -> Iterator[str
         ]
     )
     config = values["config"].value
-    given = example if config is None else config_path(values)
-    path, _, arg = given.partition(":")
+    selected = example if config is None else config_path(values)
+    path, _, arg = selected.partition(":")
     file = _FOLDER / Path(path).name if config is None else Path(path)
     if config is None:
         config = _load(file).get_config(arg)
     words = _words(_load(file))
     if words:
         yield "\n".join([f"Words of {path}, at most one of each kind:", *words])
-    yield "\n".join([f"Fields of {given}:", *_fields(config, detail)])
+    yield "\n".join([f"Fields of {selected}:", *_fields(config, detail)])
 
 
 def config_path(values: flags.FlagValues) -> str:

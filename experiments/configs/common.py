@@ -1,4 +1,4 @@
-"""What configurations share: the layers by name, their options, and the words after the colon."""
+"""Parts that configurations share: layers by name, their options, words after the colon."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def layer_options(dim: int, heads: int) -> dict[str, dict[str, Any]]:
 
 
 def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict[str, Any]:
-    """What every run has, for blocks of one or more layers."""
+    """Return the fields of every run, for blocks of one or more layers."""
     return {
         "name": name,
         "seed": 0,
         "mesh": "",
         "mesh_axis_types": "auto",  # or "explicit", the default of jax.make_mesh
         "steps": 500,
-        "stop_at": 0.0,  # as good on what is held out, a run ends early; 0: never
+        "stop_at": 0.0,  # stop once a mid-run evaluation reaches this; 0 disables
         "log_every": 20,
         "eval_every": 100,
         "save_every": 100,
@@ -92,7 +92,7 @@ def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict
 
 
 def small(layer: str) -> dict[str, Any]:
-    """What makes a run of seconds of any configuration: it shows that everything works."""
+    """Return the fields that reduce any configuration to a run of seconds."""
     options = layer_options(16, 2)
     options["s5"]["blocks"] = 2
     options["mamba"]["state_dim"] = 4

@@ -9,7 +9,7 @@ length of the training windows (`8k`, `131k`).
 
 Hardware: a TPU slice. experiments/README.md has the memory and the traffic that `experiments.plan`
 computes for v5e:16x16, v5p:4x4x4 and v6e:16x16. `131k` splits windows of 131,072 bytes over 8 chips
-each. None of these models has been trained.
+each. These models have not been trained.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Text(NextByte):
         )
 
     def log(self, nats: float) -> dict[str, float]:
-        """What the loss is called besides."""
+        """Return the loss in bits per byte."""
         return {"bits_per_byte": nats / math.log(2)}
 
     def make_evaluate(

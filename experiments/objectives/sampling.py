@@ -29,8 +29,8 @@ def choose(
     probabilities = jax.nn.softmax(scaled[order])
     before = jnp.cumsum(probabilities) - probabilities
     # The most likely byte always stays, whatever top_p is.
-    kept = (before < top_p).at[0].set(True)
-    drawn = order[jax.random.categorical(key, jnp.where(kept, scaled[order], -jnp.inf))]
+    allowed = (before < top_p).at[0].set(True)
+    drawn = order[jax.random.categorical(key, jnp.where(allowed, scaled[order], -jnp.inf))]
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 

@@ -96,7 +96,7 @@ class Checkpoints:
 
         Args:
           config: the configuration of the run, which must be the one that was saved.
-          fingerprint: the fingerprint of its data, likewise.
+          fingerprint: the fingerprint of its data, which must be the saved one.
           like: a state with the shapes and shardings to restore.
         """
         step = self.latest_step()
