@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments.base import cli
-from experiments.base.devices import Devices
+from experiments.base.devices import DeviceMesh
 from experiments.base.errors import UserError
 from experiments.data import corpus as corpora
 from experiments.data import pipeline
@@ -80,7 +80,7 @@ def evaluate_task(
     if path:
         language.require_text(config, "--path")
     task = protocol.make(config)
-    result = task.make_evaluate(Devices(""))(params, True)
+    result = task.make_evaluate(DeviceMesh(""))(params, True)
     print(f"{workdir}, {which} checkpoint, {task.name}\n{task.describe(result)}")
     return result
 

@@ -16,6 +16,7 @@ from absl import flags
 
 from experiments.base import cli
 from experiments.base.errors import UserError
+from experiments.configs import lm
 from experiments.objectives import language, sampling
 from experiments.training import checkpoints
 
@@ -29,10 +30,10 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("prompt", "", "Text to go on from.", flag_values=values)
     flags.DEFINE_integer("num_bytes", 500, "How many bytes to generate.", flag_values=values)
     flags.DEFINE_float(
-        "temperature", sampling.TEMPERATURE, "0 takes the most likely byte.", flag_values=values
+        "temperature", lm.TEMPERATURE, "0 takes the most likely byte.", flag_values=values
     )
     flags.DEFINE_float(
-        "top_p", sampling.TOP_P, "Draw from this much of the probability.", flag_values=values
+        "top_p", lm.TOP_P, "Draw from this much of the probability.", flag_values=values
     )
     flags.DEFINE_integer("seed", 0, "Another seed, another text.", flag_values=values)
 
@@ -63,8 +64,8 @@ def generate(
     *,
     which: str = "latest",
     num_bytes: int = 500,
-    temperature: float = sampling.TEMPERATURE,
-    top_p: float = sampling.TOP_P,
+    temperature: float = lm.TEMPERATURE,
+    top_p: float = lm.TOP_P,
     seed: int = 0,
 ) -> Iterator[str]:
     """Yields text as it is made, from the checkpoint of a workdir."""

@@ -1,7 +1,7 @@
 """What a training step would take on a TPU slice that is not there: memory, traffic, time.
 
     python -m experiments.plan --topology=v5e:16x16 \\
-        --config=experiments/configs/pod_gated_deltanet_1b.py
+        --config=experiments/configs/pod.py:gated_deltanet_1b
     python -m experiments.plan --table=v5e:16x16,v5p:4x4x4      # a table of every recipe
 
 Compiles the real training step ahead of time with the real TPU compiler; needs the `aot` extra.
@@ -31,8 +31,10 @@ from experiments.base.errors import UserError, nearest
 from experiments.compiled import collectives, flops
 from experiments.compiled.chips import CHIPS as ALL_CHIPS
 from experiments.compiled.chips import Chip
-from experiments.configs import pods
-from experiments.training import loop, optimizer
+from experiments.configs import pod
+from experiments.objectives import language
+from experiments.training import optimizer
+from experiments.training.step import make_init, make_train_step
 from seqjax import sharding
 
 # TPU7x is left out: it has two devices per chip, and a plan counts one.
@@ -123,8 +125,8 @@ def table(topologies: Sequence[str]) -> bool:
         topology_devices(topology)  # a mistake is told at once
     print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}\n\n{HEADER}")
     fit = []
-    for topology, name, length in itertools.product(topologies, pods.RECIPES, pods.LENGTHS):
-        config = importlib.import_module(f"experiments.configs.{name}").get_config(length)
+    for topology, name, length in itertools.product(topologies, pod.MODELS, pod.LENGTHS):
+        config = pod.get_config(f"{name},{length}")
         plan = make_plan(config, topology, config.mesh)
         print(row(config, topology, plan), flush=True)
         fit.append(plan.fits)
@@ -157,33 +159,32 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
     model = build.build_model(config.model)
     transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())
     schedule = optimizer.make_schedule(config.optimizer, config.steps)
-
-    def init(key: jax.Array) -> Any:
-        params = model.init(key)
-        return {"params": params, "optimizer": transform.init(params)}
-
-    state = jax.eval_shape(init, jax.random.key(0))
+    state = jax.eval_shape(make_init(model, transform), jax.random.key(0))
     shape = (config.data.batch_size, config.data.length)
     try:
         mesh = sharding.make_mesh(mesh_text, devices=chips)
-        where = sharding.shard(model, mesh, batch_shape=shape, optimizer_state=state["optimizer"])
+        shardings = sharding.shard(
+            model, mesh, batch_shape=shape, optimizer_state=state["optimizer"]
+        )
     except ValueError as error:
         raise UserError(f"the mesh {mesh_text!r} on {topology}: {error}") from error
 
-    def placed(leaf: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def sharded(leaf: Any, to: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to)
 
-    state = jax.tree.map(placed, state, {"params": where.params, "optimizer": where.optimizer})
+    state = jax.tree.map(
+        sharded, state, {"params": shardings.params, "optimizer": shardings.optimizer}
+    )
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where.batch)
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.batch)
         for name, dtype in (
             ("inputs", jnp.uint8),
             ("targets", jnp.uint8),
             ("segment_ids", jnp.int32),
         )
     }
-    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=where.replicated)
-    step: Any = loop.make_train_step(model, transform, schedule, where)
+    index = jax.ShapeDtypeStruct((), jnp.int32, sharding=shardings.replicated)
+    step: Any = make_train_step(language.NextByte(model), transform, schedule, shardings)
     began = time.perf_counter()
     lowered = step.lower(state, batch, index)
     known = {
@@ -242,9 +243,9 @@ def _used(message: str, held: int) -> float | None:
     What is held is known; the newer wording (libtpu 0.0.50) names the rest.
     """
     for words, more in ((r"[Uu]sed", 0), (r"required for HLO temporaries \(", held)):
-        found = re.search(rf"{words} ?([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
-        if found is not None:
-            return float(found[1]) * 1024 ** " KMGT".index(found[2] or " ") + more
+        match = re.search(rf"{words} ?([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
+        if match is not None:
+            return float(match[1]) * 1024 ** " KMGT".index(match[2] or " ") + more
     return None
 
 

@@ -83,11 +83,11 @@ def by_settings(grid: Grid, rows: Rows) -> dict[str, Rows]:
     groups: dict[str, Rows] = {}
     for row in rows:
         if any(_is_of(row, job) for job in grid.jobs):
-            given = (
+            settings = (
                 f"{name}={value if isinstance(value, str) else json.dumps(value)}"
                 for name, value in sorted(row.get("set", {}).items())
             )
-            flags = "".join(f" --set={shlex.quote(text)}" for text in given)
+            flags = "".join(f" --set={shlex.quote(text)}" for text in settings)
             groups.setdefault(flags, []).append(row)
     return groups
 
@@ -113,9 +113,9 @@ def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
         same.append(row)
 
     def score(entry: tuple[dict[str, Any], Rows]) -> float:
-        found = numbers(entry[1], grid.metric)
-        mean = statistics.fmean(found) if found else float("-inf")
-        return -mean if grid.lower and found else mean
+        scores = numbers(entry[1], grid.metric)
+        mean = statistics.fmean(scores) if scores else float("-inf")
+        return -mean if grid.lower and scores else mean
 
     labels = dict.fromkeys(job.label for job in grid.jobs)
     return {label: max(groups[label].values(), key=score) for label in labels if label in groups}
@@ -164,13 +164,13 @@ def _made_with(rows: Rows) -> str:
     return f"{versions}, CPU cores: {' and '.join(map(str, sorted(cores)))}"
 
 
-def _spread(found: list[float]) -> str:
-    if not found:
+def _spread(scores: list[float]) -> str:
+    if not scores:
         return ""
-    mean = statistics.fmean(found)
+    mean = statistics.fmean(scores)
     text = f"{mean:,.0f}" if mean > 100 else f"{mean:.3f}"
-    spread = max(found) - min(found)
-    return text if len(found) < 2 else f"{text} (spread {spread:.3f})"
+    spread = max(scores) - min(scores)
+    return text if len(scores) < 2 else f"{text} (spread {spread:.3f})"
 
 
 def figure(path: Path, grid: Grid, rows: Rows) -> None:
@@ -180,10 +180,10 @@ def figure(path: Path, grid: Grid, rows: Rows) -> None:
     drawing = Figure(figsize=(10.5 if curves else 7.5, 4.2), layout="constrained")
     FigureCanvasAgg(drawing)
     names = ["tokens", "seconds, compilation left out"] if curves else [grid.figure.split(".")[-1]]
-    for axis, name, found in zip(
+    for axis, name, by_layer in zip(
         np.atleast_1d(drawing.subplots(1, len(names), sharey=True)), names, lines, strict=True
     ):
-        for index, (layer, points) in enumerate(found.items()):
+        for index, (layer, points) in enumerate(by_layer.items()):
             xs, ys = zip(*sorted(points), strict=True)
             look = {
                 "marker": "os^Dvp*X"[index % 8],
@@ -192,7 +192,7 @@ def figure(path: Path, grid: Grid, rows: Rows) -> None:
             axis.plot(xs, ys, label=layer, markersize=4, **look)
         axis.set_xlabel(name)
         axis.set_xscale("log")
-        every = sorted({x for points in found.values() for x, _ in points})
+        every = sorted({x for points in by_layer.values() for x, _ in points})
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if curves else FixedLocator(every))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -215,9 +215,9 @@ def _points(grid: Grid, rows: Rows) -> list[Lines]:
     """The metric over the override that the grid names."""
     lines: Lines = {}
     for label, (overrides, same) in best(grid, rows).items():
-        found = numbers(same, grid.metric)
-        if found:
-            point = (overrides[grid.figure], statistics.fmean(found))
+        scores = numbers(same, grid.metric)
+        if scores:
+            point = (overrides[grid.figure], statistics.fmean(scores))
             lines.setdefault(label.split(",")[0], []).append(point)
     return [lines]
 
@@ -241,10 +241,10 @@ def _curves(grid: Grid, rows: Rows) -> list[Lines]:
         # A run of a single step has no measured speed.
         ended = [row for row in same if row.get("curve") and numbers([row], "tokens_per_second")]
         for row in ended[:1]:
-            found = row["summary"]
-            each = found["tokens"] / found["step"]
+            summary = row["summary"]
+            each = summary["tokens"] / summary["step"]
             by_tokens[label] = [(step * each, value) for step, value in row["curve"]]
-            speed = found["tokens_per_second"]
+            speed = summary["tokens_per_second"]
             by_seconds[label] = [(tokens / speed, value) for tokens, value in by_tokens[label]]
     return [by_tokens, by_seconds]
 

@@ -1,11 +1,12 @@
-"""Runs grids of experiments one after another; start it again and it goes on where it was.
+"""Runs grids of experiments one after another; the same command again resumes the sweep.
 
     python -m experiments.sweep --grids=parity,mqar --seeds=0,1
     python -m experiments.sweep --grids=A5 --set=steps=10000 --results=longer.jsonl
 
-Each run is a training run in a process and a folder of its own. What it reached becomes one line of
-the results, a file of JSON lines that `python -m experiments.report` makes tables of; a run that
-diverges leaves a line that says so, and one that cannot run stops the sweep.
+Each job is a training run in a separate process and folder. Its result becomes one line of a file
+of JSON lines, from which `python -m experiments.report` makes tables. A run that diverges leaves a
+line with its error; a run that cannot start stops the sweep. Ctrl-C lets the current run save a
+checkpoint; a second Ctrl-C terminates the run.
 `python -m experiments.train --help` lists the fields that `--set` takes.
 """
 
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -29,8 +31,13 @@ from absl import flags
 from experiments.base import cli, logs
 from experiments.base.errors import DivergedError, UserError, nearest
 from experiments.sweeps.grids import GRIDS, Job
+from experiments.training.interrupt import Interrupt
 
 RESULTS = "experiments/results/results.jsonl"
+WAITING = (
+    "waiting for the current run to save its checkpoint; a second Ctrl-C terminates the run "
+    "without saving"
+)
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -48,7 +55,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def main(values: Any) -> int:
-    """Runs what the flags name and what is not in the results yet."""
+    """Runs the jobs that the flags name and that have no result yet."""
     names = values.grids or list(GRIDS)
     for name in names:
         if name not in GRIDS:
@@ -81,14 +88,14 @@ def _integer(text: str) -> int:
 
 
 def read(results: Path) -> list[dict[str, Any]]:
-    """The results so far; a last line cut short by a kill is left out."""
+    """Return the results so far, without a last line that a kill cut short."""
     if not results.exists():
         return []
     return [json.loads(line) for line in results.read_text().split("\n")[:-1]]
 
 
 def _drop_unfinished(results: Path) -> None:
-    """Takes a line off that a kill cut short, so that the next one starts on its own."""
+    """Removes a line that a kill cut short, so that the next one starts on a new line."""
     if results.exists() and not (text := results.read_text()).endswith("\n"):
         temporary = results.with_suffix(".tmp")
         temporary.write_text(text[: text.rfind("\n") + 1])
@@ -103,41 +110,49 @@ def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, wor
     for grid, job, extra, seed in wanted:
         overrides = job.overrides | extra | {"seed": seed}
         if (name := key(grid, job.config, overrides)) not in done:
-            done.add(name)  # jobs that differ in what is set are one
+            done.add(name)  # several jobs may differ only in fields that --set replaces
             left.append((grid, job, extra, overrides))
     print(f"{len(wanted) - len(left)} of {len(wanted)} runs are in {results}", flush=True)
     bar = tqdm.tqdm(left, unit="run", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-    for number, (grid, job, extra, overrides) in enumerate(bar, start=1):
-        bar.set_postfix_str(f"{grid}: {job.label}")
-        row = run(grid, job, overrides, workdir / key(grid, job.config, overrides))
-        if row is None:
-            print("stopped; start the same command again to go on", flush=True)
-            return 130
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with results.open("a") as file:
-            file.write(json.dumps(row | {"set": extra}) + "\n")
-        said = row.get("error") or ", ".join(
-            f"{name} {row['summary'][name]:.3f}"
-            for name in GRIDS[grid].columns
-            if name in row["summary"]
-        )
-        bar.write(f"{number}/{len(left)} {grid}, {job.label}, seed {overrides['seed']}: {said}")
-        sys.stdout.flush()
+    with Interrupt(WAITING) as interrupt:
+        for number, (grid, job, extra, overrides) in enumerate(bar, start=1):
+            bar.set_postfix_str(f"{grid}: {job.label}")
+            folder = workdir / key(grid, job.config, overrides)
+            row = run(grid, job, overrides, folder, interrupt)
+            if row is not None:
+                results.parent.mkdir(parents=True, exist_ok=True)
+                with results.open("a") as file:
+                    file.write(json.dumps(row | {"set": extra}) + "\n")
+                text = row.get("error") or _numbers(grid, row["summary"])
+                name = f"{grid}, {job.label}, seed {overrides['seed']}"
+                bar.write(f"{number}/{len(left)} {name}: {text}")
+                sys.stdout.flush()
+            if row is None or (interrupt.signal and number < len(left)):
+                print("stopped; start the same command again to resume", flush=True)
+                return 130
     return 0
 
 
+def _numbers(grid: str, summary: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {summary[name]:.3f}" for name in GRIDS[grid].columns if name in summary
+    )
+
+
 def key(grid: str, config: str, overrides: dict[str, Any]) -> str:
-    """A name for a run that is the same whenever the run is."""
+    """Return a name for a run, the same for the same grid, configuration and overrides."""
     text = json.dumps([grid, config, overrides], sort_keys=True)
     return f"{grid}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def run(grid: str, job: Job, overrides: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """One run: its line of the results, or None if it was stopped."""
+def run(
+    grid: str, job: Job, overrides: dict[str, Any], folder: Path, interrupt: Interrupt
+) -> dict[str, Any] | None:
+    """Trains one job; returns its line of the results, or None if it was stopped."""
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, "-m", "experiments.train", f"--config={job.config}", *arguments]
     started = time.perf_counter()
-    done = subprocess.run([*command, f"--workdir={folder}"], capture_output=True, text=True)
+    done = execute([*command, f"--workdir={folder}"], interrupt)
     if done.returncode in (130, 143, -2, -15):
         return None
     row = {
@@ -152,7 +167,7 @@ def run(grid: str, job: Job, overrides: dict[str, Any], folder: Path) -> dict[st
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "seqjax")},
     }
-    if done.returncode == DivergedError.exit_code:  # which is a result too
+    if done.returncode == DivergedError.exit_code:  # divergence is a result too
         return row | {"error": done.stderr.strip().splitlines()[-1]}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
@@ -162,6 +177,36 @@ def run(grid: str, job: Job, overrides: dict[str, Any], folder: Path) -> dict[st
         "summary": json.loads((folder / "summary.json").read_text()),
         "curve": [[x["step"], x[metric]] for x in logs.read_rows(folder) if metric in x],
     }
+
+
+def execute(command: list[str], interrupt: Interrupt) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end and captures its output.
+
+    The command runs in a new session, because a terminal sends Ctrl-C to every process of a
+    session and a training run treats a second signal as an order to stop without saving. The first
+    signal that `interrupt` receives is passed on once, as SIGINT. A KeyboardInterrupt, which the
+    second one raises, terminates the command.
+    """
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
+        forwarded = False
+        try:
+            while True:
+                if interrupt.signal and not forwarded:
+                    process.send_signal(signal.SIGINT)
+                    forwarded = True
+                try:
+                    output, errors = process.communicate(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    continue
+                return subprocess.CompletedProcess(command, process.returncode, output, errors)
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 if __name__ == "__main__":

@@ -81,6 +81,50 @@ def test_an_upward_import_is_seen():
     assert not upward("seqjax.models.x", "from seqjax.layers import LRU")
 
 
+# Folders of experiments, each with those that it may import; the commands may import all.
+ROOMS = {
+    "training": {"objectives", "base"},
+    "objectives": {"tasks", "data", "base"},
+    "tasks": {"data", "base"},
+    "data": {"base"},
+    "bench": {"compiled", "base"},
+    "compiled": set(),
+    "sweeps": set(),
+    "configs": {"base"},
+    "base": set(),
+}
+
+
+def room_imports(path, source):
+    """Return the folders that a file of experiments imports from, other than its own."""
+    folder = path.parts[0] if len(path.parts) > 1 else "commands"
+    names = [name.split(".")[1] for name in imported(source) if name.startswith("experiments.")]
+    return folder, {name if name in ROOMS else "commands" for name in names} - {folder}
+
+
+def test_experiments_import_downward():
+    """Commands on top, then training and objectives, down to base; no folder imports upward."""
+    arrows = set()
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        folder, used = room_imports(path.relative_to(ROOT / "experiments"), path.read_text())
+        if folder != "commands":
+            assert used <= ROOMS[folder], path
+        arrows |= {(folder, other) for other in used}
+    order = list(ROOMS)
+    for folder, below in ROOMS.items():
+        assert all(order.index(folder) < order.index(other) for other in below)
+    assert set(order) | {"results"} == {
+        entry.name
+        for entry in (ROOT / "experiments").iterdir()
+        if entry.is_dir() and entry.name != "__pycache__"
+    }
+    assert len(arrows) <= 30
+    assert room_imports(pathlib.Path("base/x.py"), "from experiments.configs import lm") == (
+        "base",
+        {"configs"},
+    )
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 400

@@ -73,11 +73,11 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Lists `field: old -> new` for every field in which two JSON configurations differ."""
-    found = []
+    changes = []
     for key in sorted(old.keys() | new.keys()):
         left, right = old.get(key), new.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{key}.")
+            changes += differences(left, right, f"{prefix}{key}.")
         elif left != right:
-            found.append(f"{prefix}{key}: {left!r} -> {right!r}")
-    return found
+            changes.append(f"{prefix}{key}: {left!r} -> {right!r}")
+    return changes

@@ -134,9 +134,9 @@ def _path_message(error: OSError, values: flags.FlagValues) -> str:
     if error.filename is None:
         return f"cannot read or write: {reason}; check the disk of the --workdir"
     path = os.fsdecode(error.filename) if not isinstance(error.filename, int) else "a file"
-    given = [name for name in values if _is_below(path, values[name].value)]
-    if given:
-        name = max(given, key=lambda flag: len(str(values[flag].value)))
+    names = [name for name in values if _is_below(path, values[name].value)]
+    if names:
+        name = max(names, key=lambda flag: len(str(values[flag].value)))
         return (
             f"--{name}={values[name].value} must be a path that this user can read and write, "
             f"got {path}: {reason}; give another --{name}"
@@ -175,19 +175,21 @@ def _parse(
 ) -> list[str]:
     usage.define_flags(values)
     define_flags(values, argv)
-    given = next((argument for argument in argv if argument.startswith("--config=")), "--config")
+    config_argument = next(
+        (argument for argument in argv if argument.startswith("--config=")), "--config"
+    )
     try:
         rest = values(argv)
     except UserError as error:
-        raise UserError(f"{given}: {error}") from error
+        raise UserError(f"{config_argument}: {error}") from error
     except (flags.Error, AttributeError, KeyError, OSError) as error:
-        raise UserError(_flag_message(error, given)) from error
+        raise UserError(_flag_message(error, config_argument)) from error
     if len(rest) > 1 and not takes_words:
         raise UserError(f"unexpected argument {rest[1]!r}: options are written --name=value")
     return rest[1:]
 
 
-def _flag_message(error: Exception, given: str) -> str:
+def _flag_message(error: Exception, config_argument: str) -> str:
     text = str(error.args[0]) if error.args else str(error)
     if isinstance(error, flags.Error) and "Traceback" not in text:
         return text
@@ -196,15 +198,18 @@ def _flag_message(error: Exception, given: str) -> str:
         text = text.strip("'\"")
         meant = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text)
         if meant:
-            return f"{given}: unknown config field {meant[2]!r}: did you mean {meant[1]!r}?"
-        return f"{given}: unknown config field {text!r}"
+            return (
+                f"{config_argument}: unknown config field {meant[2]!r}: did you mean {meant[1]!r}?"
+            )
+        return f"{config_argument}: unknown config field {text!r}"
     if isinstance(error, OSError):
-        return _unreadable(given)
-    return f"{given}: the config file failed: {_last_line(text)}"
+        return _unreadable(config_argument)
+    return f"{config_argument}: the config file failed: {_last_line(text)}"
 
 
-def _unreadable(given: str) -> str:
-    return f"{given}: cannot read the file: check its path, for example --config={EXAMPLE_CONFIG}"
+def _unreadable(config_argument: str) -> str:
+    hint = f"check its path, for example --config={EXAMPLE_CONFIG}"
+    return f"{config_argument}: cannot read the file: {hint}"
 
 
 def _last_line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Where a run computes: one device, or a mesh over the devices of all processes."""
+"""Devices of a run: one device, or a mesh over the devices of all processes."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def initialize(values: Any) -> None:
-    """Connects this process to the others, where flags say that there are any."""
-    given = [values.coordinator, values.num_processes, values.process_id]
-    if not values.distributed and given == ["", None, None]:
+    """Connect this process to the others if the flags name any."""
+    cluster = [values.coordinator, values.num_processes, values.process_id]
+    if not values.distributed and cluster == ["", None, None]:
         return
-    if values.coordinator and None in given:
+    if values.coordinator and None in cluster:
         raise UserError("--coordinator needs --num_processes and --process_id as well")
     try:
-        jax.distributed.initialize(values.coordinator or None, *given[1:])
+        jax.distributed.initialize(values.coordinator or None, *cluster[1:])
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot connect the processes ({str(error).splitlines()[0]}): give --coordinator, "
@@ -54,38 +54,38 @@ def initialize(values: Any) -> None:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes what all of them know."""
+    """Return whether this process prints and writes the files of the run."""
     return jax.process_index() == 0
 
 
 def agree(number: int) -> int:
-    """The largest of the numbers that the processes give; all of them must ask."""
+    """Return the largest number over all processes; every process must call it."""
     if jax.process_count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
-def gather_json(parts: dict[str, Any]) -> dict[str, Any]:
-    """The union of every process's JSON values, on every process."""
+def gather_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the union of the JSON values of all processes."""
     if jax.process_count() == 1:
-        return parts
-    text = json.dumps(parts).encode()
+        return values
+    text = json.dumps(values).encode()
     padded = np.full(agree(len(text)), ord(" "), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     everyone = multihost_utils.process_allgather(padded)
-    return {name: part for row in everyone for name, part in json.loads(bytes(row)).items()}
+    return {name: value for row in everyone for name, value in json.loads(bytes(row)).items()}
 
 
-class Devices:
-    """A mesh (None: one device), the shardings of a run on it, and the batches placed there.
+class DeviceMesh:
+    """A mesh, or one device, with the shardings of a run and the transfer of its batches.
 
     Attributes:
       mesh: the mesh, or None.
-      plan: the shardings of parameters, optimizer state and batches, or None.
+      shardings: the shardings of parameters, optimizer state and batches, or None.
     """
 
     mesh: jax.sharding.Mesh | None = None
-    plan: sharding.Shardings | None = None
+    shardings: sharding.Shardings | None = None
 
     def __init__(
         self,
@@ -95,9 +95,14 @@ class Devices:
         init: Callable[..., Any] | None = None,
         axis_types: str = "auto",
     ) -> None:
-        """Makes the mesh that `text` names and the shardings of `init(key)`'s state.
+        """Make the mesh that `text` names and the shardings of the state that `init(key)` returns.
 
-        Its axes are "auto" or "explicit", see `sharding.make_mesh`.
+        Args:
+          text: axes and sizes, such as "data=4,fsdp=2"; empty for one device.
+          model: the model of the run.
+          batch_shape: (B, T) of its training batches.
+          init: returns the state of training from a key.
+          axis_types: "auto" or "explicit", see `sharding.make_mesh`.
         """
         self._init = init
         if axis_types not in _AXIS_TYPES:
@@ -113,7 +118,7 @@ class Devices:
             return
         try:
             self.mesh = sharding.make_mesh(text, axis_types=_AXIS_TYPES[axis_types])
-            self.plan = sharding.shard(
+            self.shardings = sharding.shard(
                 model,
                 self.mesh,
                 batch_shape=batch_shape,
@@ -124,15 +129,15 @@ class Devices:
 
     @property
     def state(self) -> Any:
-        """The shardings of the training state; None on one device."""
-        if self.plan is None:
+        """Return the shardings of the training state; None on one device."""
+        if self.shardings is None:
             return None
-        return {"params": self.plan.params, "optimizer": self.plan.optimizer}
+        return {"params": self.shardings.params, "optimizer": self.shardings.optimizer}
 
     def make_state(self, seed: int) -> Any:
-        """The state to start from, each part made where it lives."""
+        """Return the initial state, each shard created on its device."""
         key = jax.random.key(seed)
-        if self.plan is None:
+        if self.shardings is None:
             return self._state(key)
         return jax.jit(self._state, out_shardings=self.state)(key)
 
@@ -141,32 +146,32 @@ class Devices:
         return self._init(key)
 
     def rows(self, batch_size: int) -> Sequence[int]:
-        """The rows of a global batch that this process's devices hold."""
-        if self.plan is None:
+        """Return the rows of a global batch that the devices of this process hold."""
+        if self.shardings is None:
             return range(batch_size)
-        indices = self.plan.batch.addressable_devices_indices_map((batch_size, 1 << 30))
+        indices = self.shardings.batch.addressable_devices_indices_map((batch_size, 1 << 30))
         held = {row for index in indices.values() if index for row in range(batch_size)[index[0]]}
         return sorted(held)
 
-    def place(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Arrays [B, T] of which each process knows the rows it holds, on the devices.
+    def put(self, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+        """Move arrays [B, T] to the devices; a process needs only the rows that its devices hold.
 
-        Rows that the mesh does not divide are held by all.
+        If the mesh does not divide the number of rows, every device holds all rows.
         """
-        if self.plan is None:
+        if self.shardings is None:
             return dict(arrays)
         rows = next(iter(arrays.values())).shape[0]
-        over = self.plan.mesh.shape["data"] * self.plan.mesh.shape["fsdp"]
-        where = self.plan.batch
+        over = self.shardings.mesh.shape["data"] * self.shardings.mesh.shape["fsdp"]
+        target = self.shardings.batch
         if rows % over:
-            where = NamedSharding(self.plan.mesh, P(None, "sequence"))
+            target = NamedSharding(self.shardings.mesh, P(None, "sequence"))
         return {
-            name: jax.make_array_from_callback(array.shape, where, array.__getitem__)
+            name: jax.make_array_from_callback(array.shape, target, array.__getitem__)
             for name, array in arrays.items()
         }
 
-    def everywhere(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns, on every device."""
-        if self.plan is None:
+    def replicate(self, make: Callable[[], Any]) -> Any:
+        """Return the result of `make`, replicated on every device."""
+        if self.shardings is None:
             return make()
-        return jax.jit(make, out_shardings=self.plan.replicated)()
+        return jax.jit(make, out_shardings=self.shardings.replicated)()

@@ -66,7 +66,7 @@ def system_error(error: BaseException | None) -> OSError | None:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a full disk or an exhausted quota."""
+    """Return whether an error or its cause is a full disk or an exhausted quota."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True

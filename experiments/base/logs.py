@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard files and a progress bar."""
+"""Output of a run while it trains: metrics.jsonl, TensorBoard files and a progress bar."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class RunLog:
 
     def __init__(self, workdir: Path, step: int) -> None:
         path = workdir / METRICS_FILE
-        kept = [row for row in read_rows(workdir) if row["step"] <= step]
+        earlier_rows = [row for row in read_rows(workdir) if row["step"] <= step]
         # Replaced in one go, so that a kill in between loses nothing.
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in earlier_rows))
         os.replace(temporary, path)
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
@@ -56,7 +56,7 @@ class RunLog:
 
 
 class NoLog:
-    """What every process but the first one writes."""
+    """Log of every process but the first: it writes nothing."""
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Writes nothing."""

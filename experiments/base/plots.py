@@ -29,7 +29,7 @@ def save_curves(
       path: file of the figure.
       rows: rows of the metrics file.
       title: title of the figure.
-      objective: an `objective.Objective`, which names the numbers and the data behind them.
+      objective: an objective, which names the numbers and the data behind them.
       final: step and result of the evaluation after the last step, if there was one.
     """
     curve, metric = objective.curve, objective.metric
@@ -53,7 +53,8 @@ def save_curves(
         same = metric.endswith(curve)
         axis = top if same else top.twinx()
         name, read = "held-out" if same else metric, objective.coverage(heldout[-1])
-        top.plot([], [], "o-", color=_HELDOUT, label=f"{name}, {read}")
+        # Logs of older versions do not say which data an evaluation read.
+        top.plot([], [], "o-", color=_HELDOUT, label=f"{name}, {read}" if read else name)
         axis.plot([row["step"] for row in heldout], points, "o-", color=_HELDOUT)
         if final and objective.coverage(final) != read:
             label = f"{name} at the end, {objective.coverage(final)}"

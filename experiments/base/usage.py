@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments.configs import common, fields
+from experiments.base import fields
 
 _FOLDER = Path(__file__).parents[1] / "configs"
 # `--helpshort` leaves out the options of layers; `--helpfull` has every layer's, and absl's flags.
@@ -100,15 +100,15 @@ def _config(values: flags.FlagValues, example: str, detail: str) -> Iterator[str
         ]
     )
     config = values["config"].value
-    given = example if config is None else config_path(values)
-    path, _, arg = given.partition(":")
+    selected = example if config is None else config_path(values)
+    path, _, arg = selected.partition(":")
     file = _FOLDER / Path(path).name if config is None else Path(path)
     if config is None:
         config = _load(file).get_config(arg)
     words = _words(_load(file))
     if words:
         yield "\n".join([f"Words of {path}, at most one of each kind:", *words])
-    yield "\n".join([f"Fields of {given}:", *_fields(config, detail)])
+    yield "\n".join([f"Fields of {selected}:", *_fields(config, detail)])
 
 
 def config_path(values: flags.FlagValues) -> str:
@@ -136,9 +136,8 @@ def _words(module: ModuleType) -> list[str]:
     lines = []
     for kind, words in kinds.items():
         lines += _entry(kind, ", ".join([f"{words[0]} (default)", *words[1:]]))
-    if "layer" in kinds:
-        for switch, comment in (getattr(module, "SWITCHES", {}) | common.QUICKTEST).items():
-            lines += _entry(switch, comment)
+    for switch, comment in getattr(module, "SWITCHES", {}).items():
+        lines += _entry(switch, comment)
     return lines
 
 
@@ -154,6 +153,21 @@ def _fields(config: ConfigDict, detail: str) -> list[str]:
     if detail != "helpfull":
         lines.append("Options of the other layers: --helpfull, or --config=FILE:LAYER --help.")
     return lines
+
+
+def resolved(config: ConfigDict) -> str:
+    """Return the configuration as `field = value  # comment` lines.
+
+    Options of layers that `model.mixers` does not name have no effect and are left out.
+    """
+    lines = []
+    mixers = {name.strip() for name in config.model.mixers.split(",")}
+    for name, value in leaves(config.to_dict()):
+        if name.startswith("model.options.") and name.split(".")[2] not in mixers:
+            continue
+        text, comment = f"{name} = {value!r}", fields.comment(name)
+        lines.append(f"{text:<48}  # {comment}" if comment else text)
+    return "\n".join(lines)
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -30,7 +30,7 @@ TASKS = ("digits", "images", "listops", "packages", "time_series")
 KINDS = {"task": TASKS, "layer": common.layers("s5")}
 SWITCHES = {
     "full": "the sizes of the Long Range Arena for listops, for an accelerator; not run yet"
-}
+} | common.QUICKTEST
 
 
 def get_config(arg: str = "") -> ConfigDict:

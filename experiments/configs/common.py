@@ -1,4 +1,4 @@
-"""What configurations share: the layers by name, their options, and the words after the colon."""
+"""Parts that configurations share: layers by name, their options, words after the colon."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from seqjax.layers import REGISTRY
 MIXERS = {name: name for name in REGISTRY} | {"hybrid": "gated_deltanet,attention"}
 
 
+# Switch of all configurations that have a small size for tests.
 QUICKTEST = {"quicktest": "a run of a few seconds, which learns next to nothing"}
 
 
@@ -23,14 +24,14 @@ def layers(default: str) -> tuple[str, ...]:
 def parse(
     arg: str, kinds: Mapping[str, Sequence[str]], switches: Iterable[str] = ()
 ) -> tuple[dict[str, str], set[str]]:
-    """The words of `--config=FILE:WORD,WORD`: at most one of each kind, and switches.
+    """Return the words of `--config=FILE:WORD,WORD`: one of each kind, and a set of switches.
 
     Args:
-      arg: what stands behind the colon.
-      kinds: the words of each kind, the first of them the default.
-      switches: words that are there or not; `quicktest` is always one.
+      arg: the text after the colon.
+      kinds: the words of each kind; the first one is the default.
+      switches: words that belong to no kind.
     """
-    switches = (*switches, *QUICKTEST)
+    switches = tuple(switches)
     known = [word for words in kinds.values() for word in words] + list(switches)
     words = [word.strip() for word in arg.split(",") if word.strip()]
     for word in words:
@@ -38,14 +39,14 @@ def parse(
             raise UserError(f"unknown word {word!r}: {nearest(word, known)}")
     chosen = {}
     for kind, choices in kinds.items():
-        found = [word for word in words if word in choices]
-        if len(found) > 1:
+        named = [word for word in words if word in choices]
+        if len(named) > 1:
             hint = ", and set others with --config.model.mixers=lru,attention"
             raise UserError(
-                f"the configuration names the {kind}s {' and '.join(found)}: give one"
+                f"the configuration names the {kind}s {' and '.join(named)}: give one"
                 + (hint if kind == "layer" else "")
             )
-        chosen[kind] = found[0] if found else choices[0]
+        chosen[kind] = named[0] if named else choices[0]
     return chosen, set(words) & set(switches)
 
 
@@ -55,14 +56,14 @@ def layer_options(dim: int, heads: int) -> dict[str, dict[str, Any]]:
 
 
 def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict[str, Any]:
-    """What every run has, for blocks of one or more layers."""
+    """Return the fields of every run, for blocks of one or more layers."""
     return {
         "name": name,
         "seed": 0,
         "mesh": "",
         "mesh_axis_types": "auto",  # or "explicit", the default of jax.make_mesh
         "steps": 500,
-        "stop_at": 0.0,  # as good on what is held out, a run ends early; 0: never
+        "stop_at": 0.0,  # stop once a mid-run evaluation reaches this; 0 disables
         "log_every": 20,
         "eval_every": 100,
         "save_every": 100,
@@ -91,7 +92,7 @@ def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict
 
 
 def small(layer: str) -> dict[str, Any]:
-    """What makes a run of seconds of any configuration: it shows that everything works."""
+    """Return the fields that reduce any configuration to a run of seconds."""
     options = layer_options(16, 2)
     options["s5"]["blocks"] = 2
     options["mamba"]["state_dim"] = 4

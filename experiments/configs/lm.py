@@ -17,14 +17,18 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from experiments.configs import common
-from experiments.objectives import sampling
 
 KINDS = {"layer": common.layers("deltanet")}
+SWITCHES = common.QUICKTEST
+# Measured on 48 samples of 500 bytes from `lm.py:deltanet`: 31 % white space and 2.08 bits per
+# byte; the held-out text has 32 % and 2.05. At 0.8 and 0.95 it was 47 % and 1.10 (24 samples).
+TEMPERATURE = 1.0
+TOP_P = 0.99
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Builds the configuration; `arg` is a layer name, `quicktest`, or both with a comma."""
-    words, switches = common.parse(arg, KINDS)
+    words, switches = common.parse(arg, KINDS, SWITCHES)
     layer = words["layer"]
     config = ConfigDict(common.settings(f"lm-{layer}", layer, dim=128, depth=2, heads=8))
     config.update(
@@ -47,8 +51,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "sample": {
                 "prompt": "",
                 "num_bytes": 400,
-                "temperature": sampling.TEMPERATURE,
-                "top_p": sampling.TOP_P,
+                "temperature": TEMPERATURE,
+                "top_p": TOP_P,
             },
         }
     )

@@ -24,7 +24,7 @@ from experiments.configs import common
 
 TASKS = ("mqar", "selective_copying", "induction_heads")
 KINDS = {"task": TASKS, "layer": common.layers("deltanet")}
-SWITCHES = {"full": "the sizes of the papers, for an accelerator; not run yet"}
+SWITCHES = {"full": "the sizes of the papers, for an accelerator; not run yet"} | common.QUICKTEST
 
 
 def get_config(arg: str = "") -> ConfigDict:

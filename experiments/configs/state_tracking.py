@@ -25,7 +25,7 @@ KINDS = {"task": TASKS, "layer": common.layers("deltanet")}
 SWITCHES = {
     "negative": "eigenvalues in [-1, 1] for DeltaNet and Mamba",
     "full": "the sizes of the paper, for an accelerator; not run yet",
-}
+} | common.QUICKTEST
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -14,17 +14,19 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from experiments.base.devices import Devices
+from experiments.base.devices import DeviceMesh
 from experiments.data import pipeline
 from seqjax import sharding
 
 Evaluate = Callable[[Any, Sequence[bytes]], float]
 
 
-def make_evaluate(model: Any, *, lanes: int, length: int, place: Devices | None = None) -> Evaluate:
-    """Returns `evaluate(params, documents) -> bits per byte`, compiled once for all calls.
+def make_evaluate(
+    model: Any, *, lanes: int, length: int, device_mesh: DeviceMesh | None = None
+) -> Evaluate:
+    """Return `evaluate(params, documents) -> bits per byte`, compiled once for all calls.
 
-    With a `place` it runs on its mesh, time split over its axis `sequence`.
+    With a `device_mesh` it runs on that mesh, time split over the mesh axis `sequence`.
 
     The documents are read in `lanes` lanes, `length` bytes at a time, the state carried from
     window to window and cleared where a document starts. Every byte is predicted exactly once
@@ -32,7 +34,8 @@ def make_evaluate(model: Any, *, lanes: int, length: int, place: Devices | None 
     bytes divided by ln 2 and their number: the size of an arithmetic code made with the model.
     """
 
-    place = Devices("") if place is None else place
+    device_mesh = DeviceMesh("") if device_mesh is None else device_mesh
+    shardings = device_mesh.shardings
 
     def nats(
         params: Any, state: Any, part: dict[str, jax.Array], sequence_axis: str | None
@@ -51,20 +54,20 @@ def make_evaluate(model: Any, *, lanes: int, length: int, place: Devices | None 
         return state, sums if sequence_axis is None else jax.lax.psum(sums, sequence_axis)
 
     split = sharding.split_time(
-        nats, place.mesh, in_specs=(P(), P(), P(None, "sequence")), out_specs=P()
+        nats, device_mesh.mesh, in_specs=(P(), P(), P(None, "sequence")), out_specs=P()
     )
     # Every process adds up all lanes, so the sums must be everywhere.
     window = jax.jit(
-        split, out_shardings=None if place.plan is None else (None, place.plan.replicated)
+        split, out_shardings=None if shardings is None else (None, shardings.replicated)
     )
 
     def evaluate(params: Any, documents: Sequence[bytes]) -> float:
         streams = pipeline.lanes(documents, lanes, length)
-        state = place.everywhere(lambda: model.initial_state(lanes))
+        state = device_mesh.replicate(lambda: model.initial_state(lanes))
         sums = []
         for start in range(0, streams["inputs"].shape[1], length):
             part = {name: stream[:, start : start + length] for name, stream in streams.items()}
-            state, total = window(params, state, place.place(part))
+            state, total = window(params, state, device_mesh.put(part))
             sums.append(total)
         # Summed in float64: a float32 total would lose digits over many windows.
         nats = np.sum(np.asarray(jax.device_get(sums), np.float64))

@@ -19,34 +19,40 @@ from experiments.data import pipeline
 from experiments.objectives import heldout
 
 
-def prepare(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A batch of the pipeline as the loss takes it."""
-    return {
-        "inputs": batch["inputs"].astype(jnp.int32),
-        "targets": batch["targets"].astype(jnp.int32),
-        "reset": seqjax.segment_starts(batch["segment_ids"]),
-    }
+class NextByte:
+    """A byte-level language model and its loss, without data.
+
+    Attributes:
+      model: the language model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def prepare(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Convert a batch of the pipeline to the arguments of the loss."""
+        return {
+            "inputs": batch["inputs"].astype(jnp.int32),
+            "targets": batch["targets"].astype(jnp.int32),
+            "reset": seqjax.segment_starts(batch["segment_ids"]),
+        }
+
+    def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
+        """Return the mean nats per byte."""
+        logits, _ = model.apply(
+            params, batch["inputs"], reset=batch["reset"], sequence_axis=sequence_axis
+        )
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+        return nats if sequence_axis is None else jax.lax.pmean(nats, sequence_axis)
 
 
-def loss(model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
-    """Mean nats per byte."""
-    logits, _ = model.apply(
-        params, batch["inputs"], reset=batch["reset"], sequence_axis=sequence_axis
-    )
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
-    return nats if sequence_axis is None else jax.lax.pmean(nats, sequence_axis)
-
-
-class Text:
-    """The objective of a configuration without a task: to predict the bytes of a text."""
+class Text(NextByte):
+    """Objective of a configuration without a task: predict the bytes of a text."""
 
     metric = "heldout_bits_per_byte"
     lower_is_better = True
     unit = "bytes"
     curve = "bits_per_byte"
-
-    prepare = staticmethod(prepare)
-    loss = staticmethod(loss)
 
     def __init__(self, config: ConfigDict) -> None:
         check_positive(config.data, "shuffle_windows", "streams")
@@ -56,7 +62,7 @@ class Text:
         self.name = self._corpus.name
         self.fingerprint = self._corpus.fingerprint
         self._heldout_bytes = sum(map(len, self._corpus.heldout))
-        self.model = build.build_model(config.model)
+        super().__init__(build.build_model(config.model))
         self.batch_shape = (config.data.batch_size, config.data.length)
 
     def batches(self, rows: Any) -> pipeline.Streams:
@@ -73,14 +79,19 @@ class Text:
         )
 
     def log(self, nats: float) -> dict[str, float]:
-        """What the loss is called besides."""
+        """Return the loss in bits per byte."""
         return {"bits_per_byte": nats / math.log(2)}
 
-    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
+    def make_evaluate(
+        self, device_mesh: devices.DeviceMesh
+    ) -> Callable[[Any, bool], dict[str, Any]]:
         """Returns `evaluate(params, final)`: bits per byte, beside compressors' in the end."""
         evaluation = self._config.eval
         measure = heldout.make_evaluate(
-            self.model, lanes=evaluation.lanes, length=self._config.data.length, place=place
+            self.model,
+            lanes=evaluation.lanes,
+            length=self._config.data.length,
+            device_mesh=device_mesh,
         )
 
         def evaluate(params: Any, final: bool) -> dict[str, Any]:
@@ -97,7 +108,9 @@ class Text:
         return evaluate
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return which held-out bytes were read, in words."""
+        """Return which held-out bytes were read, in words; "" for a log that has no number."""
+        if "heldout_bytes" not in result:
+            return ""
         return f"{heldout.coverage(result['heldout_bytes'], self._heldout_bytes)} bytes"
 
     def describe(self, result: dict[str, Any]) -> str:

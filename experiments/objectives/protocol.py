@@ -1,4 +1,4 @@
-"""What a run learns, and how it is judged."""
+"""Objectives: what a run minimizes, and the number that its model is compared by."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any, Protocol
 import jax
 from ml_collections import ConfigDict
 
-from experiments.base.devices import Devices
+from experiments.base.devices import DeviceMesh
 from experiments.objectives import language
 from experiments.objectives import task as tasks
 
 
 class Objective(Protocol):
-    """A model, its batches, its loss, and a number that says how good it is.
+    """A model, its batches, its loss, and its held-out metric.
 
     Attributes:
-      name: of the data, for people.
-      fingerprint: changes when the data does.
-      model: follows the protocol of a layer.
+      name: name of the data, for messages.
+      fingerprint: a text that changes when the data does.
+      model: the model, which follows the protocol of a layer.
       batch_shape: (B, T) of a training batch.
-      unit: what a position is called.
-      metric: the name of the number that `evaluate` judges by.
-      lower_is_better: whether that is so.
-      curve: what is drawn of the training steps: a name in their rows.
+      unit: name of a position in messages, such as "bytes".
+      metric: name of the number in the result of `evaluate` that models are compared by.
+      lower_is_better: whether a smaller metric is better.
+      curve: name of the number of each training step to draw.
     """
 
     name: str
@@ -37,27 +37,27 @@ class Objective(Protocol):
     curve: str
 
     def batches(self, rows: Any) -> Any:
-        """An endless iterator over batches, with `get_state` and `set_state` in JSON values."""
+        """Return an endless iterator of batches; its state is made of JSON values."""
 
     def prepare(self, batch: Any) -> Any:
-        """A batch as the loss takes it; traced, before time is split."""
+        """Convert a batch to the arguments of the loss; traced, before time is split."""
 
     def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
-        """A mean, over the whole batch and all of time."""
+        """Return the mean loss over the whole batch and all of time."""
 
     def log(self, nats: float) -> dict[str, float]:
-        """What a loss is called besides, for the log."""
+        """Return the loss in other units, by name, for the log."""
 
-    def make_evaluate(self, place: Devices) -> Callable[[Any, bool], dict[str, Any]]:
-        """Returns `evaluate(params, final)`: numbers by name, `metric` among them."""
+    def make_evaluate(self, device_mesh: DeviceMesh) -> Callable[[Any, bool], dict[str, Any]]:
+        """Return `evaluate(params, final)`: numbers by name, `metric` among them."""
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return which of the held-out data `evaluate` read for a result, in words."""
+        """Return which held-out data a result of `evaluate` covers, in words; "" if unknown."""
 
     def describe(self, result: dict[str, Any]) -> str:
-        """What `evaluate` returned as a line for people."""
+        """Return a result of `evaluate` as a line of text."""
 
 
 def make(config: ConfigDict) -> Objective:
-    """The objective of a configuration: its task, or its text where it has none."""
+    """Return the objective of a configuration: its task, or its text if it has no task."""
     return tasks.make(config) if "task" in config else language.Text(config)

@@ -65,7 +65,7 @@ def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
 
 
 class _Judged:
-    """What both kinds have in common: they are judged by how often they are right."""
+    """Base of both kinds of tasks, whose metric is accuracy."""
 
     metric = "accuracy"
     lower_is_better = False
@@ -73,13 +73,14 @@ class _Judged:
     curve = "loss"
 
     def log(self, nats: float) -> dict[str, float]:
-        """Nothing: a loss is a loss."""
+        """Return nothing: the loss has no other unit."""
         del nats
         return {}
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return the number of test sequences, in words."""
-        return f"{result['test_sequences']:,} test sequences"
+        """Return the number of test sequences, in words; "" for a log that has no number."""
+        count = result.get("test_sequences")
+        return "" if count is None else f"{count:,} test sequences"
 
     def describe(self, result: dict[str, Any]) -> str:
         """Return all numbers in a line, and the number of test sequences behind them."""
@@ -139,9 +140,11 @@ class TokenTask(_Judged):
 
         return right
 
-    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
-        """Returns `evaluate`, which runs as the partitioner sees fit."""
-        del place
+    def make_evaluate(
+        self, device_mesh: devices.DeviceMesh
+    ) -> Callable[[Any, bool], dict[str, Any]]:
+        """Return `evaluate`, whose sharding the compiler chooses."""
+        del device_mesh
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
@@ -151,7 +154,7 @@ class TokenTask(_Judged):
         """
         task, evaluation = self._task, self._config.eval
         count = evaluation.sequences if final else evaluation.quick
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for length in task.test_lengths if final else task.test_lengths[-1:]:
             test = examples.test_examples(task, self._config.task.seed, length, count)
             rows = max(1, min(count, evaluation.tokens // test.inputs.shape[1]))
@@ -160,13 +163,13 @@ class TokenTask(_Judged):
                 part = (x[start : start + rows] for x in test)
                 right += int(self._right(params, *part))
             asked = test.counted[: count // rows * rows].sum()
-            found[f"accuracy_{length}"] = float(right / asked)
-        found["accuracy"] = found[f"accuracy_{task.test_lengths[-1]}"]
-        found["test_sequences"] = count // rows * rows
+            result[f"accuracy_{length}"] = float(right / asked)
+        result["accuracy"] = result[f"accuracy_{task.test_lengths[-1]}"]
+        result["test_sequences"] = count // rows * rows
         if final and task.chance is not None:
-            found["chance"] = task.chance
-            found["scaled_accuracy"] = (found["accuracy"] - task.chance) / (1 - task.chance)
-        return found
+            result["chance"] = task.chance
+            result["scaled_accuracy"] = (result["accuracy"] - task.chance) / (1 - task.chance)
+        return result
 
 
 class SequenceTask(_Judged):
@@ -217,9 +220,11 @@ class SequenceTask(_Judged):
 
         return right
 
-    def make_evaluate(self, place: devices.Devices) -> Callable[[Any, bool], dict[str, Any]]:
-        """Returns `evaluate`, which runs as the partitioner sees fit."""
-        del place
+    def make_evaluate(
+        self, device_mesh: devices.DeviceMesh
+    ) -> Callable[[Any, bool], dict[str, Any]]:
+        """Return `evaluate`, whose sharding the compiler chooses."""
+        del device_mesh
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
@@ -233,8 +238,8 @@ class SequenceTask(_Judged):
             test, length=self._length, batch_size=self._config.data.batch_size
         )
         right = sum(int(self._right(params, batch)) for batch in rows)
-        found = {"accuracy": right / len(test.labels), "test_sequences": len(test.labels)}
-        return found | {"majority": self._data.majority()} if final else found
+        result = {"accuracy": right / len(test.labels), "test_sequences": len(test.labels)}
+        return result | {"majority": self._data.majority()} if final else result
 
 
 def _fingerprint(data: labelled.LabelledSet) -> str:

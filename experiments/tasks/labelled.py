@@ -223,10 +223,10 @@ def _inside_aeon(name: str) -> Path:
             "needs it: pip install aeon"
         )
     root = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
-    found = {path.name: path for path in root.iterdir() if list(path.glob("*_TRAIN.ts"))}
-    if name not in found:
+    folders = {path.name: path for path in root.iterdir() if list(path.glob("*_TRAIN.ts"))}
+    if name not in folders:
         raise UserError(
             f"config.task.path={name!r} is neither a folder nor one of aeon's sets: "
-            f"{', '.join(sorted(found))}"
+            f"{', '.join(sorted(folders))}"
         )
-    return found[name]
+    return folders[name]

@@ -60,14 +60,14 @@ def _fold(level: _Level, values: np.ndarray, lengths: np.ndarray) -> tuple[np.nd
     return value, length
 
 
-def _write(levels: list[_Level], lengths: list[np.ndarray], kept: np.ndarray) -> list[np.ndarray]:
+def _write(levels: list[_Level], lengths: list[np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
     """The token sequences of the trees in `kept`: a node's place follows from its parent's."""
-    sizes = lengths[0][kept]
+    sizes = lengths[0][chosen]
     starts = np.cumsum(sizes) - sizes
     text = np.empty(sizes.sum(), np.int32)
     # Where each node begins; -1 in trees that are not kept.
     place = np.full(len(lengths[0]), -1)
-    place[kept] = starts
+    place[chosen] = starts
     for level, length, below in zip(levels, lengths, [*lengths[1:], None], strict=True):
         shown = place >= 0
         inner = shown & (level.arguments > 0)
@@ -108,8 +108,8 @@ def generate(
         for level in levels[-2::-1]:
             value, length = _fold(level, value, length)
             lengths.insert(0, length)
-        kept = np.flatnonzero((length > shortest) & (length < longest))
-        if len(kept):
-            texts += _write(levels, lengths, kept)
-            answers.append(value[kept])
+        chosen = np.flatnonzero((length > shortest) & (length < longest))
+        if len(chosen):
+            texts += _write(levels, lengths, chosen)
+            answers.append(value[chosen])
     return texts[:count], np.concatenate(answers)[:count].astype(np.int32)

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: the newest few, and the best one in a manager of its own."""
+"""Orbax checkpoints of a run: the newest few, and the best one in a separate folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from experiments.base import build
 from experiments.base.errors import UserError, system_error
 from experiments.objectives import protocol
 
-# A run goes on exactly only if nothing but these sections has changed.
+# Sections that may change between a checkpoint and the run that resumes it.
 _MAY_CHANGE = (
     "optimizer",
     "steps",
@@ -59,25 +59,26 @@ class Checkpoints:
     """Saves and restores `state` (arrays) and `meta` (JSON) of the run in a workdir."""
 
     def __init__(self, workdir: Path, keep: int = 2) -> None:
+        self._workdir = workdir
         self._latest = _manager(workdir / "checkpoints", keep)
-        # Kept apart: a manager that keeps the best may delete the newest, which resume needs.
+        # Two managers: one that keeps the best may delete the newest, which resume needs.
         self._best = _manager(workdir / "best", 1)
 
     def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, or None."""
+        """Return the step of the newest complete checkpoint, or None."""
         return self._latest.latest_step()
 
     @_without_warnings()
     def save(self, step: int, state: Any, meta: dict[str, Any], *, best: bool = False) -> None:
-        """Saves the newest state and, if it is the best so far, a second copy of it."""
+        """Save the newest state and, if it is the best so far, a second copy of it."""
         managers = [self._latest, self._best] if best else [self._latest]
         _check_space(self._latest.directory, state, len(managers))
         for manager in managers:
             if manager.latest_step() == step:
                 continue
             if jax.process_count() > 1:
-                # Processes meet at barriers numbered in the order in which they come to them: two
-                # managers that save at once may come to theirs in another order elsewhere.
+                # Orbax numbers the barriers between processes in the order of their calls. Two
+                # managers that save at once may reach them in another order on another process.
                 self.wait()
             manager.save(
                 step,
@@ -88,13 +89,35 @@ class Checkpoints:
                 ),
             )
 
+    def resume(
+        self, config: ConfigDict, fingerprint: str, like: Any
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Restore the newest checkpoint of a run as (step, state, meta); None if there is none.
+
+        Args:
+          config: the configuration of the run, which must be the one that was saved.
+          fingerprint: the fingerprint of its data, which must be the saved one.
+          like: a state with the shapes and shardings to restore.
+        """
+        step = self.latest_step()
+        if step is None:
+            return None
+        meta = self.meta(step)
+        check_same_run(self._workdir, meta, config, fingerprint)
+        if step > config.steps:
+            raise UserError(
+                f"{self._workdir} is at step {step} already: give --config.steps={step} or more, "
+                "or another --workdir"
+            )
+        return step, self.restore(step, like), meta
+
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON stored with the newest checkpoint."""
+        """Return the JSON stored with a checkpoint."""
         return _restore_meta(self._latest, step)
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state at `step`, placed as the arrays of `like` are."""
-        # A best checkpoint of steps that are about to be taken again would block their own.
+        """Return the state at `step` with the shardings of the arrays of `like`."""
+        # The run takes the later steps again; an old best checkpoint would block the new one.
         for later in self._best.all_steps():
             if later > step:
                 self._best.delete(later)
@@ -108,12 +131,12 @@ class Checkpoints:
         return {"params": restored["params"], "optimizer": restored["optimizer"]}
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk; raises what went wrong while saving."""
+        """Wait until all checkpoints are on disk; raise the errors of saving."""
         self._latest.wait_until_finished()
         self._best.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes what is being saved and lets go of the folders."""
+        """Finish saving and close both folders."""
         try:
             self._latest.close()
         finally:
@@ -121,7 +144,7 @@ class Checkpoints:
 
 
 def _check_space(folder: Any, state: Any, copies: int) -> None:
-    """Fails before anything is written: a disk that fills up meanwhile leaves half a checkpoint."""
+    """Raise before writing if the disk is too full, which would leave half a checkpoint."""
     size = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -176,7 +199,7 @@ def _shorten(text: str, length: int, *, keep_end: bool = False) -> str:
 def check_same_run(
     workdir: Path, meta: dict[str, Any], config: ConfigDict, fingerprint: str
 ) -> None:
-    """Refuses to go on with another model or other data than the checkpoint's."""
+    """Raise if the checkpoint is of another model or of other data."""
     changed = [
         line
         for line in build.differences(meta["config"], build.to_json(config))
@@ -190,12 +213,12 @@ def check_same_run(
     if meta["fingerprint"] != fingerprint:
         raise UserError(
             f"the text has changed since the checkpoint in {workdir} was made, so the run cannot "
-            "go on where it was: start with a new --workdir"
+            "resume: start with a new --workdir"
         )
 
 
 def load_for_inference(workdir: str, which: str) -> tuple[Any, Any, ConfigDict, int]:
-    """Rebuilds the model of a workdir; returns (model, params, config, step)."""
+    """Rebuild the model of a workdir; return (model, params, config, step)."""
     if not workdir:
         raise UserError("no --workdir: give the folder of a run, for example --workdir=runs/NAME")
     folder = Path(workdir) / ("best" if which == "best" else "checkpoints")

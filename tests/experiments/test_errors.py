@@ -65,7 +65,7 @@ def one_line(capsys, script, *arguments):
             f"--config={CONFIG}:qqq: unknown word 'qqq': known: attention",
         ),
         ([f"--config={CONFIG}:qqq"], " deltanet, elman"),
-        (["--config=experiments/configs/pod_mamba_1b.py:9k"], "_1b.py:9k: unknown length '9k'"),
+        (["--config=experiments/configs/pod.py:mamba_1b,9k"], "_1b,9k: unknown word '9k'"),
         (["--helpful"], "Unknown command line flag 'helpful'"),
         ([f"--config={CONFIG}", "--workdr=x"], "workdir"),
         ([f"--config={CONFIG}", "lru"], "unexpected argument 'lru'"),

@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("ml_collections")
 
-from experiments.base import cli, usage
-from experiments.configs import classify, common, fields, lm, pod_gated_deltanet_1b, recall
+from experiments import train
+from experiments.base import cli, fields, usage
+from experiments.configs import classify, common, lm, pod, recall
 from experiments.configs import state_tracking as state
 
 REPOSITORY = Path(__file__).parents[2]
@@ -24,7 +25,7 @@ COMMANDS = {
     )
     if "cli.run(" in path.read_text()
 }
-CONFIGS = [lm.get_config("deltanet"), pod_gated_deltanet_1b.get_config("8k")] + [
+CONFIGS = [lm.get_config("deltanet"), pod.get_config()] + [
     module.get_config(task) for module in (recall, state, classify) for task in module.TASKS
 ]
 
@@ -94,3 +95,39 @@ def test_every_field_has_a_comment_and_every_comment_a_field():
     options = {name.rpartition(".")[2] for name in names if name.startswith("model.options.")}
     assert set(fields.COMMENTS) <= names
     assert set(fields.OPTIONS) == options
+
+
+def test_print_config_shows_the_overrides_and_trains_nothing(capsys, tmp_path):
+    config = "--config=experiments/configs/lm.py:gru,quicktest"
+    workdir = tmp_path / "run"
+    text = show(
+        capsys,
+        "train",
+        "--print_config",
+        config,
+        "--config.steps=7",
+        "--config.model.options.gru.state_dim=5",
+        f"--workdir={workdir}",
+    )
+    values = dict(re.findall(r"^(\S+) = (.*?)(?:  +# .*)?$", text, re.MULTILINE))
+    assert values["steps"] == "7"
+    assert values["model.options.gru.state_dim"] == "5"
+    assert values["model.mixers"] == "'gru'"
+    assert re.search(r"^data\.length = 32 +# steps of each training sequence", text, re.MULTILINE)
+    assert "model.options.lru" not in text
+    assert not workdir.exists()
+    assert "--[no]print_config" in show(capsys, "train", "--help")
+
+
+def test_default_workdirs_tell_runs_apart(tmp_path):
+    config = lm.get_config("mamba")
+    assert train.default_workdir(config) == "runs/lm-mamba"
+    config.data.path = str(tmp_path / "novels.txt")
+    assert train.default_workdir(config) == "runs/lm-mamba-novels"
+    config.data.update(path="", tfds="imdb_reviews/plain_text")
+    assert train.default_workdir(config) == "runs/lm-mamba-imdb_reviews-plain_text"
+
+
+def test_cli_module_has_an_example_that_exists():
+    path = cli.EXAMPLE_CONFIG.split(":")[0]
+    assert (REPOSITORY / path).is_file()

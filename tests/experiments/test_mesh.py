@@ -13,11 +13,13 @@ pytest.importorskip("ml_collections")
 from experiments import train
 from experiments.base import logs
 from experiments.base.build import build_model
-from experiments.base.devices import Devices
+from experiments.base.devices import DeviceMesh
 from experiments.base.errors import UserError
 from experiments.configs import common, lm
 from experiments.data import pipeline
-from experiments.training import loop, optimizer
+from experiments.objectives.language import NextByte
+from experiments.training import optimizer
+from experiments.training.step import make_init, make_train_step
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -34,14 +36,9 @@ def twenty_losses(config, mesh):
     model = build_model(config.model)
     schedule = optimizer.make_schedule(config.optimizer, 20)
     transform = optimizer.make_optimizer(config.optimizer, 20, model.param_roles())
-
-    def init(key):
-        params = model.init(key)
-        return {"params": params, "optimizer": transform.init(params)}
-
     shape = (config.data.batch_size, config.data.length)
-    devices = Devices(mesh, model, shape, init)
-    step = loop.make_train_step(model, transform, schedule, devices.plan)
+    devices = DeviceMesh(mesh, model, shape, make_init(model, transform))
+    step = make_train_step(NextByte(model), transform, schedule, devices.shardings)
     batches = pipeline.train_batches(
         pipeline.load_corpus(config.data).train,
         length=config.data.length,
@@ -51,7 +48,7 @@ def twenty_losses(config, mesh):
     )
     state, found = jax.jit(devices.make_state, static_argnums=0)(0), []
     for index in range(20):
-        state, metrics = step(state, devices.place(next(batches)), np.int32(index))
+        state, metrics = step(state, devices.put(next(batches)), np.int32(index))
         found.append([float(metrics["loss"]), float(metrics["gradient_norm"])])
     return np.array(found)
 

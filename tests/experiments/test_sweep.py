@@ -3,7 +3,11 @@
 import importlib
 import json
 import math
+import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +20,7 @@ from experiments.base import build, cli
 from experiments.base.errors import UserError
 from experiments.configs import common, lm
 from experiments.sweeps import grids
+from experiments.training.interrupt import Interrupt
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS = tuple(
@@ -44,7 +49,8 @@ class FakeRuns:
     def __init__(self, ends=()):
         self.commands, self.ends = [], list(ends)
 
-    def __call__(self, command, **_):
+    def __call__(self, command, interrupt):
+        del interrupt
         self.commands.append(command)
         code = self.ends.pop(0) if self.ends else 0
         if code == 0:
@@ -57,7 +63,7 @@ class FakeRuns:
 
 def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     first = FakeRuns([0, 3, 143])
-    monkeypatch.setattr(subprocess, "run", first)
+    monkeypatch.setattr(sweep, "execute", first)
     arguments = flags_for(tmp_path, "--seeds=0,1", "--set=steps=2")
     assert cli.run(sweep.define_flags, sweep.main, arguments) == 130
     rows = sweep.read(tmp_path / "results.jsonl")
@@ -71,7 +77,7 @@ def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write('{"grid": "ti')  # a line cut short by a kill is a run to be done again
     second = FakeRuns()
-    monkeypatch.setattr(subprocess, "run", second)
+    monkeypatch.setattr(sweep, "execute", second)
     assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
     assert len(second.commands) == 6
     assert second.commands[0] == first.commands[2]
@@ -221,6 +227,96 @@ def test_a_real_sweep(tiny, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_run_that_cannot_run_stops_the_sweep(code, tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", FakeRuns([code]))
+    monkeypatch.setattr(sweep, "execute", FakeRuns([code]))
+    job = grids.Job("bad", "experiments/configs/none.py", {})
     with pytest.raises(UserError, match=r"none\.py failed: the loss became nan"):
-        sweep.run("tiny", grids.Job("bad", "experiments/configs/none.py", {}), {}, tmp_path)
+        sweep.run("tiny", job, {}, tmp_path, Interrupt())
+
+
+# A sweep's run of one command, and a command that takes a second to save after SIGINT.
+SWEEP = """
+import sys
+from experiments import sweep
+from experiments.training.interrupt import Interrupt
+with Interrupt(sweep.WAITING) as interrupt:
+    done = sweep.execute([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], interrupt)
+print("ended with", done.returncode, done.stdout)
+"""
+SAVING = """
+import os, pathlib, signal, sys, time
+folder, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+signals = []
+signal.signal(signal.SIGINT, lambda *_: signals.append(1))
+(folder / "pid").write_text(str(os.getpid()))
+(folder / "ready").touch()
+while not signals:
+    time.sleep(0.05)
+(folder / "saving").touch()
+end = time.time() + seconds
+while time.time() < end:
+    time.sleep(0.05)
+print(len(signals), "signal")
+sys.exit(130)
+"""
+
+
+def start_sweep(folder, seconds):
+    return subprocess.Popen(
+        [sys.executable, "-c", SWEEP, SAVING, str(folder), str(seconds)],
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell may have started the tests with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def wait_for(path, process):
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_an_interrupt_lets_the_run_save(tmp_path):
+    """The terminal's Ctrl-C goes to the whole group of the sweep; the run gets one signal."""
+    process = start_sweep(tmp_path, 1)
+    try:
+        wait_for(tmp_path / "ready", process)
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "ended with 130 1 signal" in output, errors
+    assert "SIGINT: waiting for the current run to save its checkpoint" in errors
+
+
+def test_a_second_interrupt_terminates_the_run(tmp_path):
+    process = start_sweep(tmp_path, 300)
+    try:
+        wait_for(tmp_path / "ready", process)
+        os.killpg(process.pid, signal.SIGINT)
+        wait_for(tmp_path / "saving", process)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "KeyboardInterrupt" in errors
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_stopped_sweep_keeps_the_run_that_ended(tiny, tmp_path, monkeypatch, capsys):
+    class Interrupted(FakeRuns):
+        def __call__(self, command, interrupt):
+            interrupt.signal = signal.SIGINT
+            return super().__call__(command, interrupt)
+
+    monkeypatch.setattr(sweep, "execute", Interrupted())
+    assert cli.run(sweep.define_flags, sweep.main, flags_for(tmp_path)) == 130
+    assert len(sweep.read(tmp_path / "results.jsonl")) == 1
+    assert "stopped; start the same command again to resume" in capsys.readouterr().out

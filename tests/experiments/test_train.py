@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,14 +22,16 @@ import jax.numpy as jnp
 from matplotlib import figure
 
 from experiments import evaluate, train
-from experiments.base import cli, logs
+from experiments.base import logs
 from experiments.base.build import build_model
 from experiments.base.errors import UserError
 from experiments.configs import common, lm
 from experiments.data import pipeline
 from experiments.objectives import heldout
-from experiments.training import checkpoints, loop, optimizer
+from experiments.objectives.language import NextByte
+from experiments.training import checkpoints, optimizer
 from experiments.training.interrupt import Interrupt
+from experiments.training.step import all_finite, make_init, make_train_step
 from tests.experiments.scripts import KILLED
 
 REPOSITORY = Path(__file__).parents[2]
@@ -70,10 +73,9 @@ def test_two_steps_of_every_config(layer, text):
     model = build_model(config.model)
     schedule = optimizer.make_schedule(config.optimizer, 2)
     transform = optimizer.make_optimizer(config.optimizer, 2, model.param_roles())
-    step = loop.make_train_step(model, transform, schedule)
-    params = model.init(jax.random.key(0))
-    state = {"params": params, "optimizer": transform.init(params)}
-    before = jax.tree.map(np.array, params)
+    step = make_train_step(NextByte(model), transform, schedule)
+    state = make_init(model, transform)(jax.random.key(0))
+    before = jax.tree.map(np.array, state["params"])
     batches = pipeline.train_batches(
         pipeline.load_corpus(config.data).train,
         length=config.data.length,
@@ -123,6 +125,18 @@ def test_a_finished_run_started_again_only_reports(reference, text, capsys):
     assert "resumed at step 12" in capsys.readouterr().out
 
 
+def test_an_old_log_without_newer_fields_is_reported(reference, text, tmp_path):
+    """Earlier versions logged neither the speed nor the size of the held-out data."""
+    workdir = tmp_path / "old"
+    shutil.copytree(reference[0], workdir)
+    newer = ("heldout_bytes", "tokens_per_second")
+    rows = [{k: v for k, v in row.items() if k not in newer} for row in logs.read_rows(workdir)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = train.train(quick(text, steps=12), workdir)
+    assert again["heldout_bits_per_byte"] == reference[1]["heldout_bits_per_byte"]
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_that_is_good_enough_ends_early(reference, text, tmp_path):
     bits = {
         row["step"]: row["heldout_bits_per_byte"]
@@ -138,7 +152,7 @@ def test_a_run_that_is_good_enough_ends_early(reference, text, tmp_path):
 
 
 def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monkeypatch):
-    real, count = loop.pipeline.train_batches, iter(range(1, 100))
+    real, count = pipeline.train_batches, iter(range(1, 100))
 
     def raising(*args, **kwargs):
         batches = real(*args, **kwargs)
@@ -154,7 +168,7 @@ def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monke
         return batches
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.pipeline, "train_batches", raising)
+        patch.setattr(pipeline, "train_batches", raising)
         stopped = train.train(quick(text, steps=12), tmp_path)
     assert stopped == {"exit_code": 128 + signal.SIGTERM, "step": 7}
     assert [row["step"] for row in losses(tmp_path)][-1] == 7
@@ -169,12 +183,12 @@ def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monke
 
 def test_timing_counts_the_steps_before_a_resume(text, tmp_path):
     train.train(quick(text, steps=4), tmp_path)
-    with loop.Run(quick(text, steps=8), tmp_path) as run:
+    with train.Run(quick(text, steps=8), tmp_path) as run:
         run._timed["seconds"] = 1000.0
         assert run.loop() == 0
         timing = run.timing()
     assert timing["train_seconds"] > 1000
-    with loop.Run(quick(text, steps=8), tmp_path) as run:
+    with train.Run(quick(text, steps=8), tmp_path) as run:
         assert run.timing() == timing
 
 
@@ -285,12 +299,12 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(text, tmp_path):
     assert kept
     _, params, _, step = checkpoints.load_for_inference(str(tmp_path), "latest")
     assert step == max(kept)
-    assert loop.all_finite(params)
+    assert all_finite(params)
     assert all(math.isfinite(row["loss"]) for row in losses(tmp_path) if "loss" in row)
 
 
 def test_parameters_that_are_not_finite_are_never_saved(text, tmp_path, monkeypatch):
-    make = loop.make_train_step
+    make = train.make_train_step
 
     def poisoned(*args):
         step = make(*args)
@@ -303,7 +317,7 @@ def test_parameters_that_are_not_finite_are_never_saved(text, tmp_path, monkeypa
 
         return wrapped
 
-    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    monkeypatch.setattr(train, "make_train_step", poisoned)
     with pytest.raises(UserError, match=r"parameters became nan at step 4.*of step 2 .* is kept"):
         train.train(quick(text, save_every=2), tmp_path)
     assert [int(p.name) for p in (tmp_path / "checkpoints").iterdir()] == [2]
@@ -379,17 +393,3 @@ def test_the_schedule_warms_up_and_goes_down():
     assert rates[-1] == pytest.approx(config.learning_rate * config.final_fraction)
     assert (np.diff(rates[config.warmup_steps :]) <= 0).all()
     assert isinstance(optimizer.make_schedule(config, 1)(0), (float, jax.Array))
-
-
-def test_default_workdirs_tell_runs_apart(tmp_path):
-    config = lm.get_config("mamba")
-    assert train.default_workdir(config) == "runs/lm-mamba"
-    config.data.path = str(tmp_path / "novels.txt")
-    assert train.default_workdir(config) == "runs/lm-mamba-novels"
-    config.data.update(path="", tfds="imdb_reviews/plain_text")
-    assert train.default_workdir(config) == "runs/lm-mamba-imdb_reviews-plain_text"
-
-
-def test_cli_module_has_an_example_that_exists():
-    path = cli.EXAMPLE_CONFIG.split(":")[0]
-    assert (REPOSITORY / path).is_file()
