@@ -18,7 +18,7 @@ B, T = 2, 13
 def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
     """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow.
 
-    A variant's tests run one after the other in one worker, and share compiled functions.
+    A row's tests run in one worker, and share compiled functions and the oracle's results.
     """
     return pytest.mark.parametrize(
         ("case", "algorithm"),
@@ -27,7 +27,7 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
                 case,
                 algorithm,
                 id=f"{case}-{algorithm}" if algorithm else str(case),
-                marks=[pytest.mark.xdist_group(f"{case}-{algorithm}")]
+                marks=[pytest.mark.xdist_group(str(case))]
                 + [pytest.mark.slow] * (case.name not in QUICK or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
@@ -39,6 +39,11 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
 def with_kernel_once(case: Case, algorithm: str | None) -> bool:
     """For what a kernel takes from the XLA form: its first row is enough, interpreting is slow."""
     return algorithm != "pallas" or case.name == "linear_scan"
+
+
+def one_layer_of_each_kind(case: Case) -> bool:
+    """For transformations that act on a layer through its ops alone: every op, and the quick layers."""
+    return case.layer is None or case.name in QUICK
 
 
 def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:
@@ -54,7 +59,8 @@ def cast(tree: Any, dtype: str) -> Any:
     wide = np.complex128 if dtype == "float64" else np.complex64
 
     def leaf(value: np.ndarray) -> jax.Array:
-        return jnp.asarray(value, wide if np.iscomplexobj(value) else dtype)
+        # NumPy converts: an eager conversion of a JAX array compiles a program for each shape.
+        return jnp.asarray(np.asarray(value).astype(wide if np.iscomplexobj(value) else dtype))
 
     return jax.tree.map(leaf, tree)
 
@@ -92,8 +98,11 @@ def runner(case: Case, algorithm: str | None, chunk_size: int = 4) -> Any:
     return jax.jit(functools.partial(case.run, **keywords(algorithm, chunk_size)))
 
 
-def pair(x: jax.Array, weight: Any) -> jax.Array:
-    return jnp.sum(jnp.real(x * weight))
+def pair(x: Any, weight: Any) -> Any:
+    """Return sum Re(x * weight): traced inside jit, and otherwise NumPy's, which compiles nothing."""
+    if isinstance(x, jax.core.Tracer) or isinstance(weight, jax.core.Tracer):
+        return jnp.sum(jnp.real(x * weight))
+    return np.sum(np.real(np.asarray(x) * np.asarray(weight)))
 
 
 def weights(tree: Any, seed: int = 7) -> Any:

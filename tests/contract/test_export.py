@@ -11,7 +11,14 @@ from jax import export
 import seqjax
 from tests.contract import cases
 from tests.contract.cases import ROWS
-from tests.contract.harness import assert_close, cast, keywords, make, runner
+from tests.contract.harness import (
+    assert_close,
+    cast,
+    keywords,
+    make,
+    one_layer_of_each_kind,
+    runner,
+)
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 ANY_LENGTH = (None, "sequential")  # the algorithms that run with a symbolic T
@@ -39,7 +46,7 @@ def takes_any_length(case, algorithm):
 # follow from that: they depend on whether T is known.
 BATCH_ONLY = [v for v in VARIANTS if v.values[1] is None or not takes_any_length(*v.values)]
 # Gradients of layers are made of those of the ops: the quick rows stand for them.
-DIFFERENTIATED = [case for case in ROWS if case.layer is None or case.name in cases.QUICK]
+DIFFERENTIATED = [case for case in ROWS if one_layer_of_each_kind(case)]
 
 
 def arguments(case, batch, length):
