@@ -42,7 +42,7 @@ def with_kernel_once(case: Case, algorithm: str | None) -> bool:
 
 
 def one_layer_of_each_kind(case: Case) -> bool:
-    """For transformations that act on a layer through its ops alone: every op, and the quick layers."""
+    """For what acts on a layer through its ops alone: every op, and one layer of each kind."""
     return case.layer is None or case.name in QUICK
 
 
@@ -99,7 +99,7 @@ def runner(case: Case, algorithm: str | None, chunk_size: int = 4) -> Any:
 
 
 def pair(x: Any, weight: Any) -> Any:
-    """Return sum Re(x * weight): traced inside jit, and otherwise NumPy's, which compiles nothing."""
+    """Return sum Re(x * weight); outside jit in NumPy, which compiles nothing."""
     if isinstance(x, jax.core.Tracer) or isinstance(weight, jax.core.Tracer):
         return jnp.sum(jnp.real(x * weight))
     return np.sum(np.real(np.asarray(x) * np.asarray(weight)))

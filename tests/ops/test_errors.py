@@ -11,6 +11,7 @@ from seqjax.models import Backbone, Classifier, LanguageModel
 from tests.contract.cases import OPS, ROWS
 from tests.contract.harness import cast, make
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BY_OP = {str(case).split("-")[0]: case for case in reversed(OPS)}
 
 
