@@ -1,4 +1,4 @@
-"""What the contract tests share: inputs by dtype, compiled runs, and how errors are judged."""
+"""The table of rows, and shared parts: inputs by dtype, compiled runs, how errors are judged."""
 
 import contextlib
 import functools
@@ -9,9 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.contract.case import Case
-from tests.contract.cases import QUICK, VARIANTS
+from tests.contract.cases import OPS, Case
+from tests.contract.layer_cases import LAYERS
 
+ROWS = OPS + LAYERS
+# What the quick tests run: a row of every op and of every kind of layer, the hardest of its kind.
+QUICK = {
+    "linear_scan",
+    "linear_scan-complex",
+    "selective_scan",
+    "linear_attention-channel",
+    "delta_rule-channel",
+    "generalized_delta_rule",
+    "monoid_scan-softmax",
+    "nonlinear_scan-block",
+    "LRU",
+    "S5-bidirectional",
+    "Mamba",
+    "DeltaNet-gated",
+    "ParaLSTM",
+}
+assert {case.name for case in ROWS} > QUICK
+# Every row with every algorithm that can run it; "pallas" is the kernel, interpreted.
+VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]
 B, T = 2, 13
 
 

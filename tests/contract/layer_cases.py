@@ -1,4 +1,4 @@
-"""One row per layer; `tests.contract.cases` has those of the ops, and says what rows are for."""
+"""One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import seqjax
-from tests.contract.case import Arrays, Case, normal
+from tests.contract.cases import Arrays, Case, normal
 from tests.oracles import layer_oracles, rnn_oracles
 
 

@@ -9,8 +9,8 @@ import pytest
 from jax import export
 
 import seqjax
-from tests.contract.cases import ROWS
 from tests.contract.harness import (
+    ROWS,
     assert_close,
     cast,
     keywords,

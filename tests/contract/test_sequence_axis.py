@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from experiments.compiled import collectives
 from seqjax.layers import LRU, LSTM, S5, ParaGRU, SlidingWindowAttention
 from seqjax.models import Backbone, Classifier, LanguageModel
-from tests.contract.cases import LAYERS
 from tests.contract.harness import assert_close, cast, contract, weights
+from tests.contract.layer_cases import LAYERS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 DEVICES, B, T = 8, 2, 16

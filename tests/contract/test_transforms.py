@@ -10,8 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.contract.cases import OPS, QUICK, ROWS
+from tests.contract.cases import OPS
 from tests.contract.harness import (
+    QUICK,
+    ROWS,
     assert_close,
     by_variant,
     cast,
@@ -116,13 +118,17 @@ def values_and_gradients(case):
     return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
 
 
+def weighted(case, inputs, state, reset):
+    """Return float64 arguments, and random weights of the outputs and the final state."""
+    args = cast(inputs, "float64"), cast(state, "float64"), reset
+    out, final = jax.eval_shape(case.run, *args)
+    return *args, weights(out), weights(final, 8)
+
+
 @functools.cache
 def on_one_device(case):
     """Return float64 arguments and their values and gradients, shared by the tests of sharding."""
-    inputs, state, reset = make(case, batch=8, length=8)
-    inputs, state = cast(inputs, "float64"), cast(state, "float64")
-    w = weights(jax.eval_shape(case.run, inputs, state, reset)[0])
-    arguments = (inputs, state, reset, w)
+    arguments = weighted(case, *make(case, batch=8, length=8))[:4]
     return arguments, jax.tree.map(np.asarray, values_and_gradients(case)(*arguments))
 
 
@@ -131,8 +137,7 @@ def on_one_device(case):
 def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
     """The numbers of one device, and no collective, without `jax.set_mesh`.
 
-    Gradients of inputs that all devices share are summed over devices. The quick rows compute
-    them here, and `test_batch_and_heads_sharded` those of every row.
+    Gradients of shared inputs are here for quick rows, in the next test for every row.
     """
     (inputs, state, reset, w), expected = on_one_device(case)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -145,7 +150,6 @@ def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
         {name: place(value, name in case.timed) for name, value in inputs.items()},
         *(place(value) for value in (state, reset, w)),
     )
-    shared = [name for name in inputs if name not in case.timed]
 
     def split(result):
         """Return the results that vary over devices."""
@@ -160,7 +164,7 @@ def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
     compiled = program.as_text()
     for collective in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("):
         assert collective not in compiled, f"{collective} in a program whose batch is split"
-    if shared and case.name in QUICK:
+    if case.name in QUICK and set(inputs) != set(case.timed):
         assert_close(gradient(*placed), expected, 1e-12)
 
 
@@ -296,9 +300,7 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
     else:
         reset[:, 5:] = False  # a state that travels over several devices
         reset[1, 17] = True
-    args = (cast(inputs, "float64"), cast(state, "float64"), reset)
-    shapes = jax.eval_shape(case.run, *args)
-    args = (*args, weights(shapes[0]), weights(shapes[1], 8))
+    args = weighted(case, inputs, state, reset)
     got, out = on_each_part_of_time(case, algorithm)(*args)
     expected, whole = on_one_part_of_time(case)(*args)
     assert_close(out, whole, 1e-11)
@@ -324,8 +326,7 @@ def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64,
     for name in case.timed + case.shared:
         case.in_time(name, spoiled[name], before)[...] = poison
     spoiled_state = jax.tree.map(lambda s: np.full_like(s, poison), state)
-    shapes = jax.eval_shape(case.run, cast(inputs, "float64"), cast(state, "float64"), reset)
-    w_out, w_state = weights(shapes[0]), weights(shapes[1], 8)
+    *_, w_out, w_state = weighted(case, inputs, state, reset)
     for leaf in jax.tree.leaves(w_out):
         leaf[:, before] = 0
     results = []
@@ -349,12 +350,9 @@ def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64,
 def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
     """Constants vary over the mesh as their tangents do, in the smallest chunk as well."""
     [case] = [case for case in OPS if case.name == name]
-    inputs, state, reset = make(case, length=length)
-    args = cast(inputs, "float64"), cast(state, "float64"), reset
-    shapes = jax.eval_shape(case.run, *args)
-    args = (*args, weights(shapes[0]), weights(shapes[1], 8))
-    split = on_each_part_of_time(case, "chunked", 4, chunk_size, AxisType.Auto)
-    assert_close(split(*args), on_one_part_of_time(case)(*args), 1e-11)
+    args = weighted(case, *make(case, length=length))
+    got = on_each_part_of_time(case, "chunked", 4, chunk_size, AxisType.Auto)(*args)
+    assert_close(got, on_one_part_of_time(case)(*args), 1e-11)
 
 
 @by_variant(every_kernel=False)
