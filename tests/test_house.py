@@ -131,7 +131,7 @@ def test_files_stay_short(path):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name):
+def test_docstring_examples(name, compiled_quickly):
     module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0
 
@@ -160,7 +160,7 @@ def test_public_functions_are_documented(name):
 
 
 @pytest.mark.parametrize("case", OPS, ids=str)
-def test_annotations_are_true(case):
+def test_annotations_are_true(case, compiled_quickly):
     inputs, state, reset = make(case)
     function = getattr(seqjax, str(case).split("-")[0])
     if function in (seqjax.monoid_scan, seqjax.nonlinear_scan):

@@ -1,4 +1,4 @@
-"""What the contract tests share: inputs by dtype, compiled runs, and how errors are judged."""
+"""The table of rows, and shared parts: inputs by dtype, compiled runs, how errors are judged."""
 
 import contextlib
 import functools
@@ -9,16 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.contract.case import Case
-from tests.contract.cases import QUICK, VARIANTS
+from tests.contract.cases import OPS, Case
+from tests.contract.layer_cases import LAYERS
 
+ROWS = OPS + LAYERS
+# What the quick tests run: a row of every op and of every kind of layer, the hardest of its kind.
+QUICK = {
+    "linear_scan",
+    "linear_scan-complex",
+    "selective_scan",
+    "linear_attention-channel",
+    "delta_rule-channel",
+    "generalized_delta_rule",
+    "monoid_scan-softmax",
+    "nonlinear_scan-block",
+    "LRU",
+    "S5-bidirectional",
+    "Mamba",
+    "DeltaNet-gated",
+    "ParaLSTM",
+}
+assert {case.name for case in ROWS} > QUICK
+# Every row with every algorithm that can run it; "pallas" is the kernel, interpreted.
+VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]
 B, T = 2, 13
 
 
 def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
     """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow.
 
-    A variant's tests run one after the other in one worker, and share compiled functions.
+    A row's tests run in one worker, and share compiled functions and the oracle's results.
     """
     return pytest.mark.parametrize(
         ("case", "algorithm"),
@@ -27,7 +47,7 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
                 case,
                 algorithm,
                 id=f"{case}-{algorithm}" if algorithm else str(case),
-                marks=[pytest.mark.xdist_group(f"{case}-{algorithm}")]
+                marks=[pytest.mark.xdist_group(str(case))]
                 + [pytest.mark.slow] * (case.name not in QUICK or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
@@ -39,6 +59,11 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
 def with_kernel_once(case: Case, algorithm: str | None) -> bool:
     """For what a kernel takes from the XLA form: its first row is enough, interpreting is slow."""
     return algorithm != "pallas" or case.name == "linear_scan"
+
+
+def one_layer_of_each_kind(case: Case) -> bool:
+    """For what acts on a layer through its ops alone: every op, and one layer of each kind."""
+    return case.layer is None or case.name in QUICK
 
 
 def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:
@@ -54,7 +79,8 @@ def cast(tree: Any, dtype: str) -> Any:
     wide = np.complex128 if dtype == "float64" else np.complex64
 
     def leaf(value: np.ndarray) -> jax.Array:
-        return jnp.asarray(value, wide if np.iscomplexobj(value) else dtype)
+        # NumPy converts: an eager conversion of a JAX array compiles a program for each shape.
+        return jnp.asarray(np.asarray(value).astype(wide if np.iscomplexobj(value) else dtype))
 
     return jax.tree.map(leaf, tree)
 
@@ -92,8 +118,11 @@ def runner(case: Case, algorithm: str | None, chunk_size: int = 4) -> Any:
     return jax.jit(functools.partial(case.run, **keywords(algorithm, chunk_size)))
 
 
-def pair(x: jax.Array, weight: Any) -> jax.Array:
-    return jnp.sum(jnp.real(x * weight))
+def pair(x: Any, weight: Any) -> Any:
+    """Return sum Re(x * weight); outside jit in NumPy, which compiles nothing."""
+    if isinstance(x, jax.core.Tracer) or isinstance(weight, jax.core.Tracer):
+        return jnp.sum(jnp.real(x * weight))
+    return np.sum(np.real(np.asarray(x) * np.asarray(weight)))
 
 
 def weights(tree: Any, seed: int = 7) -> Any:

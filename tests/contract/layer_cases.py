@@ -1,4 +1,4 @@
-"""One row per layer; `tests.contract.cases` has those of the ops, and says what rows are for."""
+"""One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import seqjax
-from tests.contract.case import Arrays, Case, normal
+from tests.contract.cases import Arrays, Case, normal
 from tests.oracles import layer_oracles, rnn_oracles
 
 
 def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
+    init = jax.jit(lambda key: layer.init(key, jnp.float64))
+
     def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
         with jax.enable_x64(True):
-            params = layer.init(jax.random.key(rng.integers(2**31)), jnp.float64)
+            params = init(jax.random.key(rng.integers(2**31)))
         params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape), params)
         return {"params": params, "x": normal(rng, batch, length, layer.dim)}
 

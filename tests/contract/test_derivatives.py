@@ -13,10 +13,10 @@ from tests.contract.harness import (
     contract,
     keywords,
     make,
+    one_layer_of_each_kind,
     runner,
     runner_with_gradients,
     state_weights,
-    unoptimized,
     weights,
 )
 
@@ -30,18 +30,18 @@ def direction(tree, seed=3):
 
 
 def moved(tree, along, distance):
-    return jax.tree.map(lambda x, d: x + distance * d, tree, along)
+    return jax.tree.map(lambda x, d: np.asarray(x) + distance * np.asarray(d), tree, along)
 
 
-@EACH
-def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly):
-    """Each argument's gradient, the state's included, along a random direction."""
+@functools.cache
+def slopes(case):
+    """Return weights of outputs and state, and slopes of the oracle's loss along each argument.
+
+    All algorithms of a row share them. The key of the state's slope is None.
+    """
     inputs, state, reset = make(case)
     out, final = case.oracle(inputs, state, reset)
     w_out, w_state = weights(out), state_weights(case, final)
-    grads, state_grad = runner_with_gradients(case, algorithm)(
-        cast(inputs, "float64"), cast(state, "float64"), reset, w_out, w_state
-    )
 
     def loss(inputs, state):
         out, final = case.oracle(inputs, state, reset)
@@ -56,32 +56,39 @@ def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly
 
     still_inputs = jax.tree.map(np.zeros_like, inputs)
     still_state = jax.tree.map(np.zeros_like, state)
-    for name in inputs:
-        along = direction(inputs[name])
-        expected = slope({**still_inputs, name: along}, still_state)
-        # Central differences of a float64 loop are good to about 1e-9.
-        assert_close(contract(grads[name], along), np.float64(expected), 1e-6)
+    found = {
+        name: slope({**still_inputs, name: direction(inputs[name])}, still_state) for name in inputs
+    }
     if state is not None:
-        along = direction(state)
-        expected = slope(still_inputs, along)
-        assert_close(contract(state_grad, along), np.float64(expected), 1e-6)
+        found[None] = slope(still_inputs, direction(state))
+    return w_out, w_state, found
 
 
 @EACH
-def test_float32_gradients(case, algorithm, strict):
+def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly):
+    """Each argument's gradient, the state's included, along a random direction."""
     inputs, state, reset = make(case)
-    with jax.enable_x64(True), unoptimized():
-        shapes = jax.eval_shape(case.run, cast(inputs, "float64"), cast(state, "float64"), reset)
-        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-        w_out, w_state = weights(zeros[0]), state_weights(case, zeros[1])
-        wide = runner_with_gradients(case, algorithm)(
-            cast(inputs, "float64"), cast(state, "float64"), reset, w_out, w_state
-        )
+    w_out, w_state, expected = slopes(case)
+    grads, state_grad = runner_with_gradients(case, algorithm)(
+        cast(inputs, "float64"), cast(state, "float64"), reset, w_out, w_state
+    )
+    for name, slope in expected.items():
+        gradient, at = (state_grad, state) if name is None else (grads[name], inputs[name])
+        # Central differences of a float64 loop are good to about 1e-9.
+        assert_close(contract(gradient, direction(at)), np.float64(slope), 1e-6)
+
+
+@EACH
+def test_float32_gradients(case, algorithm, strict, compiled_quickly):
+    """Near those in float64. `test_hard_inputs_have_finite_gradients` optimizes the program."""
+    inputs, state, reset = make(case)
+    w_out, w_state, _ = slopes(case)
+    gradient = runner_with_gradients(case, algorithm)
+    with jax.enable_x64(True):
+        wide = gradient(cast(inputs, "float64"), cast(state, "float64"), reset, w_out, w_state)
         wide = jax.tree.map(np.asarray, wide)
     w_out, w_state = cast((w_out, w_state), "float32")
-    narrow = runner_with_gradients(case, algorithm)(
-        cast(inputs, "float32"), cast(state, "float32"), reset, w_out, w_state
-    )
+    narrow = gradient(cast(inputs, "float32"), cast(state, "float32"), reset, w_out, w_state)
     assert_close(narrow, wide, 1e-4)
 
 
@@ -110,29 +117,23 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(
 
 
 @pytest.mark.slow
-@BUT_KERNELS
+@by_variant(one_layer_of_each_kind, every_kernel=False)
 def test_second_derivatives(case, algorithm, x64, strict, compiled_quickly):
-    """A Hessian-vector product against differences of gradients."""
+    """Directional derivatives of the gradients against their differences, in every argument.
+
+    Those of a layer follow from those of its ops: a row of each kind of layer is enough.
+    """
     inputs, state, reset = make(case)
-    primals = (cast(inputs, "float64"), cast(state, "float64"))
-    tangents = cast(direction(primals), "float64")
-    run = functools.partial(case.run, **keywords(algorithm))
+    w_out, w_state, _ = slopes(case)
+    gradient = runner_with_gradients(case, algorithm)
+    point = cast((inputs, state, w_out, w_state), "float64")
+    along = cast(direction(point), "float64")
 
-    def loss(inputs, state):
-        leaves = jax.tree.leaves(run(inputs, state, reset)[0])
-        return sum(jax.numpy.sum(jax.numpy.sin(jax.numpy.real(leaf))) for leaf in leaves)
+    def at(inputs, state, w_out, w_state):
+        return gradient(inputs, state, reset, w_out, w_state)
 
-    gradient = jax.grad(loss, argnums=(0, 1))
+    _, derivative = jax.jit(lambda point, along: jax.jvp(at, point, along))(point, along)
     step = 1e-5
-
-    @jax.jit
-    def both(primals, tangents):
-        _, hvp = jax.jvp(gradient, primals, tangents)
-        up, down = (
-            gradient(*jax.tree.map(lambda p, t, s=s: p + s * t, primals, tangents))
-            for s in (step, -step)
-        )
-        return hvp, jax.tree.map(lambda u, d: (u - d) / (2 * step), up, down)
-
-    hvp, differences = both(primals, tangents)
-    assert_close(hvp, differences, 1e-6)
+    up, down = (at(*cast(moved(point, along, s), "float64")) for s in (step, -step))
+    differences = jax.tree.map(lambda u, d: (np.asarray(u) - d) / (2 * step), up, down)
+    assert_close(derivative, differences, 1e-6)

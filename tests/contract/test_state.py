@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.contract.cases import ROWS, VARIANTS
 from tests.contract.harness import (
+    ROWS,
+    VARIANTS,
     T,
     assert_close,
     assert_same_bits,

@@ -10,8 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.contract.cases import OPS, QUICK, ROWS
+from tests.contract.cases import OPS
 from tests.contract.harness import (
+    QUICK,
+    ROWS,
     assert_close,
     by_variant,
     cast,
@@ -19,8 +21,10 @@ from tests.contract.harness import (
     copied,
     keywords,
     make,
+    one_layer_of_each_kind,
     runner,
     runner_with_gradients,
+    state_weights,
     weights,
 )
 
@@ -29,7 +33,7 @@ EACH = by_variant()
 
 
 def stack(*trees):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 @EACH
@@ -38,7 +42,7 @@ def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
     made = [make(case, seed=seed) for seed in (0, 1)]
     inputs = [cast(m[0], "float64") for m in made]
     states = [cast(m[1], "float64") for m in made]
-    resets = [jnp.asarray(m[2]) for m in made]
+    resets = [m[2] for m in made]
     run = functools.partial(case.run, **keywords(algorithm))
     single = runner(case, algorithm)
     every = jax.jit(jax.vmap(run))(stack(*inputs), stack(*states), stack(*resets))
@@ -47,33 +51,41 @@ def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
 
     name = case.timed[-1]
     axes = dict.fromkeys(inputs[0]) | {name: 1}
-    mixed = inputs[0] | {name: jnp.stack([i[name] for i in inputs], axis=1)}
+    mixed = inputs[0] | {name: np.stack([i[name] for i in inputs], axis=1)}
     some = jax.jit(jax.vmap(run, in_axes=(axes, None, None)))(mixed, states[0], resets[0])
     loop = stack(*(single(inputs[0] | {name: i[name]}, states[0], resets[0]) for i in inputs))
     assert_close(some, loop, 1e-12)
 
 
 @pytest.mark.slow
-@by_variant(every_kernel=False)
+@by_variant(one_layer_of_each_kind, every_kernel=False)
 def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
     """The op in the body of a `lax.scan`, rematerialised, differentiated through the carry."""
     inputs, state, reset = make(case)
     inputs, state = cast(inputs, "float64"), cast(state, "float64")
     run = functools.partial(case.run, **keywords(algorithm))
-    w = weights(jax.eval_shape(run, inputs, state, reset)[0])
+    shapes = jax.eval_shape(run, inputs, state, reset)
+    w, w_state = weights(shapes[0]), state_weights(case, shapes[1])
+
+    def loss(inputs):
+        out, final = run(inputs, state, reset)
+        total = contract(out, w)
+        return total if w_state is None else total + contract(final, w_state)
 
     def once(scale, _):
         scaled = jax.tree.map(lambda x: x * scale.astype(x.dtype), inputs)
-        return scale * 0.9, contract(run(scaled, state, reset)[0], w)
+        return scale * 0.9, loss(scaled)
 
     def looped(scale):
         return jax.lax.scan(jax.checkpoint(once), scale, None, length=2)[1].sum()
 
-    def plain(scale):
-        return once(scale, None)[1] + once(scale * 0.9, None)[1]
-
-    one = jnp.float64(1.0)
-    assert_close(jax.jit(jax.grad(looped))(one), jax.jit(jax.grad(plain))(one), 1e-10)
+    got = jax.jit(jax.grad(looped))(jnp.float64(1.0))
+    expected = 0.0
+    for scale in (1.0, 0.9):  # d loss(scale inputs) / d scale, from the op's own gradients
+        scaled = jax.tree.map(lambda x, s=scale: x * s, inputs)
+        grads, _ = runner_with_gradients(case, algorithm)(scaled, state, reset, w, w_state)
+        expected += scale * contract(grads, inputs)
+    assert_close(got, np.float64(expected), 1e-10)
 
 
 EACH_MESH = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -84,39 +96,76 @@ def rows_with_quick(*names):
     return pytest.mark.parametrize(
         "case",
         [
-            pytest.param(case, id=str(case), marks=[] if case.name in names else pytest.mark.slow)
+            pytest.param(
+                case,
+                id=str(case),
+                marks=[pytest.mark.xdist_group(str(case))]
+                + [pytest.mark.slow] * (case.name not in names),
+            )
             for case in ROWS
         ],
     )
 
 
+@functools.cache
+def values_and_gradients(case):
+    """The compiled (inputs, state, reset, weights) -> gradients, (outputs, final state)."""
+
+    def loss(inputs, state, reset, w):
+        out, final = case.run(inputs, state, reset)
+        return contract(out, w), (out, final)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True, allow_int=True))
+
+
+def weighted(case, inputs, state, reset):
+    """Return float64 arguments, and random weights of the outputs and the final state."""
+    args = cast(inputs, "float64"), cast(state, "float64"), reset
+    out, final = jax.eval_shape(case.run, *args)
+    return *args, weights(out), weights(final, 8)
+
+
+@functools.cache
+def on_one_device(case):
+    """Return float64 arguments and their values and gradients, shared by the tests of sharding."""
+    arguments = weighted(case, *make(case, batch=8, length=8))[:4]
+    return arguments, jax.tree.map(np.asarray, values_and_gradients(case)(*arguments))
+
+
 @EACH_MESH
 @rows_with_quick(*QUICK)
 def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
-    """The numbers of one device, and no collective, without `jax.set_mesh`."""
-    inputs, state, reset = make(case, batch=8, length=8)
-    args = (cast(inputs, "float64"), cast(state, "float64"), jnp.asarray(reset))
+    """The numbers of one device, and no collective, without `jax.set_mesh`.
+
+    Gradients of shared inputs are here for quick rows, in the next test for every row.
+    """
+    (inputs, state, reset, w), expected = on_one_device(case)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
 
-    def place(value, sharded):
+    def place(value, sharded=True):
         spec = P("data") if sharded else P()
         return jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, spec)), value)
 
     placed = (
-        {name: place(value, name in case.timed) for name, value in args[0].items()},
-        place(args[1], True),
-        place(args[2], True),
+        {name: place(value, name in case.timed) for name, value in inputs.items()},
+        *(place(value) for value in (state, reset, w)),
     )
-    run = runner(case, None)
-    out = run(*placed)
-    assert_close(out, run(*args), 1e-12)
-    assert all(leaf.sharding.spec[0] == "data" for leaf in jax.tree.leaves(out))
-    w = weights(run(*args)[0])
-    grads = runner_with_gradients(case, None)
-    assert_close(grads(*placed, w, None), grads(*args, w, None), 1e-12)
-    compiled = run.lower(*placed).compile().as_text()
+
+    def split(result):
+        """Return the results that vary over devices."""
+        (grads, d_state), out = result
+        return {name: grads[name] for name in case.timed}, d_state, out
+
+    gradient = values_and_gradients(case)
+    program = jax.jit(lambda *args: split(gradient(*args))).lower(*placed).compile()
+    got = program(*placed)
+    assert_close(got, split(expected), 1e-12)
+    assert all(leaf.sharding.spec[0] == "data" for leaf in jax.tree.leaves(got[2]))
+    compiled = program.as_text()
     for collective in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("):
         assert collective not in compiled, f"{collective} in a program whose batch is split"
+    if case.name in QUICK and set(inputs) != set(case.timed):
+        assert_close(gradient(*placed), expected, 1e-12)
 
 
 def heads_split(case, inputs, sizes):
@@ -159,8 +208,7 @@ def heads_split(case, inputs, sizes):
 @rows_with_quick("linear_scan", "delta_rule-channel", "RMSNorm", "LRU")
 def test_batch_and_heads_sharded(case, kind, x64, strict):
     """The numbers of one device under `jax.set_mesh`: values, gradients, and vmap of both."""
-    inputs, state, reset = make(case, batch=4, length=8)
-    inputs, state = cast(inputs, "float64"), cast(state, "float64")
+    (inputs, state, reset, w), expected = on_one_device(case)
     heads = case.layer is not None or inputs[case.timed[-1]].ndim > 3
     sizes = {"data": 4, "model": 2} if heads else {"data": 2, "model": 3}  # or D = 3 channels
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * 2)
@@ -173,25 +221,71 @@ def test_batch_and_heads_sharded(case, kind, x64, strict):
         jax.tree.map(lambda v: place(v, P("data")), state),
         place(reset, P("data")),
     )
-    w = weights(jax.eval_shape(case.run, inputs, state, reset)[0])
-
-    def loss(inputs, state, reset):
-        out, final = case.run(inputs, state, reset)
-        return contract(out, w), (out, final)
-
-    gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)
-    expected = jax.jit(gradient)(inputs, state, reset)
+    gradient = values_and_gradients(case)
     with jax.set_mesh(mesh):
-        got = jax.jit(gradient)(*placed)
+        got = gradient(*placed, w)
         if case.name in ("linear_scan", "delta_rule-channel", "LRU"):
             mapped = jax.tree.map(lambda x: jnp.stack([x, x]), placed)
-            first = jax.tree.map(lambda x: x[1], jax.jit(jax.vmap(gradient))(*mapped))
-            assert_close(first, expected, 1e-11)
+            every = jax.jit(jax.vmap(gradient, in_axes=(0, 0, 0, None)))(*mapped, w)
+            assert_close(jax.tree.map(lambda x: x[1], every), expected, 1e-11)
     assert_close(got, expected, 1e-11)
     if kind == AxisType.Explicit:
-        (_, (out, final)), _ = got
-        for leaf in jax.tree.leaves((out, final)):
+        for leaf in jax.tree.leaves(got[1]):
             assert jax.typeof(leaf).sharding.spec[0] == "data"
+
+
+def values_with_gradients(run):
+    """The compiled (inputs, state, reset, weights of both) -> gradients, (outputs, final state)."""
+
+    def loss(inputs, state, reset, w_out, w_state):
+        out, final = run(inputs, state, reset)
+        # Selected, not multiplied: outputs without weight may be NaN.
+        seen = jax.tree.map(lambda y, w: jnp.where(w == 0, jnp.zeros_like(y), y), out, w_out)
+        return contract(seen, w_out) + contract(final, w_state), (out, final)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def time_specs(case, inputs):
+    return {
+        name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
+        for name in inputs
+    }
+
+
+@functools.cache
+def on_each_part_of_time(case, algorithm, devices=8, chunk_size=4, kind=AxisType.Explicit):
+    """`values_with_gradients` with `sequence_axis`; several tests share the compiled function."""
+    run = functools.partial(case.run, **keywords(algorithm, chunk_size), sequence_axis="time")
+    mesh = jax.make_mesh((devices,), ("time",), axis_types=(kind,))
+    time = P(None, "time")
+
+    def split(inputs, state, reset):
+        specs = time_specs(case, inputs), P(), time
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=(time, P()))(
+            inputs, state, reset
+        )
+
+    gradient = values_with_gradients(split)
+
+    def place(spec, value):
+        return jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, spec)), value)
+
+    def placed(inputs, state, reset, w_out, w_state):
+        # On Explicit axes `jax.shard_map` takes arrays that are split as it says.
+        specs = time_specs(case, inputs)
+        inputs = {name: place(specs[name], value) for name, value in inputs.items()}
+        state, w_state = place(P(), (state, w_state))
+        results = gradient(inputs, state, place(time, reset), place(time, w_out), w_state)
+        return jax.device_get(results)
+
+    return placed
+
+
+@functools.cache
+def on_one_part_of_time(case):
+    """The same on one device, step by step: what all algorithms of a row are compared with."""
+    return values_with_gradients(functools.partial(case.run, **keywords("sequential")))
 
 
 @by_variant(lambda case: case.split_axis)
@@ -206,54 +300,22 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
     else:
         reset[:, 5:] = False  # a state that travels over several devices
         reset[1, 17] = True
-    inputs, state = cast(inputs, "float64"), cast(state, "float64")
-    mesh = jax.make_mesh((8,), ("time",))
-    specs = {
-        name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
-        for name in inputs
-    }
-    run = functools.partial(case.run, **keywords(algorithm))
-    split = jax.shard_map(
-        functools.partial(run, sequence_axis="time"),
-        mesh=mesh,
-        in_specs=(specs, P(), P(None, "time")),
-        out_specs=(P(None, "time"), P()),
-    )
-    whole = run(inputs, state, reset)
-    w_out, w_state = weights(whole[0]), weights(whole[1], 8)
-
-    def loss(run, reset, inputs, state):
-        out, final = run(inputs, state, reset)
-        return contract(out, w_out) + contract(final, w_state), (out, final)
-
-    argnums = (2, 3) if with_state else (2,)
-    gradient = jax.jit(jax.grad(loss, argnums=argnums, has_aux=True), static_argnums=0)
-
-    def place(value, spec):
-        return jax.device_put(value, NamedSharding(mesh, spec))
-
-    # On Explicit axes `jax.shard_map` takes arrays that are split as it says.
-    placed = {
-        name: jax.tree.map(lambda v, name=name: place(v, specs[name]), value)
-        for name, value in inputs.items()
-    }
-    cuts = None if reset is None else place(reset, P(None, "time"))
-    results = gradient(split, cuts, placed, jax.tree.map(lambda v: place(v, P()), state))
-    got, out = jax.device_get(results)
+    args = weighted(case, inputs, state, reset)
+    got, out = on_each_part_of_time(case, algorithm)(*args)
+    expected, whole = on_one_part_of_time(case)(*args)
     assert_close(out, whole, 1e-11)
-    expected, _ = gradient(run, reset, inputs, state)
     assert_close(got, expected, 1e-10)
     for name in case.timed:  # each shard by itself, against its own scale
         for i in range(8):
             steps = slice(3 * i, 3 * i + 3)
-            assert_close(got[0][name][:, steps], expected[0][name][:, steps], 1e-8)
+            assert_close(got[0][name][:, steps], np.asarray(expected[0][name])[:, steps], 1e-8)
 
 
 @by_variant(lambda case: case.split_axis)
 @pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64, strict):
     """Values and gradients after a reset, of sequences with a past that is not finite."""
-    devices, length, where = 4, 12, 7  # the second step on the third device
+    length, where = 24, 16  # the second step on the sixth of eight devices
     inputs, state, reset = make(case, length=length)
     before, after = slice(0, where), slice(where, length)
     if case.reverse:
@@ -264,34 +326,18 @@ def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64,
     for name in case.timed + case.shared:
         case.in_time(name, spoiled[name], before)[...] = poison
     spoiled_state = jax.tree.map(lambda s: np.full_like(s, poison), state)
-    mesh = jax.make_mesh((devices,), ("time",), axis_types=(AxisType.Auto,))
-    specs = {
-        name: P(None, "time") if name in case.timed else P("time") if name in case.shared else P()
-        for name in inputs
-    }
-    run = functools.partial(case.run, **keywords(algorithm))
-    split = jax.shard_map(
-        functools.partial(run, sequence_axis="time"),
-        mesh=mesh,
-        in_specs=(specs, P(), P(None, "time")),
-        out_specs=(P(None, "time"), P()),
-    )
-    shapes = jax.eval_shape(run, cast(inputs, "float64"), cast(state, "float64"), reset)
-    w_out, w_state = weights(shapes[0]), weights(shapes[1], 8)
-
-    def later(out):
-        return jax.tree.map(lambda y: y[:, after], out)
-
-    def loss(inputs, state):
-        out, final = split(inputs, state, reset)
-        return contract(later(out), later(w_out)) + contract(final, w_state), (later(out), final)
-
-    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    *_, w_out, w_state = weighted(case, inputs, state, reset)
+    for leaf in jax.tree.leaves(w_out):
+        leaf[:, before] = 0
     results = []
     for data, start in ((inputs, state), (spoiled, spoiled_state)):
-        grads, out = gradient(cast(data, "float64"), cast(start, "float64"))
+        args = cast(data, "float64"), cast(start, "float64"), reset, w_out, w_state
+        (grads, _), (out, final) = on_each_part_of_time(case, algorithm)(*args)
         names = case.timed + case.shared
-        results.append((out, {name: case.in_time(name, grads[name], after) for name in names}))
+        later = jax.tree.map(lambda y: y[:, after], out)
+        results.append(
+            ((later, final), {name: case.in_time(name, grads[name], after) for name in names})
+        )
     assert_close(results[1], results[0], 1e-12)
 
 
@@ -304,22 +350,9 @@ def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64,
 def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
     """Constants vary over the mesh as their tangents do, in the smallest chunk as well."""
     [case] = [case for case in OPS if case.name == name]
-    inputs, state, reset = make(case, length=length)
-    inputs, state = cast(inputs, "float64"), cast(state, "float64")
-    run = functools.partial(case.run, **keywords("chunked", chunk_size))
-    split = jax.shard_map(
-        functools.partial(run, sequence_axis="time"),
-        mesh=jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,)),
-        in_specs=(P(None, "time"), P(), P(None, "time")),
-        out_specs=(P(None, "time"), P()),
-    )
-    w = weights(jax.eval_shape(run, inputs, state, reset))
-
-    def loss(run, inputs, state):
-        return contract(run(inputs, state, reset), w)
-
-    gradient = jax.jit(jax.value_and_grad(loss, argnums=(1, 2)), static_argnums=0)
-    assert_close(gradient(split, inputs, state), gradient(run, inputs, state), 1e-11)
+    args = weighted(case, *make(case, length=length))
+    got = on_each_part_of_time(case, "chunked", 4, chunk_size, AxisType.Auto)(*args)
+    assert_close(got, on_one_part_of_time(case)(*args), 1e-11)
 
 
 @by_variant(every_kernel=False)
@@ -331,9 +364,9 @@ def test_second_call_does_not_compile(case, algorithm, strict):
     def run(inputs, state, reset):
         return case.run(inputs, state, reset, **keywords(algorithm))
 
-    for seed in (0, 1):
+    for seed in (0, 1):  # what is traced once is compiled once
         inputs, state, reset = make(case, seed=seed)
-        jax.block_until_ready(run(cast(inputs, "float32"), cast(state, "float32"), reset))
+        run.trace(cast(inputs, "float32"), cast(state, "float32"), reset)
 
 
 @pytest.mark.parametrize("case", OPS, ids=str)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import seqjax
-from tests.contract.cases import ROWS
+from tests.contract.harness import ROWS
 
 OTHER = {int: lambda n: n + 1, float: lambda x: x * 0.75 + 0.2, bool: lambda flag: not flag}
 NONE = {  # other values of fields that are None

@@ -14,8 +14,8 @@ from experiments.compiled import collectives
 from seqjax import linear_scan, sharding
 from seqjax.layers import LRU, S5, DeltaNet, Mamba, ShortConv
 from seqjax.models import Backbone, LanguageModel
-from tests.contract.cases import LAYERS
 from tests.contract.harness import assert_close
+from tests.contract.layer_cases import LAYERS
 
 optax = pytest.importorskip("optax")
 

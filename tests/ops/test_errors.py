@@ -8,9 +8,10 @@ import pytest
 import seqjax
 from seqjax.layers import LRU
 from seqjax.models import Backbone, Classifier, LanguageModel
-from tests.contract.cases import OPS, ROWS
-from tests.contract.harness import cast, make
+from tests.contract.cases import OPS
+from tests.contract.harness import ROWS, cast, make
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BY_OP = {str(case).split("-")[0]: case for case in reversed(OPS)}
 
 
