@@ -4,7 +4,7 @@ import pytest
 
 from experiments.compiled import hlo_trip_counts, tpu_schedule
 
-CHIP = tpu_schedule.Chip("none", clock=1e9, bandwidth=1e9)
+CHIP = tpu_schedule.Chip("none", hbm=1, bandwidth=1e9, flops=1e12, link=1e9, clock=1e9)
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 

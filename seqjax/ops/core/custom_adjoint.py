@@ -68,7 +68,7 @@ def custom_adjoint(
 
     @run.defjvp
     def _jvp(primals: Any, tangents: Any) -> Any:
-        leaves, tree = jax.tree.flatten(primals)
+        leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, primals))
         moving = [jax.tree.leaves(tangents)[i] for i in inexact(leaves)]
         extra: tuple[PyTree, ...] = ()
         if with_residuals is None:
