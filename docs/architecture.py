@@ -7,9 +7,9 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-# (left, bottom, width, name, what it is, what it holds)
+# (left, bottom, width, name, description, contents)
 FLOORS = [
-    (0, 0.0, 12, "pallas_kernels", "kernels for TPU and GPU, arrays in, arrays out", ""),
+    (0, 0.0, 12, "pallas_kernels", "kernels for TPU and GPU, on arrays", ""),
     (
         0,
         1.5,
@@ -38,22 +38,33 @@ FLOORS = [
     (
         0,
         6.0,
-        7,
+        12,
         "seqjax.models",
-        "a stack is a layer too",
+        "a stack of layers is a layer too",
         "Backbone   LanguageModel   Classifier",
     ),
-    (7.2, 6.0, 4.8, "seqjax.nnx  seqjax.linen", "the same, inside Flax", "Recurrent"),
-    (0, 7.5, 7, "experiments", "train, evaluate, generate, bench", ""),
-    (7.2, 7.5, 4.8, "notebooks", "to see how it works", ""),
+    (0, 7.5, 7, "seqjax.sharding", "meshes, and shardings of a training step", "make_mesh   shard"),
+    (7.2, 7.5, 4.8, "seqjax.nnx  seqjax.linen", "layers and models inside Flax", "Recurrent"),
+    (0, 9.0, 7, "experiments", "train, evaluate, generate, plan, bench, sweep, report", ""),
+    (7.2, 9.0, 4.8, "notebooks", "tutorials", ""),
 ]
-COLORS = ["#e7cb94", "#9ecae1", "#c6dbef", "#a1d99b", "#c7e9c0", "#dadaeb", "#eeeeee", "#eeeeee"]
+COLORS = [
+    "#e7cb94",
+    "#9ecae1",
+    "#c6dbef",
+    "#a1d99b",
+    "#c7e9c0",
+    "#fdd0a2",
+    "#dadaeb",
+    "#eeeeee",
+    "#eeeeee",
+]
 
 
 def main() -> None:
-    """Writes the picture beside this file."""
+    """Write the picture beside this file."""
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "seqjax", "font.size": 10})
-    figure, axis = plt.subplots(figsize=(9.5, 6.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9.5, 7.2), layout="constrained")
     for (left, bottom, width, name, what, holds), color in zip(FLOORS, COLORS, strict=True):
         axis.add_patch(plt.Rectangle((left, bottom), width, 1.2, facecolor=color, edgecolor="0.4"))
         middle = left + width / 2
@@ -77,14 +88,14 @@ def main() -> None:
             )
     axis.annotate(
         "",
-        (12.5, 8.7),
+        (12.5, 10.2),
         (12.5, 0),
         arrowprops={"arrowstyle": "-|>", "color": "0.3", "linewidth": 1.5},
     )
     axis.text(
-        12.65, 4.3, "each imports only what is below it", rotation=90, va="center", color="0.3"
+        12.65, 5.1, "each imports only what is below it", rotation=90, va="center", color="0.3"
     )
-    axis.set(xlim=(-0.1, 13.1), ylim=(-0.1, 8.8))
+    axis.set(xlim=(-0.1, 13.1), ylim=(-0.1, 10.3))
     axis.axis("off")
     where = pathlib.Path(__file__).with_suffix(".svg")
     figure.savefig(where, metadata={"Date": None})

@@ -1,11 +1,30 @@
 """Prints the tables of the documentation that the code determines: python docs/tables.py."""
 
-from seqjax.layers import REGISTRY
+from seqjax.layers import REGISTRY, RNN, Entry, GateLoop
+from seqjax.ops.core.backends import BACKENDS
+
+PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
+
+
+def kernels(entry: Entry) -> str:
+    """Return the platforms with a Pallas kernel that supports the layer; see `BACKENDS`."""
+    found = BACKENDS.get(entry.op)
+    layer = entry.make(64, **entry.defaults(64, 4))
+    # The kernels of `linear_attention` are real, and that of `nonlinear_scan` is elementwise.
+    if found is None or isinstance(layer, GateLoop):
+        return ""
+    if isinstance(layer, RNN) and layer.cell.structure == "dense":
+        return ""
+    named = "" if found.preferred else " (by name)"
+    return ", ".join(PLATFORMS[platform] for platform in found.modules) + named
 
 
 def architectures() -> str:
-    """Return the table of architectures: name in configurations, class, op and paper."""
-    rows = ["| architecture | configuration | class | op | paper |", "|---|---|---|---|---|"]
+    """Return the table of architectures: name in configurations, class, op, kernels and paper."""
+    rows = [
+        "| architecture | configuration | class | op | kernels | paper |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, entry in REGISTRY.items():
         fixed = ", ".join(f"{key}={value}" for key, value in entry.fixed.items())
         paper = entry.paper
@@ -13,7 +32,7 @@ def architectures() -> str:
             paper = f"[{paper}](https://arxiv.org/abs/{paper})"
         made = f"`{entry.layer.__name__}`" + (f" with `{fixed}`" if fixed else "")
         op = f"`{entry.op}`" if entry.op else ""
-        rows.append(f"| {entry.title} | `{name}` | {made} | {op} | {paper} |")
+        rows.append(f"| {entry.title} | `{name}` | {made} | {op} | {kernels(entry)} | {paper} |")
     return "\n".join(rows)
 
 

@@ -103,7 +103,7 @@ def test_the_site_renders(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
     home = pages[tmp_path / "index.html"]
-    assert re.search(r"Every one of them</p>\s*<ul>\s*<li>", home)
+    assert re.search(r"The contract of every op:</p>\s*<ul>\s*<li>", home)
     assert 'href="wide.css"' in home
     for path, text in pages.items():
         prose = re.sub(r"<pre.*?</pre>", "", text, flags=re.S)
