@@ -131,7 +131,7 @@ def test_what_it_cannot_do():
     refused(lambda p, h, x: h + x[::-1], "has 'rev' over channels")
     refused(lambda p, h, x: h + jax.lax.lgamma(x), "has the operation 'lgamma'")
     refused(tanh_cell, "rows of multiples of 16 bytes, D=6", channels=6)
-    refused(tanh_cell, "takes no float16 arrays", xs=jnp.ones((1, 3, 8), "float16"))
+    refused(tanh_cell, "does not support float16 arrays", xs=jnp.ones((1, 3, 8), "float16"))
     refused(tanh_cell, "got bool", params=jnp.ones(8, bool))
     refused(lambda p, h, x: h * x, "an axis of D=8 channels", xs=jnp.ones((1, 3)))
     refused(tanh_cell, "kernel is sequential, not newton", algorithm="newton")

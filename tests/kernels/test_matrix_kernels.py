@@ -86,8 +86,8 @@ def test_more_heads_than_a_block_has(x64, strict, compiled_quickly):
     ("change", "message"),
     [
         ({"q": jnp.complex64}, "has no complex form"),
-        ({"v": jnp.float16}, "takes no float16"),
-        ({"k": jnp.float64}, "takes no float64"),
+        ({"v": jnp.float16}, "does not support float16"),
+        ({"k": jnp.float64}, "does not support float64"),
     ],
     ids=["complex", "float16", "float64"],
 )

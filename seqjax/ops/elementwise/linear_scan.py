@@ -135,7 +135,7 @@ def unsupported(dtypes: set[jnp.dtype], interpret: bool) -> str | None:
     """Return the reason why the kernels do not support a call, or None."""
     refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
     found = sorted(map(str, refused & dtypes))
-    return f"takes no {found[0]} arrays" if found else None
+    return f"does not support {found[0]} arrays" if found else None
 
 
 def _pays_off_on_gpu(sizes: Mapping[str, Any], dtypes: set[jnp.dtype]) -> bool:

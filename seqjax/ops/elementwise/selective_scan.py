@@ -148,11 +148,11 @@ def unsupported(
     refused = {"float16"} | (set() if interpret else {"float64"})
     found = sorted(refused & {str(x.dtype) for x in arrays.values() if x is not None})
     if found:
-        return f"takes no {found[0]} arrays"
+        return f"does not support {found[0]} arrays"
     if states > 64:
-        return f"holds at most 64 states per channel, got N={states}"
+        return f"supports at most 64 states per channel, got N={states}"
     if negative:
-        return "has no decays below 0, which negative_eigenvalues=True needs"
+        return "does not support decays below 0, which negative_eigenvalues=True requires"
     return None
 
 

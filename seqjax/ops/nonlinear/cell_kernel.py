@@ -19,10 +19,10 @@ def unsupported(structure: str, sequence_axis: str | None, *arrays: PyTree) -> s
             " dense one"
         )
     if sequence_axis is not None:
-        return "cannot have T split over devices"
+        return "does not support T split over devices"
     refused = {"float16", "float64"}
     found = sorted(refused & {str(x.dtype) for x in jacobian_structure.float_leaves(arrays)})
-    return f"takes no {found[0]} arrays" if found else None
+    return f"does not support {found[0]} arrays" if found else None
 
 
 def by_kernel(
