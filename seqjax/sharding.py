@@ -119,9 +119,9 @@ def make_mesh(
 
     On Auto axes, the default, the compiler chooses the shardings that are not specified.
     `jax.make_mesh` creates Explicit axes by default, on which every array's type has its sharding.
-    All functions of this module accept both. The default here is Auto because the rules below shard
-    the batch and the parameters over the same axis `fsdp`, and on Explicit axes JAX rejects
-    products of two such arrays. Models accept them on both. Your own functions of parameters may
+    All functions of this module accept both. The rules below shard the batch and the parameters
+    over the same axis `fsdp`. On Explicit axes JAX rejects products of two such arrays, so the
+    default here is Auto. Models accept them on both. Your own functions of parameters may
     fail on Explicit axes.
 
     Neighbours on the mesh are close to each other on a TPU's torus, whose axes are split where the

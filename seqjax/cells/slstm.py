@@ -23,7 +23,7 @@ class SLSTM(Cell):
         n' = exp(log f + m - m') * n + exp(log i - m')
         h' = o * c' / n'
 
-    c and n are the sums of the paper times exp(-m), so that no exponential overflows; h does not
+    c and n are the sums of the paper times exp(-m), so that no exponential overflows. h does not
     depend on m. n = 0 marks the initial state, where nothing has been summed yet. Then m' = log i,
     independent of m, as in the authors' code. After the first step n >= 1 and |c| <= n.
 

@@ -38,7 +38,7 @@ class Param:
       axes: a logical name per axis, None for an axis that is never split. `seqjax.sharding` maps
         names to mesh axes.
       role: "weight", "bias", "norm", "embedding" or "recurrence". Arrays with the role
-        "recurrence" are at least float32, whatever the dtype of the other parameters.
+        "recurrence" are at least float32, also if the other parameters are narrower.
       initializer: (key, shape, dtype) -> array, like those of `jax.nn.initializers`.
 
     Example:

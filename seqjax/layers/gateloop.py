@@ -26,9 +26,8 @@ class GateLoop(Layer):
         y_t = (silu(x_t W_g) * o_t) W_o
 
     Departures: the paper has no 1/sqrt(K), which makes the scale of the output independent of the
-    head size. The paper does not specify the biases of the decay: here sigmoid(b_m) starts uniform
-    in [min_decay, max_decay] and b_p uniform in [0, max_phase], so that heads start with many time
-    scales.
+    head size. The paper does not specify the biases of the decay. Here sigmoid(b_m) starts uniform
+    in [min_decay, max_decay] and b_p uniform in [0, max_phase], which gives heads many time scales.
 
     Parameters: q_proj, k_proj, v_proj, gate_proj, magnitude_proj, phase_proj [dim, H * K],
     magnitude_bias, phase_bias [H * K], out_proj [H * K, dim]. State: S [B, H, K, K], complex64

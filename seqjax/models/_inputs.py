@@ -40,8 +40,8 @@ def _sum_of_rows(args: tuple[jax.Array, jax.Array], rows: jax.Array) -> list[jax
     """Sum the rows of each token, as a matrix product.
 
     The transpose of a lookup adds rows at computed positions. If another axis is manual, XLA's
-    partitioner gathers the rows of all devices on every device for it: 16 GB a chip in a model of 7
-    billion parameters with windows of 131,072 bytes.
+    partitioner gathers the rows of all devices on every device for it. In a model of 7 billion
+    parameters with windows of 131,072 bytes these are 16 GB per chip.
     """
     table, tokens = args
     chosen = jax.nn.one_hot(tokens, len(table), dtype=rows.dtype)

@@ -49,7 +49,7 @@ BACKENDS: dict[str, Kernels | None] = {
 
 
 class Mode(enum.Enum):
-    """How a call uses the Pallas kernel of its op.
+    """Use of the op's Pallas kernel in a call.
 
     OFF: XLA runs the call.
     AUTO: the kernel runs on the platforms that prefer it, XLA elsewhere.
@@ -81,7 +81,7 @@ class Backend(NamedTuple):
 
     @property
     def interpret(self) -> bool:
-        """Whether the kernel is interpreted."""
+        """True if the kernel is interpreted."""
         return self.mode is Mode.INTERPRET
 
     @property
@@ -153,7 +153,7 @@ def select_algorithm(
     length: Any,
     any_length: Sequence[str] = ("sequential",),
 ) -> str | None:
-    """Check the caller's `algorithm` and return it; None means that the op chooses.
+    """Check the caller's `algorithm` and return it, or None to let the op choose.
 
     Args:
       op: the name of the op.

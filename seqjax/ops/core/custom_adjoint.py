@@ -1,8 +1,8 @@
 """Functions with a custom reverse rule that keep forward mode and higher derivatives.
 
-`jax.custom_vjp` does not support forward mode. Here the tangent of a function is a primitive. Its
-evaluation is the function's `jvp`, its transpose is the custom adjoint, and its derivative is plain
-JAX. So only the first reverse pass is replaced.
+`jax.custom_vjp` does not support forward mode. Here a primitive computes the tangent of a function.
+Its evaluation is the function's `jvp`, its transpose is the custom adjoint, and its derivative is
+plain JAX. So only the first reverse pass is replaced.
 """
 
 from collections.abc import Callable, Sequence

@@ -68,7 +68,7 @@ class Target(NamedTuple):
       platform: "cpu", "tpu", "cuda", "rocm" or "other"; under ahead-of-time compilation that of the
         target, not of the host.
       partitioned: whether the compiler splits arrays over devices, which it does not support for
-        kernels. Inside `jax.shard_map` it is False.
+        kernels. It is False inside a `jax.shard_map` over all mesh axes.
       capability: the lowest compute capability of the GPUs, such as (9, 0). None on other
         platforms, in exports, and when lowered for CUDA without a GPU.
     """

@@ -1,6 +1,6 @@
 """Small matrices, their products and broadcasts, with float32 accuracy on every backend.
 
-The transpose of a broadcast is a sum. On CPU, XLA's sum over a minor axis is sequential and ten
+Transposing a broadcast gives a sum. On CPU, XLA's sum over a minor axis is sequential and ten
 times slower than a product with a vector of ones. Its sum over a major axis is hardly faster. On
 other backends the two cost the same. So the adjoints of the broadcasts below are products.
 """

@@ -48,12 +48,13 @@ def linear_scan(
 
     Args:
       decay: [B, T, D], or [T, D] or [D] where it is shared; real or complex. Magnitudes up to 1
-        are safe in every algorithm. "sequential" also takes larger ones, as long as the states
-        are finite. The other algorithms multiply decays of consecutive steps: "associative" up to
-        T of them, "chunked" up to `chunk_size`, `sequence_axis` those of one device, and the GPU
-        kernel those of a part of T. These products must stay in the range of the state's dtype,
-        in float32 1e-38 to 3e38. Beyond this range the result may be NaN, or a state may be lost,
-        although the recurrence is finite. Underflow is safe unless later decays grow again.
+        are safe in every algorithm. "sequential" also takes larger ones, as long as the states are
+        finite. The other algorithms multiply decays of consecutive steps: up to T of them in
+        "associative", and up to `chunk_size` in "chunked". `sequence_axis` multiplies the decays of
+        one device, and the GPU kernel those of a part of T. These products must stay in the range
+        of the state's dtype, in float32 1e-38 to 3e38. Beyond this range the result may be NaN, or
+        a state may be lost, although the recurrence is finite. Underflow is safe unless later
+        decays grow again.
       x: [B, T, D], real or complex.
       initial_state: [B, D], the final state of an earlier call; by default zeros.
       reset: [B, T] bool.
@@ -64,11 +65,11 @@ def linear_scan(
         while the states take at most 2 GiB, and chunked above. On other platforms it is
         associative up to T = 4096, and chunked above.
       implementation: "xla" or "pallas" (a sequential kernel for TPU and for GPU from Hopper on).
-        By default the kernel runs on TPU and Hopper GPUs if it supports the dtypes (not float16,
-        not float64) and the compiler need not partition it over devices; inside `jax.shard_map`
-        it need not. On GPU, rows of D numbers must be multiples of 16 bytes. On GPU the default is
-        XLA for calls with `block_sizes`, and for long calls with few thread blocks (more than 1024
-        steps each in fewer than 44 blocks of 128 features).
+        By default the kernel runs on TPU and Hopper GPUs, if two conditions hold. It supports the
+        dtypes (not float16, not float64), and the compiler need not partition it over devices, as
+        inside a `jax.shard_map` over all mesh axes. On GPU, rows of D numbers must be multiples of
+        16 bytes. On GPU the default is XLA for calls with `block_sizes`, and for long calls with
+        few thread blocks (more than 1024 steps each in fewer than 44 blocks of 128 features).
       chunk_size: steps in a chunk of the chunked algorithm; by default 256.
       unroll: steps in an iteration of the sequential algorithm's loop; by default 4, and 1 in the
         backward pass.

@@ -75,10 +75,11 @@ def selective_scan(
         chunk, which exist only while the chunk runs). By default sequential on CPU or as a kernel,
         and chunked elsewhere.
       implementation: "xla" or "pallas" (a sequential kernel for TPU and for GPU from Hopper on).
-        By default the kernel runs on TPU and Hopper GPUs if it supports the dtypes (not float16,
-        not float64) and the state (N up to 64), and the compiler need not partition it over
-        devices; inside `jax.shard_map` it need not. It saves one state every 64 steps. On GPU,
-        N can be up to 16, and rows of D numbers must be multiples of 16 bytes.
+        By default the kernel runs on TPU and Hopper GPUs, if two conditions hold. It supports the
+        dtypes (not float16, not float64) and the state (N up to 64), and the compiler need not
+        partition it over devices, as inside a `jax.shard_map` over all mesh axes. It saves one
+        state every 64 steps. On GPU, N can be up to 16, and rows of D numbers must be multiples of
+        16 bytes.
       chunk_size: steps in a chunk; by default 16. The backward pass reads one saved state per
         chunk and recomputes the others. The states [B, T, D, N] are never all in memory.
       interpret: run the kernel in interpret mode, without its hardware. This is slow.

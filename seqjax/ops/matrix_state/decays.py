@@ -4,8 +4,8 @@
     to_end[t]      = a_{t+1} ... a_C
     P[t, j]        = sum_d left[t, d] a_{j+1, d} ... a_{t, d} right[j, d]        for j <= t
 
-A product of decays is never computed as the exponential of a difference of two sums: g is -inf at
-resets, and a difference of large sums has no correct digits. Products are computed over blocks of
+A product of decays is never computed as the exponential of a difference of two sums. At resets g is
+-inf, and a difference of large sums has no correct digits. Products are computed over blocks of
 1, 2, 4, ... steps instead, each from two blocks of half the width. No factor exceeds one, and
 nothing is divided.
 

@@ -22,7 +22,7 @@ def check_signature(op: str, cell: Any, *arguments: Any) -> None:
     try:
         signature.bind(*arguments)
     except TypeError:
-        raise ValueError(f"{text} one of {signature}; take three arguments.") from None
+        raise ValueError(f"{text} one of {signature}; define it with three arguments.") from None
 
 
 def check_arrays(op: str, cell: Any, params: PyTree, xs: PyTree) -> None:

@@ -269,7 +269,8 @@ def resolve(
         )
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         raise ValueError(
-            f"{op}: `cell` closes over arrays made inside jit, grad or vmap; pass them in `params`."
+            f"{op}: `cell` must not close over arrays made inside jit, grad or vmap; pass them in"
+            " `params`."
         )
     position = len(jax.tree.leaves(args[0]))
     apart = keeps_channels_apart(closed.jaxpr, position)
@@ -281,8 +282,9 @@ def resolve(
         return declared, exact
     if declared != structured:
         raise ValueError(
-            f"{op}: `jacobian` {declared!r} is for states [B, {'D' if h0.ndim == 3 else 'D, k'}],"
-            f" and `initial_state` has shape {list(h0.shape)}; take {structured!r} or 'dense'."
+            f"{op}: `jacobian` {declared!r} must have states"
+            f" [B, {'D' if h0.ndim == 3 else 'D, k'}], got `initial_state` of"
+            f" shape {list(h0.shape)}; use {structured!r} or 'dense'."
         )
     if not apart:
         _probe(op, cell, args, declared)
@@ -309,6 +311,6 @@ def _probe(op: str, cell: Callable[..., Any], args: Any, declared: str) -> None:
             off = float(disagrees(step, h, declared, direction))
             if off > 1e-3:
                 raise ValueError(
-                    f"{op}: the cell's Jacobian is not {declared!r}: channels depend on each"
-                    " other; take jacobian='dense' or 'auto'."
+                    f"{op}: the cell's Jacobian must be {declared!r} as declared, got channels that"
+                    " depend on each other; use jacobian='dense' or 'auto'."
                 )

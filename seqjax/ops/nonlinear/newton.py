@@ -1,12 +1,12 @@
 """Newton's method for all steps of h_t = f(h_{t-1}, x_t) at once, with safeguards.
 
-With a guess g of all states, a step solves the linear recurrence that the Jacobians J_t at g give,
+A step starts from a guess g of all states. With the Jacobians J_t at g it solves the recurrence
 
     d_t = J_t d_{t-1} + (f(g_{t-1}, x_t) - g_t),        g <- g + d
 
-After i steps the first i states are exact, whatever the Jacobians are, so the method always
-terminates. On strongly nonlinear cells it may need as many steps as there are states, and diverge
-in between. The safeguards, from cheapest to most expensive:
+After i steps the first i states are exact for any Jacobians, so the method always terminates. On
+strongly nonlinear cells it may need as many steps as there are states, and diverge in between. The
+safeguards, from cheapest to most expensive:
 
 1. Each iterate is clipped to the cell's bounds and then passed through the cell once more. This
    never makes a contracting cell worse, and replaces values that overflowed.

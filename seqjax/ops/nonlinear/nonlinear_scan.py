@@ -358,8 +358,8 @@ def _report(info: SolveInfo, on_failure: str) -> None:
             return
         text = (
             f"nonlinear_scan: {int((~converged).sum())} of {converged.size} sequences did not"
-            f" converge (largest residual {residual.max():.1e}); allow more `max_iterations` or"
-            " a smaller `window` in `solver`, or take on_failure='sequential'."
+            f" converge (largest residual {residual.max():.1e}); increase `max_iterations`"
+            " or decrease `window` in `solver`, or use on_failure='sequential'."
         )
         if on_failure == "error":
             raise RuntimeError(text)
