@@ -313,7 +313,7 @@ class _Constraint:
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         mesh_axes: dict[str | None, Any] = {**dict(self.rules), "batch": BATCH_AXES}
-        # Inside `shard_map` the current mesh has no axis `sequence`.
+        # Inside `shard_map` use the current mesh, where the axis `sequence` is manual.
         around = jax.sharding.get_abstract_mesh()
         mesh = explicit_mesh.auto_mesh(self.mesh) if around.empty else around
         where = NamedSharding(mesh, P(*map(mesh_axes.get, axes)))

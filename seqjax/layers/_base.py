@@ -316,8 +316,8 @@ class Layer(abc.ABC):
         x_t = _checks.array(self, "x_t", x_t)
         if state is None:
             raise ValueError(
-                f"{type(self).__name__}: `state` must be a state, got None; start from"
-                " layer.initial_state(batch_size, x_t.dtype)."
+                f"{type(self).__name__}: `state` must be the state before the step, got None; start"
+                " from layer.initial_state(batch_size, x_t.dtype)."
             )
         state, reset = self._check_call(params, x_t, state, reset, one_step=True)
         context = Context(None if reset is None else reset[:, None], None, key)
@@ -354,7 +354,7 @@ class Layer(abc.ABC):
     def _require_causal(self, what: str) -> None:
         if not self.causal:
             raise NotImplementedError(
-                f"{type(self).__name__}: {what} requires a causal layer, but this layer is"
-                " bidirectional: its outputs depend on later inputs; pass whole sequences to apply,"
-                " or set bidirectional=False."
+                f"{type(self).__name__}: {what} must have a causal layer, got a bidirectional"
+                " one, whose outputs depend on later inputs; pass whole sequences to apply, or set"
+                " bidirectional=False."
             )

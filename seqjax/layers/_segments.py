@@ -15,7 +15,7 @@ def to_reset(
 
     The first step of the whole sequence is False, because it continues from the initial state.
     """
-    _checks.require(layer, reset is None, "pass `reset` or `segment_ids`, got both.")
+    _checks.require(layer, reset is None, "must get `reset` or `segment_ids`, got both.")
     ids = jnp.asarray(segment_ids)
     _checks.require(
         layer,

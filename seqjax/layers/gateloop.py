@@ -63,8 +63,8 @@ class GateLoop(Layer):
         _checks.require(
             self,
             0 < self.min_decay < self.max_decay < 1,
-            "`min_decay`, `max_decay` must be 0 < min_decay < max_decay < 1, got"
-            f" {self.min_decay}, {self.max_decay}.",
+            "`min_decay` and `max_decay` must satisfy 0 < min_decay < max_decay < 1, got"
+            f" {self.min_decay} and {self.max_decay}.",
         )
         _checks.require(self, self.max_phase > 0, f"`max_phase` must be > 0, got {self.max_phase}.")
 

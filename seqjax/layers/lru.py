@@ -63,7 +63,8 @@ class LRU(Layer):
         _checks.require(
             self,
             0 <= self.r_min < self.r_max <= 1,
-            f"`r_min`, `r_max` must be 0 <= r_min < r_max <= 1, got {self.r_min}, {self.r_max}.",
+            f"`r_min` and `r_max` must satisfy 0 <= r_min < r_max <= 1, got {self.r_min} and"
+            f" {self.r_max}.",
         )
         _checks.require(self, self.max_phase > 0, f"`max_phase` must be > 0, got {self.max_phase}.")
 

@@ -79,7 +79,8 @@ class Mamba(Layer):
         _checks.require(
             self,
             0 < self.dt_min < self.dt_max,
-            f"`dt_min`, `dt_max` must be 0 < dt_min < dt_max, got {self.dt_min}, {self.dt_max}.",
+            f"`dt_min` and `dt_max` must satisfy 0 < dt_min < dt_max, got {self.dt_min} and"
+            f" {self.dt_max}.",
         )
 
     @property

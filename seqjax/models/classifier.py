@@ -72,7 +72,7 @@ class Classifier(Layer):
         _checks.require(
             self,
             (self.vocab_size is None) != (self.input_dim is None),
-            "`vocab_size` (for tokens) or `input_dim` (for features) must be set, not both, got"
+            "one of `vocab_size` (for tokens) and `input_dim` (for features) must be set, got"
             f" vocab_size={self.vocab_size}, input_dim={self.input_dim}.",
         )
         if self.vocab_size is not None:

@@ -290,7 +290,7 @@ def _recur(
         def run(algorithm: str, S0: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
             if algorithm == "sequential":
                 decay = decays.by_step(log_decay, inputs["q"])
-                # The adjoint stores the states of one chunk, which fit a cache.
+                # The adjoint stores the states of one chunk: few enough for a cache.
                 return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
             if log_decay is not None:
                 g = log_decay if log_decay.ndim == 4 else log_decay[..., None]

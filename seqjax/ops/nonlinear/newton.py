@@ -229,7 +229,7 @@ def iterate(
         else:
             ready = jnp.cumsum(off, axis=1) == 0
         # A converged state takes up to three more small steps for the last digits. It is final
-        # after the third, or as soon as its gap is below an eighth of the tolerance.
+        # after the third, or as soon as its gap is below an eighth of `aim`.
         settled = ready & (near > 0) & ((near >= 3) | ~unconverged(gap, f, aim / 8))
         final = jnp.cumsum(~(settled | done), axis=1) == 0
         if split:
