@@ -72,7 +72,7 @@ class Recurrent(nn.Module):
                     drawn.update(boxed)
             return drawn[name]
 
-        # Not `self.param`, which draws each parameter separately, and traces the draw in every call.
+        # Not `self.param`, which draws each parameter separately and traces the draw in every call.
         self._declared = [
             (name, self.variable("params", name, draw, name)) for name in self.layer.param_axes()
         ]
