@@ -129,7 +129,7 @@ def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, wor
                 sys.stdout.flush()
             if row is None or (interrupt.signal and number < len(left)):
                 print("stopped; start the same command again to resume", flush=True)
-                return 130
+                return interrupt.exit_code if interrupt.signal else 130
     return 0
 
 
@@ -153,7 +153,7 @@ def run(
     command = [sys.executable, "-m", "experiments.train", f"--config={job.config}", *arguments]
     started = time.perf_counter()
     done = execute([*command, f"--workdir={folder}"], interrupt)
-    if done.returncode in (130, 143, -2, -15):
+    if done.returncode in (129, 130, 143, -1, -2, -15):
         return None
     row = {
         "grid": grid,
@@ -182,10 +182,10 @@ def run(
 def execute(command: list[str], interrupt: Interrupt) -> subprocess.CompletedProcess[str]:
     """Runs a command to its end and captures its output.
 
-    The command runs in a new session, because a terminal sends Ctrl-C to every process of a
-    session and a training run treats a second signal as an order to stop without saving. The first
-    signal that `interrupt` receives is passed on once, as SIGINT. A KeyboardInterrupt, which the
-    second one raises, terminates the command.
+    The command runs in a new session. A terminal sends Ctrl-C to its whole process group, and a
+    second signal would stop the training run without saving. The first signal that `interrupt`
+    receives is passed on once, as SIGINT. A KeyboardInterrupt, which a second Ctrl-C raises,
+    terminates the command.
     """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:

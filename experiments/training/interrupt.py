@@ -1,4 +1,4 @@
-"""Turns SIGINT and SIGTERM into a flag the training loop looks at between steps."""
+"""Signals that stop a run, turned into a flag that the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import threading
 from types import FrameType
 from typing import Any
 
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]  # Windows has no SIGHUP
+
 
 class Interrupt:
-    """A context in which the first Ctrl-C or SIGTERM asks to stop and the second one kills.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP asks to stop and the second one kills.
+
+    A closed terminal sends SIGHUP.
 
     Attributes:
       signal: the number of the signal that has arrived, or None.
@@ -26,7 +32,7 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._ask)
         return self
 
