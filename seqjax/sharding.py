@@ -357,7 +357,7 @@ def _check(what: str, size: int, axis: str, over: int) -> None:
     low = size - size % over
     near = f"{low} or {low + over}" if low else f"{over}"
     raise ValueError(
-        f"sharding: {what} {size} cannot be split over {axis} = {over}; use {near}, or"
+        f"sharding: {what} {size} cannot be split over {axis} = {over}; take {near}, or"
         f" {axis} = {_both(over, size)}."
     )
 
