@@ -46,9 +46,9 @@ class Backbone(Layer):
       dropout: rate of dropout in blocks made from layers; see `Block`.
       remat: recompute each block in the backward pass instead of storing its residuals.
       scan: run equal blocks in a `lax.scan`, with their parameters stacked along a first axis
-        `layers`. The compile time then does not depend on the depth. Parameters are {"group_0":
-        ..., "final_norm"}, with a group for each of the repeated blocks. Outputs and states are
-        unchanged.
+        `layers`. One block is compiled for any depth. The parameters are then
+        {"group_0": ..., "final_norm"}, with a group for each of the repeated blocks. Outputs and
+        states are unchanged.
       constrain: `constrain(array, axes)` sets the sharding of an array on a mesh, given a logical
         name for each axis. It is called for the residual stream, ("batch", None, None), before each
         block or scan step and after the last, and for a model's embedding table. See
