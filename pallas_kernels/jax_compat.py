@@ -22,14 +22,15 @@ def gpu_interpreter() -> Any:
     """Return the interpreter that runs Mosaic GPU kernels on a CPU and raises on data races.
 
     Raises:
-      NotImplementedError: for a jax version without such an interpreter.
+      NotImplementedError: if the jax version has no such interpreter.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     parameters = getattr(plgpu, "InterpretGPUParams", None)
     if parameters is None:
         raise NotImplementedError(
-            f"jax {jax.__version__} cannot interpret a kernel for GPU; 0.11.2 and newer can."
+            "interpret mode of GPU kernels: jax must be 0.11.2 or newer, got"
+            f" {jax.__version__}; update jax, or leave interpret out."
         )
     return parameters(detect_races=True)
 

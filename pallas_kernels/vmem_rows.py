@@ -50,8 +50,8 @@ def fold_rows(
 ) -> Any:
     """Fold `row(r, carry)` over the rows of a group.
 
-    An unrolled loop lets the compiler overlap the rows. The interpreter gains nothing from
-    unrolling, which only makes the program longer.
+    An unrolled loop lets the compiler overlap the rows. In interpret mode
+    unrolling only makes the program longer.
     """
     if unroll:
         for r in range(group_length)[:: -1 if reverse else 1]:

@@ -6,8 +6,8 @@ Ops are pure functions of arrays, and return their outputs and the final state:
 - `linear_attention`: matrix states with decays (GateLoop, RetNet, GLA, Mamba-2).
 - `delta_rule`: matrix states with a correction along the key (DeltaNet).
 - `generalized_delta_rule`: matrix states with any rank-one correction (RWKV-7).
-- `nonlinear_scan`: any RNN cell, by Newton's method or step by step. `Newton` sets the solver,
-  `SolveInfo` reports on the solution, and `lyapunov` predicts whether Newton pays.
+- `nonlinear_scan`: any RNN cell, by Newton's method or step by step. `Newton` configures the
+  solver, `SolveInfo` reports on the solution, and `lyapunov` predicts whether Newton is fast.
 - `monoid_scan`: any associative operator.
 - `segment_starts`: the `reset` argument of all ops, from the segment ids of packed sequences.
 
@@ -19,7 +19,7 @@ Modules:
 - `sharding`: meshes, and shardings of parameters, optimizer state and batches.
 - `types`: array types of the signatures.
 
-`seqjax.nnx` and `seqjax.linen`, the Flax adapters, need Flax; import them by name.
+The Flax adapters `seqjax.nnx` and `seqjax.linen` require Flax; import them by name.
 """
 
 from seqjax import cells as cells
@@ -40,7 +40,7 @@ from seqjax.ops import nonlinear_scan as nonlinear_scan
 from seqjax.ops import segment_starts as segment_starts
 from seqjax.ops import selective_scan as selective_scan
 
-__version__ = "0.1.0"  # the only place: pyproject.toml reads it
+__version__ = "0.1.0"  # the only definition; pyproject.toml reads it
 
 __all__ = [
     "Newton",

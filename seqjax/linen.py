@@ -1,4 +1,4 @@
-"""Flax Linen: any layer or model as a `linen.Module`. Needs the `flax` extra."""
+"""Flax Linen adapter: any layer or model as a `linen.Module`. Requires the `flax` extra."""
 
 from typing import Any
 
@@ -20,15 +20,15 @@ class Recurrent(nn.Module):
 
         y, state = module.apply(variables, x, state, reset)     as layer.apply(params, ...)
 
-    ``variables["params"]`` is the tree that the layer's `init` makes, so that parameters can be
-    exchanged with it. State is an argument and a result, not a collection.
+    ``variables["params"]`` is the tree that the layer's `init` returns, so parameters can be
+    exchanged between the two. State is an argument and a result, not a collection.
 
     With `partitioned` every parameter is boxed in `linen.LogicallyPartitioned` with the logical
-    axes that the layer's `param_axes` names, as `linen.with_logical_partitioning` does:
-    ``linen.get_partition_spec``, ``linen.logical_to_mesh_sharding`` and ``linen.scan`` read them
-    there and ``linen.unbox`` takes them off. For optimizers that treat parameters by their role
-    `layer.param_roles()` is the same tree, of 'weight', 'bias', 'norm', 'embedding' and
-    'recurrence'.
+    axes from the layer's `param_axes`, as `linen.with_logical_partitioning` does.
+    ``linen.get_partition_spec``, ``linen.logical_to_mesh_sharding`` and ``linen.scan`` read the
+    boxes, and ``linen.unbox`` removes them. `layer.param_roles()` is the same tree with the role of
+    each parameter ('weight', 'bias', 'norm', 'embedding' or 'recurrence'), for optimizers that
+    treat roles differently.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -43,7 +43,7 @@ class Recurrent(nn.Module):
       ((2, 5, 8), (2, 8), (None, 'embed', 'state'))
 
     Attributes:
-      layer: any of `seqjax.layers` or `seqjax.models`, or one of your own.
+      layer: any of `seqjax.layers` or `seqjax.models`, or your own layer.
       param_dtype: dtype of the parameters; those of a recurrence are at least float32.
       partitioned: whether parameters carry their logical axes.
       return_state: whether a call returns `(y, state)`; with False it returns y alone, as
@@ -56,10 +56,10 @@ class Recurrent(nn.Module):
     return_state: bool = True
 
     def setup(self) -> None:
-        """Declares the parameters, drawn together as the layer's `init` draws them."""
+        """Declare the parameters, drawn together by the layer's `init`."""
         if not isinstance(self.layer, Layer):
             raise ValueError(
-                f"Recurrent: layer must be a seqjax layer or model, given {self.layer!r}; make one,"
+                f"Recurrent: `layer` must be a seqjax layer or model, got {self.layer!r}; make one,"
                 " e.g. seqjax.layers.DeltaNet(dim=256, heads=4)."
             )
         drawn: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class Recurrent(nn.Module):
                     drawn.update(boxed)
             return drawn[name]
 
-        # Not `self.param`, which draws each one by itself, and again, abstractly, on every call.
+        # Not `self.param`, which draws each parameter separately and traces the draw in every call.
         self._declared = [
             (name, self.variable("params", name, draw, name)) for name in self.layer.param_axes()
         ]
@@ -80,20 +80,20 @@ class Recurrent(nn.Module):
     def __call__(
         self, x: jax.Array, state: Any = None, reset: jax.Array | None = None, **options: Any
     ) -> Any:
-        """Runs the layer over whole sequences; see `seqjax.layers.Layer.apply`.
+        """Run the layer over whole sequences; see `seqjax.layers.Layer.apply`.
 
         Args:
-          x: what the layer takes, [B, T, dim] or tokens [B, T].
-          state: the state an earlier call returned; None starts afresh.
+          x: the layer's input, [B, T, dim] or tokens [B, T].
+          state: the state that an earlier call returned; by default the initial state.
           reset: [B, T] bool, True where the state is cleared before that step.
-          **options: what else the layer's `apply` takes by name, such as a classifier's mask.
+          **options: further keywords of the layer's `apply`, such as a classifier's mask.
 
         Returns:
           `(y, state)`, or y alone with `return_state=False`.
 
         Raises:
-          ValueError: an argument has the wrong structure, shape or dtype.
-          NotImplementedError: `state` is given to a layer that is not causal.
+          ValueError: if an argument has the wrong structure, shape or dtype.
+          NotImplementedError: if `state` is given and the layer is not causal.
         """
         y, state = self.layer.apply(self._arrays(), x, state, reset, **options)
         return (y, state) if self.return_state else y
@@ -101,12 +101,12 @@ class Recurrent(nn.Module):
     def step(
         self, x_t: jax.Array, state: Any, reset: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Takes one step, with [B, dim] or tokens [B]; see `seqjax.layers.Layer.step`."""
+        """Take one step, with [B, dim] or tokens [B]; see `seqjax.layers.Layer.step`."""
         return self.layer.step(self._arrays(), x_t, state, reset)
 
     @nn.nowrap
     def initial_state(self, batch_size: int, *dtype: Any) -> Any:
-        """The state before the first step; see `seqjax.layers.Layer.initial_state`."""
+        """Return the state before the first step; see `seqjax.layers.Layer.initial_state`."""
         return self.layer.initial_state(batch_size, *dtype)
 
     def _arrays(self) -> Any:

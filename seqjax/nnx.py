@@ -1,4 +1,4 @@
-"""Flax NNX: any layer or model as an `nnx.Module`. Needs the `flax` extra."""
+"""Flax NNX adapter: any layer or model as an `nnx.Module`. Requires the `flax` extra."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,16 +24,16 @@ class Recurrent(nnx.Module):
 
         y, state = module(x, state, reset)     as layer.apply(params, ...)
 
-    Every parameter is an `nnx.Param` in the layer's own tree, `module.params`, so that NNX's
-    transformations, optimizers, filters and checkpoints see it. Its `tag` is its role ('weight',
-    'bias', 'norm', 'embedding' or 'recurrence'), which NNX takes as a filter, as in
-    ``nnx.state(module, "recurrence")``; its `out_sharding` are the logical axes that the layer's
-    `param_axes` names. State is an argument and a result, never kept in the module.
+    Every parameter is an `nnx.Param` in the layer's tree, `module.params`, where NNX's
+    transformations, optimizers, filters and checkpoints find it. Its `tag` is its role ('weight',
+    'bias', 'norm', 'embedding' or 'recurrence'). NNX accepts roles as filters, as in
+    ``nnx.state(module, "recurrence")``. Its `out_sharding` is the tuple of logical axes from the
+    layer's `param_axes`. State is an argument and a result, and is never stored in the module.
 
-    As everywhere in NNX, parameters that are made while a mesh is set are placed on it at once.
-    Logical axes become mesh axes by `sharding_rules`, or, without any, by the
-    ``nnx.logical_axis_rules`` around, which then have to name each of them. Without a mesh they
-    are names only.
+    As everywhere in NNX, parameters that are created while a mesh is set are sharded over it
+    immediately. `sharding_rules` map logical axes to mesh axes. By default the rules come from the
+    enclosing ``nnx.logical_axis_rules``, which must then name every logical axis. Without a mesh
+    the logical axes are only names.
 
     Example:
       >>> import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Recurrent(nnx.Module):
     Attributes:
       layer: the layer.
       return_state: whether a call returns the state.
-      params: its parameters: the tree that `layer.init` makes, of `nnx.Param`.
+      params: the parameters: the tree that `layer.init` returns, with `nnx.Param` leaves.
     """
 
     def __init__(
@@ -61,24 +61,25 @@ class Recurrent(nnx.Module):
         sharding_rules: Rules | None = None,
         return_state: bool = True,
     ) -> None:
-        """Draws the parameters with the key that ``rngs.params()`` gives.
+        """Draw the parameters with the key that ``rngs.params()`` returns.
 
         Args:
-          layer: any of `seqjax.layers` or `seqjax.models`, or one of your own.
+          layer: any of `seqjax.layers` or `seqjax.models`, or your own layer.
           rngs: `nnx.Rngs`.
           param_dtype: dtype of the parameters; those of a recurrence are at least float32.
-          sharding_rules: logical axis -> mesh axis; those not named are not split, and where two
-            axes of a parameter go to the same mesh axis, the first is. None leaves it to Flax.
+          sharding_rules: logical axis -> mesh axis. Axes without a rule are not split. If two axes
+            of a parameter map to the same mesh axis, the first one is split. By default Flax's
+            rules apply.
           return_state: whether a call returns `(y, state)`; with False it returns y alone, as
             `nnx.Sequential` requires.
 
         Raises:
-          ValueError: `layer` or `rngs` has the wrong type, or a mesh is set on which an axis has
-            no place.
+          ValueError: if `layer` or `rngs` has the wrong type, or a mesh is set and a logical axis
+            has no rule.
         """
         if not isinstance(layer, Layer):
             raise ValueError(
-                f"Recurrent: layer must be a seqjax layer or model, given {layer!r}; make one, e.g."
+                f"Recurrent: `layer` must be a seqjax layer or model, got {layer!r}; make one, e.g."
                 " seqjax.layers.DeltaNet(dim=256, heads=4)."
             )
         if not isinstance(rngs, nnx.Rngs):
@@ -89,7 +90,7 @@ class Recurrent(nnx.Module):
         self.layer = layer
         self.return_state = return_state
         rules = None if sharding_rules is None else dict(sharding_rules)
-        # Flax refuses names of axes without a mesh, unless it is told that they wait for one.
+        # Flax rejects axis names without a mesh, unless eager sharding is off.
         eager = nnx.using_eager_sharding() and not jax.sharding.get_abstract_mesh().empty
         if eager and rules is None:
             _require_rules(layer)
@@ -111,20 +112,20 @@ class Recurrent(nnx.Module):
     def __call__(
         self, x: jax.Array, state: Any = None, reset: jax.Array | None = None, **options: Any
     ) -> Any:
-        """Runs the layer over whole sequences; see `seqjax.layers.Layer.apply`.
+        """Run the layer over whole sequences; see `seqjax.layers.Layer.apply`.
 
         Args:
-          x: what the layer takes, [B, T, dim] or tokens [B, T].
-          state: the state an earlier call returned; None starts afresh.
+          x: the layer's input, [B, T, dim] or tokens [B, T].
+          state: the state that an earlier call returned; by default the initial state.
           reset: [B, T] bool, True where the state is cleared before that step.
-          **options: what else the layer's `apply` takes by name, such as a classifier's mask.
+          **options: further keywords of the layer's `apply`, such as a classifier's mask.
 
         Returns:
           `(y, state)`, or y alone with `return_state=False`.
 
         Raises:
-          ValueError: an argument has the wrong structure, shape or dtype.
-          NotImplementedError: `state` is given to a layer that is not causal.
+          ValueError: if an argument has the wrong structure, shape or dtype.
+          NotImplementedError: if `state` is given and the layer is not causal.
         """
         y, state = self.layer.apply(self._arrays(), x, state, reset, **options)
         return (y, state) if self.return_state else y
@@ -132,11 +133,11 @@ class Recurrent(nnx.Module):
     def step(
         self, x_t: jax.Array, state: Any, reset: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Takes one step, with [B, dim] or tokens [B]; see `seqjax.layers.Layer.step`."""
+        """Take one step, with [B, dim] or tokens [B]; see `seqjax.layers.Layer.step`."""
         return self.layer.step(self._arrays(), x_t, state, reset)
 
     def initial_state(self, batch_size: int, *dtype: Any) -> Any:
-        """The state before the first step; see `seqjax.layers.Layer.initial_state`."""
+        """Return the state before the first step; see `seqjax.layers.Layer.initial_state`."""
         return self.layer.initial_state(batch_size, *dtype)
 
     def _arrays(self) -> Any:
@@ -150,7 +151,7 @@ class Recurrent(nnx.Module):
 def _rules_of(
     axes: tuple[str | None, ...], rules: dict[str, Any]
 ) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
-    """A rule for each axis of a parameter; no mesh axis twice, the first takes it."""
+    """Return a rule for each axis of a parameter; a repeated mesh axis counts once, first."""
     found: dict[str, Any] = {}
     for name in axes:
         if name is not None:
@@ -160,7 +161,7 @@ def _rules_of(
 
 
 def _require_rules(layer: Layer) -> None:
-    """Raises unless every logical axis has a rule around us or is an axis of the mesh."""
+    """Raise unless every logical axis has an active rule or is an axis of the mesh."""
     on_mesh = jax.sharding.get_abstract_mesh().axis_names
     known = {*on_mesh, *dict(get_logical_axis_rules())}
     axes = jax.tree.leaves(layer.param_axes())
@@ -168,6 +169,6 @@ def _require_rules(layer: Layer) -> None:
     if missing:
         raise ValueError(
             f"Recurrent: no sharding rule for the axes {', '.join(missing)} on a mesh of"
-            f" {', '.join(on_mesh)}; give sharding_rules, e.g. {{{missing[0]!r}: {on_mesh[0]!r}}},"
+            f" {', '.join(on_mesh)}; pass sharding_rules, e.g. {{{missing[0]!r}: {on_mesh[0]!r}}},"
             " or {} to split nothing."
         )

@@ -1,8 +1,8 @@
-"""From one device to many: meshes, partition rules, and the shardings of a training step.
+"""Sharding: meshes, partition rules, and the shardings of a training step.
 
-Everything is JAX's own: `jax.jit` with `NamedSharding` splits batch, parameters and features
-(axes `data`, `fsdp`, `tensor`), and `jax.shard_map` over the axis `sequence` splits time, with
-`sequence_axis="sequence"` given to the model.
+`jax.jit` with `NamedSharding` splits the batch, parameters and features over the axes `data`,
+`fsdp` and `tensor`. `jax.shard_map` splits time over the axis `sequence`; the model is then called
+with `sequence_axis="sequence"`.
 
 Example:
   >>> import jax, seqjax
@@ -38,8 +38,9 @@ Model = TypeVar("Model", bound=Layer)
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
-# Logical axis of a parameter -> mesh axis; those not named are not split. Where two axes of one
-# parameter go to the same mesh axis, the first is split. A vocabulary is stored split, used whole.
+# Logical axis of a parameter -> mesh axis. Axes without a rule are not split. If two axes of a
+# parameter map to the same mesh axis, the first is split. Embedding tables are stored split over
+# the vocabulary and gathered before use.
 RULES: Mapping[str, str] = MappingProxyType(
     {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "state": "tensor"}
 )
@@ -47,14 +48,14 @@ RULES: Mapping[str, str] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True)
 class Shardings:
-    """Where the arrays of a training step live.
+    """The shardings of a training step's arrays.
 
     Attributes:
       mesh: the mesh.
       params: a `NamedSharding` for each parameter.
-      optimizer: one for each array of the optimizer state; None where no state was given.
-      batch: of arrays [B, T].
-      replicated: of what every device holds.
+      optimizer: a `NamedSharding` for each array of the optimizer state; None without a state.
+      batch: the sharding of arrays [B, T].
+      replicated: the sharding of arrays of which every device holds a full copy.
     """
 
     mesh: Mesh
@@ -65,14 +66,15 @@ class Shardings:
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """The size of each axis from a text such as "data=2,fsdp=4"; -1 takes what is left.
+    """Return the size of each axis from a text such as "data=2,fsdp=4".
 
     Args:
-      text: axes and their sizes; those not named have size 1.
+      text: axes and their sizes. Missing axes have size 1. A size of -1 stands for the number of
+        remaining devices.
       devices: the number of devices, which must be the product of the sizes.
 
     Raises:
-      ValueError: an unknown axis, a size that is no integer, or another number of devices.
+      ValueError: if an axis is unknown, a size is not an integer, or the product does not fit.
 
     Example:
       >>> parse_mesh("data=-1,sequence=2", devices=8)
@@ -89,14 +91,14 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
             raise ValueError(f"mesh: {part!r} must be an axis and an integer, as data=2.") from None
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ValueError(f"mesh: sizes must be at least 1, at most one -1; given {text!r}.")
+        raise ValueError(f"mesh: sizes must be at least 1, with at most one -1, got {text!r}.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if devices % fixed == 0 and free:
         sizes[free[0]] = devices // fixed
     elif fixed != devices or free:
         others = fixed // sizes["data"] if not free else fixed
         raise ValueError(
-            f"mesh: {text!r} is {'a multiple of ' if free else ''}{fixed} devices, there are"
+            f"mesh: {text!r} requires {'a multiple of ' if free else ''}{fixed} devices, got"
             f" {devices}; "
             + (
                 f"data={devices // others} would fit."
@@ -115,25 +117,27 @@ def make_mesh(
 ) -> Mesh:
     """Make a mesh with the axes data, fsdp, tensor and sequence.
 
-    On Auto axes, the default, the compiler chooses the shardings between those that are given.
+    On Auto axes, the default, the compiler chooses the shardings that are not specified.
     `jax.make_mesh` creates Explicit axes by default, on which every array's type has its sharding.
-    All functions of this module take both. The default differs because the rules below shard the
-    batch and the parameters over the same axis `fsdp`, and on Explicit axes JAX rejects products of
-    two such arrays. Models accept them on both, your own functions of parameters may not.
+    All functions of this module accept both. The rules below shard the batch and the parameters
+    over the same axis `fsdp`. On Explicit axes JAX rejects products of two such arrays, so the
+    default here is Auto. Models accept them on both. Your own functions of parameters may
+    fail on Explicit axes.
 
-    Neighbours on the mesh are near each other on a TPU's torus, of which axes are split where the
-    sizes ask for it. Between slices (by default hosts, on GPUs) the network is slow: data, fsdp,
-    sequence and tensor cross it, in this order, as far as their sizes have common factors with the
-    number of slices. `data` of that size keeps everything but the gradients' sum inside.
+    Neighbours on the mesh are close to each other on a TPU's torus, whose axes are split where the
+    sizes require it. The network between slices (by default hosts, on GPUs) is slow. The mesh axes
+    data, fsdp, sequence and tensor cross it, in this order, as far as their sizes have common
+    factors with the number of slices. If the size of `data` is the number of slices, only the sum
+    of gradients crosses it.
 
     Args:
-      sizes: of the axes, as a mapping or a text, see `parse_mesh`.
-      devices: the devices; None takes all.
-      axis_types: of all axes, `AxisType.Auto` or `AxisType.Explicit`.
+      sizes: sizes of the axes, as a mapping or a text; see `parse_mesh`.
+      devices: the devices; by default all.
+      axis_types: the type of all axes, `AxisType.Auto` or `AxisType.Explicit`.
 
     Raises:
-      ValueError: see `parse_mesh`; or the devices are of slices of different sizes, or no part of
-        the torus that a mesh can be laid on.
+      ValueError: see `parse_mesh`; or if slices have different sizes, or the devices do not form a
+        part of the torus that fits the mesh.
     """
     devices = jax.devices() if devices is None else list(devices)
     if not isinstance(sizes, str):
@@ -143,16 +147,16 @@ def make_mesh(
 
 
 def _placed(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as they stand in a mesh.
+    """Return the devices in the order of the mesh.
 
-    `jax.make_mesh` takes one slice only, and splits an axis of the torus on some generations of TPU
-    only: on a v5p:4x4x4 it has no mesh fsdp=8,sequence=8.
+    `jax.make_mesh` supports one slice only, and splits an axis of the torus on some generations of
+    TPU only. On a v5p:4x4x4 it cannot make the mesh fsdp=8,sequence=8.
     """
     slices = Counter(getattr(device, "slice_index", 0) for device in devices)
     if len(set(slices.values())) > 1:
         raise ValueError(
-            f"mesh: of {len(slices)} slices there are {', '.join(map(str, slices.values()))}"
-            " devices; take equally many of each."
+            f"mesh: all slices must have equally many devices: of {len(slices)} slices there are"
+            f" {', '.join(map(str, slices.values()))} devices; take equally many of each."
         )
     within, across, left = dict(sizes), dict.fromkeys(AXES, 1), len(slices)
     for name in (*BATCH_AXES, "sequence", "tensor"):
@@ -173,7 +177,7 @@ def _placed(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
     except (AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"mesh: {len(devices)} devices cannot be laid out as {tuple(sizes.values())}: {error};"
-            " take all devices of a slice, or other sizes."
+            " use all devices of a slice, or other sizes."
         ) from error
 
 
@@ -185,20 +189,20 @@ def shard(
     optimizer_state: Any = None,
     rules: Mapping[str, str] = RULES,
 ) -> Shardings:
-    """Turns a model and a mesh into the shardings of a training step.
+    """Return the shardings of a training step for a model and a mesh.
 
     Args:
       model: a model or a layer.
       mesh: from `make_mesh`.
-      batch_shape: (B, T), to be checked against the mesh; None checks nothing.
-      optimizer_state: the optimizer's state, or its shapes (`jax.eval_shape`). What it holds for
-        each parameter, whatever the optimizer, lives where the parameter does; the rest is
+      batch_shape: (B, T), to be checked against the mesh; by default not checked.
+      optimizer_state: the optimizer's state, or its shapes (`jax.eval_shape`). Arrays that belong
+        to a parameter get the sharding of that parameter, for any optimizer. All other arrays are
         replicated.
       rules: logical axis -> mesh axis.
 
     Raises:
-      ValueError: the mesh does not divide the batch, the length, the heads or a parameter; with
-        the numbers and the nearest ones that would fit.
+      ValueError: if the mesh does not divide the batch, the length, the heads or a parameter. The
+        message contains the numbers and the nearest valid ones.
     """
     _check_heads(model, mesh.shape["tensor"] if "heads" in rules else 1)
     specs = param_specs(model, mesh, rules)
@@ -219,10 +223,10 @@ def shard(
 
 
 def param_specs(model: Layer, mesh: Mesh, rules: Mapping[str, str] = RULES) -> Any:
-    """A `PartitionSpec` for each parameter, from its logical axes.
+    """Return a `PartitionSpec` for each parameter, from its logical axes.
 
     Raises:
-      ValueError: the mesh does not divide an axis that the rules split.
+      ValueError: if the mesh does not divide an axis that the rules split.
     """
 
     def spec(path: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
@@ -247,16 +251,17 @@ def param_specs(model: Layer, mesh: Mesh, rules: Mapping[str, str] = RULES) -> A
 def split_time(
     function: Callable[..., Any], mesh: Mesh | None, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """`function(*args, sequence_axis=...)` with time split over the mesh axis `sequence`.
+    """Return `function(*args, sequence_axis=...)` with time split over the mesh axis `sequence`.
 
-    Only that axis is taken out of the partitioner's hands: inside, batch and parameters are what
-    they were. Without such an axis the function is called as it is, with `sequence_axis=None`.
+    Only the axis `sequence` is manual. Inside, the partitioner still splits batch and parameters
+    over the other axes. If the mesh has no such axis, the function is called unchanged with
+    `sequence_axis=None`.
 
     On a mesh with Explicit axes the function runs in Auto mode. Its results are Explicit again,
-    with the sharding that `out_specs` states: whole along all axes but `sequence`.
+    with the sharding of `out_specs`, which splits no axis but `sequence`.
 
     Args:
-      function: takes `sequence_axis` by keyword.
+      function: a function with a keyword argument `sequence_axis`.
       mesh: from `make_mesh`; None for a single device.
       in_specs, out_specs: as in `jax.shard_map`; they may name "sequence" only.
     """
@@ -274,7 +279,7 @@ def split_time(
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return split
     specs = functools.partial(jax.tree.broadcast, out_specs, is_leaf=lambda x: isinstance(x, P))
-    # Around all of it, because JAX cannot differentiate a change of mode inside `jax.shard_map`.
+    # Outside `jax.shard_map`, because JAX cannot differentiate a change of mode inside it.
     return explicit_mesh.auto_inside(lambda _, out: specs(out))(split)
 
 
@@ -283,7 +288,7 @@ def constrain_activations(
 ) -> Model:
     """Return the model with its residual stream sharded along the batch.
 
-    Without the constraint the partitioner may split features, as the parameters are, where that is
+    Without the constraint the partitioner may split features, like the parameters, which can be
     slower. If `mesh` is None, return the model unchanged.
 
     Args:
@@ -308,7 +313,7 @@ class _Constraint:
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         mesh_axes: dict[str | None, Any] = {**dict(self.rules), "batch": BATCH_AXES}
-        # Inside `shard_map` the mesh is the one around us, with the axis `sequence` gone from it.
+        # Inside `shard_map` use the current mesh, where the axis `sequence` is manual.
         around = jax.sharding.get_abstract_mesh()
         mesh = explicit_mesh.auto_mesh(self.mesh) if around.empty else around
         where = NamedSharding(mesh, P(*map(mesh_axes.get, axes)))
@@ -316,7 +321,7 @@ class _Constraint:
 
 
 def _like_params(state: Any, params: Any, model: Layer, replicated: NamedSharding) -> Any:
-    """The shardings of a tree in which trees of parameters occur, anywhere."""
+    """Return the shardings of a tree that contains trees of parameters at any depth."""
     shardings = {
         tuple(map(str, path)): (leaf, shape)
         for (path, leaf), shape in zip(
@@ -358,7 +363,7 @@ def _check(what: str, size: int, axis: str, over: int) -> None:
 
 
 def _both(wanted: int, size: int) -> str:
-    """The divisors of `size` on both sides of what was wanted."""
+    """Return the nearest divisors of `size` below and above `wanted`."""
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     below = [d for d in divisors if d < wanted][-1:]
     return " or ".join(map(str, below + [d for d in divisors if d > wanted][:1]))

@@ -1,7 +1,7 @@
-"""Array types, as used in every signature: a dtype and the names of the axes.
+"""Array types of the signatures: a dtype and the names of the axes.
 
-`B T H K V D N` are batch, time, heads, key, value, features and state size. The annotations are
-documentation while the library runs; the tests check them.
+`B T H K V D N` are batch, time, heads, key, value, features and state size. Annotations are not
+checked at run time; the tests check them.
 """
 
 from typing import Any, TypeAlias

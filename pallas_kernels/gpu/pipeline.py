@@ -130,15 +130,15 @@ def choose_blocks(
     `input_bytes` and `output_bytes` are the shared memory of one time step.
 
     Raises:
-      NotImplementedError: for requested block sizes that do not fit.
+      NotImplementedError: if the requested block sizes do not fit.
     """
     if block_sizes is None:
         block_length = tma.preferred_block_length(length, input_bytes, output_bytes)
         depth = _prefetch_depth(block_length, input_bytes, output_bytes)
         if depth < 2:
             raise NotImplementedError(
-                f"{op}: the GPU kernel has no room for "
-                f"{(input_bytes + output_bytes) // BLOCK_FEATURES} bytes a "
+                f"{op}: the GPU kernel has no shared memory for "
+                f"{(input_bytes + output_bytes) // BLOCK_FEATURES} bytes per "
                 "step and feature; use implementation='xla' or None."
             )
         return block_length, depth
@@ -150,7 +150,7 @@ def choose_blocks(
     longest = min(256, SMEM_TIMED // (2 * input_bytes + OUTPUT_SLOTS * output_bytes) // 16 * 16)
     if block_length > longest:
         raise NotImplementedError(
-            f"{op}: on GPU `block_sizes` of these arrays can have {longest} steps, got "
+            f"{op}: on GPU `block_sizes` must have at most {longest} steps for these arrays, got "
             f"{block_length}."
         )
     return block_length, _prefetch_depth(block_length, input_bytes, output_bytes)
@@ -165,7 +165,7 @@ def check_alignment(op: str, *groups: Arrays | Shapes) -> None:
     """Check that the copy engine supports the rows of all arrays.
 
     Raises:
-      NotImplementedError: for rows whose size is not a multiple of 16 bytes.
+      NotImplementedError: if the size of a row is not a multiple of 16 bytes.
     """
     arrays: list[Any] = [x for group in groups for xs in group.values() for x in xs]
     tma.check_alignment(op, arrays)

@@ -31,15 +31,15 @@ def check_alignment(op: str, arrays: Iterable[jax.Array]) -> None:
     """Check that the copy engine supports the rows of the arrays.
 
     Raises:
-      NotImplementedError: for rows whose size is not a multiple of 16 bytes.
+      NotImplementedError: if the size of a row is not a multiple of 16 bytes.
     """
     for array in arrays:
         width, size = array.shape[-1], array.dtype.itemsize
         if not whole_rows(width, size):
             raise NotImplementedError(
-                f"{op}: the GPU kernel copies rows of multiples of {COPY_BYTES} bytes, D={width} "
-                f"numbers of {array.dtype} are not; make D a multiple of {COPY_BYTES // size}, or "
-                "use implementation='xla' or None."
+                f"{op}: the GPU kernel must have rows of multiples of {COPY_BYTES} bytes, got "
+                f"D={width} numbers of {array.dtype}; make D a multiple of {COPY_BYTES // size}, "
+                "or use implementation='xla' or None."
             )
 
 

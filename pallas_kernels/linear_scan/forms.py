@@ -46,7 +46,7 @@ class Pass(NamedTuple):
       reverse: whether time runs from the last row to the first.
       out_dtype: dtype of the outputs.
       block_sizes: rows and columns of a block, or None to choose automatically.
-      interpret: whether to run without the hardware.
+      interpret: whether to run in interpret mode, without the hardware.
     """
 
     a: Numbers
@@ -103,13 +103,13 @@ def scan(
       reverse: whether time runs from the last row to the first.
       out_dtype: dtype of the outputs.
       blocks: rows (a multiple of 16) and columns (a multiple of 128, or all) of a block.
-      interpret: run without the hardware, slowly.
+      interpret: run in interpret mode, without the hardware. This is slow.
 
     Returns:
       (y, parts [B, T, D]; final state, parts [B, D]).
 
     Raises:
-      NotImplementedError: for arguments that the platform's kernel does not support.
+      NotImplementedError: if the platform's kernel does not support the arguments.
     """
     result = run_pass(Pass(a, x, h0, reset, None, post, reverse, out_dtype, blocks, interpret))
     return result.y, result.final

@@ -55,7 +55,7 @@ def cell_program(cell: Cell, params: Any, xs: Any, h0: jax.Array) -> CellProgram
     """Convert a cell and the arrays of a call.
 
     Raises:
-      NotImplementedError: for a cell or for arrays that the kernel does not support.
+      NotImplementedError: if the kernel does not support the cell or an array.
     """
     state_dtype, channels = h0.dtype, h0.shape[1]
     params_flat, xs_flat = jax.tree.leaves(params), jax.tree.leaves(xs)
@@ -81,13 +81,13 @@ def cell_program(cell: Cell, params: Any, xs: Any, h0: jax.Array) -> CellProgram
     for x, layout in zip(xs_flat, of_xs, strict=True):
         if layout.axis is None:
             raise NotImplementedError(
-                f"{OP}: the GPU kernel takes `xs` with an axis of D={channels} channels, got "
+                f"{OP}: `xs` must have an axis of D={channels} channels in the GPU kernel, got "
                 f"{list(x.shape)}; broadcast it, or use implementation='xla' or None."
             )
     for x in (*arrays, *xs_flat):
         if x.dtype not in DTYPES:
             raise NotImplementedError(
-                f"{OP}: the GPU kernel takes {', '.join(DTYPES)}, got {x.dtype}; use "
+                f"{OP}: arrays of the GPU kernel must be {', '.join(DTYPES)}, got {x.dtype}; use "
                 "implementation='xla' or None."
             )
     forward, backward = by_channel(

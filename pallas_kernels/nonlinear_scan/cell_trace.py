@@ -3,8 +3,8 @@
 A cell is a function of arrays with an axis of D channels, where element i of the result depends
 only on elements i of the arguments. The jaxpr is evaluated on arrays of *rows*. The channel axis is
 removed, and each remaining element becomes a row of `width` channels. Data-movement ops only
-permute rows, so elementwise ops on rows are all that is left. An op that mixes channels, or that is
-not listed here, raises an error.
+permute rows, so only elementwise ops on rows remain. An op that mixes channels, or that is not
+listed here, raises an error.
 """
 
 import functools
@@ -179,7 +179,7 @@ def by_channel(
       result's cotangent) -> rows of the cotangents of the floating-point arguments.
 
     Raises:
-      NotImplementedError: for a function that mixes channels, or has an op that kernels lack.
+      NotImplementedError: if the function mixes channels or has an op that kernels do not support.
     """
     width = sizes.width
     shapes = [jax.ShapeDtypeStruct(s.shape, d) for s, d in zip(layouts, dtypes, strict=True)]
@@ -247,8 +247,8 @@ def _with_native_ops(function: Callable[..., Any], like: Sequence[Any], width: i
 
 def _unsupported(what: str) -> NotImplementedError:
     return NotImplementedError(
-        f"{OP}: the Pallas kernel is for cells whose channels do not meet, elementwise operation "
-        f"by elementwise operation, and this one has {what}; use implementation='xla' or None."
+        f"{OP}: the Pallas kernel must have a cell of elementwise operations on independent "
+        f"channels, got {what}; use implementation='xla' or None."
     )
 
 
@@ -291,7 +291,7 @@ def _evaluate(
 
 def _constant(value: Any) -> RowArray:
     if np.ndim(value):
-        raise _unsupported("an array that it has not been given")
+        raise _unsupported("an array that is not an argument")
     return RowArray(np.array(value, object), None)
 
 

@@ -91,14 +91,14 @@ def scan(
       reset: [B, T] bool or None.
       out_dtype: dtype of the states.
       keep: whether to return the residuals of `adjoint`.
-      interpret: run without the hardware, slowly.
+      interpret: run in interpret mode, without a GPU. This is slow.
 
     Returns:
       (states [B, T, D] or [B, T, D, k]; final state in the dtype of h0; residuals of `adjoint` in
       that dtype, [B, T, D] or [B, T, k, D], or None).
 
     Raises:
-      NotImplementedError: for a cell or for arrays that the kernel does not support.
+      NotImplementedError: if the kernel does not support the cell or an array.
     """
     program, state_dtype = cell_program(cell, params, xs, h0), h0.dtype
     batch, length = jax.tree.leaves(xs)[0].shape[:2]

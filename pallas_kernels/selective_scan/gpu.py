@@ -97,10 +97,10 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Compute outputs, final state, and with `save` the states before each block of 64 steps.
 
-    Arguments and results are those of the kernel for TPU; `interpret` runs it without a GPU.
+    Arguments and results are those of the TPU kernel. `interpret` runs the kernel without a GPU.
 
     Raises:
-      NotImplementedError: for rows whose size is not a multiple of 16 bytes, or N above 16.
+      NotImplementedError: if the size of a row is not a multiple of 16 bytes, or N is above 16.
     """
     state_dtype, (batch, length, width), states = h0.dtype, x.shape, A.shape[0]
     check(states, x, dt, h0)

@@ -53,11 +53,11 @@ def check(states: int, *arrays: jax.Array) -> None:
     """Check that the kernels support N and the rows of the arrays.
 
     Raises:
-      NotImplementedError: for a large N, or rows whose size is not a multiple of 16 bytes.
+      NotImplementedError: if N is above 16, or the size of a row is not a multiple of 16 bytes.
     """
     if states > GPU_STATES:
         raise NotImplementedError(
-            f"selective_scan: the GPU kernel holds {GPU_STATES} states per channel at most, not "
+            f"selective_scan: the GPU kernel supports at most {GPU_STATES} states per channel, got "
             f"N={states}; use implementation='xla' or None."
         )
     tma.check_alignment("selective_scan", arrays)

@@ -95,7 +95,7 @@ def forward(
       h0: [B, N, D], which determines the dtype of the state.
       reset: [B, T] bool or None.
       save: whether to return the residuals of `backward`.
-      interpret: run without a TPU, slowly.
+      interpret: run in interpret mode, without a TPU. This is slow.
 
     Returns:
       (y [B, T, D] in the dtype of x, final state [B, N, D], [B, blocks, N, D] or None).

@@ -57,15 +57,15 @@ class Specs:
     """Block specs of the arrays, over a grid (B, D, T).
 
     Attributes:
-      timed: of [B, T, D].
-      scalars: of B and C [B, T, N], in SMEM.
-      reset: of resets [B, blocks, 1, block length], in SMEM.
-      exponents: of A [N, 1, D].
-      skip: of D [1, D].
-      state: of states [B, N, D].
-      row: of rows [B, 1, D].
-      borders: of states at borders [B, blocks, N, D].
-      sums: of sums over columns [B, column blocks, T, N].
+      timed: spec of arrays [B, T, D].
+      scalars: spec of B and C [B, T, N], in SMEM.
+      reset: spec of resets [B, blocks, 1, block length], in SMEM.
+      exponents: spec of A [N, 1, D].
+      skip: spec of D [1, D].
+      state: spec of states [B, N, D].
+      row: spec of rows [B, 1, D].
+      borders: spec of states at borders [B, blocks, N, D].
+      sums: spec of sums over columns [B, column blocks, T, N].
     """
 
     def __init__(self, variant: Variant, backwards: bool) -> None:

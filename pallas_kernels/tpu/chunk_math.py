@@ -1,4 +1,4 @@
-"""The mathematics of a chunk of C steps of a matrix-state recurrence, for one head at a time.
+"""Mathematics of a chunk of C steps of a matrix-state recurrence, for one head at a time.
 
 Arrays are [C, K], [C, V], [C, C] and states [K, V]. Blocks, grids and memory are in
 `matrix_kernel`, and the accuracy of products in `numerics`.
@@ -89,9 +89,9 @@ class DecaySumCotangents(NamedTuple):
     """Cotangents of sums of g [C, 1 or K].
 
     Attributes:
-      single: of g_t.
-      reads: of g_1 + ... + g_t.
-      writes: of g_{t+1} + ... + g_C.
+      single: cotangent of g_t.
+      reads: cotangent of g_1 + ... + g_t.
+      writes: cotangent of g_{t+1} + ... + g_C.
     """
 
     single: jax.Array

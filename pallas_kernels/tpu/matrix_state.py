@@ -175,10 +175,10 @@ def forward(
       initial_state: [B, H, K, V], float32 (float64 if any array is).
       reset: [B, T] bool or None.
       scale: factor of the outputs.
-      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16). If it is None,
+      chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16). By default
         `chunk_steps` chooses it.
       states: whether to return the residuals of `backward`.
-      interpret: run without a TPU, slowly.
+      interpret: run in interpret mode, without a TPU. This is slow.
 
     Returns:
       (o [B, T, H, V] in the dtype of v, final state, and with `states` the states before the

@@ -1,4 +1,4 @@
-"""Nonlinear RNN cells: a step, the structure of its Jacobian, and the box it never leaves."""
+"""Nonlinear RNN cells: a step, the structure of its Jacobian, and the bounds of its states."""
 
 from seqjax.cells._base import Cell as Cell
 from seqjax.cells.elman import Elman as Elman

@@ -1,4 +1,4 @@
-"""What every cell is: one step of a nonlinear RNN that also knows its derivative's structure."""
+"""Base class of cells: one step of a nonlinear RNN and the structure of its Jacobian."""
 
 import abc
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ class Cell(abc.ABC):
     """One unbatched step h_t = f(h_{t-1}, u_t) of an RNN over `dim` channels.
 
     A subclass is a frozen dataclass. u_t [gates, dim] are the cell's pre-activations without the
-    recurrent part, B x_t + b in the papers: a layer makes them for all t in one product, so that a
-    cell holds the recurrent parameters only.
+    recurrent part, B x_t + b in the papers. A layer computes them for all t in one product, so a
+    cell has recurrent parameters only.
 
     Example:
       >>> import dataclasses
@@ -43,9 +43,9 @@ class Cell(abc.ABC):
       dim: channels D.
       gates: pre-activations per channel.
       width: coupled numbers per channel k; a state is [D], or [D, k] where k > 1.
-      structure: of dh_t / dh_{t-1}: "diagonal" ([D], elementwise), "block" (k x k per channel) or
-        "dense".
-      recurrent: the parameters by name and what each is: "vector" [D] or "matrix" [D, D].
+      structure: the structure of dh_t / dh_{t-1}: "diagonal" ([D], elementwise), "block" (k x k per
+        channel) or "dense".
+      recurrent: the kind of each parameter by name: "vector" [D] or "matrix" [D, D].
     """
 
     dim: int
@@ -62,21 +62,21 @@ class Cell(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from the state [D] or [D, k] and u [gates, D]."""
+        """Return the next state, from the state [D] or [D, k] and u [gates, D]."""
 
     def initial_state(self, batch_size: int, dtype: Any = jnp.float32) -> jax.Array:
-        """Zeros [batch_size, D] or [batch_size, D, k]: the state before the first step."""
+        """Return the state before the first step: zeros [batch_size, D] or [batch_size, D, k]."""
         return jnp.zeros((batch_size, self.dim, self.width)[: 2 + (self.width > 1)], dtype)
 
     def bounds(self, params: Params) -> Bounds | None:
-        """Lowest and highest state, broadcastable to it, that no step from within leaves.
+        """Return bounds (lowest, highest) of the state that no step from within them leaves.
 
-        None if there are none; infinite where a number has none. The state before the first step,
-        zero, lies within.
+        They are broadcastable to a state, and infinite where a number is unbounded; None if all
+        numbers are. The state before the first step, zero, lies within them.
         """
         del params
         return None
 
     def output(self, h: jax.Array) -> jax.Array:
-        """What a layer reads of states [..., D] or [..., D, k]: [..., D]."""
+        """Return the part of the state that a layer reads: [..., D] or [..., D, k] -> [..., D]."""
         return h

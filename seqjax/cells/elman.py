@@ -11,11 +11,11 @@ from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
 
 @dataclasses.dataclass(frozen=True)
 class Elman(Cell):
-    """The simple recurrent network (Elman, Finding structure in time, 1990).
+    """Simple recurrent network (Elman, Finding structure in time, 1990).
 
         h' = tanh(u + h W)
 
-    Departures: tanh where Elman has the logistic function, as every library does since.
+    Departures: tanh instead of Elman's logistic function, as in all current libraries.
 
     Parameters: W [D, D]. u [1, D]. State: h [D]. Jacobian: dense. Bounds: |h| <= 1.
 
@@ -35,10 +35,10 @@ class Elman(Cell):
     recurrent: ClassVar[Recurrent] = {"W": "matrix"}
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from h [D] and u [1, D]."""
+        """Return the next state, from h [D] and u [1, D]."""
         return jnp.tanh(u[0] + h @ params["W"])
 
     def bounds(self, params: Params) -> Bounds:
-        """The range of tanh."""
+        """Return the range of tanh."""
         del params
         return -1.0, 1.0

@@ -11,15 +11,15 @@ from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
 
 @dataclasses.dataclass(frozen=True)
 class GRU(Cell):
-    """The gated recurrent unit (arXiv 1406.1078), as in PyTorch and cuDNN.
+    """Gated recurrent unit (arXiv 1406.1078), as in PyTorch and cuDNN.
 
         r = sigmoid(u_r + h W_r)
         z = sigmoid(u_z + h W_z)
         n = tanh(u_n + r * (h W_n + n_bias))
         h' = (1 - z) * n + z * h
 
-    Departures: the paper resets the state before the product, n = tanh(u_n + (r * h) W_n); the
-    form here, which is PyTorch's, resets after it, so that all three products are of h.
+    Departures: the paper resets the state before the product, n = tanh(u_n + (r * h) W_n). The form
+    here is PyTorch's, which resets after the product, so that all three products are of h.
 
     Parameters: W_r, W_z, W_n [D, D], n_bias [D]. u [3, D] in the order r, z, n. State: h [D].
     Jacobian: dense. Bounds: |h| <= 1, since h' is a mean of h and a tanh.
@@ -46,13 +46,13 @@ class GRU(Cell):
     }
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from h [D] and u [3, D]."""
+        """Return the next state, from h [D] and u [3, D]."""
         r = jax.nn.sigmoid(u[0] + h @ params["W_r"])
         z = jax.nn.sigmoid(u[1] + h @ params["W_z"])
         n = jnp.tanh(u[2] + r * (h @ params["W_n"] + params["n_bias"]))
         return (1 - z) * n + z * h
 
     def bounds(self, params: Params) -> Bounds:
-        """A mean of two numbers in [-1, 1] is one."""
+        """Return [-1, 1], because h' is a mean of two numbers in this range."""
         del params
         return -1.0, 1.0

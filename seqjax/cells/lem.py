@@ -21,8 +21,8 @@ class LEM(Cell):
     Departures: none.
 
     Parameters: W_1, W_2, W_z, W_y [D, D]. u [4, D] in the order 1, 2, z, y. State: (y, z) as
-    [D, 2]; a layer reads y. Jacobian: dense. Bounds: |y|, |z| <= 1, since both become means of
-    themselves and a tanh; that takes dt <= 1.
+    [D, 2]; a layer reads y. Jacobian: dense. Bounds: |y|, |z| <= 1, since each is a mean of its old
+    value and a tanh, which requires dt <= 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,7 +51,7 @@ class LEM(Cell):
             )
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from (y, z) [D, 2] and u [4, D]."""
+        """Return the next state, from (y, z) [D, 2] and u [4, D]."""
         y, z = h[:, 0], h[:, 1]
         s = self.dt * jax.nn.sigmoid(u[0] + y @ params["W_1"])
         r = self.dt * jax.nn.sigmoid(u[1] + y @ params["W_2"])
@@ -60,10 +60,10 @@ class LEM(Cell):
         return jnp.stack([y, z], axis=-1)
 
     def bounds(self, params: Params) -> Bounds:
-        """The same for y and z."""
+        """Return [-1, 1] for both y and z."""
         del params
         return -1.0, 1.0
 
     def output(self, h: jax.Array) -> jax.Array:
-        """The y of (y, z)."""
+        """Return y from (y, z)."""
         return h[..., 0]

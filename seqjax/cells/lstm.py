@@ -21,11 +21,11 @@ class LSTM(Cell):
         c' = f * c + i * g
         h' = o * tanh(c')
 
-    Departures: none from the form that PyTorch and cuDNN compute; no peepholes.
+    Departures: none from the form of PyTorch and cuDNN; no peepholes.
 
     Parameters: W_i, W_f, W_g, W_o [D, D]. u [4, D] in the order i, f, g, o. State: (c, h) as
-    [D, 2]; a layer reads h. Jacobian: dense. Bounds: |h| <= 1; c has none, as f and i may both be
-    near 1 for any number of steps.
+    [D, 2]; a layer reads h. Jacobian: dense. Bounds: |h| <= 1. c is unbounded, because f and i may
+    both be near 1 for any number of steps.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,7 +45,7 @@ class LSTM(Cell):
     recurrent: ClassVar[Recurrent] = dict.fromkeys(("W_i", "W_f", "W_g", "W_o"), "matrix")
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from (c, h) [D, 2] and u [4, D]."""
+        """Return the next state, from (c, h) [D, 2] and u [4, D]."""
         c, h = h[:, 0], h[:, 1]
         i = jax.nn.sigmoid(u[0] + h @ params["W_i"])
         f = jax.nn.sigmoid(u[1] + h @ params["W_f"])
@@ -56,9 +56,9 @@ class LSTM(Cell):
 
     def bounds(self, params: Params) -> Bounds:
         """Return no bounds for c, and [-1, 1] for h."""
-        high = np.array([np.inf, 1.0], params["W_i"].dtype)  # of NumPy, for `jax.debug_infs`
+        high = np.array([np.inf, 1.0], params["W_i"].dtype)  # NumPy, because of `jax.debug_infs`
         return -high, high
 
     def output(self, h: jax.Array) -> jax.Array:
-        """The h of (c, h)."""
+        """Return h from (c, h)."""
         return h[..., 1]

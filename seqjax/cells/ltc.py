@@ -11,16 +11,16 @@ from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
 
 @dataclasses.dataclass(frozen=True)
 class LTC(Cell):
-    """The liquid time-constant network (arXiv 2006.04439), by one step of its fused solver.
+    """Liquid time-constant network (arXiv 2006.04439), with one step of its fused solver.
 
         f = sigmoid(u + h W)
         h' = (h + dt * f * A) / (1 + dt * (1 / tau + f))          tau = exp(log_tau)
 
     It discretises dh/dt = -(1 / tau + f) h + f A.
 
-    Departures: the solver takes one step of length dt per input where the paper takes several.
-    The paper leaves the nonlinearity open; the sigmoid keeps f positive, on which the paper's
-    bounds rest, and with the logarithm of tau no tau is negative.
+    Departures: the solver takes one step of length dt per input; the paper takes several. The paper
+    does not specify the nonlinearity. The sigmoid keeps f positive, which the paper's bounds
+    require. The logarithm of tau keeps tau positive.
 
     Parameters: W [D, D], A, log_tau [D]. u [1, D]. State: h [D]. Jacobian: dense. Bounds:
     min(A, 0) <= h <= max(A, 0), since h' is a mean of h, A and 0.
@@ -34,7 +34,7 @@ class LTC(Cell):
 
     Attributes:
       dim: channels D.
-      dt: the solver's step, positive.
+      dt: step of the solver, positive.
     """
 
     dim: int
@@ -49,11 +49,11 @@ class LTC(Cell):
             raise ValueError(f"LTC: `dt` must be positive and finite, got {self.dt}.")
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from h [D] and u [1, D]."""
+        """Return the next state, from h [D] and u [1, D]."""
         f = jax.nn.sigmoid(u[0] + h @ params["W"])
         rate = jnp.exp(-params["log_tau"]) + f
         return (h + self.dt * f * params["A"]) / (1 + self.dt * rate)
 
     def bounds(self, params: Params) -> Bounds:
-        """Between A and 0, per channel."""
+        """Return the range between A and 0, per channel."""
         return jnp.minimum(params["A"], 0), jnp.maximum(params["A"], 0)

@@ -19,8 +19,8 @@ class ParaLSTM(Cell):
         o = sigmoid(u_o + A_o * h + C_o * c')
         h' = o * tanh(c')
 
-    Departures: none. In the authors' code the input's matrices are block-diagonal over heads;
-    what makes u is the layer's business.
+    Departures: none in the cell. In the authors' code the input matrices, which are part of the
+    layer here, are block-diagonal over heads.
 
     Parameters: A_f, A_g, A_o, C_f, C_o [D]. u [3, D] in the order f, g, o. State: (c, h) as [D, 2];
     a layer reads h. Jacobian: blocks of 2 x 2. Bounds: |c| <= 1, since c' is a mean of c and a
@@ -44,7 +44,7 @@ class ParaLSTM(Cell):
     recurrent: ClassVar[Recurrent] = dict.fromkeys(("A_f", "A_g", "A_o", "C_f", "C_o"), "vector")
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from (c, h) [D, 2] and u [3, D]."""
+        """Return the next state, from (c, h) [D, 2] and u [3, D]."""
         c, h = h[:, 0], h[:, 1]
         f = jax.nn.sigmoid(u[0] + params["A_f"] * h + params["C_f"] * c)
         g = jnp.tanh(u[1] + params["A_g"] * h)
@@ -53,10 +53,10 @@ class ParaLSTM(Cell):
         return jnp.stack([c, o * jnp.tanh(c)], axis=-1)
 
     def bounds(self, params: Params) -> Bounds:
-        """The same for c and h."""
+        """Return [-1, 1] for both c and h."""
         del params
         return -1.0, 1.0
 
     def output(self, h: jax.Array) -> jax.Array:
-        """The h of (c, h)."""
+        """Return h from (c, h)."""
         return h[..., 1]

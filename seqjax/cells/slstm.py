@@ -23,18 +23,19 @@ class SLSTM(Cell):
         n' = exp(log f + m - m') * n + exp(log i - m')
         h' = o * c' / n'
 
-    c and n are true sums times exp(-m), so that no exponential overflows; h does not depend on m.
-    Where n = 0 nothing has been summed yet, and m' = log i whatever m holds, as in the authors'
-    code: the zero state is the beginning. From then on n >= 1 and |c| <= n.
+    c and n are the sums of the paper times exp(-m), so that no exponential overflows. h does not
+    depend on m. n = 0 marks the initial state, where nothing has been summed yet. Then m' = log i,
+    independent of m, as in the authors' code. After the first step n >= 1 and |c| <= n.
 
-    Departures: R is a vector, each channel its own head, where the paper has one full matrix per
-    head; this is what makes the Jacobian blocks. Of the paper's two forget gates, exp and sigmoid,
-    it is the sigmoid, as in the authors' code. The block around the cell (convolution, group norm,
+    Departures: R is a vector, with one head per channel; the paper has one full matrix per head.
+    This makes the Jacobian block-diagonal. The paper's forget gate is exp or sigmoid; this cell
+    uses the sigmoid, as in the authors' code. The block around the cell (convolution, group norm,
     gated projection) is not part of it.
 
     Parameters: R_i, R_f, R_z, R_o [D]. u [4, D] in the order i, f, z, o. State: (c, n, h, m) as
-    [D, 4]; a layer reads h. Jacobian: blocks of 4 x 4. Bounds: n >= 0; |h| <= 1, which holds after
-    any step from a state with |c| <= n, hence from the zero state on. c and m have none.
+    [D, 4]; a layer reads h. Jacobian: blocks of 4 x 4. Bounds: n >= 0 and |h| <= 1. The latter
+    holds after any step from a state with |c| <= n, which includes the zero state. c and m are
+    unbounded.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,13 +55,13 @@ class SLSTM(Cell):
     recurrent: ClassVar[Recurrent] = dict.fromkeys(("R_i", "R_f", "R_z", "R_o"), "vector")
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
-        """The next state, from (c, n, h, m) [D, 4] and u [4, D]."""
+        """Return the next state, from (c, n, h, m) [D, 4] and u [4, D]."""
         c, n, h, m = (h[:, j] for j in range(4))
         log_i = u[0] + params["R_i"] * h
         log_f = jax.nn.log_sigmoid(u[1] + params["R_f"] * h)
         z = jnp.tanh(u[2] + params["R_z"] * h)
         o = jax.nn.sigmoid(u[3] + params["R_o"] * h)
-        # The logarithm of the weight that the sums so far keep: none where there are no sums.
+        # The logarithm of the weight of the earlier sums; -inf if nothing has been summed.
         kept = jnp.where(n == 0, -jnp.inf, log_f + m)
         m = jnp.maximum(kept, log_i)
         keep, add = jnp.exp(kept - m), jnp.exp(log_i - m)
@@ -69,9 +70,9 @@ class SLSTM(Cell):
 
     def bounds(self, params: Params) -> Bounds:
         """Return n >= 0, h in [-1, 1], and no bounds for c and m."""
-        inf, dtype = np.inf, params["R_i"].dtype  # of NumPy, for `jax.debug_infs`
+        inf, dtype = np.inf, params["R_i"].dtype  # NumPy, because of `jax.debug_infs`
         return np.array([-inf, 0, -1, -inf], dtype), np.array([inf, inf, 1, inf], dtype)
 
     def output(self, h: jax.Array) -> jax.Array:
-        """The h of (c, n, h, m)."""
+        """Return h from (c, n, h, m)."""
         return h[..., 2]

@@ -1,4 +1,4 @@
-"""Base class of all layers: declared parameters, checked arguments, one protocol."""
+"""Base class of all layers, with declared parameters and argument checks."""
 
 import abc
 import dataclasses
@@ -20,26 +20,26 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 def state_dtype(dtype: Any) -> jnp.dtype:
-    """The dtype of states and recurrence parameters: float32, or float64 for float64."""
+    """Return the dtype of states and recurrence parameters: float64 for float64, else float32."""
     return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def complex_dtype(dtype: Any) -> jnp.dtype:
-    """The dtype of complex states: complex64, or complex128 for float64."""
+    """Return the dtype of complex states: complex128 for float64, else complex64."""
     return jnp.dtype(jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """One parameter array, as a layer declares it.
+    """Declaration of one parameter array of a layer.
 
     Attributes:
-      shape: of the array.
-      axes: a logical name per axis, None for one that is never split; `seqjax.sharding` maps names
-        to mesh axes.
-      role: "weight", "bias", "norm", "embedding" or "recurrence"; the last is kept in float32 at
-        least, whatever the dtype of the other parameters.
-      initializer: (key, shape, dtype) -> array, as those of `jax.nn.initializers` are.
+      shape: the shape of the array.
+      axes: a logical name per axis, None for an axis that is never split. `seqjax.sharding` maps
+        names to mesh axes.
+      role: "weight", "bias", "norm", "embedding" or "recurrence". Arrays with the role
+        "recurrence" are at least float32, also if the other parameters are narrower.
+      initializer: (key, shape, dtype) -> array, like those of `jax.nn.initializers`.
 
     Example:
       >>> import jax
@@ -55,7 +55,7 @@ class Param:
     initializer: Initializer
 
     def init(self, key: jax.Array, dtype: Any) -> jax.Array:
-        """Draws the array. Recurrence parameters are never kept below float32."""
+        """Draw the array. Recurrence parameters are at least float32."""
         return self.initializer(
             key, self.shape, state_dtype(dtype) if self.role == "recurrence" else dtype
         )
@@ -112,11 +112,11 @@ class Layer(abc.ABC):
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        if "__repr__" not in cls.__dict__:  # a dataclass would write one that lists every field
+        if "__repr__" not in cls.__dict__:  # a dataclass would add one that lists every field
             cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
 
     def __repr__(self) -> str:
-        """Return the call that makes the layer, fields with their default value omitted."""
+        """Return the call that makes the layer, without fields that have their default value."""
         given = []
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -142,9 +142,9 @@ class Layer(abc.ABC):
     ) -> tuple[jax.Array, State]:
         """Compute `apply` on checked arguments, with the state filled in.
 
-        With `context.sequence_axis`, `x` and `context.reset` are this device's part of the
-        sequence. `state` is then the one before the whole sequence, and the returned state the one
-        after it.
+        With `context.sequence_axis`, `x` and `context.reset` are this device's shard of the
+        sequence. `state` is then the state before the whole sequence, and the returned state is the
+        state after it.
         """
 
     def state_flops(self) -> int:
@@ -162,14 +162,15 @@ class Layer(abc.ABC):
         return True
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-        """Draws the parameters: a nested dict of arrays.
+        """Draw the parameters: a nested dict of arrays.
 
         Args:
           key: a `jax.random` key.
           dtype: dtype of the parameters. Those of role 'recurrence' are at least float32.
 
         Raises:
-          ValueError: `key` is not a key, or `dtype` is not bfloat16, float16, float32 or float64.
+          ValueError: if `key` is not a key, or `dtype` is not bfloat16, float16, float32 or
+            float64.
         """
         _checks.key(self, key)
         dtype = _checks.float_dtype(self, dtype)
@@ -180,32 +181,32 @@ class Layer(abc.ABC):
         }
 
     def param_axes(self) -> dict[str, Any]:
-        """Logical axis names, one per array axis: the parameters' tree with tuples as leaves."""
+        """Return the logical axis names of each parameter, in a tuple with one name per axis."""
         return {
             name: entry.axes if isinstance(entry, Param) else entry.param_axes()
             for name, entry in self.declare_params().items()
         }
 
     def param_roles(self) -> dict[str, Any]:
-        """'weight', 'bias', 'norm', 'embedding' or 'recurrence' for each parameter."""
+        """Return the role of each parameter; see `Param`."""
         return {
             name: entry.role if isinstance(entry, Param) else entry.param_roles()
             for name, entry in self.declare_params().items()
         }
 
     def param_shapes(self) -> dict[str, Any]:
-        """The shape of each parameter."""
+        """Return the shape of each parameter."""
         return {
             name: entry.shape if isinstance(entry, Param) else entry.param_shapes()
             for name, entry in self.declare_params().items()
         }
 
     def initial_state(self, batch_size: int, dtype: Any = jnp.float32) -> State:
-        """The state before the first step, for inputs of `dtype`: a pytree, batch axis first.
+        """Return the state before the first step for inputs of `dtype`: a pytree, batch axis first.
 
         Raises:
-          ValueError: `batch_size` is not a positive integer, or `dtype` is not floating.
-          NotImplementedError: the layer is not causal, so it has no state to carry.
+          ValueError: if `batch_size` is not a positive integer, or `dtype` is not floating.
+          NotImplementedError: if the layer is not causal, and so has no state.
         """
         self._require_causal("initial_state")
         _checks.batch_size(self, batch_size)
@@ -227,21 +228,23 @@ class Layer(abc.ABC):
         Args:
           params: the tree that `init` returned.
           x: [B, T, dim], any T >= 1.
-          state: the state an earlier call returned, to continue from it; None starts afresh.
+          state: the state that an earlier call returned; by default the initial state.
           reset: [B, T] bool, True where the state is cleared before that step is taken.
           segment_ids: [B, T] integers, an alternative to `reset`: the state is cleared wherever
-            the id differs from the one before. The first step of a call continues from `state`.
-          key: a `jax.random` key for layers that draw random numbers (dropout); None disables them.
+            the id differs from the previous id. The first step of a call continues from `state`.
+          key: a `jax.random` key for layers that draw random numbers (dropout). Without a key they
+            are off.
           sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split, in the order
-            of time. `x`, `reset` and `segment_ids` are then one device's part. `state` is the same
-            on all devices, before the whole sequence, and so is the returned one, after it.
+            of time. `x`, `reset` and `segment_ids` are then one device's shard. `state` is the
+            state before the whole sequence and the returned state the one after it. Both are the
+            same on all devices.
 
         Returns:
           `(y, state)`: y [B, T, dim] in the dtype of `x`, and the state after the last step.
 
         Raises:
-          ValueError: an argument has the wrong structure, shape or dtype.
-          NotImplementedError: `state` is given to a layer that is not causal.
+          ValueError: if an argument has the wrong structure, shape or dtype.
+          NotImplementedError: if `state` is given and the layer is not causal.
         """
         y, state, _ = self.apply_with_aux(
             params,
@@ -266,7 +269,7 @@ class Layer(abc.ABC):
         key: jax.Array | None = None,
         sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State, dict[str, Any]]:
-        """Run `apply`, and return what layers recorded as well.
+        """Run `apply`, and also return the extra outputs that layers recorded.
 
         Takes the arguments of `apply`.
 
@@ -293,7 +296,7 @@ class Layer(abc.ABC):
         *,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
-        """Take one step: the numbers `apply` would give at that position.
+        """Take one step: compute the values that `apply` returns at that position.
 
         Args:
           params: the tree that `init` returned.
@@ -306,15 +309,15 @@ class Layer(abc.ABC):
           `(y_t, state)`: y_t [B, dim] and the state after the step.
 
         Raises:
-          ValueError: an argument has the wrong structure, shape or dtype.
-          NotImplementedError: the layer is not causal.
+          ValueError: if an argument has the wrong structure, shape or dtype.
+          NotImplementedError: if the layer is not causal.
         """
         self._require_causal("step")
         x_t = _checks.array(self, "x_t", x_t)
         if state is None:
             raise ValueError(
-                f"{type(self).__name__}: step needs a state, given None; start from"
-                " layer.initial_state(batch_size, x_t.dtype)."
+                f"{type(self).__name__}: `state` must be the state before the step, got None; start"
+                " from layer.initial_state(batch_size, x_t.dtype)."
             )
         state, reset = self._check_call(params, x_t, state, reset, one_step=True)
         context = Context(None if reset is None else reset[:, None], None, key)
@@ -330,7 +333,7 @@ class Layer(abc.ABC):
     def _check_call(
         self, params: Params, x: jax.Array, state: State, reset: Any, *, one_step: bool
     ) -> tuple[State, jax.Array | None]:
-        """Check the arguments of `apply` or `step`; return the state, made if None, and reset."""
+        """Check the arguments of `apply` or `step`; return the state (new if None) and reset."""
         dtype = self._check_input(x, one_step)
         _checks.params(self, params)
         lead = x.shape[: 1 if one_step else 2]
@@ -344,14 +347,14 @@ class Layer(abc.ABC):
         return state, reset
 
     def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
-        """Checks `x` and returns the dtype to compute in. Models with other inputs override it."""
+        """Check `x` and return the dtype to compute in. Models with other inputs override it."""
         _checks.features(self, x, self.dim, one_step)
         return x.dtype
 
     def _require_causal(self, what: str) -> None:
         if not self.causal:
             raise NotImplementedError(
-                f"{type(self).__name__}: {what} needs a causal layer, but this one is"
-                " bidirectional: its outputs depend on inputs that have not come yet; pass whole"
-                " sequences to apply, or build it with bidirectional=False."
+                f"{type(self).__name__}: {what} must have a causal layer, got a bidirectional"
+                " one, whose outputs depend on later inputs; pass whole sequences to apply, or set"
+                " bidirectional=False."
             )

@@ -1,4 +1,4 @@
-"""Checks of what users pass to a layer. A failure is one line: what, wanted, given, a way out."""
+"""Checks of the arguments of layers. An error is one line: argument, requirement, value, hint."""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -22,11 +22,11 @@ class _Layer(Protocol):
 
 
 def positive(layer: object, **values: int) -> None:
-    """Raises unless each value is an integer >= 1."""
+    """Raise unless each value is an integer >= 1."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(
-                f"{type(layer).__name__}: {name} must be an integer >= 1, given {value!r}."
+                f"{type(layer).__name__}: `{name}` must be an integer >= 1, got {value!r}."
             )
 
 
@@ -35,18 +35,18 @@ def one_of(layer: object, name: str, value: Any, choices: Iterable[str]) -> None
     require(
         layer,
         value in choices,
-        f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.",
+        f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.",
     )
 
 
 def require(layer: object, condition: bool, message: str) -> None:
-    """Raises a ValueError that starts with the layer's name unless the condition holds."""
+    """Raise a ValueError that starts with the layer's name unless the condition holds."""
     if not condition:
         raise ValueError(f"{type(layer).__name__}: {message}")
 
 
 def head_dim(layer: object, dim: int, heads: int, given: int | None) -> int:
-    """The features per head: as given, or `dim` split evenly."""
+    """Return the features per head: `given`, or `dim` split evenly if it is None."""
     positive(layer, dim=dim, heads=heads)
     if given is not None:
         positive(layer, head_dim=given)
@@ -54,14 +54,14 @@ def head_dim(layer: object, dim: int, heads: int, given: int | None) -> int:
     require(
         layer,
         dim % heads == 0,
-        f"dim must be a multiple of heads when head_dim is None, given dim={dim}, heads={heads};"
+        f"`dim` must be a multiple of `heads` without a `head_dim`, got dim={dim}, heads={heads};"
         " pass head_dim.",
     )
     return dim // heads
 
 
 def float_dtype(layer: object, dtype: Any) -> jnp.dtype:
-    """The dtype as an object, if it is one a layer computes in."""
+    """Return the dtype as an object; raise unless layers support it."""
     try:
         name = jnp.dtype(dtype).name
     except TypeError:
@@ -69,13 +69,13 @@ def float_dtype(layer: object, dtype: Any) -> jnp.dtype:
     require(
         layer,
         name in FLOAT_DTYPES,
-        f"dtype must be one of {', '.join(FLOAT_DTYPES)}, given {name}.",
+        f"`dtype` must be one of {', '.join(FLOAT_DTYPES)}, got {name}.",
     )
     return jnp.dtype(name)
 
 
 def array(layer: object, name: str, value: Any) -> jax.Array:
-    """Return the value as an array; raise if it cannot be one, as a tree of parameters cannot."""
+    """Return the value as an array; raise if it is not one, such as a tree of parameters."""
     if isinstance(value, Mapping):
         raise ValueError(
             f"{type(layer).__name__}: `{name}` must be an array, got a dict; the order of arguments"
@@ -109,47 +109,47 @@ def sequence_axis(layer: object, name: Any) -> None:
 
 
 def batch_size(layer: object, value: int) -> None:
-    """Raises unless the batch size is an integer >= 1."""
+    """Raise unless the batch size is an integer >= 1."""
     positive(layer, batch_size=value)
 
 
 def features(layer: object, x: jax.Array, dim: int, one_step: bool) -> None:
-    """Raises unless `x` is floating [B, T, dim], or [B, dim] for one step."""
+    """Raise unless `x` is floating [B, T, dim], or [B, dim] for one step."""
     name, wanted = ("x_t", f"[B, {dim}]") if one_step else ("x", f"[B, T, {dim}]")
     require(
         layer,
         x.ndim == (2 if one_step else 3) and x.shape[-1] == dim,
-        f"{name} must have shape {wanted}, given {list(x.shape)}.",
+        f"`{name}` must have shape {wanted}, got {list(x.shape)}.",
     )
     require(
         layer,
         x.dtype.name in FLOAT_DTYPES,
-        f"{name} must be one of {', '.join(FLOAT_DTYPES)}, given {x.dtype.name};"
-        f" convert it, e.g. {name}.astype(jnp.float32).",
+        f"`{name}` must be one of {', '.join(FLOAT_DTYPES)}, got {x.dtype.name};"
+        f" cast it, e.g. {name}.astype(jnp.float32).",
     )
     _not_empty(layer, name, x)
 
 
 def tokens(layer: object, x: jax.Array, one_step: bool) -> None:
-    """Raises unless `x` is an integer array [B, T], or [B] for one step."""
+    """Raise unless `x` is an integer array [B, T], or [B] for one step."""
     name, wanted = ("token", "[B]") if one_step else ("tokens", "[B, T]")
     require(
         layer,
         x.ndim == (1 if one_step else 2),
-        f"{name} must have shape {wanted}, given {list(x.shape)}.",
+        f"`{name}` must have shape {wanted}, got {list(x.shape)}.",
     )
     require(
         layer,
         jnp.issubdtype(x.dtype, jnp.integer),
-        f"{name} must be integers, given {x.dtype.name}; convert with .astype(jnp.int32).",
+        f"`{name}` must be integers, got {x.dtype.name}; cast with .astype(jnp.int32).",
     )
     _not_empty(layer, name, x)
 
 
 def in_vocabulary(layer: object, x: jax.Array, vocab_size: int, mask: Any = None) -> None:
-    """Raise if a token lies outside the vocabulary, for arrays whose values exist already.
+    """Raise if a token lies outside the vocabulary, for concrete arrays on this process.
 
-    Values of traced arrays, and of arrays on other processes, do not exist here. Tokens where
+    The values of traced arrays, and of arrays on other processes, are not available. Tokens where
     `mask` is False may have any value.
     """
     arrays = [x] if mask is None else [x, mask]
@@ -162,33 +162,33 @@ def in_vocabulary(layer: object, x: jax.Array, vocab_size: int, mask: Any = None
         require(
             layer,
             False,
-            f"tokens must be from 0 to vocab_size - 1 = {vocab_size - 1}, got {values[bad][0]};"
+            f"`tokens` must be from 0 to vocab_size - 1 = {vocab_size - 1}, got {values[bad][0]};"
             " check the tokenizer, or mask padding.",
         )
 
 
 def reset(layer: object, value: jax.Array, wanted: tuple[int, ...]) -> None:
-    """Raises unless `reset` is bool of the wanted shape."""
+    """Raise unless `reset` is bool of the wanted shape."""
     boolean(layer, "reset", value, wanted)
 
 
 def boolean(layer: object, name: str, value: jax.Array, wanted: tuple[int, ...]) -> None:
-    """Raises unless the array is bool of the wanted shape."""
+    """Raise unless the array is bool of the wanted shape."""
     require(
         layer,
         value.shape == wanted and value.dtype == jnp.bool_,
-        f"{name} must be bool of shape {list(wanted)}, given {value.dtype.name}"
+        f"`{name}` must be bool of shape {list(wanted)}, got {value.dtype.name}"
         f" of shape {list(value.shape)}.",
     )
 
 
 def params(layer: _Layer, given: Any) -> None:
-    """Raises unless `given` has the names and shapes that `layer.init` makes."""
+    """Raise unless `given` has the names and shapes of the parameters from `layer.init`."""
     _compare_params(layer, _param_shapes(layer), given, "params")
 
 
 def state(layer: _Layer, given: Any, batch: int, dtype: Any) -> None:
-    """Raises unless `given` has the structure, shapes and dtypes of the layer's state."""
+    """Raise unless `given` has the structure, shapes and dtypes of the layer's state."""
     wanted = _state_spec(layer, batch, jnp.dtype(dtype).name)
     hint = f"start from layer.initial_state({batch}, dtype) or pass a state that apply returned."
     _compare_trees(layer, wanted, given, "state", hint)
@@ -199,8 +199,8 @@ def state(layer: _Layer, given: Any, batch: int, dtype: Any) -> None:
         require(
             layer,
             shape == want.shape and leaf_dtype == want.dtype,
-            f"state{jax.tree_util.keystr(path)} must be {want.dtype.name} of shape"
-            f" {list(want.shape)}, given {leaf_dtype.name} of shape {list(shape)}; {hint}",
+            f"`state{jax.tree_util.keystr(path)}` must be {want.dtype.name} of shape"
+            f" {list(want.shape)}, got {leaf_dtype.name} of shape {list(shape)}; {hint}",
         )
 
 
@@ -217,7 +217,7 @@ def _compare_trees(layer: object, wanted: Any, given: Any, path: str, hint: str)
     else:
         wanted_tree: Any = jax.tree.structure(wanted)
         same = wanted_tree == jax.tree.structure(given)
-    text = f"{path} must be {describe_tree(wanted)}, given {describe_tree(given)}; {hint}"
+    text = f"`{path}` must be {describe_tree(wanted)}, got {describe_tree(given)}; {hint}"
     require(layer, same, text)
     for name in names:
         _compare_trees(layer, wanted[name], given[name], f"{path}[{name!r}]", hint)
@@ -227,7 +227,7 @@ def _not_empty(layer: object, name: str, x: jax.Array) -> None:
     require(
         layer,
         0 not in x.shape,
-        f"{name} must have B >= 1 and T >= 1, given shape {list(x.shape)}.",
+        f"`{name}` must have B >= 1 and T >= 1, got shape {list(x.shape)}.",
     )
 
 
@@ -252,19 +252,19 @@ def _compare_params(layer: object, wanted: Any, given: Any, path: str) -> None:
         require(
             layer,
             hasattr(given, "shape") and tuple(given.shape) == wanted,
-            f"{path} must be an array of shape {list(wanted)}, given"
+            f"`{path}` must be an array of shape {list(wanted)}, got"
             f" {list(given.shape) if hasattr(given, 'shape') else type(given).__name__}; {hint}",
         )
         require(
             layer,
             given.dtype.name in FLOAT_DTYPES,
-            f"{path} must be floating, given {given.dtype.name}; {hint}",
+            f"`{path}` must be floating, got {given.dtype.name}; {hint}",
         )
         return
     require(
         layer,
         isinstance(given, Mapping) and set(given) == set(wanted),
-        f"{path} must be a dict with the entries {sorted(wanted)}, given"
+        f"`{path}` must be a dict with the entries {sorted(wanted)}, got"
         f" {sorted(given) if isinstance(given, Mapping) else type(given).__name__}; {hint}",
     )
     for name, entry in wanted.items():

@@ -1,4 +1,4 @@
-"""What a layer that looks a few steps back sees when time is split over a mesh axis."""
+"""Halo exchange: the steps before a sequence shard, for layers that read a few earlier steps."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ from seqjax.ops.core import sequence_parallel
 
 
 def entering(state: Any, x: Any, reset: jax.Array | None, axis_name: str) -> Any:
-    """The last steps before this device's part, in the form of the layer's state.
+    """Return the last steps before this device's shard, in the form of the layer's state.
 
-    Each device sends its last steps to the next one; where a part is shorter than what is looked
-    back at, also to those after it.
+    Each device sends its last steps to the next device. If a shard is shorter than the window of
+    earlier steps, it sends them to later devices as well.
 
     Args:
       state: a tree of arrays [B, P, ...], the P steps before the whole sequence, oldest first.
-      x: the same tree [B, T, ...] of this device's part.
-      reset: [B, T] of this device's part.
+      x: the same tree [B, T, ...] of this device's shard.
+      reset: [B, T] of this device's shard.
       axis_name: a mesh axis, in the order of time.
 
     Returns:
-      The tree of `state`, the P steps before this part, zero (False) where a reset lies between.
+      The tree of `state`, the P steps before this shard, zero (False) if a reset lies between.
     """
     past = jax.tree.leaves(state)[0].shape[1]
     if past == 0:
@@ -32,7 +32,7 @@ def entering(state: Any, x: Any, reset: jax.Array | None, axis_name: str) -> Any
         return found
     none = jnp.zeros((reset.shape[0], past), jnp.bool_)
     cleared = _steps_before(none, reset, axis_name)
-    # Whether a reset came after a step: those of the steps that follow it.
+    # True where a reset follows a step: the maximum over the resets of later steps.
     later = lax.cummax(cleared.astype(jnp.int32), axis=1, reverse=True)[:, 1:] > 0
     cut = jnp.pad(later, ((0, 0), (0, 1)))
     return jax.tree.map(
@@ -42,7 +42,7 @@ def entering(state: Any, x: Any, reset: jax.Array | None, axis_name: str) -> Any
 
 
 def _steps_before(state: jax.Array, x: jax.Array, axis_name: str) -> jax.Array:
-    """The P steps before this part: received, or, at the sequence's start, from `state`."""
+    """Return the P steps before this shard: received, or from `state` at the sequence's start."""
     past, length = state.shape[1], x.shape[1]
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
     received: list[jax.Array] = []
@@ -62,7 +62,7 @@ def _steps_before(state: jax.Array, x: jax.Array, axis_name: str) -> jax.Array:
 
 
 def leaving(state: Any, axis_name: str) -> Any:
-    """The state on the device where time ends, on every device."""
+    """Return the state of the device where time ends, on every device."""
     numbers = jax.tree.map(lambda s: s.astype(jnp.int32) if s.dtype == jnp.bool_ else s, state)
     return jax.tree.map(
         lambda s, last: last.astype(s.dtype), state, sequence_parallel.from_last(numbers, axis_name)
@@ -70,12 +70,12 @@ def leaving(state: Any, axis_name: str) -> Any:
 
 
 def last_before(x: jax.Array, axis_name: str) -> jax.Array:
-    """The last step [B, 1, ...] of the part before this one; zero (False) on the first device."""
+    """Return the last step [B, 1, ...] of the previous shard; zero (False) on the first device."""
     return _neighbour(x[:, -1:], axis_name, 1)
 
 
 def first_after(x: jax.Array, axis_name: str) -> jax.Array:
-    """The first step [B, 1, ...] of the part after this one; zero (False) on the last device."""
+    """Return the first step [B, 1, ...] of the next shard; zero (False) on the last device."""
     return _neighbour(x[:, :1], axis_name, -1)
 
 

@@ -10,19 +10,19 @@ from seqjax.layers._base import Initializer
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """All zeros."""
+    """Return zeros."""
     del key
     return jnp.zeros(shape, dtype)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """All ones."""
+    """Return ones."""
     del key
     return jnp.ones(shape, dtype)
 
 
 def normal(std: float) -> Initializer:
-    """Normal with mean 0."""
+    """Return an initializer that draws from a normal distribution with mean 0."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.normal(key, shape, dtype) * std
@@ -31,12 +31,12 @@ def normal(std: float) -> Initializer:
 
 
 def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Normal with variance 1 / fan_in, for weights [..., fan_in, fan_out] (LeCun)."""
+    """Draw weights [..., fan_in, fan_out] from a normal with variance 1 / fan_in (LeCun)."""
     return normal(shape[-2] ** -0.5)(key, shape, dtype)
 
 
 def uniform(low: float, high: float) -> Initializer:
-    """Uniform in [low, high)."""
+    """Return an initializer that draws uniformly from [low, high)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, low, high)
@@ -45,7 +45,7 @@ def uniform(low: float, high: float) -> Initializer:
 
 
 def log_uniform_of(low: float, high: float) -> Initializer:
-    """log(u) with u uniform in [low, high)."""
+    """Return an initializer that draws log(u) with u uniform in [low, high)."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.log(jax.random.uniform(key, shape, dtype, low, high))
@@ -54,7 +54,7 @@ def log_uniform_of(low: float, high: float) -> Initializer:
 
 
 def inverse_softplus_log_uniform(low: float, high: float) -> Initializer:
-    """b such that softplus(b) is log-uniform in [low, high): Mamba's dt bias."""
+    """Return an initializer of b with softplus(b) log-uniform in [low, high): Mamba's dt bias."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(low), math.log(high)))

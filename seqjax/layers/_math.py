@@ -7,14 +7,15 @@ from seqjax.layers._base import state_dtype
 
 
 def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., I] times weight [I, O], in the dtype of `x`."""
+    """Multiply x [..., I] by weight [I, O], in the dtype of `x`."""
     return x @ weight.astype(x.dtype)
 
 
 def complex_dense(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Real x [..., I] times a complex weight [2, I, O]: the two parts, in the state dtype.
+    """Multiply real x [..., I] by a complex weight [2, I, O]; return the parts in the state dtype.
 
-    The parts stay apart so that the caller can scale them by real numbers at half the cost.
+    The real and the imaginary part stay separate, so that the caller can scale them by real numbers
+    at half the cost.
     """
     wide = state_dtype(x.dtype)
     weight = weight.astype(x.dtype)
@@ -25,30 +26,30 @@ def complex_dense(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def real_of_dense(h: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Re(h W) for complex h [..., N] and a complex weight [2, N, O], in the real `dtype`."""
+    """Return Re(h W) for complex h [..., N] and a complex weight [2, N, O], in the real `dtype`."""
     weight = weight.astype(dtype)
     return h.real.astype(dtype) @ weight[0] - h.imag.astype(dtype) @ weight[1]
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[B, T, H * K] -> [B, T, H, K]."""
+    """Reshape [B, T, H * K] to [B, T, H, K]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def merge_heads(x: jax.Array) -> jax.Array:
-    """[B, T, H, K] -> [B, T, H * K]."""
+    """Reshape [B, T, H, K] to [B, T, H * K]."""
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
 def rms_normalize(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis; statistics in the state dtype."""
+    """Return x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in the state dtype."""
     wide = x.astype(state_dtype(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * inverse * scale.astype(wide.dtype)).astype(x.dtype)
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """x / sqrt(sum(x^2) + eps) over the last axis; statistics in the state dtype."""
+    """Return x / sqrt(sum(x^2) + eps) over the last axis, computed in the state dtype."""
     wide = x.astype(state_dtype(x.dtype))
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + eps)).astype(
         x.dtype

@@ -1,4 +1,4 @@
-"""What all layers around a nonlinear RNN cell share."""
+"""Base class of the layers around nonlinear RNN cells."""
 
 import abc
 import dataclasses
@@ -25,19 +25,19 @@ from seqjax.ops.nonlinear.nonlinear_scan import Newton, nonlinear_scan
 
 @dataclasses.dataclass(frozen=True)
 class RNN(Layer):
-    """A cell between an input and an output projection.
+    """A nonlinear RNN: a cell between an input and an output projection.
 
         u_t = x_t W_in + bias                       [gates, N], in the cell's order of gates
         s_t = cell(s_{t-1}, u_t)
         y_t = output(s_t) W_out
 
-    The projections start normal with variance 1/fan_in. Unless the layer says otherwise the
-    cell's matrices start uniform in +-1/sqrt(N), as in PyTorch, its vectors normal with standard
-    deviation 2/sqrt(5 N), as in ParaRNN's code, and all biases at 0.
+    The projections start normal with variance 1/fan_in. By default the cell's matrices start
+    uniform in +-1/sqrt(N), as in PyTorch, its vectors normal with standard deviation 2/sqrt(5 N),
+    as in ParaRNN's code, and all biases at 0.
 
-    Parameters: in_proj [dim, gates * N], bias [gates * N], the cell's own by name (vectors [N],
-    matrices [N, N]), out_proj [N, dim]. State: the cell's, [B, N] or [B, N, k]. Extra output of
-    `apply_with_aux`: "solve", the `SolveInfo` of `seqjax.nonlinear_scan`.
+    Parameters: in_proj [dim, gates * N], bias [gates * N], the cell's parameters by name (vectors
+    [N], matrices [N, N]), out_proj [N, dim]. State: the cell's, [B, N] or [B, N, k]. Extra output
+    of `apply_with_aux`: "solve", the `SolveInfo` of `seqjax.nonlinear_scan`.
 
     Example:
       >>> import dataclasses
@@ -54,12 +54,12 @@ class RNN(Layer):
 
     Attributes:
       dim: features of input and output.
-      state_dim: channels of the cell N; dim if None.
-      algorithm: "newton" (all steps at once), "sequential" (one after the other) or None, the
-        faster one here; see `seqjax.nonlinear_scan`.
-      solver: a `seqjax.Newton`; None takes its defaults.
-      implementation: "xla", "pallas" (on GPU, for a cell whose channels do not meet) or None; see
-        `seqjax.nonlinear_scan`.
+      state_dim: channels of the cell N; by default dim.
+      algorithm: "newton" (all steps at once) or "sequential" (step by step). By default chosen by
+        platform and cell; see `seqjax.nonlinear_scan`.
+      solver: a `seqjax.Newton`; by default `Newton()`.
+      implementation: "xla", the default, or "pallas" (on GPU, for a cell with independent
+        channels); see `seqjax.nonlinear_scan`.
     """
 
     dim: int
@@ -68,9 +68,9 @@ class RNN(Layer):
     solver: Newton | None = None
     implementation: str | None = None
 
-    # Gate -> bias of its first and its last channel at initialisation, evenly spaced between.
+    # Gate -> initial bias of its first and its last channel, evenly spaced in between.
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {}
-    # How the recurrent parameters start that do not start like the others.
+    # Initializers of the recurrent parameters that differ from the default ones.
     _recurrent_start: ClassVar[Mapping[str, Initializer]] = {}
 
     def __post_init__(self) -> None:
@@ -78,24 +78,24 @@ class RNN(Layer):
         _checks.require(
             self,
             self.algorithm in (None, "newton", "sequential"),
-            f"algorithm must be 'newton', 'sequential' or None, given {self.algorithm!r}.",
+            f"`algorithm` must be 'newton', 'sequential' or None, got {self.algorithm!r}.",
         )
         _checks.require(
             self,
             self.implementation in (None, "xla", "pallas"),
-            f"implementation must be 'xla', 'pallas' or None, given {self.implementation!r}.",
+            f"`implementation` must be 'xla', 'pallas' or None, got {self.implementation!r}.",
         )
         _ = self.cell  # checks the cell's own fields
 
     @property
     def states(self) -> int:
-        """Channels of the cell N: `state_dim`, or `dim` if that is None."""
+        """Channels of the cell N: `state_dim`, by default `dim`."""
         return self.dim if self.state_dim is None else self.state_dim
 
     @property
     @abc.abstractmethod
     def cell(self) -> Cell:
-        """The cell, over `state_dim` channels."""
+        """Return the cell, over `state_dim` channels."""
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         cell, states = self.cell, self.states
@@ -133,7 +133,7 @@ class RNN(Layer):
         return self.cell.initial_state(batch_size, dtype)
 
     def state_flops(self) -> int:
-        # Products with diagonal weights, and gates; matrices count as weights.
+        # Products with diagonal weights, and gates. Matrices are counted as weights.
         return 8 * self.cell.gates * self.states
 
     def forward(

@@ -13,9 +13,9 @@ def to_reset(
 ) -> jax.Array:
     """Return [B, T] bool: True where the segment id differs from the one a step earlier.
 
-    The first step of the whole sequence is False: it continues from the state that is passed in.
+    The first step of the whole sequence is False, because it continues from the initial state.
     """
-    _checks.require(layer, reset is None, "give `reset` or `segment_ids`, got both.")
+    _checks.require(layer, reset is None, "must get `reset` or `segment_ids`, got both.")
     ids = jnp.asarray(segment_ids)
     _checks.require(
         layer,

@@ -22,13 +22,13 @@ class SlidingWindowAttention(Layer):
         p_ts = softmax_s(<R_t q_t, R_s k_s> / sqrt(K)),   t - window < s <= t, no reset in (s, t]
         y_t = (sum_s p_ts v_s) W_o
 
-    R_t turns features j and j + K/2 by the angle t * rope_base^(-2j/K). Scores depend on t - s
-    only, so the state holds keys before rotation and positions are counted inside a block: angles
-    stay small and exact however long the sequence is.
+    R_t rotates features j and j + K/2 by the angle t * rope_base^(-2j/K). Scores depend on t - s
+    only. The state therefore holds keys before rotation, and positions are counted inside a block,
+    which keeps angles small and exact for sequences of any length.
 
-    Queries are taken `window` at a time against the keys they can see, so memory grows as
-    T * window. A position with a non-finite query, key or value turns every output that may look
-    at it into NaN, and no other one, in value or in gradient.
+    Queries are processed in blocks of `window` against the keys that they can see, so memory grows
+    as T * window. A position with a non-finite query, key or value turns every output that may
+    attend to it into NaN. No other output or gradient changes.
 
     Departures: none of the dilated or global patterns of arXiv 2004.05150.
 
@@ -47,8 +47,8 @@ class SlidingWindowAttention(Layer):
     Attributes:
       dim: features of input and output.
       heads: number of heads H.
-      window: positions a query sees, its own included.
-      head_dim: features per head K, even; dim / heads if None.
+      window: number of positions that a query sees, including its own.
+      head_dim: features per head K, even; by default dim / heads.
       rope_base: base of the rotary frequencies.
     """
 
@@ -64,13 +64,13 @@ class SlidingWindowAttention(Layer):
         _checks.require(
             self,
             head_dim % 2 == 0,
-            f"head_dim must be even for rotary positions, given {head_dim}; pass head_dim.",
+            f"`head_dim` must be even for rotary positions, got {head_dim}; pass head_dim.",
         )
-        _checks.require(self, self.rope_base > 1, f"rope_base must be > 1, given {self.rope_base}.")
+        _checks.require(self, self.rope_base > 1, f"`rope_base` must be > 1, got {self.rope_base}.")
 
     @property
     def key_dim(self) -> int:
-        """Key features per head K: `head_dim`, or dim / heads if that is None."""
+        """Key features per head K: `head_dim`, by default dim / heads."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
@@ -107,7 +107,7 @@ class SlidingWindowAttention(Layer):
         if sequence_axis is not None:
             here = {"k": k, "v": v, "valid": jnp.ones((batch, length), jnp.bool_)}
             state = _halo.entering(state, here, reset, sequence_axis)
-        # Segment number of each key: cached keys are segment 0, those not valid are -1.
+        # Segment number of each key: cached keys are segment 0, invalid ones -1.
         if reset is None:
             reset = jnp.zeros((batch, length), jnp.bool_)
         segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
@@ -125,7 +125,8 @@ class SlidingWindowAttention(Layer):
         bad = ~(_finite(k) & _finite(v))
         bad_q = ~_finite(q)
         bad = bad.at[:, past:].set(bad[:, past:] | bad_q)
-        # Zeros in their place keep 0 * NaN out of the products; `_attend` marks who sees them.
+        # Zeros instead of non-finite values keep 0 * NaN out of the products. `_attend` sets NaN in
+        # the outputs that see them.
         q = jnp.where(bad_q[..., None, None], 0, q)
         k, v = (jnp.where(bad[..., None, None], 0, z) for z in (k, v))
 
@@ -148,7 +149,7 @@ class SlidingWindowAttention(Layer):
         return dense(merge_heads(o), params["out_proj"]), new_state
 
     def _cache(self, k: jax.Array, v: jax.Array, key_segment: jax.Array, last: jax.Array) -> State:
-        """The last `window - 1` keys and values, those of earlier segments selected away."""
+        """Return the last `window - 1` keys and values, zero in earlier segments."""
         start = k.shape[1] - (self.window - 1)
         valid = key_segment[:, start:] == last
         wide = state_dtype(k.dtype)
@@ -161,7 +162,7 @@ class SlidingWindowAttention(Layer):
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, same_segment: jax.Array, bad: jax.Array
     ) -> jax.Array:
-        """Attention of q [B, n, C, H, K] to k, v [B, n, window - 1 + C, H, K], block by block."""
+        """Attend from q [B, n, C, H, K] to k, v [B, n, window - 1 + C, H, K], block by block."""
         block, span = q.shape[2], k.shape[2]
         past = span - block
         ahead = np.arange(span)[None, :] - np.arange(block)[:, None]
@@ -180,7 +181,7 @@ class SlidingWindowAttention(Layer):
         return o + jnp.where(poisoned, jnp.nan, 0).astype(o.dtype)[..., None, None]
 
     def _rotate(self, x: jax.Array, positions: np.ndarray) -> jax.Array:
-        """Rotary embedding of x [B, n, L, H, K] at the given positions [L]."""
+        """Apply the rotary embedding to x [B, n, L, H, K] at the positions [L]."""
         wide = state_dtype(x.dtype)
         half = self.key_dim // 2
         angles = positions[:, None] * self.rope_base ** (-np.arange(half) / half)
@@ -192,5 +193,5 @@ class SlidingWindowAttention(Layer):
 
 
 def _finite(x: jax.Array) -> jax.Array:
-    """[B, L, H, K] -> [B, L]: whether everything at a position is finite."""
+    """Return whether all numbers at a position are finite: [B, L, H, K] -> [B, L]."""
     return jnp.all(jnp.isfinite(x), axis=(2, 3))

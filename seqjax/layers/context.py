@@ -15,15 +15,15 @@ class Context:
     `Layer.apply` and `Layer.step` make a context, and every layer passes it to its sublayers. A
     layer reads the fields that it needs and ignores the others.
 
-    `values` and `aux` are dictionaries that layers write to while the model is traced. A layer
-    that calls a sublayer inside `jax.checkpoint`, `lax.scan` or `jax.vmap` must make a new context
-    with empty dictionaries there, and return their content. `Backbone` does so.
+    Layers write to the dictionaries `values` and `aux` while the model is traced. A layer that
+    calls a sublayer inside `jax.checkpoint`, `lax.scan` or `jax.vmap` must make a new context with
+    empty dictionaries there, and return their content. `Backbone` does so.
 
     Attributes:
       reset: [B, T] bool, True where the state is cleared before that step; None for no resets.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split, else None.
-      key: a `jax.random` key for layers that draw random numbers, such as `Dropout`. None turns
-        them off: the call is then deterministic.
+      key: a `jax.random` key for layers that draw random numbers, such as `Dropout`. Without a key
+        they are off, and the call is deterministic.
       block: the index of the block inside its backbone, an integer or a scalar array; 0 outside.
       depth: the number of blocks of the backbone; 1 outside.
       path: names of the enclosing layers.

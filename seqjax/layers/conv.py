@@ -14,13 +14,13 @@ from seqjax.layers.context import Context
 
 @dataclasses.dataclass(frozen=True)
 class ShortConv(Layer):
-    """The short convolution in front of Mamba, DeltaNet and their kin (arXiv 2312.00752).
+    """Short causal convolution, as used in Mamba and DeltaNet (arXiv 2312.00752).
 
         y_t = activation(sum_j w_j * x_{t-j} + bias),   j = 0 .. size - 1
 
     elementwise per feature, with x before the start taken as zero. Parameter `weight[j]` is the
     tap of delay j (a torch `Conv1d` stores them in the opposite order). The state is the last
-    `size - 1` inputs [B, size - 1, dim], oldest first. Taps from before a reset are selected as
+    `size - 1` inputs [B, size - 1, dim], oldest first. Inputs from before a reset are replaced by
     zero. Sums are taken in float32 or better. Taps start uniform in +-1/sqrt(size), as in torch.
 
     Example:
@@ -34,9 +34,9 @@ class ShortConv(Layer):
 
     Attributes:
       dim: features of input and output.
-      size: number of taps, the current position included.
-      bias: whether to add one.
-      activation: None or 'silu'.
+      size: number of taps, including the current position.
+      bias: whether to add a bias.
+      activation: 'silu', or None for none.
       channel_axis: the logical axis name of the features.
     """
 
@@ -51,7 +51,7 @@ class ShortConv(Layer):
         _checks.require(
             self,
             self.activation in (None, "silu"),
-            f"activation must be None or 'silu', given {self.activation!r}.",
+            f"`activation` must be None or 'silu', got {self.activation!r}.",
         )
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
@@ -83,7 +83,7 @@ class ShortConv(Layer):
         history = jnp.concatenate([state, x.astype(wide)], axis=1)
         y = jnp.zeros(x.shape, wide)
         kept = []
-        cut = jnp.zeros(x.shape[:2], jnp.bool_)  # whether a reset came after time t - delay
+        cut = jnp.zeros(x.shape[:2], jnp.bool_)  # whether a reset lies after time t - delay
         for delay in range(self.size):
             tap = jax.lax.slice_in_dim(history, past - delay, past - delay + length, axis=1)
             if reset is not None:

@@ -19,7 +19,7 @@ _NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class DeltaNet(Layer):
-    """DeltaNet (arXiv 2406.06484) and, with `gated=True`, Gated DeltaNet (arXiv 2412.06464).
+    """Delta rule memory, DeltaNet (2406.06484) or with `gated` Gated DeltaNet (2412.06464).
 
         q, k, v = silu(conv(x W_q)), silu(conv(x W_k)), silu(conv(x W_v))      per head
         q, k = q / |q|, k / |k|                                    |.|^2 = sum of squares + 1e-6
@@ -29,9 +29,9 @@ class DeltaNet(Layer):
         o_t = S_t^T q_t / sqrt(K)
         y_t = (rmsnorm(o_t) * silu(x_t W_g)) W_o                               gate if output_gate
 
-    `negative_eigenvalues=True` takes 2 sigmoid for beta, so that I - beta k k^T has eigenvalues in
-    [-1, 1] and the layer can keep track of states such as parity (arXiv 2411.12537). The RMS norm
-    is per head, with one scale [V] for all of them. A starts uniform in [1, 16] and softplus of
+    With `negative_eigenvalues=True` beta is 2 sigmoid, so that I - beta k k^T has eigenvalues in
+    [-1, 1] and the layer can solve state tracking tasks such as parity (arXiv 2411.12537). The RMS
+    norm is per head, with one scale [V] for all heads. A starts uniform in [1, 16] and softplus of
     dt_bias log-uniform in [1e-3, 1e-1], as in Mamba-2; projections normal with variance 1/fan_in.
 
     Departures: the authors' default expand_v for Gated DeltaNet is 2; here it is 1 for both.
@@ -54,12 +54,12 @@ class DeltaNet(Layer):
     Attributes:
       dim: features of input and output.
       heads: number of heads H.
-      head_dim: key features per head K; dim / heads if None.
+      head_dim: key features per head K; by default dim / heads.
       expand_v: V = expand_v * K, which must be an integer.
       conv_size: taps of the short convolutions.
       gated: whether the memory decays, by alpha.
-      negative_eigenvalues: whether beta is in (0, 2).
-      output_gate: whether to gate the output; if None, as `gated`, as in the papers.
+      negative_eigenvalues: whether beta is in (0, 2) instead of (0, 1).
+      output_gate: whether to gate the output; by default the value of `gated`, as in the papers.
     """
 
     dim: int
@@ -78,18 +78,18 @@ class DeltaNet(Layer):
         _checks.require(
             self,
             value_dim >= 1 and value_dim == int(value_dim),
-            f"expand_v * head_dim must be an integer >= 1, given expand_v={self.expand_v},"
+            f"`expand_v` * head_dim must be an integer >= 1, got expand_v={self.expand_v},"
             f" head_dim={head_dim}.",
         )
 
     @property
     def key_dim(self) -> int:
-        """Key features per head K: `head_dim`, or dim / heads if that is None."""
+        """Key features per head K: `head_dim`, by default dim / heads."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     @property
     def gates_output(self) -> bool:
-        """`output_gate`, or `gated` if that is None."""
+        """Value of `output_gate`, by default `gated`."""
         return self.gated if self.output_gate is None else self.output_gate
 
     @property

@@ -1,4 +1,4 @@
-"""GateLoop: linear attention whose complex decay is computed from the input."""
+"""GateLoop: linear attention with a complex decay that depends on the input."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 @dataclasses.dataclass(frozen=True)
 class GateLoop(Layer):
-    """GateLoop (arXiv 2311.01927).
+    """Linear attention with a data-controlled complex decay, GateLoop (arXiv 2311.01927).
 
         q_t, k_t, v_t = x_t W_q, x_t W_k, x_t W_v                         per head, real
         a_t = sigmoid(x_t W_m + b_m) * exp(i (x_t W_p + b_p))             per key channel
@@ -26,9 +26,8 @@ class GateLoop(Layer):
         y_t = (silu(x_t W_g) * o_t) W_o
 
     Departures: the paper has no 1/sqrt(K), which makes the scale of the output independent of the
-    head size. It leaves the biases of the decay open: here sigmoid(b_m) starts uniform in
-    [min_decay, max_decay] and b_p uniform in [0, max_phase], so that heads start with many time
-    scales.
+    head size. The paper does not specify the biases of the decay. Here sigmoid(b_m) starts uniform
+    in [min_decay, max_decay] and b_p uniform in [0, max_phase], which gives heads many time scales.
 
     Parameters: q_proj, k_proj, v_proj, gate_proj, magnitude_proj, phase_proj [dim, H * K],
     magnitude_bias, phase_bias [H * K], out_proj [H * K, dim]. State: S [B, H, K, K], complex64
@@ -46,10 +45,10 @@ class GateLoop(Layer):
     Attributes:
       dim: features of input and output.
       heads: number of heads H.
-      head_dim: features per head K; dim / heads if None.
-      min_decay: smallest |a| the biases give at initialisation.
-      max_decay: largest |a| the biases give at initialisation.
-      max_phase: largest phase the biases give at initialisation.
+      head_dim: features per head K; by default dim / heads.
+      min_decay: smallest |a| from the biases at initialisation.
+      max_decay: largest |a| from the biases at initialisation.
+      max_phase: largest phase from the biases at initialisation.
     """
 
     dim: int
@@ -64,14 +63,14 @@ class GateLoop(Layer):
         _checks.require(
             self,
             0 < self.min_decay < self.max_decay < 1,
-            "needs 0 < min_decay < max_decay < 1, given"
-            f" min_decay={self.min_decay}, max_decay={self.max_decay}.",
+            "`min_decay` and `max_decay` must satisfy 0 < min_decay < max_decay < 1, got"
+            f" {self.min_decay} and {self.max_decay}.",
         )
-        _checks.require(self, self.max_phase > 0, f"max_phase must be > 0, given {self.max_phase}.")
+        _checks.require(self, self.max_phase > 0, f"`max_phase` must be > 0, got {self.max_phase}.")
 
     @property
     def key_dim(self) -> int:
-        """Key features per head K: `head_dim`, or dim / heads if that is None."""
+        """Key features per head K: `head_dim`, by default dim / heads."""
         return self.dim // self.heads if self.head_dim is None else self.head_dim
 
     def declare_params(self) -> Mapping[str, Param | Layer]:

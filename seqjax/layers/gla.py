@@ -1,4 +1,4 @@
-"""Gated linear attention: a matrix memory with a decay per key channel."""
+"""GLA: gated linear attention, a matrix memory with a decay per key channel."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ class GLA(Layer):
         o_t = S_t^T q_t / sqrt(K)
         y_t = (rmsnorm(o_t) * silu(x_t W_g)) W_o
 
-    The RMS norm is per head, with one scale [V] for all of them. The gate has a low rank. With
-    `conv_size`, a `ShortConv` with silu follows the projections of q, k and v, as an option of the
-    authors' code.
+    The RMS norm is per head, with one scale [V] for all heads. The gate's projection has a low
+    rank. With `conv_size`, a `ShortConv` with silu follows the projections of q, k and v, an option
+    of the authors' code.
 
     Departures: projections start normal with variance 1/fan_in; the authors use Xavier uniform with
     a gain of 2^-2.5. The authors' code clamps the gate from below for its kernels; here it is not
@@ -53,9 +53,9 @@ class GLA(Layer):
       expand_k: key features of all heads per feature of the input: K = expand_k * dim / H.
       expand_v: value features of all heads per feature of the input: V = expand_v * dim / H.
       gate_rank: rank of the gate's projection.
-      gate_temperature: tau; a larger one makes decays slower.
-      conv_size: taps of the short convolutions; None for no convolution.
-      norm_eps: added to the mean square in the norm.
+      gate_temperature: tau; a larger value makes decays slower.
+      conv_size: taps of the short convolutions; by default there are no convolutions.
+      norm_eps: constant added to the mean square in the norm.
     """
 
     dim: int
@@ -76,13 +76,13 @@ class GLA(Layer):
             _checks.require(
                 self,
                 size >= 1 and size == int(size),
-                f"{name} * dim / heads must be an integer >= 1, got {size:g} for"
+                f"`{name}` * dim / heads must be an integer >= 1, got {size:g} for"
                 f" {name}={getattr(self, name)}, dim={self.dim}, heads={self.heads}.",
             )
         _checks.require(
             self,
             self.gate_temperature > 0,
-            f"gate_temperature must be > 0, got {self.gate_temperature}.",
+            f"`gate_temperature` must be > 0, got {self.gate_temperature}.",
         )
 
     @property

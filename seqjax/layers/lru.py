@@ -17,19 +17,20 @@ from seqjax.ops.elementwise.linear_scan import linear_scan
 
 @dataclasses.dataclass(frozen=True)
 class LRU(Layer):
-    """The linear recurrent unit (arXiv 2303.06349).
+    """Linear recurrent unit (arXiv 2303.06349).
 
         lambda = exp(-exp(nu_log) + i exp(theta_log))
         h_t = lambda * h_{t-1} + exp(gamma_log) * (B x_t)        h complex [state_dim]
         y_t = Re(C h_t) + D * x_t
 
-    Eigenvalues start uniform on the ring r_min <= |lambda| <= r_max with phases in [0, max_phase];
-    exp(gamma_log) starts as sqrt(1 - |lambda|^2), which keeps |h| of the order of |x|. B and C are
+    Eigenvalues start uniform on the ring r_min <= |lambda| <= r_max with phases in [0, max_phase].
+    exp(gamma_log) starts as sqrt(1 - |lambda|^2), which makes |h| of the order of |x|. B and C are
     drawn normal with variances 1/(2 dim) and 1/state_dim per part, D standard normal. The defaults
-    are the paper's; for long ranges it narrows the ring, e.g. to r_min=0.9, r_max=0.999.
+    are those of the paper, which uses a narrower ring for long ranges, e.g. r_min=0.9,
+    r_max=0.999.
 
     Departures: the uniform draws stay 1e-6 away from 0 and 1, where the logarithms are infinite.
-    The paper's block (norm, gated unit, skip) is the backbone's business.
+    The paper's block (norm, gated unit, skip) is not part of the layer; the backbone provides it.
 
     Parameters: nu_log, theta_log, gamma_log [N]; B [2, dim, N] and C [2, N, dim] with real and
     imaginary part first; D [dim]. State: h [B, N], complex64 (complex128).
@@ -45,7 +46,7 @@ class LRU(Layer):
 
     Attributes:
       dim: features of input and output.
-      state_dim: number of complex states N; dim if None.
+      state_dim: number of complex states N; by default dim.
       r_min: smallest |lambda| at initialisation.
       r_max: largest |lambda| at initialisation.
       max_phase: largest phase at initialisation.
@@ -62,13 +63,14 @@ class LRU(Layer):
         _checks.require(
             self,
             0 <= self.r_min < self.r_max <= 1,
-            f"needs 0 <= r_min < r_max <= 1, given r_min={self.r_min}, r_max={self.r_max}.",
+            f"`r_min` and `r_max` must satisfy 0 <= r_min < r_max <= 1, got {self.r_min} and"
+            f" {self.r_max}.",
         )
-        _checks.require(self, self.max_phase > 0, f"max_phase must be > 0, given {self.max_phase}.")
+        _checks.require(self, self.max_phase > 0, f"`max_phase` must be > 0, got {self.max_phase}.")
 
     @property
     def states(self) -> int:
-        """Number of complex states N: `state_dim`, or `dim` if that is None."""
+        """Number of complex states N: `state_dim`, by default `dim`."""
         return self.dim if self.state_dim is None else self.state_dim
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
@@ -94,7 +96,7 @@ class LRU(Layer):
         }
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-        """Draws the parameters; see `Layer.init`."""
+        """Draw the parameters; see `Layer.init`."""
         params = super().init(key, dtype)
         # |lambda|^2 = exp(-2 exp(nu_log)); expm1 keeps 1 - |lambda|^2 exact for |lambda| near 1.
         params["gamma_log"] = 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(params["nu_log"])))

@@ -1,4 +1,4 @@
-"""Mamba: a selective state space behind a short convolution."""
+"""Mamba: a selective state space after a short convolution."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,11 +28,11 @@ class Mamba(Layer):
     A_log starts as log(1 .. N) in every channel (S4D-real), dt_bias such that softplus(dt_bias) is
     log-uniform in [dt_min, dt_max], D as ones, W_dt uniform in +-1/sqrt(dt_rank).
 
-    `negative_eigenvalues=True` takes 2 exp(dt_t A) - 1 for exp(dt_t A), which lets a state change
-    its sign: what it takes to keep track of parity (arXiv 2411.12537).
+    With `negative_eigenvalues=True` the decay is 2 exp(dt_t A) - 1 instead of exp(dt_t A), so that
+    a state can change its sign. State tracking tasks such as parity require it (arXiv 2411.12537).
 
-    Departures: W_in and W_gate are two parameters where published checkpoints hold one (x half
-    first), and weights are [in, out]; other projections start normal with variance 1/fan_in.
+    Departures: W_in and W_gate are two parameters, while published checkpoints store them in one (x
+    half first), and weights are [in, out]; other projections start normal with variance 1/fan_in.
 
     Parameters: in_proj, gate_proj [dim, inner]; conv (a `ShortConv`); x_proj [inner, dt_rank + 2N];
     dt_proj [dt_rank, inner]; dt_bias, D [inner]; A_log [inner, N]; out_proj [inner, dim].
@@ -52,7 +52,7 @@ class Mamba(Layer):
       state_dim: states per channel N.
       expand: inner = expand * dim channels.
       conv_size: taps of the short convolution.
-      dt_rank: rank of the map to dt; dim / 16, rounded up, if None.
+      dt_rank: rank of the map to dt; by default dim / 16, rounded up.
       dt_min: smallest dt at initialisation.
       dt_max: largest dt at initialisation.
       negative_eigenvalues: whether states decay by 2 exp(dt_t A) - 1, in [-1, 1].
@@ -79,12 +79,13 @@ class Mamba(Layer):
         _checks.require(
             self,
             0 < self.dt_min < self.dt_max,
-            f"needs 0 < dt_min < dt_max, given dt_min={self.dt_min}, dt_max={self.dt_max}.",
+            f"`dt_min` and `dt_max` must satisfy 0 < dt_min < dt_max, got {self.dt_min} and"
+            f" {self.dt_max}.",
         )
 
     @property
     def rank(self) -> int:
-        """Rank of the map to dt: `dt_rank`, or dim / 16, rounded up, if that is None."""
+        """Rank of the map to dt: `dt_rank`, by default dim / 16, rounded up."""
         return -(-self.dim // 16) if self.dt_rank is None else self.dt_rank
 
     @property

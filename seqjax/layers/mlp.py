@@ -14,12 +14,12 @@ from seqjax.layers.context import Context
 
 @dataclasses.dataclass(frozen=True)
 class GatedMLP(Layer):
-    """SwiGLU (arXiv 2002.05202).
+    """Gated MLP with SiLU, known as SwiGLU (arXiv 2002.05202).
 
         y = (silu(x W_gate) * (x W_up)) W_down
 
-    The layer looks at one position at a time: its state is the empty tuple and `reset` changes
-    nothing.
+    The layer acts on one position at a time: its state is the empty tuple and `reset` has no
+    effect.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -30,7 +30,7 @@ class GatedMLP(Layer):
 
     Attributes:
       dim: features of input and output.
-      hidden_dim: features between the two products; if None, 8/3 dim (as many parameters as a
+      hidden_dim: features between the two products; by default 8/3 dim (as many parameters as a
         plain MLP of 4 dim), rounded up to a multiple of 8.
     """
 
@@ -43,7 +43,7 @@ class GatedMLP(Layer):
 
     @property
     def inner_dim(self) -> int:
-        """Features between the two products: `hidden_dim`, or its default if that is None."""
+        """Features between the two products: `hidden_dim`, or its default."""
         return -(-self.dim // 3) * 8 if self.hidden_dim is None else self.hidden_dim
 
     def declare_params(self) -> Mapping[str, Param | Layer]:

@@ -23,8 +23,8 @@ class RMSNorm(Layer):
         y = x / sqrt(mean(x^2) + eps) * scale            offset=False, scale starts at 1
         y = x / sqrt(mean(x^2) + eps) * (1 + scale)      offset=True, scale starts at 0
 
-    over the features of each position, the statistics in float32 or better. The layer looks at one
-    position at a time: its state is the empty tuple and `reset` changes nothing.
+    over the features of each position, the statistics in float32 or better. The layer acts on one
+    position at a time: its state is the empty tuple and `reset` has no effect.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -35,7 +35,7 @@ class RMSNorm(Layer):
 
     Attributes:
       dim: features of input and output.
-      eps: added to the mean square.
+      eps: constant added to the mean square.
       offset: whether 1 is added to the scale.
     """
 
@@ -45,7 +45,7 @@ class RMSNorm(Layer):
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
-        _checks.require(self, self.eps > 0, f"eps must be > 0, got {self.eps}.")
+        _checks.require(self, self.eps > 0, f"`eps` must be > 0, got {self.eps}.")
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         start = _init.zeros if self.offset else _init.ones
@@ -78,7 +78,7 @@ class LayerNorm(Layer):
 
     Attributes:
       dim: features of input and output.
-      eps: added to the variance.
+      eps: constant added to the variance.
       bias: whether there is a bias.
     """
 
@@ -88,7 +88,7 @@ class LayerNorm(Layer):
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
-        _checks.require(self, self.eps > 0, f"eps must be > 0, got {self.eps}.")
+        _checks.require(self, self.eps > 0, f"`eps` must be > 0, got {self.eps}.")
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         params: dict[str, Param | Layer] = {

@@ -29,12 +29,12 @@ class Entry:
 
     Attributes:
       layer: the class.
-      title: the architecture's name, as its paper writes it.
+      title: the architecture's name, spelled as in its paper.
       paper: arXiv number or citation.
       op: the function of `seqjax` that computes the recurrence; empty for attention.
-      defaults: (dim, heads) -> keywords of the class for a small model; configurations show them
-        as fields that users may change.
-      fixed: keywords that make this row what it is, such as `gated=True`.
+      defaults: (dim, heads) -> keywords of the class for a small model. Configurations show them as
+        fields that users may change.
+      fixed: keywords that define this row, such as `gated=True`.
     """
 
     layer: type[Layer]
@@ -76,8 +76,8 @@ def _lru(dim: int, heads: int) -> Options:
 
 def _s5(dim: int, heads: int) -> Options:
     del heads
-    # The paper's steps of 1e-3 to 1e-1 and its few blocks suit signals that change slowly: they
-    # reach 2.7 bits per byte on text.
+    # The paper's steps of 1e-3 to 1e-1 and its few blocks suit slowly changing signals. On text
+    # they reach 2.7 bits per byte.
     return {"state_dim": 2 * dim, "blocks": max(dim // 4, 1), "dt_min": 1e-2, "dt_max": 2.0}
 
 

@@ -12,13 +12,13 @@ from seqjax.layers._rnn import RNN
 
 @dataclasses.dataclass(frozen=True)
 class Elman(RNN):
-    """The simple recurrent network (Elman, Finding structure in time, 1990).
+    """Simple recurrent network (Elman, Finding structure in time, 1990).
 
         u_t = x_t W_in + bias
         h_t = tanh(u_t + h_{t-1} W)
         y_t = h_t W_out
 
-    Departures: tanh where Elman has the logistic function. W starts uniform in +-1/sqrt(N), the
+    Departures: tanh instead of Elman's logistic function. W starts uniform in +-1/sqrt(N), the
     bias at 0.
 
     Parameters: in_proj [dim, N], bias [N], W [N, N], out_proj [N, dim]. State: h [B, N].
@@ -44,7 +44,7 @@ class Elman(RNN):
 
 @dataclasses.dataclass(frozen=True)
 class GRU(RNN):
-    """The gated recurrent unit (arXiv 1406.1078), as in PyTorch and cuDNN.
+    """Gated recurrent unit (arXiv 1406.1078), as in PyTorch and cuDNN.
 
         u_r, u_z, u_n = x_t W_in + bias
         r_t = sigmoid(u_r + h_{t-1} W_r)
@@ -54,8 +54,8 @@ class GRU(RNN):
         y_t = h_t W_out
 
     Departures: the reset gate acts after the product, see `seqjax.cells.GRU`. The matrices start
-    uniform in +-1/sqrt(N); the bias of z, which keeps the state, starts at 1, as LSTMs start
-    theirs (Jozefowicz et al., 2015), the others at 0.
+    uniform in +-1/sqrt(N). The bias of z, the gate that keeps the state, starts at 1, as is common
+    for LSTMs (Jozefowicz et al., 2015). The other biases start at 0.
 
     Parameters: in_proj [dim, 3 N], bias [3 N], W_r, W_z, W_n [N, N], n_bias [N],
     out_proj [N, dim]. State: h [B, N].
@@ -87,14 +87,14 @@ class LSTM(RNN):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997; forget gate by Gers et al., 2000).
 
         u_i, u_f, u_g, u_o = x_t W_in + bias
-        i_t, f_t, o_t = sigmoid(u_i + h_{t-1} W_i), and likewise f and o
+        i_t, f_t, o_t = sigmoid(u_i + h_{t-1} W_i), and the same for f and o
         g_t = tanh(u_g + h_{t-1} W_g)
         c_t = f_t * c_{t-1} + i_t * g_t
         h_t = o_t * tanh(c_t)
         y_t = h_t W_out
 
     The matrices start uniform in +-1/sqrt(N), the bias of f at 1 (Jozefowicz et al., 2015), the
-    others at 0.
+    other biases at 0.
 
     Parameters: in_proj [dim, 4 N], bias [4 N], W_i, W_f, W_g, W_o [N, N], out_proj [N, dim].
     State: (c, h) as [B, N, 2].
@@ -122,7 +122,7 @@ class LSTM(RNN):
 
 @dataclasses.dataclass(frozen=True)
 class ParaGRU(RNN):
-    """The GRU of ParaRNN (arXiv 2510.21450), diagonal in its recurrence.
+    """The GRU of ParaRNN (arXiv 2510.21450), with a diagonal recurrence.
 
         u_z, u_r, u_n = x_t W_in + bias
         z_t = sigmoid(u_z + A_z * h_{t-1})
@@ -131,11 +131,12 @@ class ParaGRU(RNN):
         h_t = (1 - z_t) * h_{t-1} + z_t * n_t
         y_t = h_t W_out
 
-    As in the authors' code the A's start normal with standard deviation 2/sqrt(5 N), and the bias
-    of z, which overwrites the state, evenly spaced from 0 down to -1; the others start at 0.
+    As in the authors' code, A_z, A_r and A_n start normal with standard deviation 2/sqrt(5 N). The
+    bias of z, the gate that overwrites the state, starts evenly spaced from 0 down to -1, and the
+    other biases at 0.
 
-    Departures: W_in is a full matrix, the authors' is block-diagonal over heads; their block around
-    the cell (convolution, gate) is not part of it.
+    Departures: W_in is a full matrix; the authors use a block-diagonal matrix over heads. The
+    paper's block around the cell (convolution, gate) is not part of the layer.
 
     Parameters: in_proj [dim, 3 N], bias [3 N], A_z, A_r, A_n [N], out_proj [N, dim].
     State: h [B, N].
@@ -173,12 +174,12 @@ class ParaLSTM(RNN):
         h_t = o_t * tanh(c_t)
         y_t = h_t W_out
 
-    As in the authors' code the A's and C's start normal with standard deviation 2/sqrt(5 N).
+    As in the authors' code, all A and C start normal with standard deviation 2/sqrt(5 N).
 
-    Departures: the bias of f, which keeps the state, starts evenly spaced from 0 up to 1, the
-    others at 0; in the authors' code it goes down to -1, which forgets sooner. W_in is a full
-    matrix, theirs is block-diagonal over heads; their block around the cell (convolution, gate) is
-    not part of it.
+    Departures: the bias of f, the gate that keeps the state, starts evenly spaced from 0 up to 1,
+    and the other biases at 0. In the authors' code it goes down to -1, which forgets sooner. W_in
+    is a full matrix; the authors use a block-diagonal matrix over heads. The paper's block around
+    the cell (convolution, gate) is not part of the layer.
 
     Parameters: in_proj [dim, 3 N], bias [3 N], A_f, A_g, A_o, C_f, C_o [N], out_proj [N, dim].
     State: (c, h) as [B, N, 2].
@@ -218,13 +219,13 @@ class SLSTM(RNN):
         h_t = o_t * c_t / n_t
         y_t = h_t W_out
 
-    c and n are kept as multiples of exp(m), see `seqjax.cells.SLSTM`. The bias of f starts evenly
-    spaced from 3 up to 6, one of the two ways of the authors' code, the others at 0; the R's
+    c and n are stored as multiples of exp(m), see `seqjax.cells.SLSTM`. The bias of f starts evenly
+    spaced from 3 up to 6, one of two options of the authors' code, and the other biases at 0. All R
     start normal with standard deviation 2/sqrt(5 N).
 
-    Departures: the R's are vectors, where the paper has a matrix per head, and do not start at 0
+    Departures: each R is a vector, while the paper has a matrix per head, and does not start at 0
     as in the authors' code. The paper's block around the cell (convolution, group norm, gated
-    projection) is not part of it.
+    projection) is not part of the layer.
 
     Parameters: in_proj [dim, 4 N], bias [4 N], R_i, R_f, R_z, R_o [N], out_proj [N, dim].
     State: (c, n, h, m) as [B, N, 4].
@@ -261,9 +262,9 @@ class LEM(RNN):
         y_t = (1 - r_t) * y_{t-1} + r_t * tanh(u_y + z_t W_y)
         out_t = y_t W_out
 
-    The matrices start uniform in +-1/sqrt(N), as the authors' do.
+    The matrices start uniform in +-1/sqrt(N), as in the authors' code.
 
-    Departures: biases start at 0, in the authors' code uniform like the matrices.
+    Departures: biases start at 0; in the authors' code they start uniform like the matrices.
 
     Parameters: in_proj [dim, 4 N], bias [4 N], W_1, W_2, W_z, W_y [N, N], out_proj [N, dim].
     State: (y, z) as [B, N, 2].
@@ -292,7 +293,7 @@ class LEM(RNN):
 
 @dataclasses.dataclass(frozen=True)
 class LTC(RNN):
-    """The liquid time-constant network (arXiv 2006.04439), by one step of its fused solver.
+    """Liquid time-constant network (arXiv 2006.04439), with one step of its fused solver.
 
         u_t = x_t W_in + bias
         f_t = sigmoid(u_t + h_{t-1} W)
@@ -301,8 +302,8 @@ class LTC(RNN):
 
     W starts uniform in +-1/sqrt(N), A standard normal, tau uniform in [1, 10], the bias at 0.
 
-    Departures: one solver step per input and a sigmoid, see `seqjax.cells.LTC`; the paper leaves
-    initialisation open.
+    Departures: one solver step per input and a sigmoid, see `seqjax.cells.LTC`. The paper does not
+    specify the initialisation.
 
     Parameters: in_proj [dim, N], bias [N], W [N, N], A, log_tau [N], out_proj [N, dim].
     State: h [B, N].

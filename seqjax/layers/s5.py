@@ -19,10 +19,11 @@ from seqjax.ops.elementwise.linear_scan import linear_scan
 
 @functools.lru_cache(maxsize=32)
 def _hippo_eigen(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Imaginary parts [size/2] and eigenvectors [size, size/2] of the normal part of HiPPO-LegS.
+    """Return the spectrum of the normal part of HiPPO-LegS: imaginary parts and eigenvectors.
 
-    That matrix is -1/2 plus a skew-symmetric one, so all real parts are -1/2 and eigenvalues come
-    in conjugate pairs, of which the half with negative imaginary part is returned.
+    The shapes are [size/2] and [size, size/2]. The matrix is -1/2 plus a skew-symmetric one, so all
+    real parts are -1/2 and eigenvalues come in conjugate pairs. The half with negative imaginary
+    part is returned.
     """
     root = np.sqrt(2 * np.arange(size) + 1)
     lower = np.tril(np.outer(root, root) / 2, -1)
@@ -32,27 +33,27 @@ def _hippo_eigen(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class S5(Layer):
-    """The simplified state space layer S5 (arXiv 2208.04933).
+    """Simplified state space layer S5 (arXiv 2208.04933).
 
         Lambda = -exp(log_A_real) + i A_imag,   Delta = exp(log_step)
         Abar = exp(Lambda Delta),   Bbar = (Abar - 1) / Lambda * B           (zero-order hold)
         h_t = Abar * h_{t-1} + Bbar x_t                 h complex [state_dim / 2]
         y_t = 2 Re(C h_t) + D * x_t
 
-    `state_dim` real states are kept as state_dim/2 complex ones, the other half being their
+    `state_dim` real states are stored as state_dim/2 complex ones; the other half are their
     conjugates. Lambda starts as the eigenvalues of the normal part of HiPPO-LegS of size
-    state_dim/blocks, repeated over `blocks`; B and C start as real normal matrices (variance
-    1/fan_in) taken to that eigenbasis; Delta log-uniform in [dt_min, dt_max] per state; D standard
-    normal.
+    state_dim/blocks, repeated over `blocks`. B and C start as real normal matrices (variance
+    1/fan_in) transformed to that eigenbasis, Delta log-uniform in [dt_min, dt_max] per state, and D
+    standard normal.
 
-    With `bidirectional=True` a second scan with the same Lambda and B runs backwards and has a C
-    of its own. Such a layer has no state: `step`, `initial_state` and a given `state` raise
+    With `bidirectional=True` a second scan with the same Lambda and B runs backwards, with a
+    separate C. Such a layer has no state: `step`, `initial_state` and a given `state` raise
     NotImplementedError and `apply` returns `()`. `reset` then marks segment starts, and neither
     direction crosses a border.
 
     Departures: Re(Lambda) is stored as the logarithm of its negative, so that it cannot become
-    positive (the authors' code clips it); the paper's nonlinearity after the layer (GELU, gate) is
-    left to the backbone's MLP.
+    positive (the authors' code clips it). The paper's nonlinearity after the layer (GELU, gate) is
+    not part of the layer; the backbone's MLP replaces it.
 
     Parameters: log_A_real, A_imag, log_step [N]; B [2, dim, N]; C [2, N, dim] ([2, 2N, dim] if
     bidirectional, forward half first), real and imaginary part first; D [dim]; N = state_dim/2.
@@ -69,7 +70,7 @@ class S5(Layer):
 
     Attributes:
       dim: features of input and output.
-      state_dim: number of real states, a multiple of 2 * blocks; dim if None.
+      state_dim: number of real states, a multiple of 2 * blocks; by default dim.
       blocks: number of HiPPO blocks at initialisation.
       dt_min: smallest step size at initialisation.
       dt_max: largest step size at initialisation.
@@ -88,18 +89,19 @@ class S5(Layer):
         _checks.require(
             self,
             self.states % (2 * self.blocks) == 0,
-            f"state_dim must be a multiple of 2 * blocks = {2 * self.blocks}, given"
+            f"`state_dim` must be a multiple of 2 * blocks = {2 * self.blocks}, got"
             f" {self.states}; pass another state_dim or blocks.",
         )
         _checks.require(
             self,
             0 < self.dt_min < self.dt_max,
-            f"needs 0 < dt_min < dt_max, given dt_min={self.dt_min}, dt_max={self.dt_max}.",
+            f"`dt_min` and `dt_max` must satisfy 0 < dt_min < dt_max, got {self.dt_min} and"
+            f" {self.dt_max}.",
         )
 
     @property
     def states(self) -> int:
-        """Number of real states: `state_dim`, or `dim` if that is None."""
+        """Number of real states: `state_dim`, by default `dim`."""
         return self.dim if self.state_dim is None else self.state_dim
 
     @property
@@ -130,7 +132,7 @@ class S5(Layer):
         return jnp.asarray(np.tile(imag, self.blocks), dtype)
 
     def _draw_input(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """V^H B for a real B, as [2, dim, N]."""
+        """Draw V^H B for a real B, as [2, dim, N]."""
         _, vectors = _hippo_eigen(self.states // self.blocks)
         real = jax.random.normal(
             key, (self.blocks, self.states // self.blocks, self.dim), dtype
@@ -143,7 +145,7 @@ class S5(Layer):
         )
 
     def _draw_output(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """C V for a real C, as [2, N, dim], the directions one after the other."""
+        """Draw C V for a real C, as [2, N, dim], one direction after the other."""
         _, vectors = _hippo_eigen(self.states // self.blocks)
         sets = self.blocks * (2 if self.bidirectional else 1)
         real = jax.random.normal(key, (sets, self.states // self.blocks, self.dim), dtype) * (
@@ -175,7 +177,7 @@ class S5(Layer):
         )
         step = jnp.exp(params["log_step"].astype(wide))
         exponent = eigenvalues * jax.lax.complex(step, jnp.zeros_like(step))
-        # The factor 2 of y = 2 Re(C h) is for the conjugate half of the states.
+        # The factor 2 of y = 2 Re(C h) accounts for the conjugate half of the states.
         driven = jax.lax.complex(*complex_dense(x, params["B"])) * (
             jnp.expm1(exponent) / eigenvalues
         )
@@ -203,7 +205,7 @@ def _log_half(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _segment_ends(reset: jax.Array | None, sequence_axis: str | None) -> jax.Array | None:
-    """Where a segment ends: the scan from right to left must start afresh there."""
+    """Return where a segment ends, which is where the scan from right to left must restart."""
     if reset is None:
         return None
     if sequence_axis is None:

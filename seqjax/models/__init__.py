@@ -1,4 +1,4 @@
-"""Models: one residual backbone for all layers, and its heads, in the protocol of a layer."""
+"""Models: a residual backbone for all layers, a language model and a classifier."""
 
 from seqjax.models.backbone import Backbone as Backbone
 from seqjax.models.block import Block as Block

@@ -1,4 +1,4 @@
-"""A classifier's pool: what is kept of the positions since the last reset, in one pass."""
+"""Pool of a classifier: the sum or last of the positions since the last reset, in one pass."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ Pool = dict[str, jax.Array]
 
 
 def empty(batch_size: int, dim: int, dtype: jnp.dtype) -> Pool:
-    """The sum of the pooled positions (the last one alone if kind='last') and their number."""
+    """Return an empty pool: the sum of positions (the last one if kind='last') and their number."""
     return {
         "sum": jnp.zeros((batch_size, dim), dtype),
         "count": jnp.zeros((batch_size,), jnp.int32),
@@ -27,7 +27,7 @@ def update(
     kind: Literal["mean", "last"],
     sequence_axis: str | None,
 ) -> Pool:
-    """The pool after `hidden` [B, T, dim] at the positions of `mask`, cleared by `reset`."""
+    """Return the pool after `hidden` [B, T, dim] at the positions of `mask`, cleared by `reset`."""
     keep = _since_last(reset, mask)
     carried = ~reset.any(axis=1)
     found = keep.any(axis=1)
@@ -55,7 +55,7 @@ def update(
 def counted_before(
     mask: jax.Array, reset: jax.Array, count: jax.Array, sequence_axis: str
 ) -> jax.Array:
-    """The number of real positions since the last reset [B] before this device's part."""
+    """Count the real positions [B] before this device's shard and since the last reset."""
 
     def compose(
         early: tuple[jax.Array, jax.Array], late: tuple[jax.Array, jax.Array]
@@ -69,14 +69,14 @@ def counted_before(
 
 
 def _since_last(reset: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Which positions [B, T] no reset follows, among those of the mask."""
+    """Return the positions [B, T] of the mask that no reset follows."""
     segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
     keep = segment == segment[:, -1:]
     return keep if mask is None else keep & mask
 
 
 def _later(flags: tuple[jax.Array, ...], sequence_axis: str) -> tuple[jax.Array, ...]:
-    """Whether each flag [B] is set on a device later in time."""
+    """Return whether each flag [B] is set on a device later in time."""
 
     def either(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return tuple(a | b for a, b in zip(one, other, strict=True))

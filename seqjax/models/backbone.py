@@ -1,4 +1,4 @@
-"""Backbone: a stack of residual blocks, itself a layer."""
+"""Backbone: a stack of residual blocks, which is a layer."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ class Backbone(Layer):
 
     `blocks` is one layer or `Block`, or a sequence of them, which may differ (a hybrid). The
     sequence is repeated until there are `depth` blocks. A layer that is not a `Block` becomes a
-    pre-norm block with a `GatedMLP`; give a `Block` for any other kind. The state is a tuple with
+    pre-norm block with a `GatedMLP`; pass a `Block` for any other kind. The state is a tuple with
     the state of each block.
 
     Example:
@@ -42,16 +42,17 @@ class Backbone(Layer):
       mlp_ratio: hidden features of the MLP per feature in blocks made from layers, rounded up to a
         multiple of 8; 0 for no MLP.
       norm: kind of norm in blocks made from layers, and of the final norm; see `Block`.
-      norm_eps: added to the mean square or the variance of these norms.
+      norm_eps: constant added to the mean square or the variance of these norms.
       dropout: rate of dropout in blocks made from layers; see `Block`.
-      remat: recompute each block in the backward pass instead of storing its intermediate values.
-      scan: run equal blocks in a `lax.scan`, their parameters stacked along a first axis
-        `layers`: one block is compiled however many there are. Parameters are then
-        {"group_0": ..., "final_norm"}, a group for each of the blocks that repeat; outputs and
-        states are the same.
-      constrain: `constrain(array, axes)` sets where an array lives on a mesh, given a logical name
-        for each axis: the residual stream, ("batch", None, None), before each group of blocks and
-        after the last, and a model's embedding table. See `seqjax.sharding.constrain_activations`.
+      remat: recompute each block in the backward pass instead of storing its residuals.
+      scan: run equal blocks in a `lax.scan`, with their parameters stacked along a first axis
+        `layers`. One block is compiled for any depth. The parameters are then
+        {"group_0": ..., "final_norm"}, with a group for each of the repeated blocks. Outputs and
+        states are unchanged.
+      constrain: `constrain(array, axes)` sets the sharding of an array on a mesh, given a logical
+        name for each axis. It is called for the residual stream, ("batch", None, None), before each
+        block or scan step and after the last, and for a model's embedding table. See
+        `seqjax.sharding.constrain_activations`.
     """
 
     blocks: Layer | Sequence[Layer]
@@ -90,15 +91,17 @@ class Backbone(Layer):
             _checks.require(
                 self,
                 self.depth % len(blocks) == 0,
-                f"depth must be a multiple of the number of blocks, {len(blocks)}, got"
+                f"`depth` must be a multiple of the number of blocks, {len(blocks)}, got"
                 f" {self.depth}; pass as many layers as blocks, or leave depth out.",
             )
-        _checks.require(self, self.mlp_ratio >= 0, f"mlp_ratio must be >= 0, got {self.mlp_ratio}.")
+        _checks.require(
+            self, self.mlp_ratio >= 0, f"`mlp_ratio` must be >= 0, got {self.mlp_ratio}."
+        )
         _checks.one_of(self, "norm", self.norm, NORMS)
         check_rate(self, "dropout", self.dropout)
 
     def __repr__(self) -> str:
-        """Return the call that makes the backbone: repeated blocks once, defaults omitted."""
+        """Return the call that makes the backbone, with repeated blocks once and no defaults."""
         assert isinstance(self.blocks, tuple)
         given = repr(self.blocks[0] if len(self.blocks) == 1 else list(self.blocks))
         for field in dataclasses.fields(self)[1:]:
@@ -109,7 +112,7 @@ class Backbone(Layer):
 
     @property
     def dim(self) -> int:  # type: ignore[override]
-        """Features, those of the blocks."""
+        """Number of features, that of the blocks."""
         assert isinstance(self.blocks, tuple)
         return self.blocks[0].dim
 
@@ -137,7 +140,7 @@ class Backbone(Layer):
         return NORMS[self.norm](self.dim, self.norm_eps)
 
     def _groups(self) -> dict[str, "_Repeated"]:
-        """Return the blocks whose order repeats, each with the number of its repetitions."""
+        """Return the repeated blocks, each with the number of its repetitions."""
         blocks = self.stack
         depth = len(blocks)
         period = next(
@@ -173,7 +176,7 @@ class Backbone(Layer):
         return x if self.constrain is None else self.constrain(x, ("batch", None, None))
 
     def _caller(self, block: Block, context: Context) -> Callable[..., Any]:
-        """Return a pure function that runs one block: what it records is an output as well."""
+        """Return a pure function that runs one block and also returns its extra outputs."""
 
         def call(
             params: Params,
@@ -280,9 +283,9 @@ class Backbone(Layer):
 
 @dataclasses.dataclass(frozen=True)
 class _Repeated(Layer):
-    """The parameters of `count` equal blocks, stacked along a first axis; the backbone runs them.
+    """Parameters of `count` equal blocks, stacked along a first axis; the backbone runs them.
 
-    `declare_params` lists those of one block.
+    `declare_params` returns the declarations of one block.
     """
 
     block: Block

@@ -1,4 +1,4 @@
-"""Residual blocks: one or several mixers over time, then an optional MLP."""
+"""Residual block: one or several mixers over time, then an optional MLP."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from seqjax.layers.norm import NORMS, NormKind
 
 @dataclasses.dataclass(frozen=True)
 class Block(Layer):
-    """One residual block.
+    """A residual block.
 
         x = x + r * dropout(mixer(norm(x)))        norm_position="pre"
         x = x + r * dropout(mlp(norm(x)))
@@ -24,7 +24,7 @@ class Block(Layer):
         x = x + r * dropout(norm(mlp(x)))
 
     Several mixers run in parallel on the same input, and their outputs are added. Without an MLP
-    the second line is absent. Any layer can be the MLP, also one with a state.
+    the second line is absent. Any layer can be the MLP, even one with a state.
 
     Parameters: mixer_norm, mixer (mixer_0, mixer_1, ... for several); with an MLP mlp_norm, mlp.
     State: the mixer's, or a tuple for several mixers; with an MLP that has a state,
@@ -43,12 +43,12 @@ class Block(Layer):
 
     Attributes:
       mixer: the layer that mixes over time, or a sequence of layers that run in parallel.
-      mlp: a layer applied after the mixer; None for no MLP.
+      mlp: a layer applied after the mixer; by default there is none.
       norm: 'rms', 'rms_offset' (a scale of 1 + w) or 'layer' (LayerNorm).
       norm_position: 'pre' (before mixer and MLP) or 'post' (after them, before the addition).
-      norm_eps: added to the mean square or the variance.
-      residual_factor: r, a constant factor of what is added to the residual stream.
-      dropout: rate of dropout on what is added, applied if `apply` is given a key.
+      norm_eps: constant added to the mean square or the variance.
+      residual_factor: r, a constant factor of each branch that is added to the residual stream.
+      dropout: rate of dropout on each branch, active if `apply` is called with a key.
     """
 
     mixer: Layer | Sequence[Layer]
@@ -93,7 +93,7 @@ class Block(Layer):
 
     @property
     def dim(self) -> int:  # type: ignore[override]
-        """Features, those of the mixer."""
+        """Number of features, that of the mixer."""
         return next(iter(self.mixers.values())).dim
 
     @property

@@ -20,23 +20,23 @@ from seqjax.types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Classifier(Layer):
-    """One label per sequence.
+    """Sequence classifier: one label per sequence.
 
         logits = pool(backbone(inputs)) W + b
 
-    Inputs are tokens [B, T] (give `vocab_size`) or features [B, T, input_dim] (give `input_dim`);
-    logits are [B, num_classes] in float32 or better. The protocol of a layer, except that `apply`
-    and `step` return the logits of everything seen since the last reset: the pool is part of the
-    state, so a sequence may come in pieces, and a reset clears it as well.
+    Inputs are tokens [B, T] (set `vocab_size`) or features [B, T, input_dim] (set `input_dim`).
+    Logits are [B, num_classes] in float32 or better. The methods are those of a layer, except that
+    `apply` and `step` return the logits for all positions since the last reset. The pool is part of
+    the state: a sequence may be split over calls, and a reset clears the pool as well.
 
-    `mask` [B, T] bool marks real positions. The others are selected away: they enter the backbone
-    as zeros, never enter the pool, and the backbone starts afresh at the first real position (a
-    bidirectional one also wherever real positions end), so padding on either side leaves no trace.
-    A sequence without any real position pools to zeros.
+    `mask` [B, T] bool marks real positions. The other positions enter the backbone as zeros and
+    never enter the pool. The backbone starts from its initial state at the first real position; a
+    bidirectional backbone also restarts wherever real positions end. Padding on either side
+    therefore has no effect. A sequence without any real position pools to zeros.
 
     Tokens at real positions must be from 0 to vocab_size - 1. A call on concrete arrays raises
     ValueError for any other token. Inside `jax.jit` and other transformations values cannot be
-    checked: a token outside the vocabulary turns the logits that it reaches into NaN.
+    checked: a token outside the vocabulary turns the logits that depend on it into NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,11 +50,11 @@ class Classifier(Layer):
 
     Attributes:
       num_classes: number of labels.
-      backbone: the stack in the middle.
+      backbone: the stack of blocks.
       vocab_size: number of tokens, for token inputs.
       input_dim: features per position, for feature inputs.
       pool: 'mean' over positions, or 'last' position.
-      dtype: dtype the model computes in.
+      dtype: dtype of the model's computation.
       dim: features of the backbone.
     """
 
@@ -72,7 +72,7 @@ class Classifier(Layer):
         _checks.require(
             self,
             (self.vocab_size is None) != (self.input_dim is None),
-            "give vocab_size for token inputs or input_dim for feature inputs, one of them; given"
+            "one of `vocab_size` (for tokens) and `input_dim` (for features) must be set, got"
             f" vocab_size={self.vocab_size}, input_dim={self.input_dim}.",
         )
         if self.vocab_size is not None:
@@ -82,12 +82,12 @@ class Classifier(Layer):
         _checks.require(
             self,
             self.pool in ("mean", "last"),
-            f"pool must be 'mean' or 'last', given {self.pool!r}.",
+            f"`pool` must be 'mean' or 'last', got {self.pool!r}.",
         )
 
     @property
     def causal(self) -> bool:
-        """Whether the backbone is."""
+        """True if the backbone is causal."""
         return self.backbone.causal
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
@@ -106,11 +106,11 @@ class Classifier(Layer):
         return params
 
     def initial_state(self, batch_size: int, dtype: Any = None) -> State:
-        """The state before the first position; see `Layer.initial_state`.
+        """Return the state before the first position; see `Layer.initial_state`.
 
         Args:
           batch_size: number of sequences.
-          dtype: None, or the model's own `dtype`.
+          dtype: by default the model's `dtype`.
         """
         return super().initial_state(batch_size, self.dtype if dtype is None else dtype)
 
@@ -125,7 +125,7 @@ class Classifier(Layer):
     def _check_input(self, x: jax.Array, one_step: bool) -> jnp.dtype:
         if self.vocab_size is not None:
             _checks.tokens(self, x, one_step)
-            if one_step:  # `apply` checks the tokens that its mask leaves
+            if one_step:  # `apply` checks the tokens at real positions
                 _checks.in_vocabulary(self, x, self.vocab_size)
         elif self.input_dim is not None:
             _checks.features(self, x, self.input_dim, one_step)
@@ -148,9 +148,9 @@ class Classifier(Layer):
         Args:
           params: the tree that `init` returned.
           x: tokens [B, T] or features [B, T, input_dim].
-          state: the state an earlier call returned, to continue from it.
+          state: the state that an earlier call returned, to continue from it.
           reset: [B, T] bool, True where backbone and pool are cleared before that step.
-          mask: [B, T] bool, True at real positions; None takes all as real.
+          mask: [B, T] bool, True at real positions; by default all positions are real.
           segment_ids, key: see `Layer.apply`.
           sequence_axis: the mesh axis over which T is split; logits are the same on all devices.
 
@@ -158,8 +158,8 @@ class Classifier(Layer):
           `(logits, state)`: logits [B, num_classes].
 
         Raises:
-          ValueError: an argument has the wrong structure, shape or dtype.
-          NotImplementedError: `state` is given and the backbone is bidirectional.
+          ValueError: if an argument has the wrong structure, shape or dtype.
+          NotImplementedError: if `state` is given and the backbone is bidirectional.
         """
         logits, state, _ = self.apply_with_aux(
             params,
@@ -186,7 +186,7 @@ class Classifier(Layer):
         key: jax.Array | None = None,
         sequence_axis: str | None = None,
     ) -> tuple[jax.Array, State, dict[str, Any]]:
-        """Run `apply`, and return what layers recorded as well; see `Layer.apply_with_aux`."""
+        """Run `apply`, and also return the extra outputs; see `Layer.apply_with_aux`."""
         x = _checks.array(self, "x", x)
         _checks.sequence_axis(self, sequence_axis)
         if segment_ids is not None:
@@ -242,7 +242,7 @@ class Classifier(Layer):
         return self.forward(params, x_t[:, None], state, context)
 
     def _embed(self, params: Params, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """The backbone's inputs, zero at masked positions whatever stands there."""
+        """Return the backbone's inputs, zero at masked positions regardless of their content."""
         if mask is not None:
             x = jnp.where(mask if x.ndim == 2 else mask[..., None], x, 0)
         if self.vocab_size is not None:
@@ -256,11 +256,11 @@ class Classifier(Layer):
     def _borders(
         self, mask: jax.Array, reset: jax.Array, count: jax.Array, sequence_axis: str | None
     ) -> jax.Array:
-        """Where padding must not reach the real positions beside it."""
+        """Return where the backbone restarts, so that padding does not reach real positions."""
         if sequence_axis is not None:
             count = _pool.counted_before(mask, reset, count, sequence_axis)
         before = count[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask.astype(jnp.int32)
-        # `before` never falls, so this is its value at the last reset.
+        # `before` never decreases, so the running maximum is its value at the last reset.
         at_reset = jax.lax.cummax(jnp.where(reset, before, 0), axis=1)
         first_real = mask & (before == at_reset)
         if self.causal:

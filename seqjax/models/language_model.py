@@ -16,17 +16,17 @@ from seqjax.models.backbone import Backbone
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Layer):
-    """Next-token logits from a causal backbone.
+    """Language model: next-token logits from a causal backbone.
 
         logits = backbone(E[tokens] * sqrt(dim)) W,     W = E^T if tie_embeddings
 
-    The protocol of a layer, except that inputs are integer tokens, [B, T] for `apply` and [B] for
-    `step`, and outputs are logits, [B, T, vocab_size] and [B, vocab_size], in float32 or better.
-    E starts normal with variance 1/dim.
+    The methods are those of a layer, except that inputs are integer tokens, [B, T] for `apply` and
+    [B] for `step`. Outputs are logits, [B, T, vocab_size] and [B, vocab_size], in float32 or
+    better. E starts normal with variance 1/dim.
 
     Tokens must be from 0 to vocab_size - 1. A call on concrete arrays raises ValueError for any
     other token. Inside `jax.jit` and other transformations values cannot be checked: a token
-    outside the vocabulary, negative or too large, turns the logits of all steps that it reaches
+    outside the vocabulary, negative or too large, turns the logits of all steps that depend on it
     into NaN.
 
     Example:
@@ -42,9 +42,9 @@ class LanguageModel(Layer):
 
     Attributes:
       vocab_size: number of tokens.
-      backbone: the stack in the middle.
-      tie_embeddings: whether output weights are the embedding's.
-      dtype: dtype the model computes in.
+      backbone: the stack of blocks.
+      tie_embeddings: whether the output weights are those of the embedding.
+      dtype: dtype of the model's computation.
       dim: features of the backbone.
     """
 
@@ -60,7 +60,7 @@ class LanguageModel(Layer):
         _checks.require(
             self,
             self.backbone.causal,
-            "the backbone must be causal, but one of its mixers is bidirectional.",
+            "`backbone` must be causal, got a bidirectional mixer.",
         )
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
@@ -75,11 +75,11 @@ class LanguageModel(Layer):
         return params
 
     def initial_state(self, batch_size: int, dtype: Any = None) -> State:
-        """The state before the first token; see `Layer.initial_state`.
+        """Return the state before the first token; see `Layer.initial_state`.
 
         Args:
           batch_size: number of sequences.
-          dtype: None, or the model's own `dtype`.
+          dtype: by default the model's `dtype`.
         """
         return super().initial_state(batch_size, self.dtype if dtype is None else dtype)
 

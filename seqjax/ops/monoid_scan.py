@@ -1,4 +1,4 @@
-"""Any associative operator, scanned over time with the state and reset of the other ops."""
+"""Scan with any associative operator over time, with the states and resets of the other ops."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Combine = Callable[[PyTree, PyTree], PyTree]
 
 
 def _specs(arguments: explicit_mesh.Arguments, out: Any) -> PyTree:
-    """Return the specs of (outputs, final state), split as the elements and the given state are."""
+    """Return the specs of (outputs, final state), split as `elems` and `initial_state` are."""
 
     def of_state(elem: Any) -> Any:
         batch, _, *rest = explicit_mesh.spec_of(elem)
@@ -42,33 +42,33 @@ def monoid_scan(
     chunk_size: int | None = None,
     sequence_axis: str | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """Inclusive scan with an associative operator.
+    """Compute an inclusive scan with an associative operator.
 
         s_t = combine(s_{t-1}, e_t)          s_0 = initial_state; without one, s_1 = e_1
 
-    Where `reset` is true, s_t = e_t. The way out for recurrences that are none of the named ones:
-    running softmax (Aaren, arXiv 2405.13956), block-diagonal transitions, tropical semirings.
+    Where `reset` is true, s_t = e_t. Use it for recurrences that no other op covers, such as
+    running softmax (Aaren, arXiv 2405.13956), block-diagonal transitions and tropical semirings.
 
     Args:
       combine: `combine(earlier, later)` of two single elements, pytrees of arrays without batch
-        and time axes; associative, which is not checked. It must be finite on (e, e) for each
-        element e: where a state is cleared, e takes its place before it is discarded.
+        and time axes. It must be associative, which is not checked. It must be finite on (e, e)
+        for each element e: at a reset, e replaces the state before the result is discarded.
       elems: pytree of [B, T, ...] arrays.
       initial_state: pytree of [B, ...] arrays, of the same structure, or None.
       reset: [B, T] bool.
-      algorithm: "sequential", "associative", "chunked" (log depth inside chunks, chunks one after
-        the other, recomputed in the backward pass) or None, which is chunked.
+      algorithm: "sequential", "associative", or "chunked", the default (log depth inside chunks,
+        which run one after the other and are recomputed in the backward pass).
       implementation: "xla" or None.
-      chunk_size: steps in a chunk; 128 if None.
+      chunk_size: steps in a chunk; by default 128.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
-      (s, final state): the first like `elems`; the second like `initial_state`. float16 and
-      bfloat16 leaves are combined, and returned in the final state, as float32.
+      (s, final state): s has the dtypes of `elems`. float16 and bfloat16 leaves are combined in
+      float32, and are float32 in the final state.
 
     Raises:
       ValueError: if structures, shapes or dtypes do not fit.
-      NotImplementedError: for an implementation that cannot run here.
+      NotImplementedError: if the implementation does not support the call or the platform.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -89,7 +89,7 @@ def monoid_scan(
     algorithm = backends.select_algorithm(
         op, algorithm, algorithms=("sequential", "associative", "chunked"), length=length
     )
-    # There is no kernel: an explicit choice of one raises.
+    # The op has no kernel, so an explicit choice of one raises.
     backends.select_backend(op, algorithm, implementation, length=length)
     if initial_state is not None:
         initial_state = _check_state(op, initial_state, elems)
@@ -120,7 +120,7 @@ def _scan(
     shape = jax.tree.leaves(elems)[0].shape[:2]
     cuts = jnp.zeros(shape, bool) if reset is None else reset
     if state is None:
-        # Any value will do for the state before the first step: a reset there discards it.
+        # The value of the state before the first step is arbitrary: a reset there discards it.
         begins = sequence_axis is None or sequence_parallel.is_first(sequence_axis)
         cuts = cuts.at[:, 0].set(cuts[:, 0] | begins)
         state = jax.tree.map(lambda e: e[:, 0], elems)
@@ -135,14 +135,14 @@ def _scan(
     if sequence_axis is None:
         ys, final = local(state, cuts)
     else:
-        _, part = local(state, cuts.at[:, 0].set(True))  # of this part by itself
+        _, part = local(state, cuts.at[:, 0].set(True))  # the result of this shard alone
         before = sequence_parallel.combine_before((part, cuts.any(axis=1)), merge, sequence_axis)
         first = sequence_parallel.is_first(sequence_axis)
 
         def unless_first(value: PyTree, other: PyTree) -> PyTree:
             return jax.tree.map(lambda v, o: jnp.where(first, o, v), value, other)
 
-        # The first device has nothing to merge: it merges an element with itself and drops it.
+        # The first device has nothing to merge. It merges an element with itself and discards it.
         some = jax.tree.map(lambda e: e[:, 0], elems)
         none = jnp.zeros_like(cuts[:, 0])
         pair = unless_first(((state, none), before), ((some, none), (some, none)))
@@ -153,11 +153,11 @@ def _scan(
 
 
 def _with_cuts(combine: Combine) -> Combine:
-    """`combine` on (element, cut) pairs: what is earlier than a cut is dropped by selection."""
+    """Lift `combine` to (element, cut) pairs: select away what is earlier than a cut."""
 
     def merge(early: tuple[PyTree, Array], late: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
         (early, early_cut), (late, late_cut) = early, late
-        # `combine` never sees what is dropped, else its NaNs would come back as gradients.
+        # `combine` must not see discarded values: their NaNs would return as gradients.
         seen = jax.tree.map(lambda old, new: jnp.where(late_cut, new, old), early, late)
         merged = combine(seen, late)
         merged = jax.tree.map(lambda both, new: jnp.where(late_cut, new, both), merged, late)
@@ -185,7 +185,7 @@ def _associative(merge: Combine) -> Advance:
 
 
 def _state_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """States are float32 at least."""
+    """Return the dtype of states: at least float32."""
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     return jnp.dtype(jnp.float32) if narrow else dtype
 

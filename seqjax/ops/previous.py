@@ -33,17 +33,17 @@ def previous(
     *,
     fill: float = 0.0,
 ) -> tuple[PyTree, PyTree]:
-    """Return the value one step earlier.
+    """Return the values one step earlier, with `fill` after resets.
 
         y_t = x_{t-1}        x_0 = initial_state
 
-    Where `reset` is true, y_t = fill. Use it for token shifts, two-point rules, and recurrences
-    that read the state before a step.
+    Where `reset` is true, y_t = fill. Use `previous` for token shifts, two-point rules, and
+    recurrences that read the state before a step.
 
     Args:
       x: array [B, T, ...], or a pytree of them with the same B and T.
-      initial_state: the value before the first step, [B, ...], in the structure of `x`; `fill` by
-        default. Pass the final state of an earlier call to continue it.
+      initial_state: the value before the first step, [B, ...], in the structure of `x`; by default
+        `fill`. Pass the final state of an earlier call to continue it.
       reset: [B, T] bool, True where the earlier steps are cleared.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       fill: the value after a reset.
@@ -52,7 +52,7 @@ def previous(
       (y in the shapes and dtypes of `x`, the last value of the sequence [B, ...]).
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit.
+      ValueError: if shapes or dtypes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -102,7 +102,7 @@ def previous(
         for start, leaf in zip(first, leaves, strict=True)
     ]
     last = [leaf[:, -1] for leaf in leaves]
-    if sequence_axis is not None:  # a sum over devices, which booleans do not have
+    if sequence_axis is not None:  # a sum over devices, which is not defined for booleans
         numbers = [y.astype(jnp.int32) if y.dtype == bool else y for y in last]
         numbers = sequence_parallel.from_last(numbers, sequence_axis)
         last = [n.astype(y.dtype) for n, y in zip(numbers, last, strict=True)]

@@ -1,4 +1,4 @@
-"""Resets from packed data."""
+"""Resets for packed sequences."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from seqjax.ops.core import explicit_mesh
     lambda arguments, _: explicit_mesh.joined(*explicit_mesh.spec_of(arguments["segment_ids"]))
 )
 def segment_starts(segment_ids: jax.Array) -> jax.Array:
-    """Marks the first step of every segment: a `reset` for packed sequences.
+    """Mark the first step of every segment: a `reset` for packed sequences.
 
     reset[b, t] = (t == 0) or (segment_ids[b, t] != segment_ids[b, t - 1])
 
-    A change of id starts a segment; ids need not be sorted or consecutive, and padding (usually
+    A change of id starts a segment. Ids need not be sorted or consecutive, and padding (usually
     id 0) is a segment like any other. To continue the first segment from an earlier call, pass
     ``reset.at[:, 0].set(False)`` together with that call's final state.
 

@@ -191,9 +191,9 @@ def test_its_backward_pass_is_a_kernel():
 @pytest.mark.parametrize(
     ("width", "keywords", "message"),
     [
-        (3, {}, r"multiples of 16 bytes, D=3 numbers of float32.*multiple of 4"),
+        (3, {}, r"multiples of 16 bytes, got D=3 numbers of float32.*multiple of 4"),
         (256, {"block_sizes": (16, 256)}, "must have 128 features, got 256"),
-        (128, {"block_sizes": (1024, 128)}, "can have .* steps, got 1024"),
+        (128, {"block_sizes": (1024, 128)}, "must have at most .* steps .*got 1024"),
     ],
     ids=["alignment", "features", "steps"],
 )

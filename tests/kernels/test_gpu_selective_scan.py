@@ -136,8 +136,8 @@ def test_its_backward_pass_is_a_kernel():
 @pytest.mark.parametrize(
     ("width", "states", "message"),
     [
-        (6, 4, r"multiples of 16 bytes, D=6 numbers of float32.*multiple of 4"),
-        (128, 17, "holds 16 states per channel at most, not N=17"),
+        (6, 4, r"multiples of 16 bytes, got D=6 numbers of float32.*multiple of 4"),
+        (128, 17, "supports at most 16 states per channel, got N=17"),
     ],
     ids=["alignment", "states"],
 )

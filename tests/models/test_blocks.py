@@ -144,7 +144,7 @@ def test_dropout_needs_a_key_and_differs_by_block(scan):
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
     assert (one != plain).any()
-    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"`dropout` must be in \[0, 1\)"):
         Backbone(LRU(D), dropout=1.0)
 
 

@@ -347,7 +347,7 @@ def test_what_is_no_layer_is_refused():
         lambda: seqjax.nnx.Recurrent(4, rngs=nnx.Rngs(0)),
         lambda: seqjax.linen.Recurrent(4).init(jax.random.key(0), jnp.ones((B, T, 4))),
     ):
-        with pytest.raises(ValueError, match=r"^Recurrent: layer must be a seqjax layer"):
+        with pytest.raises(ValueError, match=r"^Recurrent: `layer` must be a seqjax layer"):
             make()
 
 

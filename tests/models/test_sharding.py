@@ -43,9 +43,9 @@ def test_meshes():
         ("data", "must be an axis and an integer"),
         ("data=0", "at least 1"),
         ("data=-1,fsdp=-1", "at most one -1"),
-        ("data=2,sequence=2", "'data=2,sequence=2' is 4 devices, there are 8; data=4 would fit"),
-        ("fsdp=3", r"3 devices, there are 8; a product .* would fit: 2 or 4"),
-        ("data=-1,fsdp=3", r"a multiple of 3 devices, there are 8; .* 2 or 4"),
+        ("data=2,sequence=2", "'data=2,sequence=2' requires 4 devices, got 8; data=4 would fit"),
+        ("fsdp=3", r"requires 3 devices, got 8; a product .* would fit: 2 or 4"),
+        ("data=-1,fsdp=3", r"requires a multiple of 3 devices, got 8; .* 2 or 4"),
     ],
 )
 def test_bad_meshes(text, message):

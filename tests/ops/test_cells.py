@@ -218,5 +218,5 @@ def test_layers_say_how_they_were_solved(kind, x64):
     rough = kind(D, algorithm="newton", solver=seqjax.Newton(tol=0.1))
     again = rough.apply_with_aux(params, x, reset=reset)[2]["solve"]
     assert again.iterations.sum() < info.iterations.sum()
-    with pytest.raises(ValueError, match=f"{kind.__name__}.*algorithm must be"):
+    with pytest.raises(ValueError, match=f"{kind.__name__}.*`algorithm` must be"):
         kind(D, algorithm="associative")

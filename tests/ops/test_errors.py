@@ -184,7 +184,9 @@ def test_tokens_outside_the_vocabulary(model, token):
     """Concrete tokens are checked; traced ones cannot be, and their logits are NaN."""
     params = model.init(jax.random.key(0))
     tokens = jnp.array([[0, 4, token], [1, 2, 3]])
-    message = rf"^{type(model).__name__}: tokens must be from 0 to vocab_size - 1 = 4, got {token};"
+    message = (
+        rf"^{type(model).__name__}: `tokens` must be from 0 to vocab_size - 1 = 4, got {token};"
+    )
     with pytest.raises(ValueError, match=message):
         model.apply(params, tokens)
     with pytest.raises(ValueError, match=message):
@@ -236,22 +238,22 @@ def test_states_of_another_layer_are_described():
     conv, mamba = seqjax.layers.ShortConv(4), seqjax.layers.Mamba(4)
     x, state = jnp.ones((2, 5, 4)), mamba.initial_state(2)
     cases = [
-        (conv, state, r"ShortConv: state must be an array, given a dict .*'conv', 'ssm'"),
+        (conv, state, r"ShortConv: `state` must be an array, got a dict .*'conv', 'ssm'"),
         (
             mamba,
             x,
-            r"Mamba: state must be a dict with the entries \['conv', 'ssm'\], given an array",
+            r"Mamba: `state` must be a dict with the entries \['conv', 'ssm'\], got an array",
         ),
         (
             mamba,
             {"conv": (), "ssm": x},
-            r"Mamba: state\['conv'\] must be an array, given a tuple of 0",
+            r"Mamba: `state\['conv'\]` must be an array, got a tuple of 0",
         ),
-        (mamba, mamba.initial_state(3), r"state\['conv'\] must be float32 of shape \[2, "),
+        (mamba, mamba.initial_state(3), r"`state\['conv'\]` must be float32 of shape \[2, "),
         (
             seqjax.models.Backbone(mamba),
             [state],
-            "Backbone: state must be a tuple of 1, given a list",
+            "Backbone: `state` must be a tuple of 1, got a list",
         ),
     ]
     for layer, wrong, message in cases:

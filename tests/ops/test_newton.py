@@ -263,11 +263,11 @@ def test_structures_are_found_and_checked():
         stepped = seqjax.nonlinear_scan(cell, params, x, h0, algorithm="sequential")[0]
         assert_close(hs, np.asarray(stepped), 1e-5)
     run(reversed_twice, params, x, h0, jacobian="diagonal")
-    with pytest.raises(ValueError, match="not 'diagonal'"):
+    with pytest.raises(ValueError, match="must be 'diagonal' as declared"):
         run(mixing, params, x, h0, jacobian="diagonal")
-    with pytest.raises(ValueError, match="'block' is for states"):
+    with pytest.raises(ValueError, match="'block' must have states"):
         run(mixing, params, x, h0, jacobian="block")
-    with pytest.raises(ValueError, match="closes over arrays"):
+    with pytest.raises(ValueError, match="must not close over arrays"):
         jax.jit(lambda a: run(lambda p, h, x: jnp.tanh(a * h + x), params, x, h0)[0])(params)
 
 

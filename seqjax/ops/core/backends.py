@@ -1,8 +1,8 @@
 """Backend selection for ops.
 
-Two independent choices: `algorithm` (what is computed in which order) and `implementation` (XLA or
-a Pallas kernel). An explicit choice runs or raises. By default the backend is the fastest measured
-one for the platform that the program is compiled for.
+A call has two independent options: `algorithm` (the order of computation) and `implementation` (XLA
+or a Pallas kernel). An explicit choice is honored or raises. By default the backend is the fastest
+measured one for the platform that the program is compiled for.
 
 `select_algorithm` and `select_backend` check the caller's choice when the op is called.
 `runs_kernel` decides when the program is lowered, because the platform is unknown before.
@@ -27,7 +27,7 @@ class Kernels(NamedTuple):
 
     Attributes:
       algorithm: the algorithm of the kernels.
-      modules: the module of `pallas_kernels.<op>` for each platform. The first one is interpreted.
+      modules: module of `pallas_kernels.<op>` for each platform. Interpret mode uses the first one.
       preferred: the targets on which the kernel is the default. "hopper" is CUDA on GPUs of compute
         capability 9.
     """
@@ -39,7 +39,7 @@ class Kernels(NamedTuple):
 
 BACKENDS: dict[str, Kernels | None] = {
     "delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
-    "generalized_delta_rule": None,  # XLA alone
+    "generalized_delta_rule": None,  # XLA only
     "linear_attention": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "linear_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
     "monoid_scan": None,
@@ -49,7 +49,7 @@ BACKENDS: dict[str, Kernels | None] = {
 
 
 class Mode(enum.Enum):
-    """How a call uses the Pallas kernel of its op.
+    """Use of the op's Pallas kernel in a call.
 
     OFF: XLA runs the call.
     AUTO: the kernel runs on the platforms that prefer it, XLA elsewhere.
@@ -81,7 +81,7 @@ class Backend(NamedTuple):
 
     @property
     def interpret(self) -> bool:
-        """Whether the kernel is interpreted."""
+        """True if the kernel is interpreted."""
         return self.mode is Mode.INTERPRET
 
     @property
@@ -91,9 +91,9 @@ class Backend(NamedTuple):
         return {} if kernels is None else kernels.modules
 
     def kernels(self, target: jax_compat.Target | None = None) -> Any:
-        """Import the module of `pallas_kernels` for the target, or the one that is interpreted.
+        """Import the module of `pallas_kernels` for the target, or the one for interpret mode.
 
-        Importing it takes half a second, which programs for a CPU do not spend.
+        The import takes half a second, which programs for CPU do not need.
         """
         first = next(iter(self.modules))
         platform = first if self.interpret or target is None else target.platform
@@ -118,7 +118,7 @@ def runs_kernel(backend: Backend, target: jax_compat.Target, *operands: jax.Arra
 def _unsupported_target(
     backend: Backend, target: jax_compat.Target, operands: Sequence[jax.Array]
 ) -> str | None:
-    """Return why the kernel cannot run on a target, or None."""
+    """Return the reason why the kernel does not support a target, or None."""
     if target.platform not in backend.modules:
         return (
             f"there is no Pallas kernel for {target.platform}; use implementation='xla' or None, or"
@@ -153,7 +153,7 @@ def select_algorithm(
     length: Any,
     any_length: Sequence[str] = ("sequential",),
 ) -> str | None:
-    """Check the caller's `algorithm` and return it (None: the op chooses).
+    """Check the caller's `algorithm` and return it, or None to let the op choose.
 
     Args:
       op: the name of the op.
@@ -163,8 +163,8 @@ def select_algorithm(
       any_length: the algorithms that run with a symbolic T.
 
     Raises:
-      ValueError: for a name that does not exist.
-      NotImplementedError: for a choice that exists but cannot run.
+      ValueError: if the name is unknown.
+      NotImplementedError: if the op does not have the algorithm, or it does not support the length.
     """
     if algorithm is None:
         return None
@@ -202,13 +202,13 @@ def select_backend(
       algorithm: the caller's choice, checked by `select_algorithm`.
       implementation: the caller's choice.
       interpret: the caller's choice.
-      unsupported: what the kernel cannot do of this call ("takes no float16"), or None.
+      unsupported: the reason why the kernel does not support this call, or None.
       length: T. A kernel needs a known T, and is the default from 8 steps on.
       excluded: targets on which the kernel is not the default for this call, such as "hopper".
 
     Raises:
-      ValueError: for an unknown name, and for `interpret` without a kernel.
-      NotImplementedError: for a kernel that was asked for and cannot run.
+      ValueError: if a name is unknown, or `interpret` is combined with implementation="xla".
+      NotImplementedError: if the kernel was chosen explicitly and does not support the call.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -218,8 +218,8 @@ def select_backend(
     if implementation == "xla":
         if interpret:
             raise ValueError(
-                f"{op}: `interpret` runs the Pallas kernel without its hardware, "
-                "implementation='xla' asks for another; leave one of them out."
+                f"{op}: `interpret` runs the Pallas kernel, and must not be combined with"
+                " implementation='xla'; leave one of them out."
             )
         return Backend(op)
     if not isinstance(length, int):

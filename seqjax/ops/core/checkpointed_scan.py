@@ -1,8 +1,8 @@
 """Scans over the time axis of [B, T, ...] arrays in recomputed chunks: bounded memory.
 
-`lax.scan` differentiated by JAX stores what every step computed. Here time is cut into chunks and
-each chunk is recomputed in the backward pass, so that what is stored is the inputs, the outputs
-and one state per chunk. Forward mode, `vmap` and second derivatives are JAX's own.
+`lax.scan` differentiated by JAX stores the residuals of every step. Here time is split into chunks
+and each chunk is recomputed in the backward pass. The stored arrays are the inputs, the outputs
+and one state per chunk. Forward mode, `vmap` and second derivatives are those of JAX.
 """
 
 from collections.abc import Callable
@@ -57,12 +57,12 @@ def time_scan(
 ) -> tuple[PyTree, PyTree]:
     """Scan `step(state, x_t, *shared) -> (state, y_t)`, the leaves of x_t being [B, ...].
 
-    Inside a chunk, JAX's own transpose of `lax.scan` would store every product that `step` makes
-    and read it back. The adjoint below stores the states and differentiates `step` on the way
-    back: 3 to 8 times faster on CPU for the matrix states.
+    Inside a chunk, JAX's transpose of `lax.scan` would store and read every product of `step`. The
+    adjoint below stores the states and differentiates `step` in the backward loop. On CPU this is
+    3 to 8 times faster for the matrix states.
 
-    `step` must not close over arrays that are differentiated: those are `shared`. Neither it nor
-    its derivative should sum over a minor axis (see `core/linalg.py`).
+    `step` must not close over arrays that are differentiated: pass them as `shared`. Neither `step`
+    nor its derivative should sum over a minor axis; see `seqjax.ops.core.linalg`.
     """
 
     def advance(state: PyTree, block: PyTree, *shared: jax.Array) -> tuple[PyTree, PyTree]:

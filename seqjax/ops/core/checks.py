@@ -1,4 +1,4 @@
-"""Checks that every op makes on its arguments, and the dtype rules that all ops share."""
+"""Argument checks and dtype rules that all ops share."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def check_shapes(op: str, wanted: Mapping[str, str], given: Arrays) -> dict[str,
     ``|`` separates alternatives. Arrays that are ``None`` are skipped.
 
     Raises:
-      ValueError: naming the op, the argument, the shape wanted and the shape given.
+      ValueError: with the op, the argument, the required shape and the actual shape.
     """
     sizes: dict[str, int] = {}
     for name, pattern in wanted.items():
@@ -50,7 +50,7 @@ def check_shapes(op: str, wanted: Mapping[str, str], given: Arrays) -> dict[str,
 
 
 def check_dtypes(op: str, given: Arrays, *, complex_ok: bool) -> None:
-    """Refuse integers and booleans, and complex numbers where the op has no complex form."""
+    """Raise for integers and booleans, and for complex numbers where the op has no complex form."""
     for name, array in given.items():
         if array is None:
             continue
@@ -64,7 +64,7 @@ def check_dtypes(op: str, given: Arrays, *, complex_ok: bool) -> None:
 
 
 def check_reset(op: str, reset: Any, batch: int, length: int) -> jax.Array | None:
-    """The reset as an array; refuse one that is not boolean [B, T]."""
+    """Return the reset as an array; raise unless it is boolean [B, T]."""
     if reset is None:
         return None
     reset = jnp.asarray(reset)
@@ -95,7 +95,7 @@ def check_sequence_axis(op: str, name: Any) -> None:
 
 
 def describe_tree(tree: Any) -> str:
-    """Return what the outermost node of a pytree is, in words."""
+    """Return a description of the outermost node of a pytree."""
     if isinstance(tree, Mapping):
         return f"a dict with the entries {sorted(map(str, tree))}"
     if isinstance(tree, tuple | list):
@@ -104,14 +104,14 @@ def describe_tree(tree: Any) -> str:
 
 
 def check_positive(op: str, **given: int | None) -> None:
-    """Refuse sizes that are not positive integers; None is the op's own choice."""
+    """Raise for sizes that are neither positive integers nor None."""
     for name, value in given.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{op}: `{name}` must be a positive integer or None, got {value!r}.")
 
 
 def check_scale(op: str, scale: Any) -> jax.Array | None:
-    """Return `scale` as an array; refuse arrays with axes, and complex numbers."""
+    """Return `scale` as an array; raise for arrays with axes and for complex numbers."""
     if scale is None:
         return None
     try:
@@ -127,12 +127,12 @@ def check_scale(op: str, scale: Any) -> jax.Array | None:
 
 
 def as_arrays(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as jax arrays, by name."""
+    """Return the arguments as jax arrays, by name."""
     return {name: None if a is None else jnp.asarray(a) for name, a in given.items()}
 
 
 def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
-    """The dtype of states and sums: float32, or float64 if any array is; complex alike."""
+    """Return the dtype of states and sums: float32, or float64 if any array is; complex alike."""
     dtypes = [a.dtype for a in arrays if a is not None]
     wide = any(jnp.finfo(d).bits == 64 for d in dtypes)
     if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
@@ -141,6 +141,6 @@ def state_dtype(*arrays: jax.Array | None) -> jnp.dtype:
 
 
 def output_dtype(like: jax.Array, *others: jax.Array | None) -> jnp.dtype:
-    """The dtype of outputs: that of `like`, or the state's if anything is complex."""
+    """Return the dtype of outputs: that of `like`, or the state's if anything is complex."""
     state = state_dtype(like, *others)
     return state if jnp.issubdtype(state, jnp.complexfloating) else like.dtype

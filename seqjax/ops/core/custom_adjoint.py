@@ -1,7 +1,7 @@
 """Functions with a custom reverse rule that keep forward mode and higher derivatives.
 
-`jax.custom_vjp` gives up forward mode. Here the tangent of a function is a primitive. Evaluated, it
-is the function's own `jvp`. Transposed, it is the custom adjoint. Differentiated once more, it is
+`jax.custom_vjp` does not support forward mode. Here a primitive computes the tangent of a function.
+Its evaluation is the function's `jvp`, its transpose is the custom adjoint, and its derivative is
 plain JAX. So only the first reverse pass is replaced.
 """
 
@@ -52,7 +52,7 @@ def custom_adjoint(
       with_residuals: `with_residuals(*args)` returns the outputs and a pytree of arrays to save for
         the adjoint. It runs in place of `function` when the call is differentiated. The adjoint is
         then called as `adjoint(args, outputs, residuals, cotangents)`.
-      tangent_of: a function equal to `function` that JAX differentiates at less cost. Tangents and
+      tangent_of: a function equal to `function` that JAX differentiates at lower cost. Tangents and
         higher derivatives come from it.
 
     Example:

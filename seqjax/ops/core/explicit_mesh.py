@@ -65,7 +65,7 @@ def auto_inside(
 
 
 def auto_mesh(mesh: Mesh) -> Mesh:
-    """Return the mesh with Auto axes in place of its Explicit ones."""
+    """Return the mesh with Auto axes instead of Explicit ones."""
     kinds = (AxisType.Auto if k == AxisType.Explicit else k for k in mesh.axis_types)
     return Mesh(mesh.devices, mesh.axis_names, axis_types=tuple(kinds))
 
@@ -99,9 +99,9 @@ def joined(*entries: Any) -> P:
 
 
 def like_state(given: PyTree, state: PyTree, batch: Any) -> PyTree:
-    """Return the specs of a new state: those of the given state, or else split along the batch.
+    """Return the specs of a new state: those of `given`, or by default split along the batch.
 
-    A loop carries the state, so its type must stay the same.
+    The types must be equal because loops carry the state.
     """
     if not jax.tree.leaves(given):
         return jax.tree.map(lambda x: joined(batch, *(None,) * (x.ndim - 1)), state)
@@ -126,7 +126,7 @@ def of_layer(arguments: Arguments, out: Any) -> tuple[PyTree, ...]:
 
 
 def by_axes(patterns: Mapping[str, str], output: str, state: str) -> Specs:
-    """Return the specs of an op (output, final state) from patterns as `check_shapes` takes them.
+    """Return the specs of an op (output, final state) from patterns in the form of `check_shapes`.
 
     An axis of a result is split as the first argument that has the axis split, by name.
     """

@@ -1,6 +1,6 @@
-"""What differs between jax versions, or is reached through names jax may still move.
+"""Differences between jax versions, and jax functions whose import path may change.
 
-The library runs on jax 0.10.2 and newer; everything that would break first sits here.
+The library supports jax 0.10.2 and newer. Code that depends on unstable parts of jax belongs here.
 """
 
 import functools
@@ -33,8 +33,8 @@ Zero: Any = ad.Zero
 def match_varying(*arrays: Any) -> tuple[Any, ...]:
     """Give all arrays the same varying mesh axes inside `jax.shard_map`; elsewhere do nothing.
 
-    None stays None. Loop carries and primitives need operands that agree on them, and a weight
-    shared by all devices does not vary where the data do.
+    None stays None. The operands of loop carries and primitives must have equal varying axes, and a
+    weight that all devices share does not vary where the data do.
     """
     axes: frozenset[Any] = frozenset()
     for array in arrays:
@@ -48,8 +48,8 @@ def match_varying(*arrays: Any) -> tuple[Any, ...]:
             return None
         missing = tuple(sorted(axes - jax.typeof(array).mat.varying))
         if missing and jnp.iscomplexobj(array):
-            # The transpose is a sum over devices, which TPUs cannot take of complex numbers where
-            # other axes are the partitioner's.
+            # The transpose is a sum over devices, which TPUs do not support for complex numbers
+            # if the partitioner controls other axes.
             return lax.complex(*(lax.pcast(p, missing, to="varying") for p in parts(array)))
         return lax.pcast(array, missing, to="varying")
 
@@ -57,20 +57,20 @@ def match_varying(*arrays: Any) -> tuple[Any, ...]:
 
 
 def parts(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The real and the imaginary part."""
+    """Return the real and the imaginary part."""
     return lax.real(array), lax.imag(array)
 
 
 class Target(NamedTuple):
-    """What a program is compiled for.
+    """The target of a compilation.
 
     Attributes:
-      platform: "cpu", "tpu", "cuda", "rocm" or "other"; under ahead-of-time compilation not the
-        host's.
-      partitioned: whether the compiler splits arrays over devices by itself, which it cannot do
-        with a kernel. Inside `jax.shard_map` it does not.
-      capability: the lowest compute capability of the GPUs, such as (9, 0); None for other
-        platforms, and where none is given: in exports, and when lowered for CUDA without a GPU.
+      platform: "cpu", "tpu", "cuda", "rocm" or "other"; under ahead-of-time compilation that of the
+        target, not of the host.
+      partitioned: whether the compiler splits arrays over devices, which it does not support for
+        kernels. It is False inside a `jax.shard_map` over all mesh axes.
+      capability: the lowest compute capability of the GPUs, such as (9, 0). None on other
+        platforms, in exports, and when lowered for CUDA without a GPU.
     """
 
     platform: str
@@ -109,7 +109,7 @@ def _capability(module: Any) -> tuple[int, int] | None:
 def is_split_by_compiler() -> bool:
     """Return whether the mesh around a trace leaves a split over devices to the compiler.
 
-    False without a mesh: then it is known at lowering, see `Target`.
+    Return False without a mesh: then the split is known at lowering, see `Target`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return any(size > 1 for name, size in mesh.shape.items() if name not in mesh.manual_axes)
@@ -148,7 +148,7 @@ def make_primitive(
       abstract: (*avals, **params) -> the types of the results. By default they are the parameter
         `avals`.
       local: whether the primitive has no communication between devices. It is then compiled without
-        the mesh axes that its operands vary over, because a kernel has no such types.
+        the varying mesh axes of its operands, which the types inside a kernel do not have.
 
     A parameter `side_effects` lists the effects of `implementation`.
     """

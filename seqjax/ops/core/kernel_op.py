@@ -7,10 +7,11 @@ mapped. So both backends travel to the lowering as parameters of a primitive, `k
 from the XLA form on every backend.
 
 The residuals of both backends travel together. The backend that does not run contributes zeros,
-which the compiler removes. Recomputing XLA's residuals in the backward pass instead made value and
-gradient slower on two CPU cores, at [4, 1024, 4, 64]: 1.35 times for `delta_rule`, 1.02 times for
-`linear_attention`, and 1.16 times for `selective_scan`, at equal temporary memory. Compiled for TPU
-v5e, a scan over four `delta_rule` layers has the same operations and memory either way.
+which the compiler removes. The alternative is to recompute XLA's residuals in the backward pass. On
+two CPU cores, at [4, 1024, 4, 64], value and gradient were then slower: 1.35 times for
+`delta_rule`, 1.02 times for `linear_attention`, and 1.16 times for `selective_scan`, at equal
+temporary memory. Compiled for TPU v5e, a scan over four `delta_rule` layers has the same operations
+and memory either way.
 """
 
 import dataclasses
@@ -129,8 +130,8 @@ def kernel_op(
 
     Args:
       backend: the backend of the call.
-      xla: a function of pytrees of arrays (None is a tree without leaves) that returns a pytree of
-        floating-point arrays. It must not close over arrays that are differentiated.
+      xla: a function of pytrees of arrays that returns a pytree of floating-point arrays. An
+        argument of None has no leaves. It must not close over arrays that are differentiated.
       forward: (kernels, *args, save) -> (the same outputs, the residuals of the backward kernel).
         `kernels` is the module of `pallas_kernels` for the platform. With `save` false the
         residuals are ().

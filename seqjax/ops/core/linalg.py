@@ -1,8 +1,8 @@
 """Small matrices, their products and broadcasts, with float32 accuracy on every backend.
 
-The transpose of a broadcast is a sum. On a CPU, XLA sums over a minor axis one number after the
-other, ten times slower than a product with a vector of ones, and over a major axis hardly faster.
-On other backends the two cost the same. So the adjoints of the broadcasts below are products.
+Transposing a broadcast gives a sum. On CPU, XLA's sum over a minor axis is sequential and ten
+times slower than a product with a vector of ones. Its sum over a major axis is hardly faster. On
+other backends the two cost the same. So the adjoints of the broadcasts below are products.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax import lax
 from seqjax.ops.core import jax_compat
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 
-SUB = 16  # the size up to which a block is inverted without cutting it apart
+SUB = 16  # the size up to which a block is inverted without splitting it
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -52,11 +52,11 @@ def inverse_unit_lower(n: jax.Array) -> jax.Array:
         corner = -matmul(matmul(halves[1], n[..., half:, :half]), halves[0])
         top = jnp.concatenate([halves[0], jnp.zeros_like(corner)], axis=-1)
         return jnp.concatenate([top, jnp.concatenate([corner, halves[1]], axis=-1)], axis=-2)
-    # The same from below, without cutting small blocks apart: X is the inverse of the diagonal
-    # blocks of size `width`, `links` what joins them in pairs.
+    # The same recursion bottom-up, without splitting small blocks. `inverse` is the inverse of the
+    # diagonal blocks of size `width`, and `links` are the blocks that join them in pairs.
     rows, columns = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=n.dtype), n.shape)
-    # With the varying mesh axes of its tangent, also where size 1 adds nothing to the identity.
+    # Give the identity the varying mesh axes of `n`. For size 1 nothing else would.
     inverse, _ = jax_compat.match_varying(inverse, n)
     width = 1
     while width < size:

@@ -48,7 +48,7 @@ def combine_before(
     distance = 1
     while distance < size:
         has_earlier = position >= distance
-        # Replace the zeros that a first device receives before `compose`, not only after it: its
+        # Replace the zeros that the first devices receive before `compose`, not only after it: its
         # derivative at zero may not be finite.
         early = select(has_earlier, receive(summary, distance), summary)
         summary = select(has_earlier, compose(early, summary), summary)
@@ -57,7 +57,7 @@ def combine_before(
 
 
 class Affine(NamedTuple):
-    """S -> where(cut, 0, M S) + X."""
+    """Affine map of a state, S -> where(cut, 0, M S) + X."""
 
     transition: jax.Array  # M
     offset: jax.Array  # X
@@ -94,7 +94,7 @@ def run_split(
     cut = cut.reshape(batch, *(1 for _ in initial_state.shape[1:]))
 
     def onward(late: Affine, state: jax.Array) -> jax.Array:
-        """Return M S, and zero where a reset lies in `late`, where M and S may not be finite."""
+        """Return M S, or zero if a reset lies in `late`; there M and S may not be finite."""
         return apply(*(jnp.where(late.cut, jnp.zeros_like(x), x) for x in (late.transition, state)))
 
     def compose(early: Affine, late: Affine) -> Affine:

@@ -69,7 +69,7 @@ def _implementation(
 
 
 def _parts(state: Any, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], ...]:
-    """Return each array as the kernels take it: alone, or as real and imaginary part."""
+    """Split each array as the kernels require: itself, or its real and imaginary part."""
     if not jnp.issubdtype(state, jnp.complexfloating):
         return tuple((x,) for x in arrays)
     return tuple((jnp.real(x), jnp.imag(x)) for x in arrays)
@@ -95,8 +95,8 @@ def recurrence(
 ) -> tuple[jax.Array, jax.Array]:
     """Run one of the two forms: a [B|1, T|1, D], x [B, T, D], h0 [B, D], reset [B, T] or None.
 
-    Return y [B, T, D] and the final state. By default XLA runs the recurrence, for ops that contain
-    it and have a kernel of their own.
+    Return y [B, T, D] and the final state. By default XLA runs the recurrence. Ops that contain it
+    and have their own kernel use this default.
     """
     operands = (a, x, h0) if reset is None else (a, x, h0, reset)
     y, final = recurrence_p.bind(
@@ -114,7 +114,7 @@ def scan(
     backend: backends.Backend,
     block_sizes: BlockSizes,
 ) -> tuple[Array, Array]:
-    """Run the `pre` form with an adjoint that makes all cotangents in one pass.
+    """Run the `pre` form with an adjoint that computes all cotangents in one pass.
 
     If XLA always runs the call, return the recurrence itself, whose rules above need one scan less
     in forward mode.
@@ -166,7 +166,7 @@ def scan(
 
 
 def _cast(cotangent: jax.Array, like: Any) -> jax.Array:
-    """Return the cotangent in the dtype of its argument: of a real one, the real part."""
+    """Cast a cotangent to the dtype of its argument; a real argument gets the real part."""
     if jnp.iscomplexobj(cotangent) and not jnp.issubdtype(like.dtype, jnp.complexfloating):
         cotangent = jnp.real(cotangent)
     return cotangent.astype(like.dtype)
@@ -211,7 +211,7 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
 
 
 def _select(reset: jax.Array | None, value: jax.Array) -> jax.Array:
-    """Return zero where a reset clears the value."""
+    """Replace the value by zero where `reset` is true."""
     if reset is None:
         return value
     return jnp.where(reset[..., None], jnp.zeros_like(value), value)

@@ -33,57 +33,59 @@ def linear_scan(
     interpret: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Inexact[Array, "B T D"], Inexact[Array, "B D"]]:
-    """Elementwise linear recurrence over time.
+    """Compute an elementwise linear recurrence over time.
 
         h_t = a_t * h_{t-1} + x_t          h_0 = initial_state,   a = decay
 
-    Where `reset` is true the state is cleared first: h_t = x_t, whatever a_t and h_{t-1} hold.
+    Where `reset` is true the state is cleared first: h_t = x_t, even if a_t or h_{t-1} is NaN.
     With `reverse` time runs from the last step to the first, initial state and resets included.
 
     LRU, S5, S4D, RG-LRU, HGRN, minGRU and moving averages are this recurrence. It parallelises
     over time because the maps h -> a h + x compose to maps of the same form (Blelloch, Prefix
-    sums and their applications, 1990; Martin and Cundy, arXiv 1709.04057). Both derivative modes
-    of every order are again linear scans: nothing is stored but `decay` and the outputs.
+    sums and their applications, 1990; Martin and Cundy, arXiv 1709.04057). Forward mode, reverse
+    mode and all higher derivatives are again linear scans. The only residuals are `decay` and the
+    outputs.
 
     Args:
       decay: [B, T, D], or [T, D] or [D] where it is shared; real or complex. Magnitudes up to 1
-        are safe in every form. "sequential" also takes larger ones, as long as the states are
-        finite. The other forms multiply decays of consecutive steps. "associative" multiplies up
-        to T of them, "chunked" up to `chunk_size`, `sequence_axis` those of one device, and the
-        kernel for GPU those of a part of T. These products must stay in the range of the state's
-        dtype, in float32 1e-38 to 3e38. Beyond it the result may be NaN, or a state may be lost,
-        although the recurrence is finite. Underflow is safe unless later decays grow again.
+        are safe in every algorithm. "sequential" also takes larger ones, as long as the states are
+        finite. The other algorithms multiply decays of consecutive steps: up to T of them in
+        "associative", and up to `chunk_size` in "chunked". `sequence_axis` multiplies the decays of
+        one device, and the GPU kernel those of a part of T. These products must stay in the range
+        of the state's dtype, in float32 1e-38 to 3e38. Beyond this range the result may be NaN, or
+        a state may be lost, although the recurrence is finite. Underflow is safe unless later
+        decays grow again.
       x: [B, T, D], real or complex.
-      initial_state: [B, D], zeros if None; the final state of an earlier call.
+      initial_state: [B, D], the final state of an earlier call; by default zeros.
       reset: [B, T] bool.
       reverse: run backwards in time.
-      algorithm: "sequential" (one step after the other), "associative" (log depth, with
-        temporaries of the size of `x`), "chunked" (log depth inside chunks, chunks one after the
-        other), or None: sequential when compiled for CPU or as a kernel. On GPU the
-        default is associative while the states take at most 2 GiB, and chunked above; on
-        other platforms it is associative up to T = 4096.
-      implementation: "xla", "pallas" (a kernel, sequential; for TPU, and for GPU from Hopper on)
-        or None: the kernel when compiled for TPU or a Hopper GPU, if it takes the dtypes (not
-        float16, not float64) and the compiler need not split it over devices, which
-        `jax.shard_map` spares it. On GPU, rows of D numbers must be multiples of 16 bytes. There
-        the default is XLA for calls with `block_sizes`, and for long calls of few thread blocks
-        (more than 1024 steps each in fewer than 44 blocks of 128 features).
-      chunk_size: steps in a chunk of the chunked algorithm; 256 if None.
-      unroll: steps in an iteration of the sequential algorithm's loop; 4 if None (1 in the
-        backward pass).
-      block_sizes: of the kernel, (steps, a multiple of 16; features, one of 128 or all of them; on
-        GPU 128); chosen by shape if None.
-      interpret: run the kernel for TPU without its hardware, slowly: to try it.
+      algorithm: "sequential" (step by step), "associative" (log depth, with temporaries of the
+        size of `x`) or "chunked" (log depth inside chunks, which run one after the other). By
+        default sequential when compiled for CPU or as a kernel. On GPU the default is associative
+        while the states take at most 2 GiB, and chunked above. On other platforms it is
+        associative up to T = 4096, and chunked above.
+      implementation: "xla" or "pallas" (a sequential kernel for TPU and for GPU from Hopper on).
+        By default the kernel runs on TPU and Hopper GPUs, if two conditions hold. It supports the
+        dtypes (not float16, not float64), and the compiler need not partition it over devices, as
+        inside a `jax.shard_map` over all mesh axes. On GPU, rows of D numbers must be multiples of
+        16 bytes. On GPU the default is XLA for calls with `block_sizes`, and for long calls with
+        few thread blocks (more than 1024 steps each in fewer than 44 blocks of 128 features).
+      chunk_size: steps in a chunk of the chunked algorithm; by default 256.
+      unroll: steps in an iteration of the sequential algorithm's loop; by default 4, and 1 in the
+        backward pass.
+      block_sizes: (steps, features) of the kernel: steps a multiple of 16, features a multiple of
+        128 or D; on GPU 128. By default chosen by shape.
+      interpret: run the TPU kernel in interpret mode, without a TPU. This is slow.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split. `initial_state`
         and the final state are then those of the whole sequence, the same on every device.
 
     Returns:
-      (h [B, T, D], final state [B, D]). The first has the dtype of `x`, the second float32 for
-      float32 and narrower input, float64 for float64; both are complex if any input is.
+      (h [B, T, D], final state [B, D]). The first has the dtype of `x`. The second is float32 for
+      float32 and narrower input, and float64 for float64. Both are complex if any input is.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, or an unknown algorithm.
-      NotImplementedError: for an implementation that cannot run here.
+      ValueError: if shapes or dtypes do not fit, or the algorithm is unknown.
+      NotImplementedError: if the implementation does not support the call or the platform.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -114,7 +116,7 @@ def linear_scan(
         interpret,
         length=sizes["T"],
         unsupported=unsupported(dtypes, interpret),
-        # Block sizes that suit a TPU raise on GPU, so a call with them must name the kernel there.
+        # Block sizes for a TPU raise on GPU, so there a call with `block_sizes` must name "pallas".
         excluded=() if block_sizes is None and _pays_off_on_gpu(sizes, dtypes) else ("hopper",),
     )
     form = Form(out, reverse=reverse, algorithm=algorithm, chunk_size=chunk_size, unroll=unroll)
@@ -131,10 +133,10 @@ def linear_scan(
 
 
 def unsupported(dtypes: set[jnp.dtype], interpret: bool) -> str | None:
-    """Return what the kernels cannot do of a call, or None."""
+    """Return the reason why the kernels do not support a call, or None."""
     refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
     found = sorted(map(str, refused & dtypes))
-    return f"takes no {found[0]} arrays" if found else None
+    return f"does not support {found[0]} arrays" if found else None
 
 
 def _pays_off_on_gpu(sizes: Mapping[str, Any], dtypes: set[jnp.dtype]) -> bool:

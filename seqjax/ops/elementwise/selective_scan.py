@@ -1,4 +1,4 @@
-"""Mamba's selective scan: a diagonal state space whose step size, input and output vary in time."""
+"""The selective scan of Mamba: a diagonal state space with time-varying step size, B and C."""
 
 import functools
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def selective_scan(
     interpret: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """Selective state space recurrence (S6).
+    """Compute the selective state space recurrence (S6).
 
         h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T        h [D, N]
         y_t = h_t C_t + D * x_t
@@ -67,21 +67,22 @@ def selective_scan(
       A: [D, N], real; negative for a decaying state.
       B: [B, T, N].
       C: [B, T, N].
-      D: [D], the skip connection, or None for none.
-      initial_state: [B, D, N], zeros if None.
+      D: [D], the skip connection; by default there is none.
+      initial_state: [B, D, N]; by default zeros.
       reset: [B, T] bool.
       negative_eigenvalues: whether the decay is 2 exp(dt_t A) - 1.
-      algorithm: "sequential" (step after step), "chunked" (an elementwise scan of all states of a
-        chunk, which exist only while the chunk is at work) or None, which is sequential on CPU
-        or as a kernel, and chunked elsewhere.
-      implementation: "xla", "pallas" (a kernel, sequential; for TPU, and for GPU from Hopper on)
-        or None: the kernel when compiled for TPU or a Hopper GPU, if it takes the dtypes (not
-        float16, not float64) and the state (N up to 64) and the compiler need not split it over
-        devices, which `jax.shard_map` spares it. It keeps a state every 64 steps. On GPU, N can
-        be up to 16, and rows of D numbers must be multiples of 16 bytes.
-      chunk_size: steps in a chunk, 16 if None. One state per chunk is kept for the backward pass,
-        which computes the others again; states [B, T, D, N] never exist.
-      interpret: run the kernel without its hardware, slowly: to try it.
+      algorithm: "sequential" (step by step) or "chunked" (an elementwise scan of all states of a
+        chunk, which exist only while the chunk runs). By default sequential on CPU or as a kernel,
+        and chunked elsewhere.
+      implementation: "xla" or "pallas" (a sequential kernel for TPU and for GPU from Hopper on).
+        By default the kernel runs on TPU and Hopper GPUs, if two conditions hold. It supports the
+        dtypes (not float16, not float64) and the state (N up to 64), and the compiler need not
+        partition it over devices, as inside a `jax.shard_map` over all mesh axes. It saves one
+        state every 64 steps. On GPU, N can be up to 16, and rows of D numbers must be multiples of
+        16 bytes.
+      chunk_size: steps in a chunk; by default 16. The backward pass reads one saved state per
+        chunk and recomputes the others. The states [B, T, D, N] are never all in memory.
+      interpret: run the kernel in interpret mode, without its hardware. This is slow.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -89,8 +90,9 @@ def selective_scan(
       argument is).
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, complex input among them.
-      NotImplementedError: for an algorithm or implementation that cannot run here.
+      ValueError: if shapes or dtypes do not fit, or an input is complex.
+      NotImplementedError: if the algorithm or implementation does not support the call or the
+        platform.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -125,8 +127,8 @@ def selective_scan(
         unsupported=unsupported(given, sizes["N"], negative_eigenvalues, interpret),
         excluded=() if on_gpu else ("hopper",),
     )
-    # In order, steps need the least work, which is what counts on a CPU. On accelerators each step
-    # costs a launch or a round of the loop (measured on CPU only).
+    # On CPU the sequential algorithm is fastest because it does the least work. On accelerators
+    # each step costs a kernel launch or a loop iteration (measured on CPU only).
     parallel = "chunked" if backends.pays_off(sizes["T"]) else "sequential"
     return _scan(
         *given.values(),
@@ -143,15 +145,15 @@ def selective_scan(
 def unsupported(
     arrays: Mapping[str, Array | None], states: int, negative: bool, interpret: bool
 ) -> str | None:
-    """Return what the kernels cannot do of a call, or None."""
+    """Return the reason why the kernels do not support a call, or None."""
     refused = {"float16"} | (set() if interpret else {"float64"})
     found = sorted(refused & {str(x.dtype) for x in arrays.values() if x is not None})
     if found:
-        return f"takes no {found[0]} arrays"
+        return f"does not support {found[0]} arrays"
     if states > 64:
-        return f"holds at most 64 states per channel, got N={states}"
+        return f"supports at most 64 states per channel, got N={states}"
     if negative:
-        return "has no decays below 0, which negative_eigenvalues=True needs"
+        return "does not support decays below 0, which negative_eigenvalues=True requires"
     return None
 
 
@@ -210,7 +212,7 @@ def _scan(
 
     if sequence_axis is None:
         return local(h0)
-    if negative:  # has no logarithm to sum: what becomes of ones when nothing is written
+    if negative:  # The decays have no logarithm to sum: run the scan on ones with zero input.
         _, transition = xla(jnp.zeros_like(x), dt, A, B, C, D, jnp.ones_like(h0), reset)
     else:
         total = jnp.sum(sequence_parallel.whole_part(dt.astype(state), reset), axis=1)
@@ -219,7 +221,7 @@ def _scan(
 
 
 def _for_kernel(A: Array, B: Array, C: Array, D: Array, h0: Array) -> tuple[Array, ...]:
-    """The small arrays as the kernel takes them: in the dtype of the state, N before D."""
+    """Convert the small arrays to the kernel's layout: the dtype of the state, N before D."""
     wide = h0.dtype
     return A.T.astype(wide), B.astype(wide), C.astype(wide), D[None].astype(wide), h0.mT
 
@@ -240,12 +242,12 @@ def _xla(
     negative: bool,
 ) -> tuple[Array, Array]:
     out, state = x.dtype, h0.dtype
-    # Inside, states are [B, N, D]: what is summed over is then never the minor axis. And every
-    # sequence has weights of its own, whose gradients are summed once, at the end.
+    # Inside, states are [B, N, D], so that reductions are never over the minor axis. Each
+    # sequence has its own copy of the weights, whose gradients are summed once, at the end.
     A, D = (everywhere(weight.astype(state), x.shape[:1]) for weight in (A.T, D))
 
     def factors(x: Array, dt: Array, B: Array, A: Array) -> tuple[Array, Array]:
-        """The decay and dt B x, from [..., D] and [..., N] to [..., N, D]."""
+        """Return the decay and dt B x [..., N, D], from [..., D] and [..., N]."""
         decay = jnp.exp(down_columns(dt, A.shape[-2]) * A)
         if negative:
             decay = 2 * decay - 1

@@ -18,8 +18,8 @@ class Form(NamedTuple):
     """The form of the recurrence and how XLA runs it.
 
     Attributes:
-      out_dtype: of the outputs y.
-      post: the form, see `linear_recurrence`.
+      out_dtype: dtype of the outputs y.
+      post: whether this is the `post` form of `linear_recurrence`.
       reverse: whether time runs backwards.
       algorithm: "sequential", "associative", "chunked", or None to choose by platform.
       chunk_size: steps in a chunk of the chunked algorithm; by default 256.
@@ -42,7 +42,7 @@ def run(
     form: Form,
     platform: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run the recurrence by the algorithm of the form, or by the fastest one of the platform."""
+    """Run the recurrence with the algorithm of the form, by default the platform's fastest."""
     algorithm = form.algorithm or choose(x.shape, h0.dtype, platform)
     if algorithm == "sequential":
         return _sequential(a, x, h0, reset, form)
@@ -54,13 +54,13 @@ def run(
 def choose(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
     """Return the algorithm for states [B, T, D] of a dtype on a platform.
 
-    CPU: a sequential loop reads and writes everything once, which is all there is to gain.
+    CPU: sequential, because the loop reads and writes each array exactly once.
     GPU: associative, 6 times faster than chunked on an H100 at [1, 65536, 512], while its
-    temporaries fit: with gradients they take twice the memory of the states.
+    temporaries fit. With gradients they take twice the memory of the states.
     Elsewhere: associative for up to 4096 steps. Not measured on hardware.
     """
     if platform == "cpu" or shape[1] == 1 or not isinstance(shape[1], int):
-        return "sequential"  # the only one for a symbolic T
+        return "sequential"  # the only algorithm that supports a symbolic T
     if platform in ("cuda", "rocm") and isinstance(shape[0], int):
         fits = math.prod(shape) * jnp.dtype(dtype).itemsize <= ASSOCIATIVE_BYTES
     else:
@@ -71,14 +71,14 @@ def choose(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
 def _sequential(
     a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
 ) -> tuple[jax.Array, jax.Array]:
-    """A loop over time on the arrays as they lie: no transposes, `unroll` rows an iteration.
+    """Run a loop over time without transposes, `unroll` steps per iteration.
 
-    On CPU each row is a kernel call and each iteration a write. Four rows an iteration share the
-    write; more than that, or more than one in the `post` form with its two results a row, and
-    XLA's executor spends longer on scheduling the calls than on running them.
+    On CPU each step is a kernel call and each iteration a write. Four steps per iteration share one
+    write. With more steps, XLA's executor spends longer on scheduling the calls than on running
+    them. The `post` form has two results per step and reaches this limit at one step.
     """
     length = x.shape[1]
-    # A symbolic T is a multiple of 1 only.
+    # A symbolic T is known to be divisible by 1 only.
     unroll = form.unroll or (1 if form.post else 4)
     unroll = min(unroll, length) if isinstance(length, int) else 1
 
@@ -86,7 +86,7 @@ def _sequential(
         first = jnp.uint32(length - rows) - start if form.reverse else start
         outs: list[jax.Array] = [h] * rows
         for i in range(rows)[:: -1 if form.reverse else 1]:
-            # Row by row: a slice of the whole block would be copied out first.
+            # Slice row by row: XLA would copy a slice of the whole block.
             decay, value = (
                 _rows(v, first + jnp.uint32(i), 1)[:, 0].astype(h0.dtype) for v in (a, x)
             )
@@ -96,7 +96,7 @@ def _sequential(
         return h, _write_rows(y, jnp.stack(outs, axis=1), first)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        # An unsigned index spares XLA the handling of negative ones, a kernel call a step.
+        # An unsigned index saves a kernel call per step: XLA need not handle negative indices.
         return advance(i.astype(jnp.uint32) * jnp.uint32(unroll), unroll, *carry)
 
     h, y = lax.fori_loop(0, length // unroll, body, (h0, _buffer(x, form)))
@@ -107,10 +107,10 @@ def _sequential(
 
 
 def _buffer(x: jax.Array, form: Form) -> jax.Array:
-    """Where the outputs go; its content is overwritten.
+    """Return the array that the loop overwrites with its outputs.
 
-    A forward and a backward loop fill theirs with different numbers: XLA would merge two equal
-    buffers into one, and copy it for each loop.
+    The initial value differs between the forward and the backward loop. XLA would merge two equal
+    buffers into one and copy it for each loop.
     """
     return jnp.full_like(x, 1 if form.post else 0, form.out_dtype)
 
@@ -129,7 +129,7 @@ def _step(
 
 
 def _unless(cut: jax.Array | None, value: jax.Array) -> jax.Array:
-    """Zero where `cut`, by selection: what was there may be NaN."""
+    """Replace the value by zero where `cut` is true. A product with zero would keep NaN."""
     return value if cut is None else jnp.where(cut[..., None], jnp.zeros_like(value), value)
 
 
@@ -149,13 +149,13 @@ def _write_rows(array: jax.Array, rows: jax.Array, first: Any) -> jax.Array:
 def _associative(
     a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
 ) -> tuple[jax.Array, jax.Array]:
-    """`lax.associative_scan` over the maps h -> where(reset, 0, decay h) + x."""
+    """Run `lax.associative_scan` over the maps h -> where(reset, 0, decay h) + x."""
     length = x.shape[1]
     a = jnp.broadcast_to(a.astype(h0.dtype), (a.shape[0], length, a.shape[2]))
     x = x.astype(h0.dtype)
     first, last = (length - 1, 0) if form.reverse else (0, length - 1)
     end_decay, end_cut = a[:, last], None if reset is None else reset[:, last]
-    if form.post:  # the product is taken after the output: y_t = a_{t-1} y_{t-1} + x_t
+    if form.post:  # the decay follows the output: y_t = a_{t-1} y_{t-1} + x_t
         entering = h0
         back = -1 if form.reverse else 1
         a = jnp.roll(a, back, axis=1)
@@ -187,7 +187,7 @@ def _associative(
 def _chunked(
     a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
 ) -> tuple[jax.Array, jax.Array]:
-    """Log depth inside a chunk, one chunk after the other: temporaries of a chunk's size only."""
+    """Run chunk after chunk, with log depth inside a chunk and temporaries of a chunk's size."""
     length = x.shape[1]
     chunk_size = min(form.chunk_size or 256, length)
 

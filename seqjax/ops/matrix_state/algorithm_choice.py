@@ -11,23 +11,23 @@ def default_algorithms(
 ) -> tuple[str, str]:
     """Return the algorithms on CPU and elsewhere, for T steps of B x H states of K x V elements.
 
-    On a CPU, a step on a small state costs little more than a kernel call, and small matmuls run
-    far below their peak. The size from which chunks are faster depends on the number of matmuls in
-    a chunk, and a chunk of a few steps has few. If all states together are small, the number of
-    kernel calls decides: chunks have fewer, unless their decays take many. The small chunks of a
-    diagonal recurrence are faster all at once. These limits were measured with gradients
-    (`experiments.bench choice`); forward alone, steps stay faster up to larger sizes. On other
-    platforms chunks are the default from 8 steps on; this has not been measured there.
+    On CPU, a step on a small state costs little more than a kernel call, and small matmuls run far
+    below their peak. The size from which chunks are faster depends on the number of matmuls in a
+    chunk, which is small for a chunk of a few steps. If all states together are small, the number
+    of kernel calls decides: chunks have fewer, unless their decays require many. The small chunks
+    of a diagonal recurrence are faster all at once. These limits were measured with gradients
+    (`experiments.bench choice`). Without gradients, steps stay faster up to larger sizes. On other
+    platforms chunks are the default from 8 steps on, which has not been measured there.
 
     Args:
       sizes: B, T, H, K and V.
       decay_axes: 0 without decays, 1 for one per head, 2 for decays per channel.
       diagonal: see `MatrixRecurrence`.
-      cpu_chunks_from: see `MatrixRecurrence`; None if there is no form in chunks.
+      cpu_chunks_from: see `MatrixRecurrence`; None for recurrences without a chunked form.
     """
     if cpu_chunks_from is None:
         return "sequential", "sequential"
-    # Symbolic sizes, under `jax.export`, count as large ones.
+    # Treat symbolic sizes, under `jax.export`, as large ones.
     batch, length = (size if isinstance(size, int) else 2**31 for size in (sizes["B"], sizes["T"]))
     elements = sizes["K"] * sizes["V"]
     together = batch * sizes["H"] * elements

@@ -12,8 +12,8 @@ Zero times NaN is NaN, so a mask alone does not keep a NaN out of a matmul. Step
 input, and non-finite numbers of a state, are therefore set to zero before the matmuls. Every output
 and state that depends on them, and no other, is NaN.
 
-Derivatives are JAX's own. Chunks are recomputed in the backward pass, which stores the inputs and
-one state per chunk.
+Derivatives are those of JAX. Chunks are recomputed in the backward pass, which stores the inputs
+and one state per chunk.
 """
 
 import functools
@@ -27,7 +27,7 @@ from jax import lax
 from seqjax.ops.core.linalg import matmul
 from seqjax.ops.matrix_state.decays import same_segment
 
-# Matmuls of a kind that run at once: enough for two cores, few enough for their caches.
+# Number of matmuls of a kind that run at once: enough for two cores, few enough for their caches.
 PRODUCTS = 16
 
 Arrays = Mapping[str, jax.Array]
@@ -54,7 +54,7 @@ Chunk = Callable[[Arrays], ChunkMap]
 
 
 def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> jax.Array:
-    """Return M S in the rows that no reset clears, and zero in the others, for any values in S.
+    """Return M S in the rows that no reset clears, and zero in the others, even if S is not finite.
 
     Non-finite numbers of S never enter a product: in the transpose of a product they would turn
     zero cotangents into NaN, which later products spread to steps after a reset. The result is
@@ -84,22 +84,22 @@ def scan_chunks(
 
     Args:
       chunk: computes the `ChunkMap` of chunks, from arrays [..., C, features] by name.
-      arrays: [B, T, H, features] by name. Two names have a meaning here: "log_decay", which may be
-        -inf, and "q", which does not write. A step in which all others are zero must change the
-        state by its decay only.
+      arrays: [B, T, H, features] by name. Two names have a special role: "log_decay", which may be
+        -inf, and "q", which does not write. A step in which all other arrays are zero must change
+        the state by its decay only.
       state: [B, H, K, V].
       reset: [B, T] or None.
       out_dtype: dtype of the outputs.
-      chunk_size: C; rounded up to a power of two.
-      log_depth: compute all chunks at once and combine them in log depth. Otherwise only as many
-        as make `PRODUCTS` matmuls of a kind are computed at once, which bounds the memory.
+      chunk_size: C, rounded up to a power of two.
+      log_depth: compute all chunks at once and combine them in log depth. Otherwise the number of
+        chunks computed at once is bounded to `PRODUCTS` matmuls of a kind, which bounds the memory.
 
     Returns:
       (outputs [B, T, H, V], final state).
     """
     batch, length, heads = arrays["q"].shape[:3]
     dtype = state.dtype
-    # Symbolic sizes, under `jax.export`, count as large ones.
+    # Treat symbolic sizes, under `jax.export`, as large ones.
     known = isinstance(length, int)
     size = 1 << ((min(chunk_size, length) if known else chunk_size) - 1).bit_length()
     count = -(-length // size)

@@ -4,8 +4,8 @@
     to_end[t]      = a_{t+1} ... a_C
     P[t, j]        = sum_d left[t, d] a_{j+1, d} ... a_{t, d} right[j, d]        for j <= t
 
-A product of decays is never computed as the exponential of a difference of two sums: g is -inf at
-resets, and a difference of large sums has no correct digits. Products are computed over blocks of
+A product of decays is never computed as the exponential of a difference of two sums. At resets g is
+-inf, and a difference of large sums has no correct digits. Products are computed over blocks of
 1, 2, 4, ... steps instead, each from two blocks of half the width. No factor exceeds one, and
 nothing is divided.
 
@@ -75,7 +75,7 @@ def cumulative_decays(
       log_decay: [..., C, 1] or [..., C, K], C a power of two; or boolean [..., C, 1], True where
         the state is reset, for chunks without decays.
       dtype: dtype of the result for boolean `log_decay`.
-      channels: K, to repeat decays [..., C, 1] for all channels; by default they stay as they are.
+      channels: K, to repeat decays [..., C, 1] for all channels; by default not repeated.
 
     Returns:
       Two arrays of the shape of `log_decay`, or [..., C, channels].
@@ -203,7 +203,7 @@ def decayed_products(
 def _by_channel(
     lefts: tuple[jax.Array, ...], rights: tuple[jax.Array, ...], g: jax.Array
 ) -> list[list[jax.Array]]:
-    """`decayed_products` for decays per channel.
+    """Return `decayed_products` for decays per channel.
 
     The decays from j to t factor at any step between j and t. For every t and j < t there is one
     width at which j is in the first and t in the second half of the same block. The middle of the

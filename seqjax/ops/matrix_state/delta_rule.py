@@ -1,4 +1,4 @@
-"""The delta rule: a matrix state that replaces the value under a key.
+"""Delta rule: a matrix state that replaces the value stored under a key.
 
     S_t = (I - beta_t k_t k_t^T) D_t S_{t-1} + beta_t k_t v_t^T      D_t = diag(exp g_t), S [K, V]
     o_t = scale * S_t^T q_t                                          g = log_decay
@@ -61,44 +61,46 @@ def delta_rule(
     sequence_axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The (gated) delta rule.
+    """Compute the (gated) delta rule over time.
 
         S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_{t-1} + beta_t k_t v_t^T      g = log_decay
         o_t = scale * S_t^T q_t                                                    S [K, V]
 
     S is decayed, and then the value that it returns for k_t moves by beta_t towards v_t. Where
-    `reset` is true, S_{t-1} is cleared first. DeltaNet: arXiv 2406.06484; one decay per head:
-    Gated DeltaNet, 2412.06464; per key channel: Kimi Delta Attention, 2510.26692; beta up to 2
-    gives negative eigenvalues, 2411.12537. The state is stable for beta |k|^2 in [0, 2]. The op
+    `reset` is true, S_{t-1} is cleared first. The state is stable for beta |k|^2 in [0, 2]. The op
     does not normalise the keys: do so in the layer.
+
+    DeltaNet (arXiv 2406.06484) is this op without decays, Gated DeltaNet (2412.06464) with one
+    decay per head, and Kimi Delta Attention (2510.26692) with one per key channel. Beta up to 2
+    gives negative eigenvalues (2411.12537).
 
     Args:
       q, k: [B, T, H, K].
       v: [B, T, H, V].
       beta: [B, T, H], the write strength.
       log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
-      initial_state: [B, H, K, V]; zeros by default.
+      initial_state: [B, H, K, V]; by default zeros.
       scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
         do not recompile.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
-        sequential algorithm;
-        128 in the Pallas kernel, or what fits its memory. The backward pass stores at most one
-        state per chunk.
-      algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
-        for a few steps, and for small states on CPU.
+        sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
+        The backward pass stores at most one state per chunk.
+      algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
+        or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
+        few steps, and for small states on CPU.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
-      interpret: run the Pallas kernel without its hardware, slowly; for tests.
+      interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
 
     Returns:
       (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
       argument is).
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, complex input among them.
-      NotImplementedError: for an algorithm or implementation that cannot run here.
+      ValueError: if shapes or dtypes do not fit, or an input is complex.
+      NotImplementedError: if the algorithm or implementation does not support the call or the
+        platform.
 
     Example:
       >>> import jax.numpy as jnp, seqjax

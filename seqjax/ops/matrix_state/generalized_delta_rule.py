@@ -1,4 +1,4 @@
-"""The generalized delta rule: the state is read under one key and written under another.
+"""Generalized delta rule: the state is read under one key and written under another.
 
     S_t = D_t S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T      D_t = diag(exp g_t), S [K, V]
     o_t = scale * S_t^T q_t                                  g = log_decay
@@ -41,30 +41,29 @@ def generalized_delta_rule(
     implementation: str | None = None,
     sequence_axis: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Linear recurrence with a transition that is diagonal plus rank one.
+    """Compute a linear recurrence with a transition that is diagonal plus rank one.
 
         S_t = diag(exp g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T      S [K, V], g = log_decay
         o_t = scale * S_t^T q_t
 
-    Where `reset` is true, S_{t-1} is cleared first. RWKV-7 (arXiv 2503.14456) is this recurrence;
-    the delta rule is b = -beta k, a = exp(g) k and beta k for k; DeltaProduct (2502.10297) takes
-    several such steps for one token. The state is bounded if diag(exp g) + b a^T does not expand
-    it; the op does not check this.
+    Where `reset` is true, S_{t-1} is cleared first. RWKV-7 (arXiv 2503.14456) is this recurrence.
+    The delta rule is this recurrence with b = -beta k, a = exp(g) k, and beta k for k. DeltaProduct
+    (2502.10297) takes several such steps per token. The state is bounded if diag(exp g) + b a^T
+    does not expand it; the op does not check this.
 
     Args:
       q, k, a, b: [B, T, H, K].
       v: [B, T, H, V].
       log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
-      initial_state: [B, H, K, V]; zeros by default.
+      initial_state: [B, H, K, V]; by default zeros.
       scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
         do not recompile.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
-        sequential algorithm. The backward pass stores at most one
-        state per chunk.
-      algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
-        for a few steps, and for small states on CPU.
+        sequential algorithm. The backward pass stores at most one state per chunk.
+      algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
+        or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
+        few steps, and for small states on CPU.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -73,8 +72,9 @@ def generalized_delta_rule(
       argument is).
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, complex input among them.
-      NotImplementedError: for an algorithm or implementation that cannot run here.
+      ValueError: if shapes or dtypes do not fit, or an input is complex.
+      NotImplementedError: if the algorithm or implementation does not support the call or the
+        platform.
 
     Example:
       >>> import jax.numpy as jnp, seqjax

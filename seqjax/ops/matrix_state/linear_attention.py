@@ -9,9 +9,9 @@ and G_{t,j} = G_t / G_j,
     S_t = G_t S + sum_{j <= t} G_{t,j} k_j v_j^T
     o_t = S^T G_t q_t + sum_{j <= t} (q_t^T G_{t,j} k_j) v_j
 
-which `_chunk` writes as matmuls. The recurrence is linear in the state, so its derivative is one
-as well, backwards in time: with F_t the gradient of S_t, F_{t-1} = diag(exp g_t) F_t +
-q_{t-1} do_{t-1}^T. JAX derives it from both forms.
+which `_chunk` writes as matmuls. The recurrence is linear in the state, so its derivative is the
+same recurrence backwards in time. With F_t the gradient of S_t,
+F_{t-1} = diag(exp g_t) F_t + q_{t-1} do_{t-1}^T. JAX derives it from both forms.
 """
 
 from seqjax.ops.core import linalg
@@ -35,42 +35,46 @@ def linear_attention(
     sequence_axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Inexact[Array, "B T H V"], Inexact[Array, "B H K V"]]:
-    """Linear attention with decay.
+    """Compute linear attention with decay over time.
 
         S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        S [K, V],   g = log_decay
         o_t = scale * S_t^T q_t
 
-    Where `reset` is true, S_{t-1} is cleared first. Without decay this is Katharopoulos et al.,
-    arXiv 2006.16236 (without its normaliser); with one decay per head RetNet (arXiv 2307.08621)
-    and Mamba-2 (2405.21060); per key channel GLA (2312.06635), RWKV-6 and HGRN2; complex GateLoop
-    (2311.01927). Nothing is conjugated: pass the conjugate of `q` where a paper does.
+    Where `reset` is true, S_{t-1} is cleared first. Published forms differ in the decay:
+
+    - none: Katharopoulos et al., arXiv 2006.16236 (without its normaliser);
+    - one per head: RetNet (2307.08621) and Mamba-2 (2405.21060);
+    - one per key channel: GLA (2312.06635), RWKV-6 and HGRN2;
+    - complex, per key channel: GateLoop (2311.01927).
+
+    The op does not conjugate `q`: pass the conjugate if the paper uses one.
 
     Args:
       q, k: [B, T, H, K], real or complex.
       v: [B, T, H, V].
       log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
-      initial_state: [B, H, K, V]; zeros by default.
+      initial_state: [B, H, K, V]; by default zeros.
       scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
         do not recompile.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
-        sequential algorithm;
-        128 in the Pallas kernel, or what fits its memory. The backward pass stores at most one
-        state per chunk.
-      algorithm: "sequential" (step after step), "chunked" (matmuls inside chunks, chunk after
-        chunk) or "associative" (matmuls, chunks in log depth). By default chunked, but sequential
-        for a few steps, and for small states on CPU.
+        sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
+        The backward pass stores at most one state per chunk.
+      algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
+        or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
+        few steps, and for small states on CPU.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
-      interpret: run the Pallas kernel without its hardware, slowly; for tests.
+      interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
 
     Returns:
       (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
       argument is); both complex if any argument is.
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit.
-      NotImplementedError: for an algorithm or implementation that cannot run here.
+      ValueError: if shapes or dtypes do not fit.
+      NotImplementedError: if the algorithm or implementation does not support the call or the
+        platform.
 
     Example:
       >>> import jax.numpy as jnp, seqjax

@@ -13,31 +13,31 @@ KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every c
 
 
 def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
-    """Return what the kernels cannot do of a call, or None."""
+    """Return the reason why the kernels do not support a call, or None."""
     dtypes = {x.dtype for x in given.values() if x is not None}
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return "has no complex form"
     if jnp.dtype(jnp.float16) in dtypes:
-        return "takes no float16; cast to bfloat16 or float32"
+        return "does not support float16; cast to bfloat16 or float32"
     if jnp.dtype(jnp.float64) in dtypes and not interpret:
-        return "takes no float64, which TPUs do not have"
+        return "does not support float64, which TPUs do not have"
     widest = max(given["q"].shape[-1], given["v"].shape[-1])
     if widest > KERNEL_WIDTH:
-        return f"takes keys and values of at most {KERNEL_WIDTH} numbers, these have {widest}"
+        return f"supports keys and values of at most {KERNEL_WIDTH} numbers, got {widest}"
     return None
 
 
 def functions(
     default_scale: float | None, chunk_size: int | None, interpret: bool
 ) -> tuple[Callable[..., Any], ...]:
-    """Return the functions forward, backward and shapes that `kernel_op` takes.
+    """Return the functions forward, backward and shapes for `kernel_op`.
 
     Args:
-      default_scale: K**-0.5, or None if the caller gives a scale, which is then an operand.
+      default_scale: K**-0.5, or None if the caller passes a scale, which is then an operand.
       chunk_size: the caller's choice.
       interpret: the caller's choice.
     """
-    # A kernel is compiled with the default scale; a given one multiplies the queries before it.
+    # A kernel is compiled with the default scale. Other scales multiply the queries beforehand.
     shared = {
         "scale": 1.0 if default_scale is None else default_scale,
         "chunk_size": chunk_size,

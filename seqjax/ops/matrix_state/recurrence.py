@@ -3,9 +3,9 @@
     S_t = f(S_{t-1}, D_t S_{t-1}, x_t)      D_t = diag(exp g_t)      S [K, V],  g = log_decay
     o_t = scale * S_t^T q_t
 
-`MatrixRecurrence` holds f, as a function of one step, and its form in chunks. Checks, dtypes,
-resets, the choice of the algorithm, chunks, meshes and derivatives are here and in `chunked`, for
-all of them.
+`MatrixRecurrence` contains f, as a function of one step, and its chunked form. This module and
+`chunked` implement checks, dtypes, resets, the choice of the algorithm, chunks, meshes and
+derivatives for all instances.
 """
 
 import dataclasses
@@ -44,15 +44,15 @@ def _specs(arguments: Mapping[str, Any], out: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class MatrixRecurrence:
-    """A recurrence of matrix states, in parallel over time.
+    """Recurrence of matrix states, in parallel over time.
 
         S_t = f(S_{t-1}, D_t S_{t-1}, x_t)      D_t = diag(exp g_t)      S [K, V],  g = log_decay
         o_t = scale * S_t^T q_t
 
-    Give f as the function `step`, and optionally its form in chunks, and call the recurrence like
-    an op: `recurrence({"q": q, "k": k, "v": v}, log_decay)`. `delta_rule`, `linear_attention` and
+    Pass f as the function `step`, and optionally its chunked form, and call the recurrence like an
+    op: `recurrence({"q": q, "k": k, "v": v}, log_decay)`. `delta_rule`, `linear_attention` and
     `generalized_delta_rule` are instances of this class. Create an instance once, at module level:
-    each new one compiles again.
+    each new instance is compiled again.
 
     f must be affine in the state and treat each of its columns alike. If all inputs with an axis V
     are zero, f must be linear in the state; otherwise results with `sequence_axis` are wrong. Use
@@ -65,10 +65,10 @@ class MatrixRecurrence:
         F = 1 for inputs [B, T, H], in the dtype of the state.
       chunk: maps the inputs of a chunk of C steps by name, [..., C, F] each, to a `ChunkMap`, for
         any number of leading axes. Its entry "log_decay" is [..., C, 1] or [..., C, K] and -inf
-        where the state is reset; without decays it is a boolean [..., C, 1], True at resets. Pass
-        it to `decayed_products` and `cumulative_decays`, which take both. "q" comes scaled. A
-        step whose inputs are zero must change the state by its decay only: the last chunk is
-        padded with such steps. Without `chunk`, steps are taken one after another.
+        where the state is reset. Without decays it is a boolean [..., C, 1], True at resets. Pass
+        it to `decayed_products` and `cumulative_decays`, which accept both. "q" is already scaled.
+        A step whose inputs are zero must change the state by its decay only, because the last
+        chunk is padded with such steps. Without `chunk`, the recurrence runs step by step.
       inputs: shapes of the other inputs than "q" [B, T, H, K] and "v" [B, T, H, V], by name:
         "B T H", or "B T H" and one more axis, such as "B T H K".
       complex_ok: whether inputs may be complex.
@@ -77,7 +77,7 @@ class MatrixRecurrence:
       reads_before_decay: inputs that read S_{t-1} and not D_t S_{t-1}. They are set to zero where
         the state is reset.
       has_kernels: whether `pallas_kernels` has kernels under this name; for ops of the library.
-      cpu_chunks_from: number of elements K * V from which chunks are the default on a CPU: without
+      cpu_chunks_from: number of elements K * V from which chunks are the default on CPU: without
         decays, with one per head, and with decays per channel.
 
     Example:
@@ -142,7 +142,7 @@ class MatrixRecurrence:
 
     @property
     def patterns(self) -> dict[str, str]:
-        """Shapes of all arrays by name."""
+        """The shapes of all arrays by name."""
         decays = {"log_decay": "B T H | B T H K", "initial_state": "B H K V"}
         return {"q": "B T H K", **self.inputs, "v": "B T H V", **decays}
 
@@ -167,25 +167,26 @@ class MatrixRecurrence:
           inputs: arrays by name: "q" [B, T, H, K], "v" [B, T, H, V] and those of the attribute
             `inputs`.
           log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
-          initial_state: [B, H, K, V]; zeros by default.
+          initial_state: [B, H, K, V]; by default zeros.
           scale: factor of the queries, a real number or scalar array; by default K**-0.5.
           reset: [B, T] bool, True where the state is cleared before the step.
           chunk_size: steps in a chunk, rounded up to a power of two; by default 64, or 16 for the
             sequential algorithm, which recomputes its states in chunks.
-          algorithm: "sequential", "chunked" (matmuls inside chunks, chunk after chunk) or
-            "associative" (matmuls, and chunks in log depth). By default chunks are used if there
-            is a `chunk`, the state is large enough and there are more than a few steps.
-          implementation: "xla", "pallas" or None. Only ops of the library have Pallas kernels.
+          algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after
+            chunk) or "associative" (matmuls, and chunks in log depth). By default chunks are used
+            if there is a `chunk`, the state is large enough and there are more than a few steps.
+          implementation: "xla" or "pallas". Only ops of the library have Pallas kernels.
           sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
-          interpret: run the Pallas kernel without its hardware, slowly; for tests.
+          interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
 
         Returns:
           (o [B, T, H, V] in the dtype of "v", final state [B, H, K, V] in float32, or float64 if
           any argument is); both complex if any argument is.
 
         Raises:
-          ValueError: for names, shapes or dtypes that do not fit.
-          NotImplementedError: for an algorithm or implementation that cannot run here.
+          ValueError: if names, shapes or dtypes do not fit.
+          NotImplementedError: if the algorithm or implementation does not support the call or the
+            platform.
         """
         op = self.name
         wanted = self.patterns
@@ -237,12 +238,12 @@ class CallOptions:
     """Static options of a call: each combination of them is compiled once.
 
     Attributes:
-      on_cpu: the algorithm if the program is compiled for a CPU.
+      on_cpu: the algorithm if the program is compiled for CPU.
       elsewhere: the algorithm on other platforms.
-      chunk_size: as the caller gave it.
+      chunk_size: the caller's choice.
       backend: the backend of the call.
-      scale: the default, K**-0.5, and None if the caller gives a scale. A given scale is an
-        operand: as a static option it would compile the op again for every new number.
+      scale: the default, K**-0.5; None if the caller passes a scale, which is then an operand. As a
+        static option it would compile the op again for every new number.
     """
 
     on_cpu: str

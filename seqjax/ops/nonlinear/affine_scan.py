@@ -1,7 +1,7 @@
-"""h_t = J_t h_{t-1} + r_t for Jacobians of any structure, over [B, T]: what a Newton step solves.
+"""Solver for the linear recurrence of a Newton step, h_t = J_t h_{t-1} + r_t over [B, T].
 
-Diagonal ones are the elementwise recurrence. Blocks of k coupled numbers are [..., G, k, k]; a
-dense Jacobian is a single block.
+J may have any structure. A diagonal J is the elementwise recurrence. Blocks of k coupled numbers
+are [..., G, k, k]; a dense Jacobian is a single block.
 """
 
 from typing import Any
@@ -19,12 +19,12 @@ from seqjax.ops.elementwise.xla_algorithms import Form
 def affine_scan(
     J: jax.Array, r: jax.Array, reset: jax.Array | None, sequence_axis: str | None
 ) -> jax.Array:
-    """The states h_1 .. h_T from h_0 = 0.
+    """Compute the states h_1 .. h_T from h_0 = 0.
 
     Args:
       J: [B, T, n] for a diagonal, else [B, T, G, k, k].
       r: [B, T, n], or [B, T, G, k].
-      reset: [B, T] or None; J_t is not looked at where it is true.
+      reset: [B, T] or None. J_t is ignored where `reset` is true.
       sequence_axis: the mesh axis over which T is split, or None.
     """
     if J.ndim == 3:
@@ -43,7 +43,7 @@ def affine_scan(
     J, r, cut = jax_compat.match_varying(J, r, cut)
 
     def blocks(h0: jax.Array, r: jax.Array = r) -> tuple[jax.Array, jax.Array]:
-        # On a CPU a step of its own is cheaper than log2(T) sweeps over all blocks.
+        # On CPU T sequential steps are faster than log2(T) sweeps over all blocks.
         h = backends.by_platform(_blocks, "sequential", "associative", J, r, cut, h0)
         return h, h[:, -1]
 
@@ -57,7 +57,10 @@ def affine_scan(
 
 
 def _blocks(algorithm: str, J: jax.Array, r: jax.Array, cut: jax.Array, h0: jax.Array) -> jax.Array:
-    """J [B, T, G, k, k], r [B, T, G, k, c], cut [B, T], h0 [B, G, k, c] -> h [B, T, G, k, c]."""
+    """Solve for J [B, T, G, k, k], r [B, T, G, k, c], cut [B, T] and h0 [B, G, k, c].
+
+    Return h [B, T, G, k, c].
+    """
     J, r, cut = (jnp.moveaxis(x, 1, 0) for x in (J, r, cut))
     cut = cut[..., None, None, None]
     J = jnp.where(cut, jnp.zeros_like(J), J)
@@ -88,10 +91,10 @@ def _blocks(algorithm: str, J: jax.Array, r: jax.Array, cut: jax.Array, h0: jax.
 def correction(
     J: jax.Array, gap: jax.Array, reset: jax.Array, sequence_axis: str | None
 ) -> jax.Array:
-    """d_t = J_t d_{t-1} + gap_t for states of any shape."""
+    """Compute d_t = J_t d_{t-1} + gap_t for states of any shape."""
     if J.ndim == gap.ndim == 3:  # diagonal
         return affine_scan(J, gap, reset, sequence_axis)
-    if J.shape == gap.shape:  # the diagonal of a dense one
+    if J.shape == gap.shape:  # the diagonal of a dense Jacobian
         flat = (*gap.shape[:2], -1)
         return affine_scan(J.reshape(flat), gap.reshape(flat), reset, sequence_axis).reshape(
             gap.shape

@@ -17,16 +17,16 @@ def check_signature(op: str, cell: Any, *arguments: Any) -> None:
         raise ValueError(f"{text} {name}; make one, e.g. seqjax.cells.GRU(dim=4).")
     try:
         signature = inspect.signature(cell)
-    except ValueError:  # a builtin without one
+    except ValueError:  # a builtin without a signature
         return
     try:
         signature.bind(*arguments)
     except TypeError:
-        raise ValueError(f"{text} one of {signature}; take three arguments.") from None
+        raise ValueError(f"{text} one of {signature}; define it with three arguments.") from None
 
 
 def check_arrays(op: str, cell: Any, params: PyTree, xs: PyTree) -> None:
-    """Raise unless the arrays fit a `seqjax.cells` cell, which declares what it takes."""
+    """Raise unless the arrays fit the declaration of a `seqjax.cells` cell."""
     names, gates = getattr(cell, "recurrent", None), getattr(cell, "gates", None)
     if names is None or gates is None:
         return

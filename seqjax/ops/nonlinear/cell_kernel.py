@@ -1,4 +1,4 @@
-"""The kernel that steps through a nonlinear recurrence with an elementwise cell."""
+"""Wrapper of the kernel that steps through a nonlinear recurrence with an elementwise cell."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,17 +12,17 @@ from seqjax.types import Array, PyTree
 
 
 def unsupported(structure: str, sequence_axis: str | None, *arrays: PyTree) -> str | None:
-    """Return what the kernel cannot do of a call, or None."""
+    """Return the reason why the kernel does not support a call, or None."""
     if structure == "dense":
         return (
             "must have a cell whose Jacobian is diagonal or block-diagonal over channels, got a"
             " dense one"
         )
     if sequence_axis is not None:
-        return "cannot have T split over devices"
+        return "does not support T split over devices"
     refused = {"float16", "float64"}
     found = sorted(refused & {str(x.dtype) for x in jacobian_structure.float_leaves(arrays)})
-    return f"takes no {found[0]} arrays" if found else None
+    return f"does not support {found[0]} arrays" if found else None
 
 
 def by_kernel(
@@ -31,10 +31,10 @@ def by_kernel(
     out_dtype: Any,
     by_steps: Callable[..., Any],
 ) -> Callable[..., tuple[Array, Array]]:
-    """Return (params, xs, h0, reset or None) -> (states, final state), run by the kernels.
+    """Return the function (params, xs, h0, reset or None) -> (states, final state) on the kernels.
 
-    The backward kernel computes the cell's derivative at every state on the way back. Forward mode
-    and higher derivatives are those of `by_steps`, the step-by-step form of `nonlinear_scan`.
+    The backward kernel recomputes the cell's derivative at every state. Forward mode and higher
+    derivatives come from `by_steps`, the step-by-step form of `nonlinear_scan`.
     """
 
     def xla(params: PyTree, xs: PyTree, h0: Array, reset: Array | None) -> tuple[Array, Array]:

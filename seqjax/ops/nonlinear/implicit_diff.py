@@ -1,4 +1,4 @@
-"""The derivatives of a solved nonlinear recurrence, whoever solved it."""
+"""Derivatives of a solved nonlinear recurrence, independent of the solver."""
 
 import functools
 from collections.abc import Callable
@@ -23,11 +23,12 @@ def derivatives(
     elsewhere: str,
     sequence_axis: str | None,
 ) -> Callable[..., Array]:
-    """(params, xs, h0, reset, states) -> states, with the derivatives of the recurrence.
+    """Return (params, xs, h0, reset, states) -> states, with the recurrence's derivatives.
 
-    By the implicit function theorem, dh_t = J_t dh_{t-1} + df_t with df_t what f changes by itself;
-    backwards, lambda_t = ct_t + J_{t+1}^T lambda_{t+1} and the rest is the derivative of f at all t
-    side by side. The Jacobians are computed where they are needed, and never kept.
+    By the implicit function theorem, dh_t = J_t dh_{t-1} + df_t, where df_t is the change of f at
+    fixed h_{t-1}. The adjoint is lambda_t = ct_t + J_{t+1}^T lambda_{t+1}. The cotangents of the
+    arguments are then the derivative of f at all t in parallel. Jacobians are recomputed where
+    they are needed, and are no residuals.
     """
 
     def evaluate(params: PyTree, xs: PyTree, found: Array) -> Array:
@@ -43,7 +44,7 @@ def derivatives(
         return sequence_parallel.previous(h0, states, reset, sequence_axis)
 
     def moving(params: PyTree, xs: PyTree, reset: Array, hs: Array) -> Any:
-        """The leaves to differentiate, where they are, and f at `hs` as a function of them."""
+        """Return the leaves to differentiate, their positions, and f at `hs` as their function."""
         leaves, tree = jax.tree.flatten((params, xs))
         which = inexact(leaves)
 
@@ -92,7 +93,7 @@ def derivatives(
 def _step_back(
     evaluate: Callable[..., Array], xs: PyTree, found: Array, reset: Array, ct: Array
 ) -> Array:
-    """lambda_t = ct_t + J_{t+1}^T lambda_{t+1}, without a Jacobian."""
+    """Compute lambda_t = ct_t + J_{t+1}^T lambda_{t+1} step by step, without a Jacobian."""
 
     def step(carried: Array, inputs: Any) -> tuple[Array, Array]:
         x, h, cut, ct = jax.tree.map(lambda v: v[:, None], inputs)

@@ -1,4 +1,4 @@
-"""Which numbers of a cell's next state depend on which of its state: found, checked, computed.
+"""Sparsity structure of a cell's Jacobian: inference, checks and computation.
 
 A state is [D], or [D, k]: D channels of k coupled numbers. Its Jacobian is
 
@@ -7,9 +7,10 @@ A state is [D], or [D, k]: D channels of k coupled numbers. Its Jacobian is
     "dense"      [n, n]        n = D or D k
     "quasi"      [n]           the diagonal of a dense one: an approximation, for solvers only
 
-What is found comes from the program of the cell (its jaxpr), not from numbers: every value is
-followed by the axis along which element i depends on channel i alone. An operation that is not
-known to keep channels apart counts as mixing them, so the answer is right or it is "dense".
+The structure is inferred from the cell's program (its jaxpr), not from numbers. The analysis
+tracks, for every value, the axis along which element i depends on channel i alone. Operations
+outside the table of supported ones count as mixing channels, so an inferred structure is either
+exact or "dense".
 """
 
 import functools
@@ -25,9 +26,9 @@ from seqjax.types import PyTree
 
 STRUCTURES = ("diagonal", "block", "dense", "quasi")
 Step = Callable[[jax.Array], jax.Array]
-MIXED = -1  # the mark of a value that mixes channels; None: does not depend on the state
+MIXED = -1  # the mark of a value that mixes channels; None marks independence of the state
 
-# Element by element, operands of one shape or scalars.
+# Operations that act elementwise, on operands of one shape or scalars.
 _ELEMENTWISE = frozenset(
     [
         "abs",
@@ -112,7 +113,7 @@ _REDUCTIONS = ("reduce_", "argmax", "argmin")
 
 
 def keeps_channels_apart(jaxpr: Any, state: int) -> bool:
-    """Whether channel i of a cell's only output depends on channel i of input `state` alone."""
+    """Return whether channel i of the only output depends on channel i of input `state` alone."""
     marks: list[int | None] = [None] * len(jaxpr.invars)
     marks[state] = 0
     return _follow(jaxpr, marks)[0] in (0, None)
@@ -137,7 +138,7 @@ def _follow(jaxpr: Any, marks: list[int | None]) -> list[int | None]:
 
 
 def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
-    """The marks of an operation's results; MIXED for all that is not known."""
+    """Return the marks of an operation's results; MIXED for unsupported operations."""
     name, params = eqn.primitive.name, eqn.params
     if name in _CALLS:
         inner = params.get("jaxpr", params.get("call_jaxpr"))
@@ -211,9 +212,9 @@ def _through_product(eqn: Any, position: int, axis: int) -> int:
 
 
 def jacobian(step: Step, h: jax.Array, structure: str) -> tuple[jax.Array, jax.Array]:
-    """The next state and the Jacobian, in the shapes above; dense ones as [1, n, n]."""
+    """Return the next state and the Jacobian in the shapes above; dense ones as [1, n, n]."""
     out, push = jax.linearize(step, h)
-    zero = jnp.zeros_like(h)  # of h, so that over a mesh directions vary where h does
+    zero = jnp.zeros_like(h)  # made from h, so that directions have its varying mesh axes
     if structure == "diagonal":
         return out, push(jnp.ones_like(h))
     if structure == "block":
@@ -226,7 +227,7 @@ def jacobian(step: Step, h: jax.Array, structure: str) -> tuple[jax.Array, jax.A
 
 
 def disagrees(step: Step, h: jax.Array, structure: str, direction: jax.Array) -> jax.Array:
-    """How far a declared Jacobian's product with a direction is off, relative to its size."""
+    """Return the relative error of a declared Jacobian's product with a direction."""
     _, made = jacobian(step, h, structure)
     exact = jax.jvp(step, (h,), (direction,))[1]
     if structure == "block":
@@ -237,14 +238,14 @@ def disagrees(step: Step, h: jax.Array, structure: str, direction: jax.Array) ->
 
 
 def float_leaves(tree: PyTree) -> list[jax.Array]:
-    """The floating-point arrays of a tree."""
+    """Return the floating-point arrays of a tree."""
     return [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
 
 
 def resolve(
     op: str, cell: Callable[..., Any], params: PyTree, xs: PyTree, h0: jax.Array, declared: str
 ) -> tuple[str, str]:
-    """The Jacobian's structure for the solver, and the exact one for derivatives."""
+    """Return the Jacobian's structure for the solver, and the exact structure for derivatives."""
     if declared not in ("auto", *STRUCTURES):
         raise ValueError(
             f"{op}: `jacobian` must be one of auto, {', '.join(STRUCTURES)}, got {declared!r}."
@@ -268,7 +269,8 @@ def resolve(
         )
     if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
         raise ValueError(
-            f"{op}: `cell` closes over arrays made inside jit, grad or vmap; pass them in `params`."
+            f"{op}: `cell` must not close over arrays made inside jit, grad or vmap; pass them in"
+            " `params`."
         )
     position = len(jax.tree.leaves(args[0]))
     apart = keeps_channels_apart(closed.jaxpr, position)
@@ -280,8 +282,9 @@ def resolve(
         return declared, exact
     if declared != structured:
         raise ValueError(
-            f"{op}: `jacobian` {declared!r} is for states [B, {'D' if h0.ndim == 3 else 'D, k'}],"
-            f" and `initial_state` has shape {list(h0.shape)}; take {structured!r} or 'dense'."
+            f"{op}: `jacobian` {declared!r} must have states"
+            f" [B, {'D' if h0.ndim == 3 else 'D, k'}], got `initial_state` of"
+            f" shape {list(h0.shape)}; use {structured!r} or 'dense'."
         )
     if not apart:
         _probe(op, cell, args, declared)
@@ -289,7 +292,7 @@ def resolve(
 
 
 def _probe(op: str, cell: Callable[..., Any], args: Any, declared: str) -> None:
-    """Refuse a declared structure that does not hold, where the program alone does not tell."""
+    """Raise if a declared structure does not hold at random points; the program did not show it."""
 
     def random(key: jax.Array, x: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.inexact):
@@ -308,6 +311,6 @@ def _probe(op: str, cell: Callable[..., Any], args: Any, declared: str) -> None:
             off = float(disagrees(step, h, declared, direction))
             if off > 1e-3:
                 raise ValueError(
-                    f"{op}: the cell's Jacobian is not {declared!r}: channels depend on each"
-                    " other; take jacobian='dense' or 'auto'."
+                    f"{op}: the cell's Jacobian must be {declared!r} as declared, got channels that"
+                    " depend on each other; use jacobian='dense' or 'auto'."
                 )

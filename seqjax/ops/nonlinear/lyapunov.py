@@ -1,4 +1,4 @@
-"""How fast neighbouring trajectories of a nonlinear RNN come together or part."""
+"""Largest Lyapunov exponent: the rate at which neighbouring trajectories converge or diverge."""
 
 import functools
 from collections.abc import Callable
@@ -23,28 +23,29 @@ def lyapunov(
     *,
     reset: Reset | None = None,
 ) -> Float[Array, "B"]:
-    """The largest Lyapunov exponent along trajectories: what to expect of Newton.
+    """Compute the largest Lyapunov exponent along trajectories, to predict Newton's convergence.
 
         v_t = J_t v_{t-1}          J_t = df/dh at (h_{t-1}, x_t)
         exponent = mean_t log |v_t| / |v_{t-1}|
 
-    Below zero neighbours come together and `nonlinear_scan` can be solved in parallel, the sooner
-    the further below; near or above it, Newton needs about as many iterations as there are steps
-    and gradients explode (Gonzalez et al., Predictability enables parallelization, 2508.16817).
-    A model trained to remember is a little below zero everywhere but where it forgets.
+    Below zero, neighbouring trajectories converge and `nonlinear_scan` can solve in parallel, in
+    fewer iterations the lower the exponent is. Near or above zero, Newton needs about as many
+    iterations as there are steps, and gradients explode (Gonzalez et al., Predictability enables
+    parallelization, 2508.16817). A model trained to remember has exponents slightly below zero
+    except where it forgets.
 
     Args:
       cell: as for `nonlinear_scan`.
       params: as for `nonlinear_scan`.
       xs: as for `nonlinear_scan`.
-      hs: [B, T, D] or [B, T, D, k], the states it returned.
-      reset: [B, T] bool; steps that forget everything are left out of the mean.
+      hs: [B, T, D] or [B, T, D, k], the states that `nonlinear_scan` returned.
+      reset: [B, T] bool. The mean excludes the steps where it is true.
 
     Returns:
-      [B], per step, in nats; -inf where a step forgets everything by itself.
+      [B], per step, in nats; -inf if a step without a reset forgets everything.
 
     Raises:
-      ValueError: for shapes that do not fit.
+      ValueError: if shapes do not fit.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -67,7 +68,7 @@ def lyapunov(
             )
     reset = checks.check_reset(op, reset, *hs.shape[:2])
     cuts = jnp.zeros(hs.shape[:2], bool) if reset is None else reset
-    # The state before the first step does not matter to a mean: that step is left out.
+    # Exclude the first step from the mean, because the state before it is not an argument.
     cuts = cuts.at[:, 0].set(True)
     found = sequence_parallel.previous(jnp.zeros_like(hs[:, 0]), hs, cuts)
     start = jax.random.normal(jax.random.key(0), hs[:, 0].shape, hs.dtype)

@@ -1,22 +1,22 @@
-"""Newton's method for all steps of h_t = f(h_{t-1}, x_t) at once, kept from going astray.
+"""Newton's method for all steps of h_t = f(h_{t-1}, x_t) at once, with safeguards.
 
-With a guess g of all states, a step solves the linear recurrence that the Jacobians J_t at g give,
+A step starts from a guess g of all states. With the Jacobians J_t at g it solves the recurrence
 
     d_t = J_t d_{t-1} + (f(g_{t-1}, x_t) - g_t),        g <- g + d
 
-After i steps the first i states are exact whatever the Jacobians are, so it always ends; on cells
-that use their nonlinearity it may take as many steps as there are states, and diverge on the way.
-So, from the cheapest measure to the dearest:
+After i steps the first i states are exact for any Jacobians, so the method always terminates. On
+strongly nonlinear cells it may need as many steps as there are states, and diverge in between. The
+safeguards, from cheapest to most expensive:
 
-1. every state is put back into the cell's bounds and then through the cell once more, which never
-   makes a contracting cell worse and undoes what overflowed;
-2. sequences that have not converged over the whole of T after a few steps go on in windows, from
-   the first window that holds an unconverged state: a window enters with an exact state, and
-   errors cannot grow over more than its length;
-3. a window that has not converged either is finished step by step.
+1. Each iterate is clipped to the cell's bounds and then passed through the cell once more. This
+   never makes a contracting cell worse, and replaces values that overflowed.
+2. Sequences that have not converged over the whole of T after a few steps are solved in windows,
+   starting at the first window with an unconverged state. A window starts from an exact state, and
+   errors grow over its length at most.
+3. If a window does not converge either, its remaining states are computed step by step.
 
-In the end all states are put through the cell once more, and what is reported is how far apart
-two neighbours are then, not what any iteration believed.
+The reported residual and convergence come from a final evaluation of the cell at all returned
+states, not from the iterations.
 """
 
 import dataclasses
@@ -32,25 +32,25 @@ from seqjax.types import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Newton:
-    """How `nonlinear_scan` solves.
+    """Configuration of the Newton solver of `nonlinear_scan`.
 
     Attributes:
       tol: a state has converged when |h_t - f(h_{t-1}, x_t)| <= tol * max(1, |h_t|) in all its
-        numbers; None is 128 times the resolution of the state's dtype.
-      whole_iterations: Newton steps on all of T before windows are tried; more for a sequence of
-        which each step brings a window's length or more to convergence. 0 keeps the memory of a
-        solve to that of a window.
+        numbers; by default 128 times the resolution of the state's dtype.
+      whole_iterations: Newton steps on all of T before the solver switches to windows. A sequence
+        continues beyond this limit while each step brings at least a window's length to
+        convergence. With 0, a solve needs the memory of one window only.
       max_iterations: Newton steps in a window.
-      window: steps in a window. Smaller ones need fewer iterations each and less memory.
-      projection: put iterates back into the cell's bounds, and through the cell once more.
+      window: steps in a window. Smaller windows need fewer iterations each and less memory.
+      projection: clip iterates to the cell's bounds, and pass them through the cell once more.
       damping: Jacobians are multiplied by 1 - damping: 0 is Newton, 1 fixed-point iteration.
-      jacobian_clip: largest magnitude of an entry of a Jacobian, None for any. Like damping it
-        changes the way to the solution and not the solution.
-      scan_dtype: dtype of the linear recurrence of a step (not of what is checked); None is the
-        state's.
+      jacobian_clip: largest magnitude of an entry of a Jacobian; by default unlimited. Like
+        damping it changes the iterations and not the solution.
+      scan_dtype: dtype of the linear recurrence of a step, by default that of the state. The
+        convergence check always uses the dtype of the state.
 
     Raises:
-      ValueError: a field is out of range, as soon as it is given.
+      ValueError: if a field is out of range, at construction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -89,14 +89,14 @@ class Newton:
 
 
 class SolveInfo(NamedTuple):
-    """What a solve reports, for every sequence: arrays [B].
+    """Report of a solve: arrays [B], one entry for each sequence.
 
     Attributes:
-      iterations: Newton steps, those of all windows added up. Zero where states were stepped.
-      residual: the largest |h_t - f(h_{t-1}, x_t)| of what is returned; NaN if any state is, and
-        zero by construction where the algorithm was "sequential".
-      converged: whether every state met the tolerance in what is returned.
-      sequential_steps: states that had to be computed one after the other.
+      iterations: Newton steps, summed over windows; zero for the sequential algorithm.
+      residual: the largest |h_t - f(h_{t-1}, x_t)| of the returned states. It is NaN if any state
+        is NaN, and zero by construction for the sequential algorithm.
+      converged: whether every returned state meets the tolerance.
+      sequential_steps: number of states that were computed one after the other.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,10 +121,10 @@ class Problem(NamedTuple):
     Attributes:
       h0: the state before the range [B, ...].
       xs: the inputs, a pytree of [B, W, ...] arrays.
-      reset: [B, W] bool. Only `step_all` takes None.
+      reset: [B, W] bool. Only `step_all` accepts None.
       guess: the states from which Newton's method starts.
       evaluate: (states before, x) -> next states.
-      step: the same of one step, states [B, ...].
+      step: `evaluate` for one step, with states [B, ...].
       linearise: (states before, x) -> (next states, Jacobians).
       correct: (Jacobians, gaps, reset) -> the d of a Newton step.
       previous: (state before the range, states, reset) -> states before each step.
@@ -150,20 +150,20 @@ class Problem(NamedTuple):
 
 
 def tolerance(solver: Newton, dtype: Any) -> float:
-    """The solver's tolerance, or the default for a dtype.
+    """Return the solver's tolerance, or the default for a dtype.
 
-    A state is a function of sums, whose rounding errors are some multiple of the resolution.
+    A state is a function of sums, whose rounding errors are a multiple of the dtype's resolution.
     """
     return 128 * float(jnp.finfo(dtype).eps) if solver.tol is None else solver.tol
 
 
 def over_state(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """[B, T, ...] -> [B, T]."""
+    """Reduce [B, T, ...] to [B, T] over the axes of the state."""
     return reduce(x, axis=tuple(range(2, x.ndim)))
 
 
 def unconverged(gap: jax.Array, state: jax.Array, tol: float) -> jax.Array:
-    """The steps [B, T] with a number that is off by more than the tolerance; NaN is off."""
+    """Return the steps [B, T] with an error above the tolerance or a NaN."""
     return over_state(~(jnp.abs(gap) <= tol * jnp.maximum(1, jnp.abs(state))), jnp.any)
 
 
@@ -206,9 +206,9 @@ def iterate(
             # Replace an iterate that overflowed by the value of the cell.
             new = clip(jnp.where(jnp.isfinite(new), new, f))
             new = problem.evaluate(problem.before(new), xs)
-        if split:  # the state that enters this part is not known to be exact
+        if split:  # the state that enters this shard may not be exact
             return new
-        # The first state that is off follows an exact one.
+        # The first unconverged state follows an exact one, so f is exact there.
         first = ready if ready.shape[1] == 1 else jnp.pad(ready[:, :-1], [(0, 0), (1, 0)])
         return jnp.where(as_state(first.at[:, 0].set(True), g), f, new)
 
@@ -220,22 +220,22 @@ def iterate(
         f, J = problem.linearise(problem.before(g), xs)
         gap = jnp.where(as_state(done, g), jnp.zeros_like(g), f - g)
         d = newton_step(gap, J)
-        # From here a small step squares the error. A large one says that errors grow along the
-        # sequence, and that what looks converged is not.
+        # Close to the solution a small step squares the error. A large step means that errors grow
+        # along the sequence, so a small gap is no proof of convergence.
         small = jnp.abs(d) <= aim**0.5 / 64 * jnp.maximum(1, jnp.abs(g))
         off = (unconverged(gap, f, aim) | ~over_state(small, jnp.all)) & ~done
         if split:
             ready = jnp.broadcast_to(~problem.anywhere(off.any(axis=1))[:, None], off.shape)
         else:
             ready = jnp.cumsum(off, axis=1) == 0
-        # What is ready takes this small step before it is looked at again, and up to three of
-        # them for the last digits; then it is left as it was found to be.
+        # A converged state takes up to three more small steps for the last digits. It is final
+        # after the third, or as soon as its gap is below an eighth of `aim`.
         settled = ready & (near > 0) & ((near >= 3) | ~unconverged(gap, f, aim / 8))
         final = jnp.cumsum(~(settled | done), axis=1) == 0
         if split:
             final = jnp.broadcast_to(~problem.anywhere(~final.all(axis=1))[:, None], off.shape)
         new = jnp.where(as_state(ready, g), g + d, better(g, f, d, ready))
-        # Past the limit a sequence goes on as long as that brings more than a window would.
+        # Past the limit a sequence continues while a step settles at least one window of states.
         moved = jnp.sum(final, axis=1) - jnp.sum(done, axis=1)
         slow = jnp.ones_like(given_up) if split else moved < solver.window
         given_up = given_up | ((i >= limit) & slow)
@@ -258,7 +258,7 @@ def iterate(
 
 
 def as_state(mask: jax.Array, like: jax.Array) -> jax.Array:
-    """A mask [B, T], [B, 1] or [B] that broadcasts against states."""
+    """Reshape a mask [B, T], [B, 1] or [B] so that it broadcasts against states."""
     return mask.reshape(*mask.shape, *(1 for _ in range(like.ndim - mask.ndim)))
 
 
@@ -350,7 +350,7 @@ def solve(
       problem: the recurrence over the whole sequence.
       solver: the configuration.
       finish: whether to compute states that do not converge step by step.
-      rescue: computes all states in place of the windows, when T is split over devices.
+      rescue: function that computes all states instead of windows, when T is split over devices.
 
     Returns:
       The states, and the Newton steps and sequential steps of each sequence.

@@ -1,4 +1,4 @@
-"""Nonlinear RNNs: h_t = f(h_{t-1}, x_t) for all t, solved in parallel by Newton or stepped."""
+"""Nonlinear RNNs: h_t = f(h_{t-1}, x_t) for all t, by Newton's method or step by step."""
 
 import functools
 import warnings
@@ -48,43 +48,45 @@ def nonlinear_scan(
     interpret: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Array, Array, SolveInfo]:
-    """Nonlinear recurrence over time.
+    """Compute a nonlinear recurrence over time.
 
         h_t = f(h_{t-1}, x_t)          h_0 = initial_state,   f = cell(params, h, x)
 
-    Where `reset` is true, h_{t-1} is cleared to zero first. Solved for all t at once by Newton's
-    method, each step of which is a linear recurrence (DEER, arXiv 2309.12252; ELK, 2407.19115;
-    ParaRNN, 2510.21450), or step after step. However it was solved, gradients are those of the
-    recurrence: one linear recurrence backwards with the exact Jacobians at the solution, which is
-    all that is kept.
+    Where `reset` is true, h_{t-1} is cleared to zero first. The states are computed step by step,
+    or for all t at once by Newton's method, each step of which is a linear recurrence (DEER, arXiv
+    2309.12252; ELK, 2407.19115; ParaRNN, 2510.21450). Gradients do not depend on the algorithm:
+    they come from one linear recurrence backwards with the exact Jacobians at the solution. The
+    states of the solution are the only residuals.
 
     Args:
       cell: f(params, h, x) -> h, one step of one sequence: h [D] or [D, k]. A `seqjax.cells` cell
-        or any function; it must not close over arrays made inside `jit` or `grad`: these belong
-        into `params`.
+        or any function. It must not close over arrays made inside `jit` or `grad`: pass these in
+        `params`.
       params: pytree of arrays.
       xs: pytree of [B, T, ...] arrays.
       initial_state: [B, D], or [B, D, k] for D channels of k coupled numbers.
       reset: [B, T] bool.
       jacobian: the structure of df/dh: "diagonal" (channel by channel), "block" (k x k per
-        channel), "dense"; "quasi" solves with the diagonal of a dense one (gradients stay exact);
-        "auto" is the cell's own or is found from the function. What is declared is checked.
-      bounds: (lowest, highest) state, broadcastable to a state: limits that f never leaves from
-        within. None takes the cell's own, if it has some. Wrong ones cost steps, not correctness.
-      guess: [B, T, ...] states to begin from, such as those of an earlier call on similar
-        parameters.
+        channel) or "dense". "quasi" solves with the diagonal of a dense Jacobian, and gradients
+        stay exact. "auto" uses the cell's declaration, or infers the structure from the function.
+        A declared structure is checked.
+      bounds: (lowest, highest) state, broadcastable to a state. A step of f from a state within
+        the bounds must stay within them. By default the cell's own, if it has any. Wrong bounds
+        cost iterations, but do not change the solution.
+      guess: [B, T, ...] states from which Newton starts, such as those of an earlier call with
+        similar parameters.
       solver: a `Newton`.
-      algorithm: "newton", "sequential" or None: sequential on CPU and for dense cells (see
+      algorithm: "newton" or "sequential". By default sequential on CPU and for dense cells (see
         `jacobian`), Newton otherwise.
-      implementation: "xla", "pallas" (a kernel for GPU from Hopper on, sequential, forward and
-        backward in one pass each) or None, which is XLA. The kernel takes any cell whose channels
-        do not meet (Jacobian "diagonal" or "block") and that is made of elementwise operations;
-        every leaf of `xs` with an axis of D channels, the last of that length; float32, bfloat16
-        and int32; and rows of D numbers that are multiples of 16 bytes.
-      on_failure: what to do when Newton does not converge: "sequential" finishes step by step,
-        "error" raises, "warn" prints a warning and returns what there is, flagged in `info`.
-      interpret: run the kernel for GPU without its hardware, slowly: to try it (jax 0.11.2 or
-        newer).
+      implementation: "xla", the default, or "pallas" (a sequential kernel for GPU from Hopper on,
+        forward and backward in one pass each). The kernel supports cells with independent channels
+        (Jacobian "diagonal" or "block") that consist of elementwise operations. Every leaf of `xs`
+        must have an axis of D channels as its last axis. Dtypes are float32, bfloat16 and int32.
+        Rows of D numbers must be multiples of 16 bytes.
+      on_failure: the action if Newton does not converge: "sequential" finishes step by step,
+        "error" raises, "warn" warns and returns the unconverged states, flagged in `info`.
+      interpret: run the GPU kernel in interpret mode, without a GPU. This is slow, and requires
+        jax 0.11.2 or newer.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -92,9 +94,12 @@ def nonlinear_scan(
       if any argument is, and a `SolveInfo` with arrays [B].
 
     Raises:
-      ValueError: for shapes or dtypes that do not fit, or a Jacobian that is not as declared.
-      NotImplementedError: for an algorithm or implementation that cannot run here.
-      RuntimeError: with on_failure="error" (under `jit` as the error of a callback).
+      ValueError: if shapes or dtypes do not fit, or the Jacobian does not have the declared
+        structure.
+      NotImplementedError: if the algorithm or implementation does not support the call or the
+        platform.
+      RuntimeError: if on_failure="error" and Newton does not converge (under `jit` as the error of
+        a callback).
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -199,8 +204,8 @@ def _scan(
     out = jacobian_structure.float_leaves(xs)[0].dtype
     leaves, tree = jax.tree.flatten((params, xs, h0, reset, guess))
     params, xs, h0, reset, guess = jax.tree.unflatten(tree, jax_compat.match_varying(*leaves))
-    # On a CPU a step of a small cell costs as much as launching its kernels. Without resets, skip
-    # the select in each step.
+    # On CPU a step of a small cell costs as much as a kernel launch. Without resets, skip the
+    # select in each step.
     step_reset = reset if has_resets else None
     params = jax.tree.map(lambda x: _widened(x, h0.dtype), params)
     bounds = lax.stop_gradient(bounds)
@@ -245,12 +250,12 @@ def _scan(
         )
         return states, _judge(here, solver, states, iterations, sequential_steps, sequence_axis)
 
-    on_cpu = algorithm or "sequential"  # a Newton iteration costs more than all steps there
+    on_cpu = algorithm or "sequential"  # one Newton iteration costs more than all steps there
     # With a dense Jacobian an iteration multiplies D x D matrices at all t. On an H100 a GRU of
     # width 256 took 3,599 ms and 25 GB by Newton, and 15 ms step by step.
     elsewhere = algorithm or ("sequential" if "dense" in structure else "newton")
-    # If the two differ, both are traced here, and again in the adjoint: by `lax.platform_dependent`
-    # in `backends.by_platform`.
+    # If the algorithms differ, both are traced here and again in the adjoint, because
+    # `backends.by_platform` uses `lax.platform_dependent`.
     states, info = backends.by_platform(solve, on_cpu, elsewhere, problem.h0)
     if on_failure != "sequential":
         _report(info, on_failure)
@@ -284,7 +289,7 @@ def _problem(
     return newton.Problem(
         *arrays,
         evaluate=over_steps(lambda h, x: cell(params, h, x)),
-        # Not `evaluate` of one step: the additional axis doubles the kernels of XLA's CPU compiler.
+        # Not `evaluate` of one step: the extra axis doubles the number of kernels on CPU.
         step=jax.vmap(lambda h, x: cell(params, h, x)),
         linearise=over_steps(
             lambda h, x: jacobian_structure.jacobian(lambda h: cell(params, h, x), h, structure)
@@ -311,7 +316,7 @@ def _device_by_device(problem: newton.Problem, sequence_axis: str) -> Array:
 def _step_by_step(problem: newton.Problem, sequence_axis: str | None) -> tuple[Array, SolveInfo]:
     """Compute all states step by step.
 
-    They are exact by construction, so `converged` only checks for non-finite values.
+    The states are exact by construction, so `converged` only checks for non-finite values.
     """
     if sequence_axis is None:
         states = newton.step_all(problem)
@@ -340,21 +345,21 @@ def _judge(
     off = newton.unconverged(gap, states, newton.tolerance(solver, states.dtype))
     worst = jnp.max(newton.over_state(jnp.abs(gap), jnp.max), axis=1)
     if sequence_axis is not None:
-        # The counts are equal on all devices. The reduction makes their types say so.
+        # The counts are equal on all devices. The reduction removes the varying mesh axis.
         worst, iterations, steps = lax.pmax((worst, iterations, steps), sequence_axis)
     return SolveInfo(iterations, worst, ~problem.anywhere(off.any(axis=1)), steps)
 
 
 def _report(info: SolveInfo, on_failure: str) -> None:
-    """Raise or warn at run time, when a sequence has not converged."""
+    """Raise or warn at run time if a sequence has not converged."""
 
     def tell(converged: Any, residual: Any) -> None:
         if converged.all():
             return
         text = (
             f"nonlinear_scan: {int((~converged).sum())} of {converged.size} sequences did not"
-            f" converge (largest residual {residual.max():.1e}); allow more `max_iterations` or"
-            " a smaller `window` in `solver`, or take on_failure='sequential'."
+            f" converge (largest residual {residual.max():.1e}); increase `max_iterations`"
+            " or decrease `window` in `solver`, or use on_failure='sequential'."
         )
         if on_failure == "error":
             raise RuntimeError(text)
@@ -364,7 +369,7 @@ def _report(info: SolveInfo, on_failure: str) -> None:
 
 
 def _widened(x: Array, dtype: Any) -> Array:
-    """Floating-point numbers in the dtype of the state: residuals are never rounded to 8 bits."""
+    """Cast floating-point numbers to the state's dtype: residuals keep more than 8 bits."""
     return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
