@@ -98,7 +98,7 @@ class Plan:
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     cli.define_config(values, argv)
     flags.DEFINE_string(
         "topology", "v5e:16x16", "TPU slice, such as v5p:4x4x4.", flag_values=values
@@ -110,7 +110,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def main(values: Any) -> int:
-    """Plans the configuration given by flags, or all recipes; exit code 1 if one does not fit."""
+    """Plan the configuration given by flags, or all recipes; exit code 1 if one does not fit."""
     if values.table:
         return 0 if table(values.table) else 1
     config = cli.require_config(values)
@@ -120,7 +120,7 @@ def main(values: Any) -> int:
 
 
 def table(topologies: Sequence[str]) -> bool:
-    """Prints a row for every recipe, length and slice; returns whether all fit."""
+    """Print a row for every recipe, length and slice; return whether all fit."""
     for topology in topologies:
         topology_devices(topology)  # a mistake is told at once
     print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}\n\n{HEADER}")
@@ -154,7 +154,7 @@ def topology_devices(topology: str) -> tuple[Chip, list[Any]]:
 
 
 def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
-    """Compiles the training step of a configuration for a topology."""
+    """Compile the training step of a configuration for a topology."""
     chip, chips = topology_devices(topology)
     model = build.build_model(config.model)
     transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())

@@ -44,13 +44,13 @@ experiments.sweep` writes. Runs are small: sizes, steps and departures are in th
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     flags.DEFINE_string("results", sweep.RESULTS, "The results to report.", flag_values=values)
     flags.DEFINE_string("figures", "experiments/results", "Folder for figures.", flag_values=values)
 
 
 def main(values: Any) -> int:
-    """Prints the report."""
+    """Print the report."""
     rows = sweep.read(Path(values.results))
     if not rows:
         raise UserError(f"no results in {values.results}: run python -m experiments.sweep first")
@@ -174,7 +174,7 @@ def _spread(scores: list[float]) -> str:
 
 
 def figure(path: Path, grid: Grid, rows: Rows) -> None:
-    """Draws what the grid asks for, a line for every layer."""
+    """Draw what the grid asks for, a line for every layer."""
     curves = grid.figure == "curve"
     lines = _curves(grid, rows) if curves else _points(grid, rows)
     drawing = Figure(figsize=(10.5 if curves else 7.5, 4.2), layout="constrained")

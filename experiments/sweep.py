@@ -41,7 +41,7 @@ WAITING = (
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     flags.DEFINE_list("grids", [], f"Of {', '.join(GRIDS)}; all if empty.", flag_values=values)
     flags.DEFINE_list("seeds", ["0"], "Seeds of every job.", flag_values=values)
     flags.DEFINE_string("results", RESULTS, "Where results are appended.", flag_values=values)
@@ -55,7 +55,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def main(values: Any) -> int:
-    """Runs the jobs that the flags name and that have no result yet."""
+    """Run the jobs that the flags name and that have no result yet."""
     names = values.grids or list(GRIDS)
     for name in names:
         if name not in GRIDS:
@@ -95,7 +95,7 @@ def read(results: Path) -> list[dict[str, Any]]:
 
 
 def _drop_unfinished(results: Path) -> None:
-    """Removes a line that a kill cut short, so that the next one starts on a new line."""
+    """Remove a line that a kill cut short, so that the next one starts on a new line."""
     if results.exists() and not (text := results.read_text()).endswith("\n"):
         temporary = results.with_suffix(".tmp")
         temporary.write_text(text[: text.rfind("\n") + 1])
@@ -103,7 +103,7 @@ def _drop_unfinished(results: Path) -> None:
 
 
 def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, workdir: Path) -> int:
-    """Runs the (grid, job, fields set, seed) that have no line yet; returns an exit code."""
+    """Run the (grid, job, fields set, seed) that have no line yet; return an exit code."""
     _drop_unfinished(results)
     done = {key(row["grid"], row["config"], row["overrides"]) for row in read(results)}
     left = []
@@ -148,7 +148,7 @@ def key(grid: str, config: str, overrides: dict[str, Any]) -> str:
 def run(
     grid: str, job: Job, overrides: dict[str, Any], folder: Path, interrupt: Interrupt
 ) -> dict[str, Any] | None:
-    """Trains one job; returns its line of the results, or None if it was stopped."""
+    """Train one job; return its line of the results, or None if it was stopped."""
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, "-m", "experiments.train", f"--config={job.config}", *arguments]
     started = time.perf_counter()
@@ -180,7 +180,7 @@ def run(
 
 
 def execute(command: list[str], interrupt: Interrupt) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end and captures its output.
+    """Run a command to its end and captures its output.
 
     The command runs in a new session, because a terminal sends Ctrl-C to every process of a
     session and a training run treats a second signal as an order to stop without saving. The first

@@ -35,7 +35,7 @@ from experiments.training.step import all_finite, make_init, make_train_step
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     cli.define_config(values, argv)
     devices.define_flags(values)
     flags.DEFINE_string(
@@ -50,7 +50,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def main(values: Any) -> int:
-    """Trains the configuration given by flags."""
+    """Train the configuration given by flags."""
     config = cli.require_config(values)
     if values.print_config:
         print(usage.resolved(config))
@@ -69,7 +69,7 @@ def default_workdir(config: ConfigDict) -> str:
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains, evaluates and samples; returns the content of summary.json."""
+    """Train, evaluates and samples; return the content of summary.json."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Print a line, once for all processes."""
     if devices.is_main():
         print(text, flush=True)
 
@@ -97,7 +97,7 @@ class Run:
     """A training run in a workdir: build, restore, loop, log, evaluate, save, finish."""
 
     def __init__(self, config: ConfigDict, workdir: Path) -> None:
-        """Builds the model, its data and its training step, and restores the newest checkpoint."""
+        """Build the model, its data and its training step, and restores the newest checkpoint."""
         check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
         check_positive(config.data, "batch_size")
         if config.stop_at < 0:
@@ -167,7 +167,7 @@ class Run:
         )
 
     def loop(self) -> int:
-        """Trains to the last step, or until the model is good enough.
+        """Train to the last step, or until the model is good enough.
 
         Returns 0, or the exit code of the signal that stopped the loop.
         """
@@ -223,7 +223,7 @@ class Run:
         return interrupt.signal is not None
 
     def write_metrics(self, timed: bool = True) -> None:
-        """Fetches the metrics of the steps since the last call, checks them and writes them."""
+        """Fetch the metrics of the steps since the last call, checks them and writes them."""
         if not self._pending:
             return
         pending, self._pending = self._pending, []
@@ -267,7 +267,7 @@ class Run:
         return {name: int(value) for name, value in jax.device_get(numbers).items()}
 
     def evaluate(self) -> bool:
-        """Evaluates on held-out data; returns whether the result is the best so far."""
+        """Evaluate on held-out data; return whether the result is the best so far."""
         self.write_metrics()
         metric = self.objective.metric
         result = self._evaluate(self.state["params"], False)
@@ -288,7 +288,7 @@ class Run:
         return better
 
     def save(self, best: bool) -> None:
-        """Saves a checkpoint, and a copy of it if it is the best so far."""
+        """Save a checkpoint, and a copy of it if it is the best so far."""
         self.write_metrics()
         # The loss is that of the parameters before the step.
         if not all_finite(self.state["params"]):
@@ -332,7 +332,7 @@ class Run:
         return {"tokens": tokens, "train_seconds": tokens / speed, "tokens_per_second": speed}
 
     def finish(self) -> dict[str, Any]:
-        """Evaluates a last time, writes a sample, the curves and summary.json."""
+        """Evaluate a last time, writes a sample, the curves and summary.json."""
         config, workdir = self.config, self.workdir
         result = self._evaluate(self.state["params"], True)
         say(self.objective.describe(result))
@@ -353,7 +353,7 @@ class Run:
         return result
 
     def save_curves(self, final: dict[str, Any] | None = None) -> None:
-        """Draws the rows of the log, and the result of the last evaluation."""
+        """Draw the rows of the log, and the result of the last evaluation."""
         if not devices.is_main():
             return
         rows = logs.read_rows(self.workdir)
@@ -362,7 +362,7 @@ class Run:
             plots.save_curves(path, rows, self.config.name, self.objective, final)
 
     def save_sample(self) -> None:
-        """Draws a sample from the model, prints it and writes it to sample.txt."""
+        """Draw a sample from the model, prints it and writes it to sample.txt."""
         sample = self.config.sample
         prompt = sampling.encode(sample.prompt)
         stream = sampling.make_sampler(self.model)(

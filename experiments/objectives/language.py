@@ -85,7 +85,7 @@ class Text(NextByte):
     def make_evaluate(
         self, device_mesh: devices.DeviceMesh
     ) -> Callable[[Any, bool], dict[str, Any]]:
-        """Returns `evaluate(params, final)`: bits per byte, beside compressors' in the end."""
+        """Return `evaluate(params, final)`: bits per byte, beside compressors' in the end."""
         evaluation = self._config.eval
         measure = heldout.make_evaluate(
             self.model,
@@ -122,6 +122,6 @@ class Text(NextByte):
 
 
 def require_text(config: ConfigDict, what: str) -> None:
-    """Raises unless a run is on text."""
+    """Raise unless a run is on text."""
     if "task" in config:
         raise UserError(f"{what} is for runs on text; this one is on the task {config.task.name}")

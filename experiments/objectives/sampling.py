@@ -20,7 +20,7 @@ Sampler = Callable[[Any, bytes, int, int, float, float], Iterator[int]]
 def choose(
     key: jax.Array, logits: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float
 ) -> jax.Array:
-    """Draws from the smallest set of bytes [V] whose probability reaches `top_p`.
+    """Draw from the smallest set of bytes [V] whose probability reaches `top_p`.
 
     Temperature 0 takes the most likely byte.
     """
@@ -35,7 +35,7 @@ def choose(
 
 
 def make_sampler(model: Any) -> Sampler:
-    """Returns `sample(params, prompt, num_bytes, seed, temperature, top_p)`, compiled once."""
+    """Return `sample(params, prompt, num_bytes, seed, temperature, top_p)`, compiled once."""
     step = jax.jit(model.step)
     draw = jax.jit(choose)
 
@@ -80,7 +80,7 @@ def printable(text: str, stream: TextIO) -> str:
 
 
 def decode(stream: Iterable[int]) -> Iterator[str]:
-    """Decodes UTF-8 as it arrives; what is not UTF-8 becomes the replacement character."""
+    """Decode UTF-8 as it arrives; what is not UTF-8 becomes the replacement character."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for byte in stream:
         text = decoder.decode(bytes([byte]))

@@ -17,7 +17,7 @@ def mqar(
     vocab_size: int = 8192,
     power: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws examples of MQAR as zoology sets it (Arora et al., arXiv 2312.04927).
+    """Draw examples of MQAR as zoology sets it (Arora et al., arXiv 2312.04927).
 
         k_1 v_1 k_2 v_2 ... k_P v_P   . . k_2 . . . k_P . . k_1 . .
 

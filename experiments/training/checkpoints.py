@@ -56,7 +56,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 class Checkpoints:
-    """Saves and restores `state` (arrays) and `meta` (JSON) of the run in a workdir."""
+    """Save and restores `state` (arrays) and `meta` (JSON) of the run in a workdir."""
 
     def __init__(self, workdir: Path, keep: int = 2) -> None:
         self._workdir = workdir

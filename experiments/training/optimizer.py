@@ -25,7 +25,7 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps: int, roles: Any) -> optax.GradientTransformation:
-    """Builds the optimizer; `roles` is the model's tree of parameter roles.
+    """Build the optimizer; `roles` is the model's tree of parameter roles.
 
     Weights decay. Biases, norms, embeddings and recurrence parameters do not, and the learning
     rate of recurrence parameters is `recurrence_rate` times that of the others: eigenvalues near
