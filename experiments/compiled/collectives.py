@@ -52,7 +52,7 @@ class _Computation:
 def read(text: str) -> Traffic:
     """Count the collectives of a compiled program, `jit(f).lower(...).compile().as_text()`.
 
-    A loop's body counts as often as it runs, every branch of a conditional as if it were taken.
+    The body of a loop counts once per iteration. All branches of a conditional count.
     """
     computations, entry = _computations(text)
     counts: Counter[str] = Counter()
@@ -60,7 +60,7 @@ def read(text: str) -> Traffic:
     unknown = 0
 
     def visit(name: str, times: int) -> bool:
-        """Add what a computation does; return whether there is a collective in it."""
+        """Add the collectives of a computation; return whether it has any."""
         nonlocal unknown
         found = False
         here = computations[name]

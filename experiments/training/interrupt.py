@@ -1,4 +1,4 @@
-"""Turns SIGINT and SIGTERM into a flag the training loop looks at between steps."""
+"""Handler of SIGINT and SIGTERM that sets a flag, which the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class Interrupt:
-    """A context in which the first Ctrl-C or SIGTERM asks to stop and the second one kills.
+    """Context manager: the first Ctrl-C or SIGTERM sets `signal`, the second one terminates.
 
     Attributes:
-      signal: the number of the signal that has arrived, or None.
+      signal: number of the received signal, or None.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -24,7 +24,7 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        # Python allows signal handlers in the main thread only.
+        # Python allows signal handlers only in the main thread.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._ask)
@@ -48,5 +48,5 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 128 plus the number of the signal."""
+        """Return 128 plus the number of the signal, the convention of shells."""
         return 128 + (self.signal or 0)
