@@ -131,7 +131,7 @@ def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, wor
                 sys.stdout.flush()
             if row is None or (interrupt.signal and number < len(left)):
                 print("stopped; start the same command again to resume", flush=True)
-                return 130
+                return interrupt.exit_code if interrupt.signal else 130
     return 0
 
 
@@ -155,7 +155,7 @@ def run(
     command = [sys.executable, "-m", "experiments.train", f"--config={job.config}", *arguments]
     started = time.perf_counter()
     done = execute([*command, f"--workdir={folder}"], interrupt)
-    if done.returncode in (130, 143, -2, -15):
+    if done.returncode in (129, 130, 143, -1, -2, -15):
         return None
     row = {
         "grid": grid,
@@ -184,10 +184,10 @@ def run(
 def execute(command: list[str], interrupt: Interrupt) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and capture its output.
 
-    A terminal sends Ctrl-C to every process of a session, and a training run that receives two
-    signals stops without saving. The command therefore runs in a new session. The first signal that
-    `interrupt` receives is forwarded once, as SIGINT. A second signal raises KeyboardInterrupt,
-    which terminates the command.
+    The command runs in a new session. A terminal sends Ctrl-C to its whole process group, and a
+    second signal would stop the training run without saving. The first signal that `interrupt`
+    receives is forwarded once, as SIGINT. A second Ctrl-C raises KeyboardInterrupt, which
+    terminates the command.
     """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, **pipes) as process:

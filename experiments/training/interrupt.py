@@ -1,4 +1,4 @@
-"""Handler of SIGINT and SIGTERM that sets a flag, which the training loop reads between steps."""
+"""Signals that stop a run, turned into a flag that the training loop reads between steps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ import threading
 from types import FrameType
 from typing import Any
 
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]  # Windows has no SIGHUP
+
 
 class Interrupt:
-    """Context manager: the first Ctrl-C or SIGTERM sets `signal`, the second one terminates.
+    """Context manager: the first SIGINT, SIGTERM or SIGHUP sets `signal`, a second one terminates.
+
+    A closed terminal sends SIGHUP.
 
     Attributes:
       signal: number of the received signal, or None.
@@ -26,7 +32,7 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         # Python allows signal handlers only in the main thread.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._ask)
         return self
 

@@ -89,7 +89,8 @@ def monoid_scan(
     algorithm = backends.select_algorithm(
         op, algorithm, algorithms=("sequential", "associative", "chunked"), length=length
     )
-    backends.select_backend(op, algorithm, implementation, length=length)  # XLA, or it raises
+    # There is no kernel: an explicit choice of one raises.
+    backends.select_backend(op, algorithm, implementation, length=length)
     if initial_state is not None:
         initial_state = _check_state(op, initial_state, elems)
     return _scan(

@@ -86,6 +86,15 @@ def previous(
                 f"{op}: `initial_state` must have the structure of `x` and shapes {wanted}, got"
                 f" {checks.describe_tree(initial_state)} with shapes {got}."
             )
+        for start, leaf in zip(first, leaves, strict=True):
+            if jnp.promote_types(start.dtype, leaf.dtype) != leaf.dtype and not (
+                jnp.issubdtype(leaf.dtype, jnp.floating)
+                and jnp.issubdtype(start.dtype, jnp.floating)
+            ):
+                raise ValueError(
+                    f"{op}: `initial_state` must have a dtype that {leaf.dtype} can hold, got"
+                    f" {start.dtype}; cast it first."
+                )
     *varying, reset = jax_compat.match_varying(*first, *leaves, reset)
     first, leaves = varying[: len(first)], varying[len(first) :]
     earlier = [

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from seqjax.ops.core import linalg
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("seqjax", "pallas_kernels"))
 
@@ -34,6 +36,8 @@ def count_calls(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
             files.append(frame.f_code.co_filename)
 
     jax.clear_caches()
+    for cached in (linalg._along_rows, linalg._down_columns):
+        cached.cache_clear()
     outer = sys.getprofile()
     sys.setprofile(record)
     try:

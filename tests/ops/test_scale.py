@@ -22,6 +22,19 @@ def made(case, dtype):
     return cast(inputs, dtype), cast(state, dtype), jnp.asarray(reset)
 
 
+@pytest.mark.parametrize("case", OPS, ids=str)
+def test_no_traced_value_is_left_in_a_gradient(case):
+    """The functions that a primitive holds close over no traced value."""
+    inputs, state, reset = made(case, "float32")
+
+    def total(inputs):
+        leaves = jax.tree.leaves(case.run(inputs, state, reset)[0])
+        return sum(jnp.sum(jnp.real(leaf)) for leaf in leaves)
+
+    with jax.checking_leaks():
+        jax.jit(jax.grad(total)).trace(inputs)
+
+
 @EACH
 def test_no_traced_value_is_left_in_a_primitive(case, strict, compiled_quickly):
     inputs, state, reset = made(case, "float32")

@@ -191,8 +191,8 @@ def select_backend(
     implementation: str | None,
     interpret: bool = False,
     *,
+    length: Any,
     unsupported: str | None = None,
-    length: Any = None,
     excluded: Sequence[str] = (),
 ) -> Backend:
     """Check the caller's `implementation` and return the backend of the call.

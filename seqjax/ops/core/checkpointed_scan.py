@@ -62,7 +62,7 @@ def time_scan(
     back: 3 to 8 times faster on CPU for the matrix states.
 
     `step` must not close over arrays that are differentiated: those are `shared`. Neither it nor
-    its derivative should sum over a minor axis (`_broadcast` says why).
+    its derivative should sum over a minor axis (see `core/linalg.py`).
     """
 
     def advance(state: PyTree, block: PyTree, *shared: jax.Array) -> tuple[PyTree, PyTree]:

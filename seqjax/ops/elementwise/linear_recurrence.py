@@ -114,7 +114,13 @@ def scan(
     backend: backends.Backend,
     block_sizes: BlockSizes,
 ) -> tuple[Array, Array]:
-    """Run the `pre` form with an adjoint that makes all cotangents in one pass."""
+    """Run the `pre` form with an adjoint that makes all cotangents in one pass.
+
+    If XLA always runs the call, return the recurrence itself, whose rules above need one scan less
+    in forward mode.
+    """
+    if backend.mode is backends.Mode.OFF:
+        return recurrence(a, x, h0, reset, form)
 
     def forward(a: Array, x: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
         return recurrence(a, x, h0, reset, form, backend, block_sizes)
@@ -144,7 +150,7 @@ def scan(
                 dy,
                 d_final,
                 reverse=form.reverse,
-                out_dtype=jnp.finfo(x.dtype).dtype,
+                out_dtype=jnp.finfo(like[1].dtype).dtype,
                 blocks=block_sizes,
                 interpret=backend.interpret,
             )

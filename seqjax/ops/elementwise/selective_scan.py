@@ -198,6 +198,7 @@ def _scan(
         return [ct.astype(like.dtype) for ct, like in zip(given, args[:-1], strict=True)]
 
     def shapes(x: Array, dt: Array, A: Array, *rest: Any) -> Any:
+        *_, h0, _ = rest
         final = jax.ShapeDtypeStruct(h0.shape, state)
         borders = jax.ShapeDtypeStruct(border_shape((*x.shape, A.shape[1])), state)
         return (jax.ShapeDtypeStruct(x.shape, x.dtype), final), borders

@@ -10,6 +10,7 @@ all of them.
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ ALGORITHMS = ("sequential", "chunked", "associative")
 def _specs(arguments: Mapping[str, Any], out: Any) -> Any:
     """Return the specs of (outputs, final state), split by axis as the inputs are."""
     recurrence = arguments["self"]
-    given = {**arguments["inputs"], **arguments}
+    given = {**arguments, **arguments["inputs"]}
     return explicit_mesh.by_axes(recurrence.patterns, "B T H V", "B H K V")(given, out)
 
 
@@ -130,6 +131,8 @@ class MatrixRecurrence:
                     f" axis, and a name other than {', '.join(sorted(reserved))}, got"
                     f" {name!r}: {pattern!r}."
                 )
+        object.__setattr__(self, "inputs", types.MappingProxyType(dict(self.inputs)))
+        object.__setattr__(self, "reads_before_decay", tuple(self.reads_before_decay))
         unknown = set(self.reads_before_decay) - set(self.inputs)
         if unknown:
             raise ValueError(
@@ -325,7 +328,7 @@ def _recur(
         no_values = {
             name: jnp.zeros_like(x, shape=(*x.shape[:-1], size))
             for name, x in arrays.items()
-            if recurrence.patterns[name].endswith("V")
+            if recurrence.patterns[name].split()[3:] == ["V"]
         }
         transition, apply = local(identity, no_values)[1], linalg.matmul
     else:
