@@ -127,7 +127,7 @@ NOTES = {
         "not."
     ),
     "modular_arithmetic": (
-        "No model reaches the published accuracy. The RNNs trained for 6,000 steps, the other "
+        "No RNN reaches the published accuracy. The RNNs trained for 6,000 steps, the other "
         "models for 1,500. At the training length the RNNs answer 71 to 89 % of the questions "
         "correctly, and their loss was still falling; at larger lengths the accuracy drops. With "
         "eigenvalues of both signs, Mamba is more accurate than without after the same number of "
