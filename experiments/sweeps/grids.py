@@ -114,15 +114,15 @@ NOTES = {
         "Attention solves the task at every width, as in the paper (arXiv 2312.04927, with larger "
         "sizes). Mamba, the other layer in both comparisons, needs width 64 and one of the two "
         "learning rates. Gated DeltaNet, whose states are matrices, solves it from width 32 on. "
-        "LRU, S5 and GateLoop do not solve it at any of these widths: the decays of LRU and S5 do "
-        "not depend on the input, and GateLoop has no convolution that combines neighboring "
-        "tokens. An accuracy of 0.25 means that the model outputs one of the four stored values "
+        "LRU, S5 and GateLoop do not solve it at any of these widths. The decays of LRU and S5 do "
+        "not depend on the input. GateLoop has no convolution that combines neighboring tokens. "
+        "An accuracy of 0.25 means that the model outputs one of the four stored values "
         "at random."
     ),
     "parity": (
-        "As in the paper, DeltaNet and Mamba need eigenvalues of both signs. Scaled accuracies of "
-        "the other models are above 0 because every symbol has an answer here, not only the last "
-        "one: a model that counts up to 40 answers the first 40 symbols correctly. After 1,500 "
+        "As in the paper, DeltaNet and Mamba need eigenvalues of both signs. Here every symbol has "
+        "an answer, not only the last one. A model that counts up to 40 answers the first 40 "
+        "symbols correctly, so the other scaled accuracies are above 0. After 1,500 "
         "steps GRU and LSTM have learned the task; the elementwise cells ParaGRU and ParaLSTM have "
         "not."
     ),
