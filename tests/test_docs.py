@@ -1,4 +1,4 @@
-"""The documentation: code in it runs, and the reference has every public name."""
+"""Documentation: its code runs, and the reference has every public name."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ ARCHITECTURES = [
 
 
 def defined(module):
-    """The functions and classes that a module makes public."""
+    """Return the public functions and classes of a module."""
     return {
         name
         for name, made in vars(module).items()
@@ -43,7 +43,7 @@ def defined(module):
 
 
 def public_names():
-    """What users import, by the path they import it with."""
+    """Return the public objects by their import path."""
     ops = [name for name in vars(seqjax) if name in vars(seqjax.ops) and not name.startswith("_")]
     names = {f"seqjax.{name}" for name in ops if not inspect.ismodule(getattr(seqjax, name))}
     names |= {f"seqjax.ops.{name}" for name in seqjax.ops.__all__ if not hasattr(seqjax, name)}
@@ -129,7 +129,7 @@ def test_there_is_code():
     ],
 )
 def test_code_runs(page):
-    """As it stands, from top to bottom."""
+    """Run the code of a page from top to bottom."""
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
         exec(compile(block, page, "exec", dont_inherit=True), names)
@@ -139,7 +139,7 @@ def test_code_runs(page):
     "made", ARCHITECTURES, ids=lambda made: f"{made.__module__}.{made.__name__}"
 )
 def test_architectures_are_documented(made):
-    """The fields, an example, the state, and where it comes from."""
+    """Check that the docstring has fields, an example, the state and a reference."""
     text = made.__doc__
     if inspect.isabstract(made):
         assert ">>>" in text, "no example of one's own"

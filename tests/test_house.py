@@ -1,4 +1,4 @@
-"""The house itself: which way imports flow, how long files are, that examples are true."""
+"""Structure of the repository: directions of imports, lengths of files, doctests."""
 
 import ast
 import doctest
@@ -62,7 +62,7 @@ def upward(module: str, source: str) -> list[str]:
         return []
     wrong = [name for name in imported(source) if (floor(name) or 0) > here]
     if here == 0:
-        # A leaf: jax, NumPy that comes with it, itself and what comes with Python.
+        # A leaf imports jax, NumPy, the standard library and its own modules.
         known = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
         wrong += [name for name in imported(source) if name.split(".")[0] not in known]
     return wrong

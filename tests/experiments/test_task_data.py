@@ -1,4 +1,4 @@
-"""Tasks: every vectorised generator against a slow, direct version of the same words."""
+"""Tasks: every vectorized generator against a slow, direct implementation."""
 
 import re
 

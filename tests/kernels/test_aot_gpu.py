@@ -1,7 +1,7 @@
-"""The kernels for GPU compiled for an H100 that is not at hand, and what ptxas says of them.
+"""GPU kernels compiled for an H100 without a GPU, and the ptxas reports of the kernels.
 
-Needs jax's CUDA plugin, without NVIDIA's libraries: the extra `aot-gpu`. Every program is compiled
-in a process of its own, which writes the report.
+Needs jax's CUDA plugin, without NVIDIA's libraries: the extra `aot-gpu`. A separate process
+compiles each program and writes the report.
 """
 
 import functools
@@ -54,7 +54,7 @@ def test_registers_and_shared_memory(name, dtype, tmp_path):
     ids=["forward", "backward"],
 )
 def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
-    """Of the selective scan: in registers without spills, and [B, T, D, N] is nowhere."""
+    """Check the selective scan: no register spills, and no array [B, T, D, N]."""
     report = gpu.compile_apart(
         f"selective_scan{way}, B=8, T=4096, D=2048, N=16", dtype, folder=tmp_path
     )

@@ -1,4 +1,4 @@
-"""The kernels for GPU, interpreted, against float64 loops, and who may choose them.
+"""Interpreted GPU kernels against float64 loops, and the selection of kernels.
 
 The contract tests run the TPU's kernels, which is what `interpret=True` means. Needs a jax whose
 Pallas interprets Mosaic GPU, 0.11.2 or newer, and finds races; what needs none is at the end.
@@ -68,7 +68,7 @@ FORMS = [
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(("axes", "complex_", "dtype"), FORMS)
 def test_values(axes, complex_, dtype, reverse):
-    # More blocks of time than the copies are ahead; blocks of time and features hang over.
+    # More blocks of time than the prefetch depth; ragged edges in time and features.
     given = arrays((2, 27, 136), axes, complex_)
     decay, x, dy = narrowed([given[0], given[1], given[4]], dtype)
     h0, d_final = narrowed([given[2], given[5]], "float32")
@@ -93,7 +93,7 @@ def test_values(axes, complex_, dtype, reverse):
 @interpreted
 @pytest.mark.parametrize("shape", [(1, 16, 128), (2, 21, 128), (1, 3, 8)], ids=str)
 def test_other_shapes_without_reset(shape):
-    """In blocks that the kernel chooses, and the other form."""
+    """Check block sizes that the kernel chooses, and the `post` form."""
     decay, x, h0, reset, *_ = arrays(shape, "BTD", seed=1)
     given = [parts(array, "float32") for array in (decay, x, h0)]
     run = functools.partial(gpu.scan, *given, None, out_dtype="float32", interpret=True)
@@ -114,7 +114,7 @@ def test_other_shapes_without_reset(shape):
     ids=["complex", "shared over batch, reverse", "constant"],
 )
 def test_time_in_segments(axes, complex_, reverse, monkeypatch):
-    """Of two steps, with a NaN before a reset: it does not go from piece to piece either."""
+    """Check sequences of two steps: a NaN before a reset does not reach another piece."""
     monkeypatch.setattr(gpu, "time_segments", lambda *shape: 3)
     decay, x, h0, reset, dy, d_final = arrays((2, 6, 8), axes, complex_)
     h0[0], reset[0, 5 if reverse else 0] = np.nan, True
@@ -172,7 +172,7 @@ def test_vmap():
 
 
 def lowered(run, *shapes):
-    """The program for a GPU, which needs none to be lowered."""
+    """Return the program lowered for GPU, without a GPU."""
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
 

@@ -1,4 +1,4 @@
-"""The kernel for GPU that steps through elementwise cells: a cell by rows, and interpreted.
+"""GPU kernel for elementwise cells: the cell applied to rows, and the interpreted kernel.
 
 Running it needs a jax whose Pallas interprets Mosaic GPU, 0.11.2 or newer, and finds races; the
 rest needs none. `test_aot_gpu` compiles it.
@@ -42,7 +42,7 @@ def own_arrays(rng, channels, lead=()):
 
 
 def narrow(array, dtype="float32"):
-    """In a dtype; integers stay what they are."""
+    """Cast to a dtype; integers stay unchanged."""
     return jnp.asarray(array, "int32" if array.dtype == "int32" else dtype)
 
 
@@ -152,7 +152,7 @@ def test_what_it_cannot_do():
 
 
 def lowered(function, *args):
-    """The program for a GPU, which needs none to be lowered."""
+    """Return the program lowered for GPU, without a GPU."""
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -188,7 +188,7 @@ def gradients_in_float64(cell, params, xs, state, reset, *cts):
 @pytest.mark.parametrize(
     ("cell", "dtype", "shape"),
     [
-        # More blocks of time than the copies are ahead; blocks of time and features hang over.
+        # More blocks of time than the prefetch depth; ragged edges in time and features.
         pytest.param(seqjax.cells.ParaGRU(136), "float32", (2, 67), id="ParaGRU"),
         pytest.param(seqjax.cells.ParaGRU(8), "bfloat16", (1, 5), id="bfloat16"),
         pytest.param(seqjax.cells.ParaLSTM(8), "float32", (2, 37), id="ParaLSTM"),

@@ -1,4 +1,4 @@
-"""The selective scan for GPU, interpreted, against a float64 loop, and what it refuses.
+"""Interpreted selective scan for GPU against a float64 loop, and its errors.
 
 As `test_gpu_kernels` does for the linear one.
 """
@@ -79,7 +79,7 @@ def kernel(given, reset, dy, d_final, dtype="float32"):
 @pytest.mark.parametrize(
     ("shape", "states", "dtype", "resets"),
     [
-        # More blocks of 64 steps than one, groups of 8 that hang over, and one row alone.
+        # Several blocks of 64 steps, a ragged group of 8, and a single row.
         pytest.param((1, 73, 128), 2, "float32", True, id="over a border"),
         pytest.param((2, 9, 136), 3, "float32", True, id="blocks that hang over"),
         pytest.param((1, 16, 8), 1, "float32", False, id="one state, without resets"),
@@ -117,7 +117,7 @@ def test_nothing_crosses_a_reset():
 
 
 def program(width=128, states=16, gradients=False, **keywords):
-    """What is lowered for a GPU, which needs none."""
+    """Return the program lowered for GPU, without a GPU."""
     shapes = [(2, 32, width), (2, 32, width), (width, states), (2, 32, states), (2, 32, states)]
     op = functools.partial(seqjax.selective_scan, **keywords)
 

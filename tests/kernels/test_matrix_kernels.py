@@ -1,8 +1,8 @@
-"""The kernels of the matrix-state ops, interpreted, in what the contract tests leave to them.
+"""Interpreted kernels of the matrix-state ops, in cases that the contract tests leave out.
 
-Those run one form of each op with few heads, in chunks of 8. Here are the other forms, chunks of
-which the inverse takes several levels, more heads than a block has, and whole tiles, which are
-read in another way.
+The contract tests run one form of each op with few heads, in chunks of 8. These tests cover the
+other forms, chunks whose inverse has several levels, more heads than a block, and whole tiles,
+which are read differently.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The Flax adapters: the bare layer's numbers, and everything that Flax does with a module."""
+"""Flax adapters: results of the bare layer, and the transformations of Flax."""
 
 import functools
 import inspect
@@ -75,7 +75,7 @@ def test_same_numbers_as_the_bare_layer(layer):
 
 
 def test_parameters_start_as_the_layer_starts_them():
-    """With the key Flax hands out, and in the dtype asked for."""
+    """Check that parameters are drawn with Flax's key and have the requested dtype."""
     module = seqjax.nnx.Recurrent(LRU, rngs=nnx.Rngs(3), param_dtype=jnp.bfloat16)
     drawn = LRU.init(nnx.Rngs(3).params(), jnp.bfloat16)
     assert_same_bits(nnx.to_pure_dict(nnx.state(module))["params"], drawn)
@@ -92,7 +92,7 @@ def test_parameters_start_as_the_layer_starts_them():
 
 @pytest.mark.parametrize("name", seqjax.layers.__all__)
 def test_every_layer_can_be_wrapped(name):
-    """No parameter's name is in Flax's way."""
+    """Check that no parameter name collides with an attribute of Flax."""
     kind = getattr(seqjax.layers, name)
     if (
         not inspect.isclass(kind)
@@ -288,7 +288,7 @@ RULES = {"heads": "model", "state": "model"}
 
 
 def test_nnx_parameters_are_placed_on_a_mesh():
-    """Made while a mesh is set they are split by the rules; the numbers stay the same."""
+    """Check that modules created under a mesh are split by the rules, with equal results."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params, _, _, _ = wrapped(DELTANET)
     names = sorted(set(jax.tree.leaves(DELTANET.param_axes())))

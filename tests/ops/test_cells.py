@@ -1,6 +1,6 @@
-"""Cells: the step is the equations', the declared structure and bounds are true.
+"""Cells: steps follow the equations, and the declared structures and bounds are correct.
 
-Their layers are rows of `cases.LAYERS`; here is what only these layers have.
+The layers of the cells are rows of `cases.LAYERS`; these tests cover the rest.
 """
 
 import dataclasses
@@ -169,7 +169,7 @@ def test_slstm_does_not_overflow(shift, strict):
 
 
 def test_slstm_begins_where_nothing_has_been_summed(x64, strict):
-    """n = 0: the past does not count, whatever c and m hold."""
+    """Check that with n = 0 the past does not count, for any c and m."""
     cell = cells.SLSTM(D)
     params, _, u = jax.tree.map(jnp.asarray, draw(cell, 1.0))
     empty = jnp.zeros((D, 4))

@@ -1,4 +1,4 @@
-"""Contract: bad input gets one clear line that names the op, the argument and what was wanted."""
+"""Contract: bad input raises one line with the op, the argument and the requirement."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def op_arguments(case):
     return cast(inputs, "float32"), cast(state, "float32"), reset
 
 
-TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have tests of their own
+TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have separate tests
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_OP) - TREES))

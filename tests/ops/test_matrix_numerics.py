@@ -1,7 +1,7 @@
-"""Numerics of the matrix-state ops that a judgment by the largest result would not see.
+"""Numerics of the matrix-state ops that errors relative to the largest result do not show.
 
-Gradients of strong decays are judged by the scale of their channel, and the kernel in bfloat16
-by the error that rounding the exact result to bfloat16 makes.
+Errors of gradients of strong decays are relative to the scale of their channel. Errors of the
+bfloat16 kernel are relative to the error of rounding the exact result to bfloat16.
 """
 
 import functools

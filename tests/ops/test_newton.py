@@ -1,4 +1,4 @@
-"""Newton never lies: right at any weight scale, on models that remember, and on hopeless input."""
+"""Newton: correct at any weight scale, on models with long memory, and on chaotic input."""
 
 import functools
 
@@ -185,7 +185,7 @@ def hard_arrays(length=300):
     ids=str,
 )
 def test_no_setting_gives_a_wrong_answer(solver):
-    """A chaotic cell: its states are not reproducible, that neighbours fit together is."""
+    """Check a chaotic cell: every step satisfies the equation, though states are not reproducible."""
     arrays = hard_arrays()
     hs, last, info = seqjax.nonlinear_scan(chaotic, *arrays, algorithm="newton", solver=solver)
     assert info.converged.all()

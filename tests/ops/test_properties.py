@@ -1,4 +1,4 @@
-"""Properties, on inputs nobody thought of."""
+"""Property-based tests on generated inputs."""
 
 import hypothesis
 import jax
