@@ -70,7 +70,7 @@ def test_every_page_can_be_found():
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_links_lead_somewhere(page):
-    """Those to files here; figures are links too."""
+    """Check the links to files of the repository, including figures."""
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
     files = [link.split("#")[0] for link in links if "://" not in link and link[0] != "#"]
     missing = [link for link in files if not (ROOT / page).parent.joinpath(link).exists()]
@@ -79,13 +79,13 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_lists_render_as_lists(page):
-    """Markdown makes a list of items only after an empty line; GitHub does without."""
+    """Check for an empty line before each list, which Markdown needs and GitHub does not."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
     assert not re.findall(r"^(?![-*#|>]|\s|\d+\. ).+\n[-*] .*", text, re.M)
 
 
 def test_images_lead_somewhere_outside_github():
-    """Images of the documentation are files under docs/, which mkdocs copies to the site."""
+    """Check that images are files under docs/, which mkdocs copies to the site."""
     for page in PAGES:
         if page == "README.md":
             continue
@@ -98,7 +98,7 @@ def test_images_lead_somewhere_outside_github():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`")
 def test_the_site_renders(tmp_path):
-    """Lists are lists, examples are code, images are there."""
+    """Build the site and check that lists, examples and images render."""
     command = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}

@@ -103,7 +103,7 @@ def room_imports(path, source):
 
 
 def test_experiments_import_downward():
-    """Commands on top, then training and objectives, down to base; no folder imports upward."""
+    """Check the order: commands, then training and objectives, down to base."""
     arrows = set()
     for path in sorted((ROOT / "experiments").rglob("*.py")):
         folder, used = room_imports(path.relative_to(ROOT / "experiments"), path.read_text())
@@ -171,7 +171,7 @@ def test_annotations_are_true(case, compiled_quickly):
 
 
 def test_readme_names_what_exists():
-    """Every backticked path in the architecture map and every public op in the table."""
+    """Check every path in the architecture map and every public op in the table."""
     readme = (ROOT / "README.md").read_text()
     for name in re.findall(r"^\| `(\w+)` \|", readme, re.M):
         assert hasattr(seqjax, name)

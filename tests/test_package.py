@@ -88,7 +88,7 @@ def test_contents_of_the_wheel(tmp_path):
 
 
 def test_hints_name_no_package_of_an_index():
-    """Seqjax is on no index yet: extras are installed from a clone."""
+    """Check that hints install from a clone: seqjax is on no index yet."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder in ("seqjax", "pallas_kernels", "experiments", "notebooks", "docs", "tests"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md", ".ipynb")]
@@ -98,7 +98,7 @@ def test_hints_name_no_package_of_an_index():
 
 
 def test_every_package_that_commands_import_is_checked():
-    """The packages that `experiments` imports when it is imported, less those of seqjax itself."""
+    """Compare the imports of `experiments`, without those of seqjax, with its list."""
     imported = set()
     for path in (ROOT / "experiments").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:

@@ -97,7 +97,7 @@ def _op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> C
 
 
 def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
-    """0, 1, exp(-30), 1 - 1e-7 and everyday values, in any mix; no decay stays none."""
+    """Return decays 0, 1, exp(-30), 1 - 1e-7 and normal values, mixed; keep an absent decay."""
 
     def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
         if name not in inputs:
@@ -112,7 +112,7 @@ def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
 
 
 def _hard_keys(rng: np.random.Generator, inputs: Arrays) -> Arrays:
-    """Keys of any length, beta |k|^2 anywhere from 0 to 2 with both ends, and hard decays."""
+    """Return keys of any length, with beta |k|^2 in [0, 2], and hard decays."""
     norms = 10 ** rng.uniform(-2, 2, inputs["beta"].shape)
     k = unit(inputs["k"]) * norms[..., None]
     strength = rng.choice([0.0, 0.3, 1.0, 1.7, 2.0], norms.shape)
@@ -121,7 +121,7 @@ def _hard_keys(rng: np.random.Generator, inputs: Arrays) -> Arrays:
 
 
 def _hard_steps(rng: np.random.Generator, inputs: Arrays) -> Arrays:
-    """Steps that forget all, nothing, and anything in between."""
+    """Return time steps that forget all, nothing, and values between."""
     return inputs | {"dt": rng.choice([0.0, 1e-6, 0.1, 1.0, 1e4], inputs["dt"].shape)}
 
 

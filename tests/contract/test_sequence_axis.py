@@ -38,7 +38,7 @@ def numbers(tree):
 
 
 def of_numbers(gradients):
-    """Those of flags left out."""
+    """Return the gradients of numbers, without those of flags."""
     return [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
 
 

@@ -70,7 +70,7 @@ def test_step_agrees_with_apply(case, x64, strict):
 @EACH
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["nan", "inf"])
 def test_nothing_crosses_a_reset(case, algorithm, poison, x64, strict, compiled_quickly):
-    """Check that values and gradients after a reset do not depend on a non-finite input before it."""
+    """Check that no non-finite input before a reset changes values or gradients after it."""
     inputs, state, reset = make(case)
     where = 6
     reset = np.zeros_like(reset)

@@ -165,7 +165,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_text(tmp_path_factory):
-    """A small text set, prepared locally."""
+    """Prepare a small text set locally."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class TinyText(tfds.core.GeneratorBasedBuilder):

@@ -65,7 +65,7 @@ def test_a_run_resumed_logs_the_same(rows_of):
 
 
 def hybrid(algorithm):
-    """Two layers that may be solved by Newton around one that is not, and a batch of two."""
+    """Return a model with two layers for Newton and another between them, and a batch of two."""
     config = lm.get_config("lru,quicktest").model
     config.mixers, config.depth = "paragru,lru,gru", 3
     with config.unlocked():

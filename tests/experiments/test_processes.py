@@ -109,7 +109,7 @@ def two_processes(script, text, workdir):
 
 
 def test_two_processes_are_stopped_then_killed_and_one_goes_on(text, tmp_path):
-    """SIGTERM to one process stops both; SIGKILL to both; one process ends the run."""
+    """Stop both processes by SIGTERM to one, kill both, then finish the run with one process."""
     config = quick(text)
     config.data.streams = 2
     train.train(config, tmp_path / "one")

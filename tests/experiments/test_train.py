@@ -126,7 +126,7 @@ def test_a_finished_run_started_again_only_reports(reference, text, capsys):
 
 
 def test_an_old_log_without_newer_fields_is_reported(reference, text, tmp_path):
-    """Earlier versions logged neither the speed nor the size of the held-out data."""
+    """Read a log of an earlier version, without the speed and the size of the held-out data."""
     workdir = tmp_path / "old"
     shutil.copytree(reference[0], workdir)
     newer = ("heldout_bytes", "tokens_per_second")

@@ -73,7 +73,7 @@ def selective_scan(dtype, width=2048, states=16):
 
 
 def matrix(op, decay, dtype, B=1, T=8192, H=16, K=128, V=128, reset=None):
-    """A matrix-state op; `decay` "BTH" or "BTHK"."""
+    """Return a matrix-state op and the shapes of its inputs; `decay` is "BTH" or "BTHK"."""
 
     def run(arrays):
         return getattr(seqjax, op)(**arrays, implementation="pallas", reset=reset)
@@ -169,7 +169,7 @@ def test_xla_is_xla():
 
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
 def test_a_mesh_splits_axes_of_the_torus(topology):
-    """The mesh of the 131k recipes: eight parts of time are no axis of these slices."""
+    """Check the mesh of the 131k recipes: eight shards of time are no axis of these slices."""
     chips = devices(topology)
     mesh = sharding.make_mesh("fsdp=-1,sequence=8", devices=chips)
     assert mesh.shape["fsdp"] == len(chips) // 8

@@ -78,7 +78,7 @@ def place():
 
 
 def _both(op):
-    """The values of an op and all gradients, from its arrays."""
+    """Return a function for the values and all gradients of an op."""
 
     def run(*given):
         out, pull = jax.vjp(lambda *given: op(*given), *given)
@@ -162,7 +162,7 @@ def test_selective_scan_of_any_length_compiles(place):
 
 
 def test_an_elementwise_cell_compiles(place):
-    """Logarithms, infinities and four numbers a channel; mapped; a last block of a single step."""
+    """Check logarithms, infinities, four numbers per channel, vmap, and a ragged last block."""
     cell = seqjax.cells.SLSTM(136)
 
     def array(*shape, dtype="float32"):

@@ -20,7 +20,7 @@ from tests.oracles import op_oracles
 
 
 def arrays(shape, axes, complex_=False, seed=0):
-    """Decays over the named axes, x, a state, resets, and cotangents of the outputs and state."""
+    """Draw decays over the named axes, x, a state, resets, and cotangents of outputs and state."""
     rng = np.random.default_rng(seed)
     B, T, D = shape
 
@@ -37,7 +37,7 @@ def arrays(shape, axes, complex_=False, seed=0):
 
 
 def post_form(a, x, h, reset, reverse):
-    """y_t = c + x_t; c <- a_t y_t."""
+    """Compute y_t = c + x_t; c <- a_t y_t."""
     a, y, h = np.broadcast_to(a, x.shape), np.zeros_like(x), h.copy()
     for t in range(x.shape[1])[:: -1 if reverse else 1]:
         y[:, t] = h + x[:, t]
@@ -46,7 +46,7 @@ def post_form(a, x, h, reset, reverse):
 
 
 def adjoint(a, y, h, reset, dy, d_final, reverse):
-    """The cotangents of a, x and h from outputs y, one step after the other against time."""
+    """Compute the cotangents of a, x and h from outputs y, in a loop backward in time."""
     dx, dh = post_form(a, dy, d_final, reset, not reverse)
     found = (np.append(y[:, 1:], h[:, None], 1) if reverse
              else np.append(h[:, None], y[:, :-1], 1))  # fmt: skip
@@ -154,7 +154,7 @@ def test_nothing_crosses_a_reset():
 
 @interpreted
 def test_vmap():
-    """Over everything but the decays."""
+    """Map over all arguments except the decays."""
     decay, x, h0, reset, dy, d_final = arrays((4, 9, 8), "TD")
     mapped = [z.reshape(2, 2, *z.shape[1:]) for z in (x, h0, reset, dy, d_final)]
 

@@ -19,7 +19,7 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "h0")
 
 
 def arrays(shape, states, dtype="float32", seed=0):
-    """The arguments by name, resets, and the cotangents of the outputs and the final state."""
+    """Draw the arguments by name, resets, and cotangents of the outputs and the final state."""
     rng = np.random.default_rng(seed)
     B, T, D = shape
     wide = [-rng.uniform(0.2, 2.0, (D, states))]
@@ -32,7 +32,7 @@ def arrays(shape, states, dtype="float32", seed=0):
 
 
 def loop(given, reset, dy, d_final):
-    """(y, final state) and the cotangents, one step after the other, with all states kept."""
+    """Compute (y, final state) and the cotangents in a loop that stores all states."""
     x, dt, A, B, C, D, h = (given[name] for name in NAMES)
     cut, y, states = reset[..., None, None], np.zeros_like(x), [h]
     steps = [
@@ -60,7 +60,7 @@ def loop(given, reset, dy, d_final):
 
 
 def kernel(given, reset, dy, d_final, dtype="float32"):
-    """The same by the kernel, which takes and gives states as [B, N, D]."""
+    """Compute the results of `loop` with the kernel, whose states are [B, N, D]."""
     x, dt, dy = (jnp.asarray(z, dtype) for z in (given["x"], given["dt"], dy))
     A, B, C, D, h0, d_final = (
         jnp.asarray(z, "float32") for z in (*(given[k] for k in NAMES[2:]), d_final)

@@ -43,7 +43,7 @@ def inputs(layer, length=T):
 
 @functools.cache
 def wrapped(layer):
-    """(bare parameters, NNX module, Linen module, its variables), all of the same numbers."""
+    """Return (bare parameters, NNX module, Linen module, its variables) with equal values."""
     module = seqjax.nnx.Recurrent(layer, rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(module))["params"]
     twin = seqjax.linen.Recurrent(layer)
@@ -130,7 +130,7 @@ def test_split_merge_filters_and_state():
 
 
 def test_nnx_grad_and_optimizer():
-    """Gradients are the bare layer's, and an optimizer may treat roles differently."""
+    """Compare gradients with the bare layer's; use an optimizer that depends on roles."""
     params, _, _, _ = wrapped(LRU)
     module = seqjax.nnx.Recurrent(LRU, rngs=nnx.Rngs(0))
     x = inputs(LRU)
@@ -177,7 +177,7 @@ def test_nnx_scan_over_time_equals_the_layer():
 
 
 def test_nnx_vmap_and_scan_over_layers():
-    """A stack of modules made by vmap and run by scan, rematerialised, with names for the stack."""
+    """Create a stack with vmap and run it with scan and remat, with an axis name for the stack."""
     names = {nnx.PARTITION_NAME: "layers"}
 
     @nnx.split_rngs(splits=3)
@@ -352,7 +352,7 @@ def test_what_is_no_layer_is_refused():
 
 
 def test_only_the_adapters_need_flax():
-    """Without Flax the library imports, and the adapters say what to install, in one line."""
+    """Check that without Flax the library imports, and the adapters raise a one-line hint."""
     program = (
         "import sys; sys.modules['flax'] = None\n"
         "import seqjax\n"

@@ -181,7 +181,7 @@ TOKENS = [
 @pytest.mark.parametrize("model", TOKENS, ids=lambda model: type(model).__name__)
 @pytest.mark.parametrize("token", [-1, 5])
 def test_tokens_outside_the_vocabulary(model, token):
-    """Concrete tokens are checked; traced ones cannot be, and their logits are NaN."""
+    """Check that concrete tokens raise an error and that traced tokens have NaN logits."""
     params = model.init(jax.random.key(0))
     tokens = jnp.array([[0, 4, token], [1, 2, 3]])
     message = rf"^{type(model).__name__}: tokens must be from 0 to vocab_size - 1 = 4, got {token};"
