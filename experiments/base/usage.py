@@ -18,9 +18,9 @@ from experiments.base import fields
 _FOLDER = Path(__file__).parents[1] / "configs"
 # `--helpshort` omits the options of layers; `--helpfull` adds those of all layers and absl's flags.
 _HELP_FLAGS = {
-    "help": "show the flags and the fields of the configuration",
-    "helpshort": "like --help, without the options of layers",
-    "helpfull": "like --help, with the options of all layers and the flags of absl",
+    "help": "Show the flags and the fields of the configuration.",
+    "helpshort": "Like --help, without the options of layers.",
+    "helpfull": "Like --help, with the options of all layers and the flags of absl.",
 }
 
 

@@ -162,7 +162,7 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
     if not starts:
         raise UserError(f"{path} has no line '@data': it is not a .ts file")
     if header.get("timestamps") == "true":
-        raise UserError(f"{path} has time stamps, which are not read: give evenly sampled series")
+        raise UserError(f"{path} has time stamps, which are not supported: give evenly sampled series")
     if not header.get("classlabel", "").startswith("true"):
         raise UserError(f"{path} has no class labels: it is not a classification set")
     series, labels = [], []
@@ -200,7 +200,7 @@ def time_series(path: str) -> LabelledSet:
     (train, names), (test, test_names) = (read_ts(found[0]) for found in files)
     classes = sorted(set(names))
     if unknown := set(test_names) - set(classes):
-        raise UserError(f"{files[1][0]} has labels that the training set has not: {unknown}")
+        raise UserError(f"{files[1][0]} has labels that the training set lacks: {unknown}")
     values = np.concatenate(train)
     mean, scale = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
 

@@ -53,13 +53,13 @@ def mqar(
     """
     if min(batch_size, pairs) < 1 or length % 2 or length < 4 * pairs:
         raise UserError(
-            f"mqar needs at least one example and one pair and an even length of at least 4 *"
-            f" pairs, given batch_size={batch_size}, length={length}, pairs={pairs}"
+            f"mqar: batch_size and pairs must be at least 1, and length even and at least 4 *"
+            f" pairs, got batch_size={batch_size}, length={length}, pairs={pairs}"
         )
     half = vocab_size // 2
     if vocab_size % 2 or half - 1 < pairs:
         raise UserError(
-            f"mqar needs an even vocabulary of at least 2 * (pairs + 1) tokens, given"
+            f"mqar: vocab_size must be even and at least 2 * (pairs + 1), got"
             f" vocab_size={vocab_size}, pairs={pairs}"
         )
     rows = np.arange(batch_size)[:, None]

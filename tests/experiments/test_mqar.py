@@ -88,11 +88,11 @@ def test_the_seed_decides():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"length": 63, "pairs": 4}, "even length of at least 4"),
-        ({"length": 12, "pairs": 4}, "even length of at least 4"),
-        ({"length": 64, "pairs": 0}, "one pair"),
-        ({"length": 64, "pairs": 4, "vocab_size": 8}, "even vocabulary"),
-        ({"length": 64, "pairs": 4, "vocab_size": 31}, "even vocabulary"),
+        ({"length": 63, "pairs": 4}, "length even and at least 4"),
+        ({"length": 12, "pairs": 4}, "length even and at least 4"),
+        ({"length": 64, "pairs": 0}, "pairs must be at least 1"),
+        ({"length": 64, "pairs": 4, "vocab_size": 8}, "vocab_size must be even"),
+        ({"length": 64, "pairs": 4, "vocab_size": 31}, "vocab_size must be even"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
