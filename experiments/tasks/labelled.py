@@ -162,7 +162,9 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
     if not starts:
         raise UserError(f"{path} has no line '@data': it is not a .ts file")
     if header.get("timestamps") == "true":
-        raise UserError(f"{path} has time stamps, which are not supported: give evenly sampled series")
+        raise UserError(
+            f"{path} has time stamps, which are not supported: give evenly sampled series"
+        )
     if not header.get("classlabel", "").startswith("true"):
         raise UserError(f"{path} has no class labels: it is not a classification set")
     series, labels = [], []
