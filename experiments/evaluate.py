@@ -1,9 +1,9 @@
-"""Bits per byte of a trained model on held-out text, or its accuracy on its task.
+"""Bits per byte of a trained model on held-out text, or its accuracy on a task.
 
     python -m experiments.evaluate --workdir=runs/lm-gated_deltanet
     python -m experiments.evaluate --workdir=runs/lm-gated_deltanet --which=best --path=book.txt
 
-The configuration is the one of the run: `python -m experiments.train --help` lists its fields.
+The run's configuration applies; `python -m experiments.train --help` lists its fields.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from experiments.training import checkpoints
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
     flags.DEFINE_enum(
         "which", "latest", ["latest", "best"], "Which checkpoint to use.", flag_values=values
@@ -37,13 +37,13 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_integer(
         "num_bytes",
         0,
-        "Evaluate on at most this many bytes; 0: as the run does.",
+        "Largest number of bytes to evaluate on; 0: as in the run.",
         flag_values=values,
     )
 
 
 def main(values: Any) -> int:
-    """Evaluates the run given by flags."""
+    """Evaluate the run that the flags select."""
     evaluate(values.workdir, values.which, values.path, values.num_bytes)
     return 0
 
@@ -51,7 +51,7 @@ def main(values: Any) -> int:
 def evaluate(
     workdir: str, which: str = "latest", path: str = "", num_bytes: int = 0
 ) -> dict[str, Any]:
-    """Evaluates the checkpoint of a workdir and prints the result."""
+    """Evaluate a checkpoint of a workdir; print and return the result."""
     model, params, config, step = checkpoints.load_for_inference(workdir, which)
     if "task" in config:
         return evaluate_task(workdir, which, path, params, config) | {"step": step}
@@ -76,7 +76,7 @@ def evaluate(
 def evaluate_task(
     workdir: str, which: str, path: str, params: Any, config: ConfigDict
 ) -> dict[str, Any]:
-    """Evaluates on the test sequences of the run's task and prints the result."""
+    """Evaluate on the test sequences of the run's task; print and return the result."""
     if path:
         language.require_text(config, "--path")
     task = protocol.make(config)
@@ -86,7 +86,7 @@ def evaluate_task(
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file the user named."""
+    """Return the bytes of the file `path`."""
     try:
         text = Path(path).expanduser().read_bytes()
     except OSError as error:

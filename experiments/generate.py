@@ -1,9 +1,9 @@
-"""Streams text from a trained model, byte by byte, with a state of constant size.
+"""Text generation from a trained model, byte by byte, with a state of constant size.
 
     python -m experiments.generate --workdir=runs/lm-gated_deltanet --prompt="def main("
     python -m experiments.generate --workdir=runs/lm-mamba --num_bytes=2000 --temperature=0.5
 
-The configuration is the one of the run: `python -m experiments.train --help` lists its fields.
+The run's configuration applies; `python -m experiments.train --help` lists its fields.
 """
 
 from __future__ import annotations
@@ -22,24 +22,30 @@ from experiments.training import checkpoints
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
     flags.DEFINE_enum(
         "which", "latest", ["latest", "best"], "Which checkpoint to use.", flag_values=values
     )
-    flags.DEFINE_string("prompt", "", "Text to go on from.", flag_values=values)
-    flags.DEFINE_integer("num_bytes", 500, "How many bytes to generate.", flag_values=values)
+    flags.DEFINE_string("prompt", "", "Text to continue.", flag_values=values)
+    flags.DEFINE_integer("num_bytes", 500, "Bytes to generate.", flag_values=values)
     flags.DEFINE_float(
-        "temperature", lm.TEMPERATURE, "0 takes the most likely byte.", flag_values=values
+        "temperature",
+        lm.TEMPERATURE,
+        "Sampling temperature; 0: the most likely byte.",
+        flag_values=values,
     )
     flags.DEFINE_float(
-        "top_p", lm.TOP_P, "Draw from this much of the probability.", flag_values=values
+        "top_p",
+        lm.TOP_P,
+        "Draw from the most likely bytes with this total probability.",
+        flag_values=values,
     )
-    flags.DEFINE_integer("seed", 0, "Another seed, another text.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Seed of the random draws.", flag_values=values)
 
 
 def main(values: Any) -> int:
-    """Prints a sample of the run given by flags."""
+    """Print a sample from the run that the flags select."""
     if values.num_bytes < 1:
         raise UserError(f"--num_bytes={values.num_bytes}: must be at least 1")
     prompt = "".join(sampling.decode(sampling.encode(values.prompt)))
@@ -68,7 +74,7 @@ def generate(
     top_p: float = lm.TOP_P,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yields text as it is made, from the checkpoint of a workdir."""
+    """Yield text from a checkpoint of a workdir as it is generated."""
     model, params, config, _ = checkpoints.load_for_inference(workdir, which)
     language.require_text(config, "generation")
     sample = sampling.make_sampler(model)

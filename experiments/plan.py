@@ -1,10 +1,10 @@
-"""What a training step would take on a TPU slice that is not there: memory, traffic, time.
+"""Memory, traffic and minimum time of a training step on a TPU slice, without a TPU.
 
     python -m experiments.plan --topology=v5e:16x16 \\
         --config=experiments/configs/pod.py:gated_deltanet_1b
     python -m experiments.plan --table=v5e:16x16,v5p:4x4x4      # a table of every recipe
 
-Compiles the real training step ahead of time with the real TPU compiler; needs the `aot` extra.
+Compiles the training step ahead of time with the TPU compiler. Needs the `aot` extra.
 """
 
 from __future__ import annotations
@@ -37,28 +37,42 @@ from experiments.training import optimizer
 from experiments.training.step import make_init, make_train_step
 from seqjax import sharding
 
-# TPU7x is left out: it has two devices per chip, and a plan counts one.
+# TPU7x is left out: it has two devices per chip, and a plan assumes one.
 CHIPS = {name: ALL_CHIPS[name] for name in ("v5e", "v5p", "v6e")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says about one training step, per chip.
+    """Resources of a compiled training step, per chip unless stated otherwise.
 
     Attributes:
       chips: number of chips.
-      mesh: sizes of its axes.
-      parameters: of the model.
-      tokens: of a step, on all chips.
-      model_flops: of a step, on all chips.
-      hbm: bytes of memory; None where it does not fit and the compiler did not say.
-      limit: bytes there are.
-      fits: whether it compiled.
+
+      mesh: size of each mesh axis.
+
+      parameters: number of parameters of the model.
+
+      tokens: tokens per step on all chips.
+
+      model_flops: operations per step on all chips.
+
+      hbm: bytes of memory; None if the step does not fit and the compiler did not report them.
+
+      limit: bytes of memory of a chip.
+
+      fits: whether the step fits into memory.
+
       state_bytes: bytes of parameters, optimizer state and batch.
-      temporary_bytes: bytes of everything between.
-      traffic: the collectives; None where it does not fit.
-      seconds: the compiler took.
-      remat: whether blocks are computed twice.
+
+      temporary_bytes: bytes of temporaries.
+
+      traffic: the collectives; None if the step does not fit.
+
+      seconds: compile time.
+
+      remat: whether blocks are recomputed in the backward pass.
+
+      chip: specification of the chip.
     """
 
     chips: int
@@ -77,11 +91,11 @@ class Plan:
     chip: Chip
 
     def times(self) -> dict[str, float]:
-        """Seconds at the chip's peak: of arithmetic, of memory, and of links, each by itself.
+        """Compute the seconds of compute, memory and links at the chip's peak rates.
 
-        Arithmetic is the model's, a third more where blocks are computed twice. Memory is the
-        state read and written and the temporaries written and read once each. Links are one axis
-        of the torus. The first two run at the same time, nothing is assumed of the third.
+        Compute is the operations of the model, plus a third if blocks are recomputed. Memory is
+        one read and one write of the state and of the temporaries. Links is the time to send all
+        bytes over one axis of the torus.
         """
         again = 4 / 3 if self.remat else 1
         sent = self.traffic.total if self.traffic else 0
@@ -92,25 +106,25 @@ class Plan:
         }
 
     def step_seconds(self) -> float:
-        """A step at best, nothing sent while computing."""
+        """Compute the minimum seconds of a step if communication does not overlap with compute."""
         times = self.times()
         return max(times["compute"], times["memory"]) + times["links"]
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     cli.define_config(values, argv)
     flags.DEFINE_string(
         "topology", "v5e:16x16", "TPU slice, such as v5p:4x4x4.", flag_values=values
     )
-    flags.DEFINE_string("mesh", "", "Mesh; empty: the configuration's.", flag_values=values)
+    flags.DEFINE_string("mesh", "", "Mesh; empty: that of the configuration.", flag_values=values)
     flags.DEFINE_list(
-        "table", [], "Slices to print a table of every recipe for, no other.", flag_values=values
+        "table", [], "Slices; prints a table of all recipes instead.", flag_values=values
     )
 
 
 def main(values: Any) -> int:
-    """Plans the configuration given by flags, or all recipes; exit code 1 if one does not fit."""
+    """Plan the selected configuration or all recipes; return 1 if a step does not fit."""
     if values.table:
         return 0 if table(values.table) else 1
     config = cli.require_config(values)
@@ -120,9 +134,9 @@ def main(values: Any) -> int:
 
 
 def table(topologies: Sequence[str]) -> bool:
-    """Prints a row for every recipe, length and slice; returns whether all fit."""
+    """Print a row for every recipe, length and slice; return whether all fit."""
     for topology in topologies:
-        topology_devices(topology)  # a mistake is told at once
+        topology_devices(topology)  # report a mistake before the first compilation
     print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}\n\n{HEADER}")
     fit = []
     for topology, name, length in itertools.product(topologies, pod.MODELS, pod.LENGTHS):
@@ -135,13 +149,13 @@ def table(topologies: Sequence[str]) -> bool:
 
 
 def topology_devices(topology: str) -> tuple[Chip, list[Any]]:
-    """The chips of a slice that is not there."""
+    """Return the chip and the devices of a TPU slice, without a TPU."""
     name = topology.split(":")[0]
     if name not in CHIPS:
         raise UserError(f"--topology={topology}: unknown chip {name!r}: {nearest(name, CHIPS)}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for a TPU needs libtpu: pip install -e '.[aot]' from a clone")
-    # Else libtpu asks a metadata server that only Google's machines have, and waits.
+    # Without this, libtpu queries a metadata server that exists only in Google's cloud, and blocks.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
@@ -154,7 +168,7 @@ def topology_devices(topology: str) -> tuple[Chip, list[Any]]:
 
 
 def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
-    """Compiles the training step of a configuration for a topology."""
+    """Compile the training step of a configuration for a topology."""
     chip, chips = topology_devices(topology)
     model = build.build_model(config.model)
     transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())
@@ -215,8 +229,8 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
         )
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes
-    # The peak is of all that lives at once, arguments and results with it; `temp_size_in_bytes`
-    # adds what lies in a TPU's other memories and the holes between arrays, half as much again.
+    # The peak includes arguments and results. `temp_size_in_bytes` also includes other memory
+    # spaces and gaps between arrays, which makes it up to half as large again.
     hbm = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return Plan(
         **known,
@@ -238,9 +252,10 @@ def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _used(message: str, held: int) -> float | None:
-    """The bytes that a compiler that ran out of memory would have needed, in two wordings.
+    """Parse the bytes that a program needs from the compiler's out-of-memory message.
 
-    What is held is known; the newer wording (libtpu 0.0.50) names the rest.
+    Older versions of libtpu report all bytes. Version 0.0.50 reports the temporaries, to which
+    `held`, the bytes of the arguments, is added.
     """
     for words, more in ((r"[Uu]sed", 0), (r"required for HLO temporaries \(", held)):
         match = re.search(rf"{words} ?([\d.]+)([KMGT]?)\)? (?:of|exceeds)", message)
@@ -250,28 +265,28 @@ def _used(message: str, held: int) -> float | None:
 
 
 def what_would_fit(config: ConfigDict, plan: Plan) -> str:
-    """What to change first where a plan does not fit."""
+    """Return the first change to try if a step does not fit."""
     used = plan.hbm or 2 * plan.limit
     room = plan.limit - plan.state_bytes
     if room <= 0:
         return "parameters and optimizer state alone do not fit: give the axis fsdp more chips"
     if not config.model.remat:
-        return "--config.model.remat=True computes blocks again instead of keeping their insides"
-    # Temporaries grow with the positions on a chip.
+        return "--config.model.remat=True recomputes blocks in the backward pass to save memory"
+    # Temporaries grow with the number of positions per chip.
     times = -(-(used - plan.state_bytes) // room)
     over = plan.mesh["data"] * plan.mesh["fsdp"]
     if config.data.batch_size >= times * over:
         smaller = int(config.data.batch_size // times // over * over)
-        return f"--config.data.batch_size={smaller} has as many sequences on each chip as fit"
-    return f"the axis sequence {int(times)} times as large, and fsdp as much smaller"
+        return f"--config.data.batch_size={smaller} has as many sequences per chip as fit"
+    return f"make the axis sequence {int(times)} times as large and fsdp as much smaller"
 
 
 def _gigabytes(size: float | None) -> str:
-    return "more than there is" if size is None else f"{size / 2**30:.2f} GiB"
+    return "more than available" if size is None else f"{size / 2**30:.2f} GiB"
 
 
 def report(config: ConfigDict, plan: Plan) -> str:
-    """The plan for people."""
+    """Return a plan as text."""
     axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1)
     lines = [
         f"{config.name}: {plan.parameters / 1e9:.2f} billion parameters, "
@@ -290,8 +305,8 @@ def report(config: ConfigDict, plan: Plan) -> str:
         )
     if plan.traffic.unknown_loops:
         lines.append(
-            f"  {plan.traffic.unknown_loops} loops with collectives run as often as the data ask "
-            "for and are counted once"
+            f"  {plan.traffic.unknown_loops} loops with collectives have a data-dependent number "
+            "of iterations and are counted once"
         )
     times, step = plan.times(), plan.step_seconds()
     rate = plan.tokens / step / plan.chips
@@ -314,7 +329,7 @@ HEADER = (
 
 
 def row(config: ConfigDict, topology: str, plan: Plan) -> str:
-    """The plan as a row under HEADER."""
+    """Return a plan as a row under HEADER."""
     axes = ",".join(f"{name}={size}" for name, size in plan.mesh.items() if size > 1)
     fits = plan.traffic is not None and plan.fits
     cells = [

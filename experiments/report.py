@@ -1,10 +1,10 @@
-"""Makes tables and figures of what `experiments.sweep` found.
+"""Tables and figures of the results of `experiments.sweep`.
 
     python -m experiments.report > experiments/results/RESULTS.md
     python -m experiments.report --results=longer.jsonl --figures=figures > longer.md
 
-Jobs of one label that differ by learning rate are represented by the best one, by the mean over its
-seeds; a spread is the difference between the best and the worst seed.
+Jobs with the same label differ by learning rate. The table shows the job with the best mean over
+seeds. A spread is the difference between the best and the worst seed.
 """
 
 from __future__ import annotations
@@ -32,25 +32,26 @@ from experiments.configs import lm
 from experiments.sweeps.grids import GRIDS, Grid, Job
 
 Rows = list[dict[str, Any]]
-_STRONG_FIRST = [*range(0, 20, 2), *range(1, 20, 2)]  # of the colours, which come in pairs
-OURS = Path(sweep.RESULTS).name  # the notes are on these results, and on no others
+_STRONG_FIRST = [*range(0, 20, 2), *range(1, 20, 2)]  # tab20 alternates strong and pale colors
+OURS = Path(sweep.RESULTS).name  # the notes describe only these results
 COMMAND = "python -m experiments.sweep --grids="
 HEAD = """# Results
 
-What the configurations of `experiments/configs` reach, beside what papers report. Printed by
-`python -m experiments.report`, from the `experiments/results/results.jsonl` that `python -m
-experiments.sweep` writes. Runs are small: sizes, steps and departures are in the configurations.
+Results of the configurations in `experiments/configs`, next to published results. Runs are small:
+the configurations document sizes, steps and departures from the papers. `python -m
+experiments.report` prints this page from `experiments/results/results.jsonl`, which `python -m
+experiments.sweep` writes.
 """
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
-    flags.DEFINE_string("results", sweep.RESULTS, "The results to report.", flag_values=values)
+    """Define the flags of this script."""
+    flags.DEFINE_string("results", sweep.RESULTS, "File with the results.", flag_values=values)
     flags.DEFINE_string("figures", "experiments/results", "Folder for figures.", flag_values=values)
 
 
 def main(values: Any) -> int:
-    """Prints the report."""
+    """Print the report."""
     rows = sweep.read(Path(values.results))
     if not rows:
         raise UserError(f"no results in {values.results}: run python -m experiments.sweep first")
@@ -61,7 +62,7 @@ def main(values: Any) -> int:
         print(f"## {grid.title}\n")
         if not groups:
             print(f"Not run yet: `{COMMAND}{name}`.\n")
-        # The grid's own settings first.
+        # Results without --set come first.
         for settings in sorted(groups):
             if settings:
                 print(f"### With `{settings.strip()}`\n")
@@ -76,9 +77,9 @@ def main(values: Any) -> int:
 
 
 def by_settings(grid: Grid, rows: Rows) -> dict[str, Rows]:
-    """The rows by what `--set` gave them, as flags.
+    """Group rows by their `--set` flags; rows of jobs that the grid no longer has are dropped.
 
-    Rows of jobs that the grid no longer has are left out.
+    The keys are the flags as text.
     """
     groups: dict[str, Rows] = {}
     for row in rows:
@@ -93,19 +94,19 @@ def by_settings(grid: Grid, rows: Rows) -> dict[str, Rows]:
 
 
 def _short(settings: str) -> str:
-    """A short name for settings, of which two may differ by a sign only."""
+    """Return a file name suffix for settings: a hash, because names may differ by a sign only."""
     return "-" + hashlib.sha256(settings.encode()).hexdigest()[:8] if settings else ""
 
 
 def _is_of(row: dict[str, Any], job: Job) -> bool:
-    """Whether a row is of this job."""
+    """Return whether a row is a result of this job."""
     wanted = job.overrides | row.get("set", {}) | {"seed": row["overrides"]["seed"]}
     named = (job.config, job.label) == (row["config"], row["label"])
     return named and wanted == row["overrides"]
 
 
 def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
-    """By label, the overrides of the best job and its rows, one per seed."""
+    """Return the overrides of the best job and its rows, one per seed, for each label."""
     groups: dict[str, dict[str, tuple[dict[str, Any], Rows]]] = {}
     for row in rows:
         overrides = {name: x for name, x in row["overrides"].items() if name != "seed"}
@@ -122,12 +123,12 @@ def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
 
 
 def numbers(rows: Rows, name: str) -> list[float]:
-    """A number of every run that ended."""
+    """Return a number of the summary of every finished run."""
     return [row["summary"][name] for row in rows if name in row.get("summary", {})]
 
 
 def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
-    """The results of a grid as markdown; `settings` are the flags that it was run with."""
+    """Format the results of a grid as Markdown; `settings` are the flags of its runs."""
     with_published = bool(grid.published)
     head = ["", *grid.columns.values(), *(["published"] if with_published else [])]
     head += ["steps", "seeds", "learning rate", "minutes"]
@@ -152,12 +153,12 @@ def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
 
 
 def _missing(grid: Grid, rows: Rows) -> int:
-    """How many jobs have no row, whatever the seed."""
+    """Return the number of jobs without a row for any seed."""
     return sum(not any(_is_of(row, job) for row in rows) for job in grid.jobs)
 
 
 def _made_with(rows: Rows) -> str:
-    """The versions and numbers of cores of all runs."""
+    """Return the versions and numbers of cores of all runs as text."""
     parts = {name: {row["versions"][name] for row in rows} for name in rows[-1]["versions"]}
     versions = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in parts.items())
     cores = {row["cores"] for row in rows}
@@ -174,7 +175,7 @@ def _spread(scores: list[float]) -> str:
 
 
 def figure(path: Path, grid: Grid, rows: Rows) -> None:
-    """Draws what the grid asks for, a line for every layer."""
+    """Plot the figure of a grid, with a line for every layer."""
     curves = grid.figure == "curve"
     lines = _curves(grid, rows) if curves else _points(grid, rows)
     drawing = Figure(figsize=(10.5 if curves else 7.5, 4.2), layout="constrained")
@@ -212,7 +213,7 @@ Lines = dict[str, list[tuple[float, float]]]
 
 
 def _points(grid: Grid, rows: Rows) -> list[Lines]:
-    """The metric over the override that the grid names."""
+    """Return the points of the metric over the override `grid.figure`."""
     lines: Lines = {}
     for label, (overrides, same) in best(grid, rows).items():
         scores = numbers(same, grid.metric)
@@ -223,7 +224,7 @@ def _points(grid: Grid, rows: Rows) -> list[Lines]:
 
 
 def _curve_coverage(rows: Rows) -> str:
-    """Return how much text the evaluations of a curve read, which is less than the last one."""
+    """Describe how much text the mid-run evaluations read, less than the final evaluation."""
     default = lm.get_config().eval.bytes
     sizes = {
         min(row["overrides"].get("eval.bytes", default), row["summary"]["heldout_bytes"])
@@ -234,7 +235,7 @@ def _curve_coverage(rows: Rows) -> str:
 
 
 def _curves(grid: Grid, rows: Rows) -> list[Lines]:
-    """The metric over tokens and over seconds at the run's mean speed, of the first seed."""
+    """Return the metric over tokens, and over seconds at the mean speed, of the first seed."""
     by_tokens: Lines = {}
     by_seconds: Lines = {}
     for label, (_, same) in best(grid, rows).items():

@@ -1,12 +1,12 @@
-"""Runs grids of experiments one after another; the same command again resumes the sweep.
+"""Sweeps: grids of training runs, one after another; the same command again resumes a sweep.
 
     python -m experiments.sweep --grids=parity,mqar --seeds=0,1
     python -m experiments.sweep --grids=A5 --set=steps=10000 --results=longer.jsonl
 
-Each job is a training run in a separate process and folder. Its result becomes one line of a file
-of JSON lines, from which `python -m experiments.report` makes tables. A run that diverges leaves a
-line with its error; a run that cannot start stops the sweep. Ctrl-C lets the current run save a
-checkpoint; a second Ctrl-C terminates the run.
+Each job is a training run in a separate process and folder. Its result is one line of a JSON-lines
+file, from which `python -m experiments.report` makes tables. A run that diverges leaves a line with
+its error. A run that cannot start stops the sweep. Ctrl-C lets the current run save a checkpoint; a
+second Ctrl-C terminates the run.
 `python -m experiments.train --help` lists the fields that `--set` takes.
 """
 
@@ -41,21 +41,23 @@ WAITING = (
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
-    flags.DEFINE_list("grids", [], f"Of {', '.join(GRIDS)}; all if empty.", flag_values=values)
+    """Define the flags of this script."""
+    flags.DEFINE_list(
+        "grids", [], f"Grids to run: {', '.join(GRIDS)}; empty: all.", flag_values=values
+    )
     flags.DEFINE_list("seeds", ["0"], "Seeds of every job.", flag_values=values)
-    flags.DEFINE_string("results", RESULTS, "Where results are appended.", flag_values=values)
+    flags.DEFINE_string("results", RESULTS, "File to append results to.", flag_values=values)
     flags.DEFINE_string("workdir", "runs/sweep", "Folder of the runs.", flag_values=values)
     flags.DEFINE_multi_string(
         "set",
         [],
-        "A field for every job, as steps=10; kept in the results. May be given several times.",
+        "Field to set in every job, such as steps=10; stored in the results. Can be repeated.",
         flag_values=values,
     )
 
 
 def main(values: Any) -> int:
-    """Runs the jobs that the flags name and that have no result yet."""
+    """Run the selected jobs that have no result yet."""
     names = values.grids or list(GRIDS)
     for name in names:
         if name not in GRIDS:
@@ -88,14 +90,14 @@ def _integer(text: str) -> int:
 
 
 def read(results: Path) -> list[dict[str, Any]]:
-    """Return the results so far, without a last line that a kill cut short."""
+    """Return the stored results, without a last line that a kill cut short."""
     if not results.exists():
         return []
     return [json.loads(line) for line in results.read_text().split("\n")[:-1]]
 
 
 def _drop_unfinished(results: Path) -> None:
-    """Removes a line that a kill cut short, so that the next one starts on a new line."""
+    """Remove a last line that a kill cut short, so that the next result starts a new line."""
     if results.exists() and not (text := results.read_text()).endswith("\n"):
         temporary = results.with_suffix(".tmp")
         temporary.write_text(text[: text.rfind("\n") + 1])
@@ -103,7 +105,7 @@ def _drop_unfinished(results: Path) -> None:
 
 
 def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, workdir: Path) -> int:
-    """Runs the (grid, job, fields set, seed) that have no line yet; returns an exit code."""
+    """Run each (grid, job, fields of --set, seed) that has no result; return an exit code."""
     _drop_unfinished(results)
     done = {key(row["grid"], row["config"], row["overrides"]) for row in read(results)}
     left = []
@@ -140,7 +142,7 @@ def _numbers(grid: str, summary: dict[str, Any]) -> str:
 
 
 def key(grid: str, config: str, overrides: dict[str, Any]) -> str:
-    """Return a name for a run, the same for the same grid, configuration and overrides."""
+    """Return the name of a run, a function of grid, configuration and overrides."""
     text = json.dumps([grid, config, overrides], sort_keys=True)
     return f"{grid}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -148,7 +150,7 @@ def key(grid: str, config: str, overrides: dict[str, Any]) -> str:
 def run(
     grid: str, job: Job, overrides: dict[str, Any], folder: Path, interrupt: Interrupt
 ) -> dict[str, Any] | None:
-    """Trains one job; returns its line of the results, or None if it was stopped."""
+    """Train one job; return its line of the results, or None if it was stopped."""
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, "-m", "experiments.train", f"--config={job.config}", *arguments]
     started = time.perf_counter()
@@ -180,11 +182,11 @@ def run(
 
 
 def execute(command: list[str], interrupt: Interrupt) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end and captures its output.
+    """Run a command to its end and capture its output.
 
     The command runs in a new session. A terminal sends Ctrl-C to its whole process group, and a
     second signal would stop the training run without saving. The first signal that `interrupt`
-    receives is passed on once, as SIGINT. A KeyboardInterrupt, which a second Ctrl-C raises,
+    receives is forwarded once, as SIGINT. A second Ctrl-C raises KeyboardInterrupt, which
     terminates the command.
     """
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -1,4 +1,4 @@
-"""Trains a model on a text or a task; the same command again resumes a stopped run.
+"""Training of a model on a text or a task; the same command again resumes a stopped run.
 
 python -m experiments.train --config=experiments/configs/lm.py:gated_deltanet
 python -m experiments.train --config=experiments/configs/state_tracking.py:parity,gru
@@ -35,7 +35,7 @@ from experiments.training.step import all_finite, make_init, make_train_step
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     cli.define_config(values, argv)
     devices.define_flags(values)
     flags.DEFINE_string(
@@ -44,13 +44,13 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_boolean(
         "print_config",
         False,
-        "Print the fields of the configuration with their values and comments, then exit.",
+        "Print all fields of the configuration with values and comments, then exit.",
         flag_values=values,
     )
 
 
 def main(values: Any) -> int:
-    """Trains the configuration given by flags."""
+    """Train the configuration that the flags select."""
     config = cli.require_config(values)
     if values.print_config:
         print(usage.resolved(config))
@@ -69,7 +69,7 @@ def default_workdir(config: ConfigDict) -> str:
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains, evaluates and samples; returns the content of summary.json."""
+    """Train, evaluate and sample; return the content of summary.json."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """Prints a line, once for all processes."""
+    """Print a line in the main process."""
     if devices.is_main():
         print(text, flush=True)
 
@@ -97,7 +97,7 @@ class Run:
     """A training run in a workdir: build, restore, loop, log, evaluate, save, finish."""
 
     def __init__(self, config: ConfigDict, workdir: Path) -> None:
-        """Builds the model, its data and its training step, and restores the newest checkpoint."""
+        """Build the model, its data and its training step, and restore the newest checkpoint."""
         check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
         check_positive(config.data, "batch_size")
         if config.stop_at < 0:
@@ -121,13 +121,13 @@ class Run:
         self._batches = self.objective.batches(self._mesh.rows(shape[0]))
         self.state = self._mesh.make_state(config.seed)
         self.step = 0
-        self._score: float | None = None  # of these parameters, None until they are evaluated
+        self._score: float | None = None  # score of the current parameters, if evaluated
         self._best_score = math.inf
         self._timed = {"steps": 0, "seconds": 0.0}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []  # metrics still on the device
         self._checkpoints = checkpoints.Checkpoints(workdir, config.keep)
         with contextlib.ExitStack() as stack:
-            # Without this, the threads of checkpoints report the same error again at exit.
+            # Otherwise the threads of checkpoints report the same error again at exit.
             stack.callback(self._checkpoints.close)
             self._restore()
             self._log = logs.RunLog(workdir, self.step) if devices.is_main() else logs.NoLog()
@@ -154,11 +154,11 @@ class Run:
         self._timed = meta.get("timed", self._timed)
 
     def describe(self) -> str:
-        """Return a line about the run that starts."""
+        """Return a one-line description of the run."""
         config, count = self.config, sum(map(np.size, jax.tree.leaves(self.state["params"])))
         start = f"resumed at step {self.step} of" if self.step else "training for"
         if self.good_enough():
-            start = f"as good as config.stop_at={config.stop_at:g} at step {self.step} of"
+            start = f"reached config.stop_at={config.stop_at:g} at step {self.step} of"
         return (
             f"{config.name}: {count:,} parameters, {start} {config.steps} steps of "
             f"{' x '.join(map(str, self.objective.batch_shape))} {self.objective.unit} on "
@@ -167,7 +167,7 @@ class Run:
         )
 
     def loop(self) -> int:
-        """Trains to the last step, or until the model is good enough.
+        """Train to the last step, or until the model reaches `config.stop_at`.
 
         Returns 0, or the exit code of the signal that stopped the loop.
         """
@@ -208,14 +208,14 @@ class Run:
             return interrupt.exit_code if stop else 0
 
     def good_enough(self) -> bool:
-        """Return whether these parameters were evaluated and reach `config.stop_at`."""
+        """Return whether the current parameters were evaluated and reach `config.stop_at`."""
         target = self.config.stop_at
         if not target or self._score is None:
             return False
         return self._score <= (target if self.objective.lower_is_better else -target)
 
     def _stop_requested(self, interrupt: Interrupt, last: bool) -> bool:
-        """Return whether a signal has arrived at any process; they ask each other when they log."""
+        """Return whether any process has received a signal; processes agree when they log."""
         if jax.process_count() > 1:
             if self.step % self.config.log_every and not last:
                 return False
@@ -223,7 +223,7 @@ class Run:
         return interrupt.signal is not None
 
     def write_metrics(self, timed: bool = True) -> None:
-        """Fetches the metrics of the steps since the last call, checks them and writes them."""
+        """Fetch, check and write the metrics of the steps since the last call."""
         if not self._pending:
             return
         pending, self._pending = self._pending, []
@@ -255,7 +255,7 @@ class Run:
         self._clock = time.perf_counter()
 
     def _solver_metrics(self) -> dict[str, int]:
-        """Return how Newton solves the last batch with the parameters after its step."""
+        """Return Newton's numbers on the last batch, with the parameters after its step."""
         batch = self._batch
         if self._solver_report is None or "segment_ids" not in batch:
             return {}
@@ -267,7 +267,7 @@ class Run:
         return {name: int(value) for name, value in jax.device_get(numbers).items()}
 
     def evaluate(self) -> bool:
-        """Evaluates on held-out data; returns whether the result is the best so far."""
+        """Evaluate on held-out data; return whether the result is the best so far."""
         self.write_metrics()
         metric = self.objective.metric
         result = self._evaluate(self.state["params"], False)
@@ -284,13 +284,13 @@ class Run:
         better = self._score < self._best_score
         self._best_score = min(self._score, self._best_score)
         if self.good_enough():
-            self._progress.note(f"that is as good as config.stop_at={self.config.stop_at:g}: done")
+            self._progress.note(f"reached config.stop_at={self.config.stop_at:g}: done")
         return better
 
     def save(self, best: bool) -> None:
-        """Saves a checkpoint, and a copy of it if it is the best so far."""
+        """Save a checkpoint, and a copy of it if the evaluation is the best so far."""
         self.write_metrics()
-        # The loss is that of the parameters before the step.
+        # The loss checked above belongs to the parameters before the step.
         if not all_finite(self.state["params"]):
             self._diverged("parameters", math.nan, self.step)
         meta = {
@@ -319,11 +319,11 @@ class Run:
         )
 
     def timing(self) -> dict[str, float]:
-        """Return the tokens of all steps, the seconds they took and the tokens per second.
+        """Return the tokens of all steps, the training seconds and the tokens per second.
 
-        A resumed run counts the steps before the resume too. Evaluation is left out. The first step
-        after each start compiles, so it counts with the mean time of the other steps. Without a
-        measured step only `tokens` is returned.
+        The numbers include the steps before a resume and exclude evaluation. The first step after
+        each start compiles, so it counts with the mean time of the other steps. Without a measured
+        step, the result has only `tokens`.
         """
         tokens = self.step * self._tokens_per_step
         if not self._timed["seconds"]:
@@ -332,7 +332,7 @@ class Run:
         return {"tokens": tokens, "train_seconds": tokens / speed, "tokens_per_second": speed}
 
     def finish(self) -> dict[str, Any]:
-        """Evaluates a last time, writes a sample, the curves and summary.json."""
+        """Run the final evaluation and write a sample, the curves and summary.json."""
         config, workdir = self.config, self.workdir
         result = self._evaluate(self.state["params"], True)
         say(self.objective.describe(result))
@@ -353,7 +353,7 @@ class Run:
         return result
 
     def save_curves(self, final: dict[str, Any] | None = None) -> None:
-        """Draws the rows of the log, and the result of the last evaluation."""
+        """Plot the rows of the log and the result of the final evaluation."""
         if not devices.is_main():
             return
         rows = logs.read_rows(self.workdir)
@@ -362,7 +362,7 @@ class Run:
             plots.save_curves(path, rows, self.config.name, self.objective, final)
 
     def save_sample(self) -> None:
-        """Draws a sample from the model, prints it and writes it to sample.txt."""
+        """Draw a sample from the model, print it and write it to sample.txt."""
         sample = self.config.sample
         prompt = sampling.encode(sample.prompt)
         stream = sampling.make_sampler(self.model)(

@@ -8,7 +8,9 @@
 # %% [markdown]
 # # Parallel scans from scratch
 #
-# A recurrent network reads its input step after step, and a GPU or TPU hates waiting. Yet the simplest recurrences can be computed for all steps at once. This notebook builds that trick from nothing, then uses the library's `linear_scan`, and ends with the linear recurrent unit (LRU), whose whole memory can be seen as points on a disk.
+# A recurrent network reads its input step by step, which leaves most of a GPU or TPU idle. Linear recurrences can be computed for all steps at once. This notebook derives the method and then uses the library's `linear_scan`. It ends with the linear recurrent unit (LRU), whose memory is described by points on the unit disk.
+#
+# It needs the extras `flax` and `experiments` of seqjax. In Colab, the next cell installs them.
 
 # %%
 # In Colab this cell installs seqjax; elsewhere it does nothing. Before you run it in Colab, put the
@@ -43,22 +45,22 @@ import optax
 
 import seqjax
 
-TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # as the tests run it
+TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # small sizes, for tests
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## What a recurrence is
 #
-# A linear recurrence keeps a state `h`. Each step it forgets a part of it and adds something new:
+# A linear recurrence has a state `h`. Each step multiplies the state by a decay `a` and adds an input `x`:
 #
 # $$h_t = a_t\, h_{t-1} + x_t$$
 #
-# With a constant `a` between 0 and 1 this is an exponential moving average; how long it remembers depends on how close `a` is to 1. With an `a_t` that depends on the input it can decide, step by step, what to keep. LRU, S5, Mamba and their relatives are all made of this.
+# With a constant `a` between 0 and 1, the state is an exponential moving average. The closer `a` is to 1, the longer its memory. If `a_t` depends on the input, the recurrence can choose at each step what to keep. LRU, S5, Mamba and related layers are built from this recurrence.
 
 
 # %%
 def loop(a, x):
-    """The definition."""
+    """Compute the recurrence by its definition."""
     h, states = 0.0, []
     for a_t, x_t in zip(a, x, strict=True):
         h = a_t * h + x_t
@@ -73,29 +75,29 @@ impulses[[5, 30, 34]] = 1.0
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharey=True)
 for a in (0.5, 0.9, 0.98):
     left.plot(loop(np.full(T, a), impulses), label=f"a = {a}")
-left.set(title="a constant: an exponential memory", xlabel="t", ylabel="h")
+left.set(title="constant a: exponential memory", xlabel="t", ylabel="h")
 chosen = np.full(T, 0.98)
 chosen[45] = 0.0
 right.plot(loop(chosen, impulses), color="C2")
 right.axvline(45, color="k", linestyle=":")
 right.annotate("a = 0: forget", (45, 1.6), textcoords="offset points", xytext=(6, 0))
-right.set(title="a chosen at every step: 0.98, but once 0", xlabel="t")
+right.set(title="a varies: 0 at t = 45, else 0.98", xlabel="t")
 left.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
 # ## Why it can be computed in parallel
 #
-# One step is a map, `h -> a h + x`. Two steps, one after the other, are again a map of the same kind:
+# One step is a map, `h -> a h + x`. Two steps in a row are again a map of this form:
 #
 # $$h \mapsto a_2 (a_1 h + x_1) + x_2 = (a_2 a_1)\, h + (a_2 x_1 + x_2)$$
 #
-# So steps can be *composed before the state is known*. Compose neighbours, then neighbours of neighbours, and after log2(T) rounds every position holds the map that leads from the beginning to itself. In each round all positions work at the same time.
+# So steps can be *composed before the state is known*. First compose pairs of neighboring steps, then pairs of pairs. After log2(T) rounds, every position has the map from the start of the sequence to itself. Within a round, all positions are computed in parallel.
 
 
 # %%
 def by_doubling(a, x):
-    """All states in log2(T) rounds: position t takes in what position t - shift has found."""
+    """Compute all states in log2(T) rounds; each composes position t with t - shift."""
     shift = 1
     while shift < len(x):
         earlier_x = jnp.pad(x, (shift, 0))[:-shift]
@@ -125,7 +127,7 @@ for level in range(rounds):
 for level in range(rounds + 1):
     axis.scatter(range(steps), [level] * steps, s=18, color="k", zorder=2)
 axis.set(
-    title="every round doubles how far back each step has seen; in red, how the last one sees all",
+    title="each round doubles the number of composed steps; red: inputs of the last position",
     xlabel="t",
     ylabel="round",
     yticks=range(rounds + 1),
@@ -135,7 +137,7 @@ axis.spines[["left", "bottom"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# Doubling does T log T multiplications instead of T. Cleverer trees (Blelloch, 1990; `jax.lax.associative_scan`) do about 2 T. Either way it is *more* work in *fewer* rounds, which pays where thousands of multipliers would otherwise stand idle. Here is what this machine says, whatever it is:
+# Doubling needs T log T multiplications instead of T. Better trees (Blelloch, 1990; `jax.lax.associative_scan`) need about 2 T. Both do *more* work in *fewer* rounds, which is faster on a device with thousands of otherwise idle multipliers. The next cell measures this machine:
 
 # %%
 B, T, D = (1, 64, 8) if TINY else (8, 2048, 256)
@@ -184,15 +186,15 @@ figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
 bars = axis.barh(list(seconds), [s / reference for s in seconds.values()], color="C0")
 axis.bar_label(bars, fmt="%.1f", padding=3)
 axis.invert_yaxis()
-axis.set(title=f"time over that of a + x, on {jax.default_backend()}", xlabel="times")
+axis.set(title=f"time relative to a + x, on {jax.default_backend()}", xlabel="ratio")
 plt.show()
 
 # %% [markdown]
-# On a CPU a good loop wins and the trees lose: there is nothing idle that could be put to work. The library knows that, which is why `algorithm=None` asks for which platform the program is compiled and picks. You can name one, and get exactly that, or an error that says why not.
+# On a CPU, a good loop is faster than the trees, because there are no idle units to use. Leave `algorithm` as `None` to choose by the platform that the program is compiled for. An explicit choice is honored, or raises an error that states the reason.
 #
 # ## `linear_scan`
 #
-# The library's version takes batches, real or complex numbers, a state to begin from, and `reset`, which clears the state where a new document begins. All algorithms keep to all of it.
+# The library's version accepts batches, real or complex numbers and an initial state. `reset` clears the state at the start of a new document. All algorithms support all arguments.
 
 # %%
 decay = jnp.full((1, 60, 1), 0.95)
@@ -203,8 +205,8 @@ for algorithm, style in (("sequential", "-"), ("associative", "--"), ("chunked",
     h, _ = seqjax.linear_scan(decay, x, reset=document_ends, algorithm=algorithm)
     axis.plot(h[0, :, 0], style, linewidth=2, label=algorithm)
 axis.axvline(30, color="k", linewidth=0.8)
-axis.text(30.5, 1.45, "reset: a new document")
-axis.set(xlabel="t", ylabel="h", title="three algorithms, one answer")
+axis.text(30.5, 1.45, "reset: new document")
+axis.set(xlabel="t", ylabel="h", title="three algorithms, the same result")
 axis.legend(frameon=False)
 plt.show()
 
@@ -216,7 +218,7 @@ print("split and resumed:", np.abs(jnp.concatenate([first, second], 1) - whole).
 # %% [markdown]
 # ## Eigenvalues on the unit disk
 #
-# If `h` is a vector and `a` a matrix, the matrix can nearly always be diagonalised, over the *complex* numbers. So nothing is lost by giving each channel one complex decay λ and skipping the matrix. That is the LRU (arXiv 2303.06349). A channel with λ = r exp(iθ) remembers for about 1/(1 - r) steps, and turns by the angle θ at each:
+# If `h` is a vector and `a` a matrix, almost every matrix can be diagonalized over the *complex* numbers. So a layer can use one complex decay λ per channel instead of a matrix. That is the LRU (arXiv 2303.06349). A channel with λ = r exp(iθ) has a memory of about 1/(1 - r) steps and rotates by the angle θ in each step:
 
 # %%
 layer = seqjax.layers.LRU(dim=1, state_dim=8 if TINY else 32, r_min=0.8, r_max=0.99)
@@ -224,13 +226,13 @@ params = layer.init(jax.random.key(1))
 
 
 def eigenvalues(params):
-    """The λ of an LRU."""
+    """Return the λ of an LRU."""
     nu, theta = jnp.exp(params["nu_log"]), jnp.exp(params["theta_log"])
     return np.asarray(jnp.exp(-nu + 1j * theta))
 
 
 def disk(axis, title):
-    """An empty unit disk."""
+    """Draw an empty unit disk."""
     angle = np.linspace(0, 2 * np.pi, 200)
     axis.plot(np.cos(angle), np.sin(angle), color="0.7", linewidth=1)
     axis.axhline(0, color="0.9", zorder=0)
@@ -239,14 +241,14 @@ def disk(axis, title):
 
 
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained", width_ratios=[1, 1, 1])
-disk(axes[0], "λ as they start: on a ring")
+disk(axes[0], "initial λ: on a ring")
 found = eigenvalues(params)
 axes[0].scatter(found.real, found.imag, s=14)
 for r, theta, color in ((0.9, 0.1, "C1"), (0.97, 0.5, "C2"), (0.97, 2.5, "C3")):
     value = r * np.exp(1j * theta)
     axes[0].scatter(value.real, value.imag, color=color, s=50, zorder=3)
     axes[1].plot(np.real(value ** np.arange(60)), color=color, label=f"r={r}, θ={theta}")
-axes[1].set(title="how three of them answer an impulse", xlabel="t")
+axes[1].set(title="impulse responses of three λ", xlabel="t")
 axes[1].legend(frameon=False, fontsize=8)
 radius = np.linspace(0.5, 0.999, 200)
 axes[2].semilogy(radius, 1 / (1 - radius))
@@ -254,16 +256,16 @@ axes[2].set(title="memory, in steps", xlabel="r = |λ|")
 plt.show()
 
 # %% [markdown]
-# ## Learning where to put them
+# ## Train the eigenvalues
 #
-# A task that needs memory of a certain kind: tell what the input was 20 steps ago. A single layer of a few complex decays has to become a delay line. Watch where its eigenvalues go.
+# The task is to output the input of 20 steps ago. A single layer with a few complex decays must become a delay line. The figure below shows how its eigenvalues move.
 
 # %%
 DELAY, LENGTH, STEPS = (3, 16, 3) if TINY else (20, 128, 600)
 
 
 def batch(key):
-    """White noise, and the same noise `DELAY` steps later."""
+    """Return white noise, and the same noise delayed by `DELAY` steps."""
     x = jax.random.normal(key, (16, LENGTH, 1))
     return x, jnp.pad(x, ((0, 0), (DELAY, 0), (0, 0)))[:, :LENGTH]
 
@@ -290,14 +292,14 @@ for i in range(STEPS):
     losses.append(float(loss))
     path.append(eigenvalues(params))
 path = np.array(path)
-print(f"mean squared error: {losses[0]:.2f} at first, {np.mean(losses[-20:]):.3f} in the end")
+print(f"mean squared error: {losses[0]:.2f} at first, {np.mean(losses[-20:]):.3f} at the end")
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
 axes[0].semilogy(losses)
 axes[0].set(title="error", xlabel="step")
-disk(axes[1], "where the λ go")
-both = np.concatenate([path, path.conj()], axis=1)  # only Re(C h) is read, so -θ is as good as θ
+disk(axes[1], "paths of the λ")
+both = np.concatenate([path, path.conj()], axis=1)  # -θ and θ have the same output, Re(C h)
 axes[1].plot(both.real, both.imag, color="C0", linewidth=0.6, alpha=0.5)
 axes[1].scatter(both[0].real, both[0].imag, s=8, color="C0", label="start")
 axes[1].scatter(both[-1].real, both[-1].imag, s=14, color="C3", label="end", zorder=3)
@@ -306,11 +308,11 @@ impulse = jnp.zeros((1, LENGTH, 1)).at[0, 5].set(1.0)
 response, _ = layer.apply(params, impulse)
 axes[2].plot(impulse[0, :60, 0], color="0.6", label="input")
 axes[2].plot(response[0, :60, 0], color="C3", label="output")
-axes[2].set(title=f"an impulse comes out {DELAY} steps later", xlabel="t")
+axes[2].set(title=f"response to an impulse, {DELAY} steps later", xlabel="t")
 axes[2].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# A delay of 20 steps needs all frequencies to be delayed alike, so the eigenvalues spread out around the disk at nearly one radius: close enough to 1 to carry the past for 20 steps, and not closer, to let go of it after.
+# A delay line must delay all frequencies equally, so the eigenvalues spread around the disk at nearly one radius. The radius is close enough to 1 to keep an input for 20 steps, and far enough from 1 to forget it afterwards.
 #
-# Next: five recurrences, four of which decide by their input what to keep, side by side on a task that needs it.
+# Next: five recurrences compared on a recall task. Three of them choose by their input what to keep.

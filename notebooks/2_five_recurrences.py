@@ -8,7 +8,9 @@
 # %% [markdown]
 # # Five recurrences side by side
 #
-# LRU, S5, GateLoop, Mamba and DeltaNet are five answers to one question: what should a state of fixed size keep? Here all five get the same task, the same width and the same few hundred steps of training, and then we look inside.
+# LRU, S5, GateLoop, Mamba and DeltaNet differ in what their fixed-size state keeps. This notebook trains all five on the same task, with the same width and number of steps. It then inspects their predictions and states.
+#
+# It needs the extras `flax` and `experiments` of seqjax. In Colab, the next cell installs them.
 
 # %%
 # In Colab this cell installs seqjax; elsewhere it does nothing. Before you run it in Colab, put the
@@ -44,13 +46,13 @@ import optax
 import seqjax
 from experiments.tasks.mqar import NO_TARGET, mqar
 
-TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # as the tests run it
+TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # small sizes, for tests
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## The task
 #
-# Multi-query associative recall (MQAR, arXiv 2312.04927): first a few pairs of a key and a value, then noise, in which every key comes back once. At that moment the model has to say the value that belongs to it.
+# The task is multi-query associative recall (MQAR, arXiv 2312.04927). A sequence starts with a few key-value pairs. Noise follows, in which every key is repeated once. At a repeated key, the model must output its value.
 
 # %%
 VOCAB, PAIRS, LENGTH = 32, 4, 16 if TINY else 32
@@ -71,17 +73,17 @@ axis.axis("off")
 plt.show()
 
 # %% [markdown]
-# ## The five
+# ## The five recurrences
 #
-# | | what it does to its state | what decides that |
+# | | state update | input-dependent |
 # |---|---|---|
-# | LRU | h = λ h + B x, one complex λ per channel | nothing: λ is fixed |
-# | S5 | the same, from a continuous-time system | nothing |
-# | Mamba | h = exp(Δ A) h + Δ B x | Δ, B and C come from the input |
-# | GateLoop | S = diag(a) S + k vᵀ, a matrix | a, k, v come from the input |
-# | DeltaNet | S = (I - β k kᵀ) S + β k vᵀ, a matrix | k, v, β from the input; *replaces* what k held |
+# | LRU | h = λ h + B x, one complex λ per channel | nothing |
+# | S5 | the same, discretized from a continuous-time system | nothing |
+# | Mamba | h = exp(Δ A) h + Δ B x | Δ, B and C |
+# | GateLoop | S = diag(a) S + k vᵀ, a matrix | a, k and v |
+# | DeltaNet | S = (I - β k kᵀ) S + β k vᵀ, a matrix | k, v and β; *replaces* the value stored at k |
 #
-# The library gives all of them the same protocol, so one loop trains all. Two layers of width 32 each, nothing but the recurrences (Mamba and DeltaNet bring short convolutions of their own, as in their papers).
+# All layers have the same protocol, so one loop trains all models. Each model has two layers of width 32 and no MLPs. As in their papers, Mamba and DeltaNet include short convolutions.
 
 # %%
 DIM, STEPS, BATCH = (8, 2, 4) if TINY else (32, 500, 64)
@@ -103,7 +105,7 @@ optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2
 
 
 def answers(model, params, inputs, targets):
-    """Mean loss and accuracy where something is asked."""
+    """Return the mean loss and the accuracy at the positions with a target."""
     logits, _ = model.apply(params, inputs)
     asked = targets != NO_TARGET
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(asked, targets, 0))
@@ -112,7 +114,7 @@ def answers(model, params, inputs, targets):
 
 
 def train(model):
-    """Trained parameters, and the accuracy on every batch, each of them new."""
+    """Train a model; return its parameters and the accuracy on each new batch."""
 
     @jax.jit
     def train_step(params, state, inputs, targets):
@@ -149,18 +151,18 @@ axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# One level matters more than the end of the curves: 1 / pairs. A model that remembers *which* values were there, but not which key each belonged to, can do no better than to say one of them. Getting above that line takes an association, and a way to look it up.
+# Compare the curves with the dotted line at 1 / pairs. A model that stores the values but not their keys can only output one of the values at random, which is right with probability 1 / pairs. A model above this line associates keys with values. A model below this line also outputs tokens that are not among the values. GateLoop can end there after this short training: it has no convolution, so it cannot combine a key with the value next to it.
 #
-# This is a race of a minute, at one learning rate and one seed, and says which recurrences learn this quickly, not which can learn it at all: in the paper's long sweeps, wide enough linear recurrences with gates get there too.
+# The models train for about a minute, at one learning rate and with one seed. The result shows which recurrences learn the task quickly, not which can learn it. In the longer sweeps of the paper, gated linear recurrences of sufficient width learn it too.
 #
-# ## What they say when asked
+# ## Predictions by key
 #
-# Asked for the key of pair i, how much probability goes to the value of pair j? An associative memory puts it on the diagonal. A bag of values spreads it evenly.
+# For the key of pair i, how much probability does the model assign to the value of pair j? A model that associates keys with values has its probability on the diagonal. A model that stores only the values spreads it evenly.
 
 
 # %%
 def confusion(model, params, count):
-    """[asked for, answered], averaged over examples."""
+    """Return mean probabilities, [pair of the key, pair of the value]."""
     inputs, targets = mqar(np.random.default_rng(2), count, LENGTH, PAIRS, VOCAB)
     logits, _ = jax.jit(model.apply)(params, inputs)
     chance = np.asarray(jax.nn.softmax(logits))
@@ -185,15 +187,15 @@ figure.colorbar(image, ax=axes, label="probability", shrink=0.8)
 plt.show()
 
 # %% [markdown]
-# ## What their states remember
+# ## Memory of the states
 #
-# How much would the state at the end change if the input at step t had been a little different? That derivative is a measure of what is still in the memory of the last layer, step by step. Where the state keeps everything alike, the line is smooth; where the input decides, the pairs stand out of the noise that follows them.
+# The derivative of the final state with respect to the input at step t measures how much of that input the last layer still remembers. If the state treats all inputs alike, the line is smooth. If the input decides what to keep, the pairs have larger values than the noise after them.
 
 
 # %%
 @functools.partial(jax.jit, static_argnums=0)
 def memory(model, params, inputs):
-    """How the last layer's final state depends on each input, up to scale."""
+    """Return the sensitivity of the last layer's final state to each input, scaled to sum 1."""
     hidden = params["embedding"][inputs] * DIM**0.5
     backbone, params = model.backbone, params["backbone"]
     _, final = backbone.apply(params, hidden)
@@ -225,11 +227,11 @@ axes[0].legend(frameon=False, fontsize=7)
 plt.show()
 
 # %% [markdown]
-# In grey the steps that hold the pairs. Untrained, states hold best what came last. What training makes of that is up to the recurrence: fixed eigenvalues can only remember longer or shorter, whatever comes; gates and the delta rule can let the noise pass and hold on to the pairs.
+# The gray area marks the steps of the pairs. Before training, states remember the latest inputs best. Fixed eigenvalues can only make the memory longer or shorter, independent of the input. Gates and the delta rule can ignore the noise and keep the pairs.
 #
-# ## What does it cost?
+# ## Size of the states
 #
-# The state is what a model carries from step to step, however long the sequence is:
+# The size of the state does not depend on the length of the sequence:
 
 # %%
 for name, layer in FIVE.items():
@@ -240,4 +242,4 @@ for name, layer in FIVE.items():
     print(f"{name:9s} {numbers:5d} numbers per layer and sequence")
 
 # %% [markdown]
-# Next: what to do about recurrences that are not linear at all.
+# Next: nonlinear recurrences, solved in parallel with Newton's method.

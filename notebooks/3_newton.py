@@ -8,7 +8,9 @@
 # %% [markdown]
 # # A nonlinear RNN solved by Newton
 #
-# A linear recurrence parallelises because its steps compose. A classical RNN, h_t = tanh(W h_{t-1} + x_t), does not: the tanh stands in the way. But it can be *solved*, for all steps at once, as one big equation. This notebook does that by hand, finds out where it fails, and shows what rescues it.
+# A linear recurrence runs in parallel because its steps compose. The steps of a classical RNN, h_t = tanh(W h_{t-1} + x_t), do not compose because of the tanh. But all steps together form one large equation, which can be *solved* for all states at once. This notebook implements the solver, shows where it fails, and explains the safeguards of seqjax.
+#
+# It needs the extras `flax` and `experiments` of seqjax. In Colab, the next cell installs them.
 
 # %%
 # In Colab this cell installs seqjax; elsewhere it does nothing. Before you run it in Colab, put the
@@ -40,17 +42,17 @@ import numpy as np
 
 import seqjax
 
-TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # as the tests run it
+TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # small sizes, for tests
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## One equation for all states
 #
-# Put all states into one unknown, h = (h_1, ..., h_T). The recurrence says that h_t - f(h_{t-1}, x_t) = 0 for every t. Newton's method starts from a guess g and replaces f by its tangent there:
+# Collect all states in one unknown, h = (h_1, ..., h_T). The recurrence is the equation h_t - f(h_{t-1}, x_t) = 0 for every t. Newton's method starts from a guess g and replaces f by its tangent at g:
 #
 # $$h_t = f(g_{t-1}, x_t) + J_t\,(h_{t-1} - g_{t-1}), \qquad J_t = \partial f / \partial h \text{ at } g_{t-1}$$
 #
-# That is a *linear* recurrence in h, so it is solved by a parallel scan; its solution is the next guess (DEER, arXiv 2309.12252). With an elementwise cell, h_t = tanh(w * h_{t-1} + x_t), the Jacobians are diagonal and `linear_scan` is all it takes:
+# This is a *linear* recurrence in h, which a parallel scan solves. Its solution is the next guess (DEER, arXiv 2309.12252). With an elementwise cell, h_t = tanh(w * h_{t-1} + x_t), the Jacobians are diagonal, so `linear_scan` solves it:
 
 
 # %%
@@ -59,7 +61,7 @@ def cell(w, h, x):
 
 
 def newton_step(w, guess, x):
-    """One Newton step for all t: guess and x [T, D]."""
+    """Compute one Newton step for all t; guess and x are [T, D]."""
     before = jnp.pad(guess, ((1, 0), (0, 0)))[:-1]  # h_0 = 0
     value = cell(w, before, x)
     slope = (1 - value**2) * w  # the diagonal of J
@@ -68,7 +70,7 @@ def newton_step(w, guess, x):
 
 
 def step_by_step(w, x):
-    """The recurrence as it is written."""
+    """Compute the recurrence sequentially."""
 
     def step(h, x_t):
         h = cell(w, h, x_t)
@@ -82,7 +84,7 @@ x = jax.random.normal(jax.random.key(0), (T, D))
 
 
 def iterate(w, count):
-    """The iterates, from all zeros, and the truth."""
+    """Return the Newton iterates, starting at zeros, and the exact states."""
     guesses = [jnp.zeros((T, D))]
     for _ in range(count):
         guesses.append(jax.jit(newton_step)(w, guesses[-1], x))
@@ -106,11 +108,11 @@ axes[1].legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# Once it is near, every step doubles the number of right digits, for all steps at once, until rounding ends it. How many iterations that takes is not a matter of T, but of how strongly the recurrence is felt: at w = 1.5 eight are not enough.
+# Near the solution, every iteration doubles the number of correct digits at all steps, down to rounding errors. The number of iterations depends on the strength of the recurrence, not on T. At w = 1.5, eight iterations are not enough.
 #
-# ## How the truth spreads
+# ## Guaranteed convergence
 #
-# After i iterations at least the first i states are exact, whatever happens: the first one never depended on a guess, the second only on the first, and so on. So Newton always ends. Whether it is *faster than walking* is the question. Here is a recurrent matrix, h_t = tanh(h_{t-1} W + x_t), with W of random numbers at three scales:
+# After i iterations, at least the first i states are exact. The first state does not depend on a guess, the second depends only on the first, and so on. So Newton always converges within T iterations, but it is only useful if it needs far fewer. The next cell uses a recurrent matrix, h_t = tanh(h_{t-1} W + x_t), with random W at three scales:
 
 # %%
 SIZE, T = (4, 24) if TINY else (16, 256)
@@ -122,7 +124,7 @@ h0 = elman.initial_state(1)
 
 @jax.jit
 def dense_newton_step(weight, guess):
-    """One plain Newton step of the Elman cell, with the linear recurrence solved by a loop."""
+    """Compute a plain Newton step of the Elman cell; a loop solves the linear recurrence."""
     before = jnp.concatenate([h0, guess[:-1]])
 
     def of_step(h, x_t):
@@ -161,11 +163,11 @@ figure.colorbar(image, ax=axes, label="log10 of the error")
 plt.show()
 
 # %% [markdown]
-# Black is exact. At a small scale all of it turns black after a few iterations. At a large one the guess *explodes* (bright), and only the truth creeping in from the left, at its guaranteed pace or a little faster, puts things right: parallel in name only.
+# Black is exact. At a small scale, all states are exact after a few iterations. At a large scale, the guess *diverges* (bright). Then only the exact states at the left grow, by one or a few steps per iteration, so Newton is no faster than a sequential loop.
 #
-# ## Lyapunov exponents: what to expect beforehand
+# ## Predict convergence with Lyapunov exponents
 #
-# What decides is whether neighbouring trajectories come together or part. The average rate, per step, is the largest Lyapunov exponent. Below zero an error made at one step has died out some steps later, so all parts of the sequence can be solved independently; above zero the system is chaotic and the end depends on every detail of the beginning. `seqjax.lyapunov` measures it along a trajectory, and `nonlinear_scan` reports how many iterations its solver took:
+# Convergence depends on whether neighboring trajectories approach or separate. The largest Lyapunov exponent is the average rate per step. Below zero, an error at one step dies out a few steps later, so Newton can solve all parts of the sequence independently. Above zero, the system is chaotic: the last states depend on every detail of the first ones. `seqjax.lyapunov` measures the exponent along a trajectory, and `nonlinear_scan` reports the number of iterations:
 
 # %%
 scales = np.array([0.5, 1.5]) if TINY else np.linspace(0.25, 3.0, 12)
@@ -182,22 +184,22 @@ axes[0].plot(scales, exponents, "o-")
 axes[0].axhline(0, color="k", linewidth=0.8)
 axes[0].set(xlabel="scale of W", ylabel="per step", title="largest Lyapunov exponent")
 axes[1].semilogy(exponents, iterations, "o", color="C3")
-axes[1].axhline(T, color="k", linestyle=":", label=f"T = {T}: walking would do")
+axes[1].axhline(T, color="k", linestyle=":", label=f"T = {T}: as many as sequential steps")
 axes[1].axvline(0, color="k", linewidth=0.8)
 axes[1].set(xlabel="exponent", title="iterations of seqjax's solver")
 axes[1].legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## What rescues it
+# ## Safeguards
 #
-# The library's solver does more than plain Newton, from cheap to dear:
+# The library's solver has three safeguards, listed from cheapest to most expensive:
 #
-# 1. *Projection*: an Elman state lies in [-1, 1]. Iterates that leave the box are put back, and sent through the cell once more. That ends the explosions.
-# 2. *Windows*: what has not converged over all of T after a few iterations goes on in windows of 64 steps, one after the other, each from an exact state. Errors cannot grow over more than a window.
-# 3. *Walking*: a window that does not converge either is finished step by step.
+# 1. *Projection*: an Elman state is in [-1, 1]. Iterates outside are projected back and passed through the cell once more. This prevents divergence to large values.
+# 2. *Windows*: if Newton has not converged over all of T after a few iterations, it continues in windows of 64 steps, one after the other. Each window starts from an exact state, so errors cannot grow beyond a window.
+# 3. *Sequential steps*: a window that does not converge is computed step by step.
 #
-# It then checks the answer once more, and says what happened. Here they are one by one, at a scale at which plain Newton explodes:
+# The solver then checks the result and reports the numbers of iterations and sequential steps. The next cell adds the safeguards one by one, at a scale at which plain Newton diverges. The bars count the iterations of all windows. Smaller windows need more iterations, but each is less work than an iteration over all of T:
 
 # %%
 Newton = seqjax.Newton
@@ -221,19 +223,19 @@ for name, solver in solvers.items():
     notes.append(f"error {np.abs(np.asarray(hs[0]) - truth).max():.0e}")
 counts = np.array(counts)
 figure, axis = plt.subplots(figsize=(9, 2.6), layout="constrained")
-axis.barh(names, counts[:, 0], color="C0", label="iterations, each over all of T or a window")
-bars = axis.barh(names, counts[:, 1], left=counts[:, 0], color="C3", label="steps walked")
+axis.barh(names, counts[:, 0], color="C0", label="iterations, over all of T or a window")
+bars = axis.barh(names, counts[:, 1], left=counts[:, 0], color="C3", label="sequential steps")
 axis.bar_label(bars, notes, padding=4, fontsize=8)
 axis.invert_yaxis()
 axis.set_xlim(0, counts.sum(axis=1).max() * 1.25)
 axis.legend(frameon=False, fontsize=8)
-axis.set_title("whatever it takes, the answer is the same")
+axis.set_title("all solvers return the same states")
 plt.show()
 
 # %% [markdown]
 # ## Chaos
 #
-# Above zero there is no trajectory to find, not even by walking: two ways of rounding part ways exponentially. Newton finds one, a walk finds another, and both satisfy every single step to rounding.
+# Above zero, no method computes the exact trajectory, because rounding errors grow exponentially. Newton and the sequential loop find different trajectories. Both satisfy the equation of every step up to rounding.
 
 # %%
 params = {"W": 3.0 * direction}
@@ -241,19 +243,17 @@ found, _, info = seqjax.nonlinear_scan(elman, params, u, h0, algorithm="newton")
 walked = truth_of(params["W"])
 again, _, _ = seqjax.nonlinear_scan(
     elman, params, u, h0 + 1e-7, algorithm="sequential"
-)  # a walk that starts a hair's breadth away
+)  # sequential, from a slightly different initial state
 exponent = float(seqjax.lyapunov(elman, params, u, walked[None])[0])
 figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
-axis.semilogy(np.abs(np.asarray(found[0]) - walked).max(axis=1) + 1e-9, label="Newton to the walk")
-axis.semilogy(
-    np.abs(np.asarray(again[0]) - walked).max(axis=1), label="the walk to one from 1e-7 away"
-)
+axis.semilogy(np.abs(np.asarray(found[0]) - walked).max(axis=1) + 1e-9, label="Newton, sequential")
+axis.semilogy(np.abs(np.asarray(again[0]) - walked).max(axis=1), label="sequential, from 1e-7 away")
 t = np.arange(T)
 axis.semilogy(t, np.minimum(1e-7 * np.exp(exponent * t), 2), "k:", label="1e-7 exp(exponent t)")
 axis.set(
     xlabel="t",
-    ylabel="distance",
-    title=f"exponent {exponent:.2f} per step; residual of Newton's {float(info.residual[0]):.0e}",
+    ylabel="distance of two runs",
+    title=f"exponent {exponent:.2f} per step; Newton's residual {float(info.residual[0]):.0e}",
 )
 axis.legend(frameon=False)
 plt.show()
@@ -261,7 +261,7 @@ plt.show()
 # %% [markdown]
 # ## Gradients
 #
-# However the states were found, the derivative is that of the recurrence itself: one linear recurrence backwards, with the exact Jacobians at the solution.
+# The gradient does not depend on the solver. It is one linear recurrence backward in time, with the exact Jacobians at the solution.
 
 # %%
 params = {"W": 0.9 * direction}
@@ -278,8 +278,8 @@ print("largest difference of the gradients:", float(jnp.abs(by_newton - by_walki
 print("largest gradient:", float(jnp.abs(by_walking).max()))
 
 # %% [markdown]
-# ## When is it worth it?
+# ## When to use Newton
 #
-# On a CPU never: walking is what CPUs are good at, and `algorithm=None` walks there. On a device that needs thousands of numbers to work on at a time, a few iterations over all of T can beat T small steps, if the exponent is well below zero. Measure it: `info.iterations` tells what the solver did, `python -m experiments.bench newton` how long it took.
+# On a CPU, use the sequential loop: it is faster, and it is the default there. On a GPU or TPU, a few iterations over all of T can be faster than T small steps if the exponent is well below zero. Measure before you decide: `info.iterations` is the number of iterations, and `python -m experiments.bench newton` measures the time.
 #
 # Next: from a notebook to a pod.

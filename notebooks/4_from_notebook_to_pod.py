@@ -8,7 +8,9 @@
 # %% [markdown]
 # # From notebook to pod
 #
-# A Flax NNX model with a seqjax backbone, trained on one device; the same lines on a mesh of eight; and the compiler's word on what it would take on a TPU slice that is not there. The eight devices are virtual: one CPU that pretends, which is slow and proves everything but speed.
+# This notebook trains a Flax NNX model with a seqjax backbone on one device, and with the same code on a mesh of eight devices. It then compiles the training step for a TPU slice and reads the memory that each chip needs. The eight devices are virtual devices of one CPU, which show everything except the speed.
+#
+# It needs the extras `flax` and `experiments` of seqjax. In Colab, the next cell installs them.
 
 # %%
 # In Colab this cell installs seqjax; elsewhere it does nothing. Before you run it in Colab, put the
@@ -40,7 +42,7 @@ import re
 
 import jax
 
-jax.config.update("jax_platforms", "cpu")  # whatever else is there
+jax.config.update("jax_platforms", "cpu")  # also on a machine with a GPU or TPU
 jax.config.update("jax_num_cpu_devices", 8)
 
 import jax.numpy as jnp
@@ -53,13 +55,13 @@ from jax.sharding import PartitionSpec as P
 
 import seqjax.nnx
 
-TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # as the tests run it
+TINY = os.environ.get("SEQJAX_NOTEBOOK") == "tiny"  # small sizes, for tests
 plt.rcParams.update({"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False})
 
 # %% [markdown]
 # ## A model
 #
-# Bytes in, bytes out. The embedding and the head are Flax's own; between them stands a seqjax backbone, wrapped once. Two ways of saying where parameters live meet here: Flax's layers are told mesh axes; a seqjax layer names what its axes *mean* (`embed`, `heads`, `mlp`, ...), and rules say where each meaning goes.
+# The model reads and predicts bytes. The embedding and the head are Flax layers; a seqjax backbone, wrapped in `seqjax.nnx.Recurrent`, is between them. There are two ways to shard parameters. Flax layers name mesh axes directly. A seqjax layer names logical axes (`embed`, `heads`, `mlp`, ...), and rules map them to mesh axes.
 
 # %%
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
@@ -119,7 +121,7 @@ def train_step(model, optimizer, tokens):
 # %% [markdown]
 # ## One device, then eight
 #
-# Nothing in the model or the step mentions devices. A mesh is set, the model is made, and every parameter finds its place; batches are split over `data` and `fsdp`.
+# The model and the training step do not mention devices. Set a mesh, then create the model: every parameter is created with its sharding. Batches are split over `data` and `fsdp`.
 
 # %%
 text = b"".join(
@@ -158,9 +160,9 @@ plt.show()
 print(f"largest difference of the losses: {np.abs(alone - together).max():.1e} bits")
 
 # %% [markdown]
-# ## Where the parameters went
+# ## Shardings of the parameters
 #
-# Each rectangle is a parameter, each tile a piece of it, with the numbers of the devices that hold that piece. `embed` is split over `fsdp`, `heads` over `tensor`; over `data` everything is repeated. What has no rule is whole on every device.
+# Each square is a parameter, and each tile is a shard with the numbers of its devices. `embed` is split over `fsdp` and `heads` over `tensor`. All parameters are replicated over `data`. Axes without a rule are not split.
 
 # %%
 params = model.backbone.params["block_0"]
@@ -192,9 +194,9 @@ for axis, (name, variable) in zip(axes, chosen.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# ## What the devices tell each other
+# ## Communication between devices
 #
-# The compiler put the communication in. Counting the collectives of the compiled step is a good habit: a number that grows with the length of the sequence means that something is split that should not be. Try it without the line in `__call__` that collects the embedding table: the compiler then splits features as the parameters are split.
+# The compiler inserts the collectives. Count them in the compiled step: if their number grows with the length of the sequence, some array is split along the wrong axis. To see the effect of a sharding constraint, remove the line in `__call__` that gathers the embedding table. The compiler then splits features like the parameters.
 
 # %%
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
@@ -206,7 +208,7 @@ def collectives(compiled):
 
 
 def step_of(graph):
-    """The training step as a function of arrays alone, as one compiles it ahead of time."""
+    """Return the training step as a jitted function of arrays, to compile ahead of time."""
 
     def step(state, tokens):
         model, optimizer = nnx.merge(graph, state)
@@ -217,7 +219,7 @@ def step_of(graph):
 
 
 def compile_for(mesh, size=SIZE, batch=BATCH, length=LENGTH):
-    """The step compiled for a mesh, from shapes alone: no array is made."""
+    """Compile the step for a mesh from shapes, without creating arrays."""
     graph, state = nnx.get_abstract_model(lambda: create(size), mesh)
     where = NamedSharding(mesh, P(("data", "fsdp")))
     tokens = jax.ShapeDtypeStruct((batch, length + 1), jnp.int32, sharding=where)
@@ -242,9 +244,9 @@ axis.legend(frameon=False, fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## A slice that is not there
+# ## Compile for a TPU slice
 #
-# The TPU's compiler runs on any machine: `pip install -e ".[aot]"` from a clone brings it (200 MB). It takes the same step, now of a model of a size worth the trip, for the same mesh on chips that exist only by name, and says what memory each would need. What fits here fits there. (In Colab: install it in a cell of its own and run this again.)
+# The TPU compiler runs on any machine. Install it with `pip install -e ".[aot]"` from a clone (200 MB). It compiles the same step, with a larger model, for the same mesh on a slice of eight v5e chips, and reports the memory that each chip needs. (In Colab, install it in a separate cell and run this cell again.)
 
 # %%
 if importlib.util.find_spec("libtpu") and not TINY:
@@ -260,10 +262,12 @@ if importlib.util.find_spec("libtpu") and not TINY:
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     print(f"{len(chips)} chips {chips[0].device_kind}; of the 16 GiB of each:")
     print(f"  parameters, optimizer, batch {arguments / 2**20:7.1f} MiB")
-    print(f"  everything between           {temporary / 2**20:7.1f} MiB")
+    print(f"  temporaries                  {temporary / 2**20:7.1f} MiB")
     print("  collectives", {kind: n for kind, n in collectives(compiled).items() if n})
 else:
     print("libtpu is not installed (or this is a test): pip install -e '.[aot]' from a clone")
 
 # %% [markdown]
-# That was a toy. The path is the same for a model that needs the pod: write it with named axes, say where names go, look at the collectives, let the TPU's compiler have its word, and only then ask for the machine. When one *sequence* is too long for a device, time itself can be split: see the guide on sharding, `sequence_axis`. Models that are configurations rather than notebooks are planned by one command, with what is sent and a roofline: `python -m experiments.plan --config=experiments/configs/pod.py:mamba_1b,131k --topology=v5e:16x16`.
+# This model is small, but the steps are the same for a model that needs a pod. Name the axes and map the names to mesh axes. Count the collectives. Compile for the TPU slice before you use it.
+#
+# If one *sequence* is too long for a device, split time: see `sequence_axis` in the guide on sharding. For models defined by a configuration, one command reports memory, communication and a roofline: `python -m experiments.plan --config=experiments/configs/pod.py:mamba_1b,131k --topology=v5e:16x16`.

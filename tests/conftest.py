@@ -1,11 +1,11 @@
 import importlib.metadata
 import os
 
-# Before jax is imported anywhere: eight devices for the sharding tests, no accelerator.
+# Set before the first import of jax: eight CPU devices for the sharding tests, no accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Compilation is most of the time of these tests, and on the oldest jax XLA's new code generator for
-# CPU takes half of it. On newer ones, where nobody can choose, the tests run with it.
+# Compilation takes most of the time of these tests. On the oldest jax, XLA's new CPU code generator
+# takes half of it, so it is switched off. Newer versions always use it.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # Splitting each program for parallel code generation costs 10 % to 20 % more on two cores.
     os.environ.setdefault(
@@ -26,9 +26,9 @@ _tests_run = 0
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
-    """Drop compiled programs now and then.
+    """Drop compiled programs periodically.
 
-    Each holds memory maps, a process may have 65,530 of them, and the compiler crashes on the
+    Each program has memory maps. A process may have 65,530 of them; the compiler crashes on the
     next one.
     """
     yield
@@ -40,35 +40,35 @@ def few_compiled_programs():
 
 @pytest.fixture
 def x64():
-    """Float64 enabled: how the library is held against float64 loops."""
+    """Enable float64, for comparison with the float64 oracles."""
     with jax.enable_x64(True):
         yield
 
 
 @pytest.fixture
 def strict():
-    """No silent promotion between dtypes inside the library."""
+    """Forbid implicit promotion between dtypes inside the library."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Compilation is nearly all the time these tests take, and tiny models need no fast code."""
+    """Compile quickly: compilation takes nearly all the time of tests of tiny models."""
     with unoptimized():
         yield
 
 
 @pytest.fixture
 def compiled_quickly():
-    """The same for a single test: of a rule, not of numbers that the compiler could change."""
+    """Compile quickly in one test, whose result does not depend on optimizations."""
     with unoptimized():
         yield
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A small folder of text, so that no test reads the whole standard library."""
+    """Return a small folder of text, so that no test reads the whole standard library."""
     folder = tmp_path_factory.mktemp("text")
     for index in range(12):
         lines = "".join(f"line {n} of file {index}: {n * n * index}\n" for n in range(60))

@@ -1,4 +1,4 @@
-"""The documentation: code in it runs, and the reference has every public name."""
+"""Documentation: its code runs, and the reference has every public name."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ ARCHITECTURES = [
 
 
 def defined(module):
-    """The functions and classes that a module makes public."""
+    """Return the public functions and classes of a module."""
     return {
         name
         for name, made in vars(module).items()
@@ -43,7 +43,7 @@ def defined(module):
 
 
 def public_names():
-    """What users import, by the path they import it with."""
+    """Return the public objects by their import path."""
     ops = [name for name in vars(seqjax) if name in vars(seqjax.ops) and not name.startswith("_")]
     names = {f"seqjax.{name}" for name in ops if not inspect.ismodule(getattr(seqjax, name))}
     names |= {f"seqjax.ops.{name}" for name in seqjax.ops.__all__ if not hasattr(seqjax, name)}
@@ -70,7 +70,7 @@ def test_every_page_can_be_found():
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_links_lead_somewhere(page):
-    """Those to files here; figures are links too."""
+    """Check the links to files of the repository, including figures."""
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
     files = [link.split("#")[0] for link in links if "://" not in link and link[0] != "#"]
     missing = [link for link in files if not (ROOT / page).parent.joinpath(link).exists()]
@@ -79,13 +79,13 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_lists_render_as_lists(page):
-    """Markdown makes a list of items only after an empty line; GitHub does without."""
+    """Check for an empty line before each list, which Markdown needs and GitHub does not."""
     text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
     assert not re.findall(r"^(?![-*#|>]|\s|\d+\. ).+\n[-*] .*", text, re.M)
 
 
 def test_images_lead_somewhere_outside_github():
-    """Images of the documentation are files under docs/, which mkdocs copies to the site."""
+    """Check that images are files under docs/, which mkdocs copies to the site."""
     for page in PAGES:
         if page == "README.md":
             continue
@@ -98,7 +98,7 @@ def test_images_lead_somewhere_outside_github():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`")
 def test_the_site_renders(tmp_path):
-    """Lists are lists, examples are code, images are there."""
+    """Build the site and check that lists, examples and images render."""
     command = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
@@ -129,7 +129,7 @@ def test_there_is_code():
     ],
 )
 def test_code_runs(page):
-    """As it stands, from top to bottom."""
+    """Run the code of a page from top to bottom."""
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S):
         exec(compile(block, page, "exec", dont_inherit=True), names)
@@ -139,7 +139,7 @@ def test_code_runs(page):
     "made", ARCHITECTURES, ids=lambda made: f"{made.__module__}.{made.__name__}"
 )
 def test_architectures_are_documented(made):
-    """The fields, an example, the state, and where it comes from."""
+    """Check that the docstring has fields, an example, the state and a reference."""
     text = made.__doc__
     if inspect.isabstract(made):
         assert ">>>" in text, "no example of one's own"

@@ -1,4 +1,4 @@
-"""The house itself: which way imports flow, how long files are, that examples are true."""
+"""Structure of the repository: directions of imports, lengths of files, doctests."""
 
 import ast
 import doctest
@@ -62,7 +62,7 @@ def upward(module: str, source: str) -> list[str]:
         return []
     wrong = [name for name in imported(source) if (floor(name) or 0) > here]
     if here == 0:
-        # A leaf: jax, NumPy that comes with it, itself and what comes with Python.
+        # A leaf imports jax, NumPy, the standard library and its own modules.
         known = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
         wrong += [name for name in imported(source) if name.split(".")[0] not in known]
     return wrong
@@ -103,7 +103,7 @@ def room_imports(path, source):
 
 
 def test_experiments_import_downward():
-    """Commands on top, then training and objectives, down to base; no folder imports upward."""
+    """Check the order: commands, then training and objectives, down to base."""
     arrows = set()
     for path in sorted((ROOT / "experiments").rglob("*.py")):
         folder, used = room_imports(path.relative_to(ROOT / "experiments"), path.read_text())
@@ -171,7 +171,7 @@ def test_annotations_are_true(case, compiled_quickly):
 
 
 def test_readme_names_what_exists():
-    """Every backticked path in the architecture map and every public op in the table."""
+    """Check every path in the architecture map and every public op in the table."""
     readme = (ROOT / "README.md").read_text()
     for name in re.findall(r"^\| `(\w+)` \|", readme, re.M):
         assert hasattr(seqjax, name)

@@ -1,4 +1,4 @@
-"""The notebooks: both forms of each agree, and each runs from top to bottom at a small size."""
+"""Notebooks: both forms agree, and each notebook runs from top to bottom at a small size."""
 
 import os
 import pathlib
@@ -18,7 +18,7 @@ def cells(path):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_both_forms_agree(source):
-    """If not: jupytext --to ipynb --update notebooks/*.py."""
+    """Compare both forms. Update the second one: jupytext --to ipynb --update notebooks/*.py."""
     assert cells(source) == cells(source.with_suffix(".ipynb"))
     for cell in jupytext.read(source.with_suffix(".ipynb")).cells:
         assert not cell.get("outputs")
@@ -33,7 +33,7 @@ def test_every_notebook_has_a_source():
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_installs_in_colab_and_nowhere_else(source, monkeypatch, tmp_path):
-    """The first code cell, which is the same in all."""
+    """Check the first code cell, which is equal in all notebooks."""
     install = next(source for kind, source in cells(source) if kind == "code")
     assert install == next(text for kind, text in cells(SOURCES[0]) if kind == "code")
     commands = []
@@ -52,7 +52,7 @@ def test_installs_in_colab_and_nowhere_else(source, monkeypatch, tmp_path):
     assert "address" in clone
     assert pip[:4] == [sys.executable, "-m", "pip", "install"]
     assert sys.path[0] == clone[-1]
-    # After a restart of the kernel the checkout is there, and the path is not.
+    # After a restart of the kernel, the checkout exists, but the path entry does not.
     (tmp_path / clone[-1]).mkdir()
     sys.path.remove(clone[-1])
     exec(install, {})
@@ -69,7 +69,7 @@ def test_installs_in_colab_and_nowhere_else(source, monkeypatch, tmp_path):
     ],
 )
 def test_runs(source, tmp_path):
-    """In a process of its own, as notebooks do."""
+    """Run a notebook in a separate process."""
     environment = dict(
         os.environ,
         SEQJAX_NOTEBOOK="tiny",

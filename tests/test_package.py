@@ -1,4 +1,4 @@
-"""The distribution and the names of the package, and commands without their extras."""
+"""Distribution, public names of the package, and commands without their extras."""
 
 import ast
 import importlib
@@ -31,7 +31,7 @@ COMMANDS = sorted(
     "name", ["seqjax", "seqjax.ops", "seqjax.cells", "seqjax.layers", "seqjax.models"]
 )
 def test_all_is_complete(name):
-    """`__all__` lists what the package imports for its users, and nothing else."""
+    """Check that `__all__` lists exactly the public imports of the package."""
     package = importlib.import_module(name)
     imported = {
         alias.asname
@@ -71,7 +71,7 @@ def test_license():
 
 @pytest.mark.slow
 def test_contents_of_the_wheel(tmp_path):
-    """The build is isolated, as it is for users."""
+    """Build the distributions in isolation, as users do."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -88,7 +88,7 @@ def test_contents_of_the_wheel(tmp_path):
 
 
 def test_hints_name_no_package_of_an_index():
-    """Seqjax is on no index yet: extras are installed from a clone."""
+    """Check that hints install from a clone: seqjax is on no index yet."""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder in ("seqjax", "pallas_kernels", "experiments", "notebooks", "docs", "tests"):
         files += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md", ".ipynb")]
@@ -98,7 +98,7 @@ def test_hints_name_no_package_of_an_index():
 
 
 def test_every_package_that_commands_import_is_checked():
-    """The packages that `experiments` imports when it is imported, less those of seqjax itself."""
+    """Compare the imports of `experiments`, without those of seqjax, with its list."""
     imported = set()
     for path in (ROOT / "experiments").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -112,7 +112,7 @@ def test_every_package_that_commands_import_is_checked():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_without_its_extras(tmp_path, command):
-    """One line with the command that installs them, and exit code 2."""
+    """Check for one line with the install command, and exit code 2."""
     hidden = f"import sys\nsys.modules.update(dict.fromkeys({experiments.REQUIRED}))\n"
     (tmp_path / "sitecustomize.py").write_text(hidden)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Types as users see them: mypy and pyright check a program that calls the whole library."""
+"""Types: mypy and pyright check a program that calls the whole library."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ WRONG = {
 
 @pytest.mark.parametrize("checker", CHECKERS)
 def test_a_program_is_clean_and_mistakes_are_found(checker, tmp_path):
-    """Seqjax is an installed package here, whose types are read because of `py.typed`.
+    """Check types against an installed seqjax, whose types are read because of `py.typed`.
 
     Without the second part, a checker that sees no types would pass.
     """

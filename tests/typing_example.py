@@ -89,7 +89,7 @@ def ops(x: Float[Array, "B T D"], reset: Reset | None = None) -> list[jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Leaky(Cell):
-    """A cell of one's own."""
+    """User-defined cell."""
 
     dim: int
     gates = 1
@@ -102,7 +102,7 @@ class Leaky(Cell):
 
 @dataclasses.dataclass(frozen=True)
 class Average(Layer):
-    """A layer of one's own: a moving average with a learned decay per channel."""
+    """User-defined layer: a moving average with a learned decay per channel."""
 
     dim: int
     start: float | None = None

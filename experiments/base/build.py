@@ -1,4 +1,4 @@
-"""A configuration's model section to a language model, and the differences between two."""
+"""Models built from a configuration, and the differences between two configurations."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ VOCAB_SIZE = 256
 
 
 def build_model(model: ConfigDict, vocab_size: int = VOCAB_SIZE) -> models.LanguageModel:
-    """Builds the language model that `config.model` describes, by default of bytes."""
+    """Build the language model that `config.model` describes; by default it reads bytes."""
     dtype = model.get("dtype", "float32")
     with _one_line():
         return models.LanguageModel(vocab_size, _backbone(model), dtype=dtype)
 
 
 def build_classifier(model: ConfigDict, num_classes: int, **inputs: Any) -> models.Classifier:
-    """Builds the classifier that `config.model` describes, for what `inputs` say it is given."""
+    """Build the classifier that `config.model` describes; `inputs` go to `models.Classifier`."""
     dtype = model.get("dtype", "float32")
     with _one_line():
         return models.Classifier(num_classes, _backbone(model), dtype=dtype, **inputs)
@@ -67,12 +67,12 @@ def _build_layer(name: str, model: ConfigDict) -> Any:
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:
-    """The configuration as plain JSON values, as a checkpoint stores it."""
+    """Return the configuration as plain JSON values, as a checkpoint stores it."""
     return json.loads(json.dumps(config.to_dict()))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lists `field: old -> new` for every field in which two JSON configurations differ."""
+    """Return `field: old -> new` for every field in which two JSON configurations differ."""
     changes = []
     for key in sorted(old.keys() | new.keys()):
         left, right = old.get(key), new.get(key)

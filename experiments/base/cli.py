@@ -1,4 +1,4 @@
-"""Runs a script: parses its absl flags and turns user errors into one line and exit code 2."""
+"""Runner of all commands: it parses absl flags and reports user errors in one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLE_CONFIG = "experiments/configs/lm.py:gated_deltanet"
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines `--config=FILE.py:ARG` and its `--config.FIELD=VALUE` overrides."""
+    """Define `--config=FILE.py:ARG` and its `--config.FIELD=VALUE` overrides."""
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -44,9 +44,12 @@ def run(
     """Parse `argv`, call `main` and return the exit code.
 
     Args:
-      define_flags: defines the flags of the script, given the values and `argv`.
-      main: is called with the values of the flags.
-      argv: the name of the script and its arguments; by default the command line.
+      define_flags: called with the flag values and `argv`; defines the flags of the script.
+
+      main: called with the flag values; returns the exit code.
+
+      argv: name of the script and its arguments; by default the command line.
+
       takes_words: pass the arguments that are not flags as the second argument of `main`.
     """
     argv = list(sys.argv if argv is None else argv)
@@ -71,7 +74,7 @@ def run(
     except KeyboardInterrupt:
         return _fail("interrupted", 128 + signal.SIGINT, prefix="")
     except BrokenPipeError:
-        # The reader, such as `head`, has what it needs.
+        # The reader, such as `head`, has closed the pipe.
         _discard_output()
         return 128 + getattr(signal, "SIGPIPE", 13)
     except Exception as error:
@@ -82,7 +85,7 @@ def run(
 
 
 def _hide_closed_loops(unraisable: Any) -> None:
-    """Report an exception that nothing can catch, unless it follows another error of Orbax.
+    """Report an exception outside any handler, unless it follows another error of Orbax.
 
     TensorStore's threads find the event loop closed after one read of a restore failed.
     """
@@ -114,11 +117,11 @@ def _discard(descriptor: int) -> None:
 
 
 def _environment_message(error: Exception, values: flags.FlagValues) -> str | None:
-    """Return the line on a failure of the machine, or None for every other error."""
+    """Return the message for a failure of the machine, or None for every other error."""
     if is_disk_full(error):
         return (
             "the disk is full: free some space or give a --workdir on another disk, then start "
-            "the same command again; it goes on from the last complete checkpoint"
+            "the same command again; it resumes from the last complete checkpoint"
         )
     cause = system_error(error)
     if cause is not None:
@@ -129,7 +132,7 @@ def _environment_message(error: Exception, values: flags.FlagValues) -> str | No
 
 
 def _path_message(error: OSError, values: flags.FlagValues) -> str:
-    """Return the line on a path that cannot be used, with the flag that names it or its folder."""
+    """Return the message for an unusable path, with the flag that names the path or its folder."""
     reason = error.strerror or "unknown reason"
     if error.filename is None:
         return f"cannot read or write: {reason}; check the disk of the --workdir"
@@ -152,7 +155,7 @@ def _is_below(path: str, folder: Any) -> bool:
 
 
 def _backend_message() -> str | None:
-    """Return the line on a platform that JAX cannot initialize; None if it can."""
+    """Return the message for a platform that JAX cannot initialize, or None if it can."""
     platforms = getattr(jax.config, "jax_platforms", None) or ""
     try:
         jax.devices()
@@ -194,7 +197,7 @@ def _flag_message(error: Exception, config_argument: str) -> str:
     if isinstance(error, flags.Error) and "Traceback" not in text:
         return text
     if isinstance(error, (AttributeError, KeyError)):
-        # ml_collections names the field and, where one is near, the field that was meant.
+        # The text of ml_collections has the unknown field and, if there is one, a similar field.
         text = text.strip("'\"")
         meant = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text)
         if meant:
@@ -217,7 +220,7 @@ def _last_line(text: str) -> str:
 
 
 def require_config(values: Any) -> ConfigDict:
-    """Returns the parsed configuration, or says how to give one."""
+    """Return the parsed configuration; raise with an example if there is none."""
     config = values.config
     if config is None:
         raise UserError(f"no configuration: give --config={EXAMPLE_CONFIG}")

@@ -20,17 +20,17 @@ _AXIS_TYPES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags of a run of several processes."""
+    """Define the flags for runs with several processes."""
     flags.DEFINE_boolean(
         "distributed",
         False,
-        "One process of several; the cluster's environment says which.",
+        "Connect to the other processes of a cluster that JAX detects.",
         flag_values=values,
     )
     flags.DEFINE_string(
         "coordinator",
         "",
-        "HOST:PORT of process 0, where the environment does not say; with the next two.",
+        "HOST:PORT of process 0; needs --num_processes and --process_id.",
         flag_values=values,
     )
     flags.DEFINE_integer("num_processes", None, "Number of processes.", flag_values=values)
@@ -38,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def initialize(values: Any) -> None:
-    """Connect this process to the others if the flags name any."""
+    """Connect this process to the others if a flag asks for it."""
     cluster = [values.coordinator, values.num_processes, values.process_id]
     if not values.distributed and cluster == ["", None, None]:
         return
@@ -49,7 +49,7 @@ def initialize(values: Any) -> None:
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot connect the processes ({str(error).splitlines()[0]}): give --coordinator, "
-            "--num_processes and --process_id, or start under a cluster that JAX knows"
+            "--num_processes and --process_id, or start on a cluster that JAX detects"
         ) from error
 
 
@@ -99,9 +99,13 @@ class DeviceMesh:
 
         Args:
           text: axes and sizes, such as "data=4,fsdp=2"; empty for one device.
+
           model: the model of the run.
-          batch_shape: (B, T) of its training batches.
-          init: returns the state of training from a key.
+
+          batch_shape: (B, T) of the training batches.
+
+          init: returns the initial training state for a key.
+
           axis_types: "auto" or "explicit", see `sharding.make_mesh`.
         """
         self._init = init

@@ -12,19 +12,19 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can put right; the message says what and how, on one line."""
+    """An error that the user can correct; its one-line message names the problem and the fix."""
 
     exit_code = 2
 
 
 class DivergedError(UserError):
-    """A training run came to numbers that are not finite: a result, where a mistake is none."""
+    """A training run produced non-finite numbers. A sweep records this as a result."""
 
     exit_code = 3
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns a hint that names the closest of `choices`, else lists all of them."""
+    """Return a hint with the closest of `choices`, if there is one, and all choices."""
     known = sorted(set(choices))
     close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     if close:
@@ -33,7 +33,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def installed_version(distribution: str, extra: str) -> str:
-    """Return the version of a distribution; raise with the install command if there is none."""
+    """Return the version of a distribution; raise with the install command if it is missing."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError as error:
@@ -42,7 +42,7 @@ def installed_version(distribution: str, extra: str) -> str:
         ) from error
 
 
-# Errors of a read or a write, which name no file.
+# Errors of reads and writes on an open file, which carry no file name.
 _DISK_ERRORS = (errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
 # Checkpoint libraries written in C++ report the errno as text only.
 _SYSTEM_TEXTS = {
@@ -78,7 +78,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def check_positive(section: Any, *names: str) -> None:
-    """Raises unless these fields of a configuration are at least 1."""
+    """Raise an error unless these fields of a configuration are at least 1."""
     for name in names:
         if section[name] < 1:
             raise UserError(f"the config field {name}={section[name]} must be at least 1")

@@ -1,4 +1,4 @@
-"""Comments on the fields of all configurations, as `--help` prints them."""
+"""Comments for the fields of all configurations, printed by `--help`."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ COMMENTS = {
     "data.length": "steps of each training sequence; 0: the longest of the task",
     "data.batch_size": "sequences per training step",
     "data.shuffle_windows": "size of the shuffle buffer, in windows",
-    "data.streams": "streams that the text is read in; must divide data.batch_size",
+    "data.streams": "number of streams that read the text; must divide data.batch_size",
     "data.packed_length": "pack several sequences into rows of this length; 0: one per row",
-    "eval.lanes": "streams that held-out text is evaluated in",
+    "eval.lanes": "number of streams that read the held-out text",
     "eval.bytes": "held-out bytes of a mid-run evaluation",
     "eval.final_bytes": "held-out bytes of the final evaluation",
     "eval.quick": "test sequences of a mid-run evaluation",
@@ -74,7 +74,7 @@ COMMENTS = {
 OPTIONS = {
     "state_dim": "size of the state",
     "heads": "number of heads",
-    "window": "steps that attention sees",
+    "window": "steps that attention reads",
     "conv_size": "width of the short convolution",
     "expand": "inner features over model.dim",
     "negative_eigenvalues": "eigenvalues in [-1, 1] instead of [0, 1]",
@@ -89,7 +89,7 @@ OPTIONS = {
 
 
 def comment(field: str) -> str:
-    """Return the comment on a field, such as `data.length`; empty if it has none."""
+    """Return the comment for a field, such as `data.length`; empty if there is none."""
     if field.startswith("model.options."):
         return OPTIONS.get(field.rpartition(".")[2], "")
     return COMMENTS.get(field, "")

@@ -1,4 +1,4 @@
-"""Output of a run while it trains: metrics.jsonl, TensorBoard files and a progress bar."""
+"""Output of a training run: metrics.jsonl, TensorBoard files and a progress bar."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics file; a last line cut short by a kill is left out."""
+    """Return the rows of a run's metrics file, without a last line that a kill cut short."""
     path = workdir / METRICS_FILE
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    # What follows the last line break was never finished.
+    # Text after the last line break is an unfinished row.
     return [json.loads(line) for line in lines[:-1]]
 
 
 class RunLog:
-    """Appends rows to metrics.jsonl and TensorBoard; on resume forgets the steps taken again."""
+    """Log in metrics.jsonl and TensorBoard; a resume drops rows of steps that will be repeated."""
 
     def __init__(self, workdir: Path, step: int) -> None:
         path = workdir / METRICS_FILE
         earlier_rows = [row for row in read_rows(workdir) if row["step"] <= step]
-        # Replaced in one go, so that a kill in between loses nothing.
+        # An atomic replacement, so that a kill loses nothing.
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in earlier_rows))
         os.replace(temporary, path)
@@ -38,17 +38,17 @@ class RunLog:
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Writes rows of numbers, each with its `step`, and puts them on disk."""
+        """Write rows of numbers, each with a `step`, and flush them."""
         self._file.writelines(json.dumps(row) + "\n" for row in rows)
         self._file.flush()
 
     def board(self, step: int, values: dict[str, float]) -> None:
-        """Adds scalars to TensorBoard."""
+        """Add scalars to TensorBoard."""
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes both files."""
+        """Close both files."""
         try:
             self._file.close()
         finally:
@@ -56,20 +56,20 @@ class RunLog:
 
 
 class NoLog:
-    """Log of every process but the first: it writes nothing."""
+    """Log of every process except the first: writes nothing."""
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Writes nothing."""
+        """Ignore the rows."""
 
     def board(self, step: int, values: dict[str, float]) -> None:
-        """Adds nothing."""
+        """Ignore the values."""
 
     def close(self) -> None:
-        """Closes nothing."""
+        """Do nothing."""
 
 
 class Progress:
-    """A progress bar on a terminal, a line now and then elsewhere; nothing if quiet."""
+    """Progress bar on a terminal, one line per log interval elsewhere; no output if quiet."""
 
     def __init__(self, start: int, steps: int, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -80,11 +80,11 @@ class Progress:
         )
 
     def step(self) -> None:
-        """Counts one step."""
+        """Advance the bar by one step."""
         self._bar.update(1)
 
     def show(self, step: int, numbers: dict[str, float], tokens_per_second: float) -> None:
-        """Shows the means of the last steps."""
+        """Show the mean numbers of the last steps."""
         if self._quiet:
             return
         values = {name.replace("_per_", "/"): f"{x:.3f}" for name, x in numbers.items()}
@@ -96,12 +96,12 @@ class Progress:
             print(f"step {step}/{self._steps}  {text}", flush=True)
 
     def note(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Print a line above the bar."""
         if self._quiet:
             return
         tqdm.tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Close the bar and leave it on the screen."""
         self._bar.close()

@@ -20,16 +20,20 @@ def save_curves(
     objective: Any,
     final: dict[str, Any] | None = None,
 ) -> None:
-    """Draw a number of every step, and one of every evaluation, over steps.
+    """Plot the training curve and the evaluations over steps.
 
-    Both on one axis where they are the same kind of number, and the learning rate and the gradient
-    norm below.
+    Both share an axis if they have the same unit. A second panel shows the learning rate and the
+    gradient norm.
 
     Args:
       path: file of the figure.
+
       rows: rows of the metrics file.
+
       title: title of the figure.
-      objective: an objective, which names the numbers and the data behind them.
+
+      objective: the objective, which names the curve, the metric and the evaluated data.
+
       final: step and result of the evaluation after the last step, if there was one.
     """
     curve, metric = objective.curve, objective.metric

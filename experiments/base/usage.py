@@ -16,23 +16,23 @@ from ml_collections import ConfigDict
 from experiments.base import fields
 
 _FOLDER = Path(__file__).parents[1] / "configs"
-# `--helpshort` leaves out the options of layers; `--helpfull` has every layer's, and absl's flags.
+# `--helpshort` omits the options of layers; `--helpfull` adds those of all layers and absl's flags.
 _HELP_FLAGS = {
-    "help": "show the flags and the fields of the configuration",
-    "helpshort": "the same without the options of layers",
-    "helpfull": "the same with the options of every layer, and the flags of absl",
+    "help": "Show the flags and the fields of the configuration.",
+    "helpshort": "Like --help, without the options of layers.",
+    "helpfull": "Like --help, with the options of all layers and the flags of absl.",
 }
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Define the flags that show the help."""
+    """Define `--help`, `--helpshort` and `--helpfull`."""
     for name, text in _HELP_FLAGS.items():
         short = "h" if name == "help" else None
         flags.DEFINE_boolean(name, False, text, short_name=short, flag_values=values)
 
 
 def requested(values: flags.FlagValues) -> str:
-    """Return which help the flags ask for: `help`, `helpshort`, `helpfull` or nothing."""
+    """Return the help flag that is set: `help`, `helpshort`, `helpfull` or an empty string."""
     return next((name for name in _HELP_FLAGS if values[name].value), "")
 
 
@@ -78,7 +78,7 @@ def _shown(default: Any) -> str:
 
 
 def _entry(shown: str, comment: str) -> list[str]:
-    """Return the lines of a flag or a field: the comment beside it, or below it if it is long."""
+    """Return the lines of a flag or field: the comment to the right, or below a long name."""
     indent = " " * 36
     lines = textwrap.wrap(comment, 62)
     if len(shown) > 32:
@@ -88,7 +88,7 @@ def _entry(shown: str, comment: str) -> list[str]:
 
 
 def _config(values: flags.FlagValues, example: str, detail: str) -> Iterator[str]:
-    """Yield the configuration files, then the words and the fields of one of them."""
+    """Yield the list of configuration files, then the words and fields of one file."""
     yield "\n".join(
         [
             "Configurations, --config=FILE:WORD,WORD:",
@@ -113,7 +113,7 @@ def _config(values: flags.FlagValues, example: str, detail: str) -> Iterator[str
 
 def config_path(values: flags.FlagValues) -> str:
     """Return the value of `--config` as it was given, FILE:WORD,WORD."""
-    flag: Any = values["config"]  # of ml_collections, with an attribute that absl's flags lack
+    flag: Any = values["config"]  # a flag of ml_collections, which has one more attribute
     return flag.config_filename
 
 
@@ -131,7 +131,7 @@ def _summary(path: Path) -> str:
 
 
 def _words(module: ModuleType) -> list[str]:
-    """Return the lines on the words of a configuration file; none if it declares no words."""
+    """Return the help lines for the words of a configuration file, if it declares any."""
     kinds = getattr(module, "KINDS", {})
     lines = []
     for kind, words in kinds.items():
@@ -171,7 +171,7 @@ def resolved(config: ConfigDict) -> str:
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a configuration, with dots, and their values; sections come last."""
+    """Yield (dotted name, value) for every field of a configuration; sections come last."""
     for name, value in sorted(config.items(), key=lambda item: isinstance(item[1], dict)):
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")

@@ -1,18 +1,18 @@
-"""Benchmarks: ratios between ways of computing the same thing, measured in one run.
+"""Benchmarks: speed and memory ratios between implementations of the same op.
 
-    python -m experiments.bench            # all of it, 40 minutes on two cores
-    python -m experiments.bench scan       # the elementwise scan
-    python -m experiments.bench ops        # the chunked forms
-    python -m experiments.bench choice     # what algorithm=None picks
-    python -m experiments.bench newton     # nonlinear RNNs: Newton against step by step
-    python -m experiments.bench tpu        # kernels on TPUs that are not there; only if named
-    python -m experiments.bench gpu        # what ptxas says of kernels for H100; only if named
+    python -m experiments.bench            # suites scan, ops, choice, newton: 40 minutes on 2 cores
+    python -m experiments.bench scan       # elementwise scan
+    python -m experiments.bench ops        # chunked algorithms
+    python -m experiments.bench choice     # the default algorithm against the named ones
+    python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
+    python -m experiments.bench tpu        # kernels compiled for TPU, not run
+    python -m experiments.bench gpu        # kernels compiled for H100, not run
 
-Every row is one shape; every candidate is timed once per round, in turn, and what is printed is
-the median over the rounds of its time divided by the reference's time in the same round. Lone
-times say more about the machine and its neighbours than about the code. A call that is not timed
-goes before each that is, so that nobody finds memory that another candidate left behind; what takes
-less than 5 ms is called as often as fills them.
+Each row is one shape. Each round times every candidate once. The table prints the median over
+rounds of the candidate's time divided by the reference's time in the same round. Ratios within one
+run depend less on the machine and its load than absolute times do. An untimed call precedes each
+timed call, so that no candidate reuses memory that another one freed. Calls shorter than 5 ms are
+repeated for 5 ms.
 """
 
 import functools
@@ -40,7 +40,7 @@ SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
 
 
 def by_lax_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
-    """What one writes without a library: `lax.scan` over time."""
+    """Compute the elementwise scan with `lax.scan` over time."""
 
     def step(h: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h = inputs[0] * h + inputs[1]
@@ -51,7 +51,7 @@ def by_lax_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def by_associative_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
-    """The same by `lax.associative_scan`."""
+    """Compute the elementwise scan with `lax.associative_scan`."""
 
     def combine(early: Any, late: Any) -> Any:
         return early[0] * late[0], late[0] * early[1] + late[1]
@@ -60,7 +60,7 @@ def by_associative_scan(decay: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def forward_and_backward(run: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The outputs of `run` and the gradients of both arguments."""
+    """Return a function for the outputs of `run` and the gradients of both arguments."""
 
     def both(decay: jax.Array, x: jax.Array, weights: jax.Array) -> Any:
         y, pull = jax.vjp(run, decay, x)
@@ -70,7 +70,7 @@ def forward_and_backward(run: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def bench_scan(rounds: int) -> None:
-    """linear_scan against `decay + x` on the same arrays, and against JAX's own scans."""
+    """Time `linear_scan` and the scans of JAX against `decay + x` on the same arrays."""
     table = Table("Elementwise scan, float32: time over that of `decay + x`")
     runs = {
         "seqjax": lambda decay, x: seqjax.linear_scan(decay, x)[0],
@@ -91,7 +91,7 @@ def bench_scan(rounds: int) -> None:
 
 
 def bench_ops(rounds: int) -> None:
-    """Chunked forms, and what runs by default, against `lax.scan` differentiated by JAX."""
+    """Time the chunked and the default algorithm against `lax.scan` differentiated by JAX."""
     table = Table("Matrix and selective states, float32, against plain `lax.scan`")
     for name, length, batch in itertools.product(cases.NAMES, (2048, 8192), (1, 4)):
         arrays = cases.arrays(name, batch, length)
@@ -119,23 +119,23 @@ def bench_ops(rounds: int) -> None:
 
 
 def temporary_bytes(compiled: Any) -> int:
-    """What a compiled program allocates besides its arguments and results."""
+    """Return the bytes of temporaries of a compiled program, without arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
 
 
 def bench_choice(rounds: int) -> None:
-    """What `algorithm=None` picks against the best of the named algorithms, with gradients."""
+    """Time the default algorithm against the best named algorithm, with gradients."""
     table = Table("Time of each algorithm over that of `algorithm=None`, with gradients")
     grid = itertools.product(cases.NAMES, (16, 64), (4, 64, 512), (1, 8))
     for name, width, length, batch in grid:
         if name == "selective_scan" and width != 64:
-            continue  # it has no such width
+            continue  # selective_scan has no width K
         shape = f"B={batch}, T={length}" + ("" if name == "selective_scan" else f", K={width}")
         if not f"{name}, {shape}".startswith(ONLY.value):
             continue
         arrays = cases.arrays(name, batch, length, width)
         found = [_compare_choices(name, arrays, rounds)]
-        # Short calls differ by where code and buffers happen to lie: a new draw.
+        # Times of short calls depend on the addresses of code and buffers, so compile again.
         while found[0][1] < SHORT and len(found) < 3:
             jax.clear_caches()
             found.append(_compare_choices(name, arrays, rounds))
@@ -145,14 +145,14 @@ def bench_choice(rounds: int) -> None:
 
 
 def _compare_choices(name: str, arrays: Any, rounds: int) -> tuple[dict[str, float], float]:
-    """The ratios of a row, and about how many seconds a call takes."""
+    """Return the ratios of a row and the approximate seconds per call."""
     compiled = {
         str(algorithm): jax.jit(cases.with_gradients(cases.by(algorithm, name)))
         .lower(*arrays)
         .compile()
         for algorithm in (None, *cases.ALGORITHMS[name])
     }
-    # Equal programs are one candidate: None is as fast as what it picks, however lucky that was.
+    # Equal programs are timed once, so that noise cannot separate the default from its choice.
     kinds = {algorithm: _work(program) for algorithm, program in compiled.items()}
     programs = {kinds[algorithm]: program for algorithm, program in compiled.items()}
     runs: Candidates = {
@@ -163,7 +163,7 @@ def _compare_choices(name: str, arrays: Any, rounds: int) -> tuple[dict[str, flo
 
 
 def _work(compiled: Any) -> str:
-    """What tells programs apart: what they compute, read and write, and keep."""
+    """Return a key that differs between programs: their FLOPs, bytes accessed and temporaries."""
     cost = compiled.cost_analysis()
     return f"{cost['flops']} {cost['bytes accessed']} {temporary_bytes(compiled)}"
 
@@ -186,7 +186,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 
 def main(values: flags.FlagValues, words: Sequence[str]) -> int:
-    """Run the suites named on the command line, all that are timed here if none is."""
+    """Run the suites named on the command line; by default all timed suites."""
     del values
     flags.FLAGS.mark_as_parsed()
     names = words or [name for name in SUITES if name not in ("tpu", "gpu")]

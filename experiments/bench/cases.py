@@ -1,4 +1,4 @@
-"""What `experiments.bench` times: inputs, the library's ops, the same step by step in plain JAX."""
+"""Benchmark cases: inputs, the library's ops, and references written with `lax.scan`."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from jax import lax
 
 import seqjax
 
-H, K, D, N = 4, 64, 512, 16  # K = V unless a caller says otherwise
+H, K, D, N = 4, 64, 512, 16  # V equals K; `arrays` can override both
 MATRIX = ("sequential", "chunked", "associative")
 ALGORITHMS = {
     "linear_attention": MATRIX,
@@ -27,7 +27,7 @@ Run = Callable[..., jax.Array]
 
 
 def arrays(name: str, batch: int, length: int, width: int = K) -> tuple[jax.Array, ...]:
-    """Random inputs of the op, in the order of its arguments; `width` is K and V."""
+    """Return random inputs of the op, in the order of its arguments; `width` is K and V."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
 
     def normal(*shape: int) -> jax.Array:
@@ -54,13 +54,13 @@ def arrays(name: str, batch: int, length: int, width: int = K) -> tuple[jax.Arra
 
 
 def by(algorithm: str | None, name: str) -> Run:
-    """The library's op, outputs only."""
+    """Return the library's op with an algorithm; the function returns outputs only."""
     op = getattr(seqjax, name.split(",")[0])
     return lambda *args: op(*args, algorithm=algorithm)[0]
 
 
 def plain(name: str) -> Run:
-    """The recurrence as `lax.scan` over one step, with nothing done about memory."""
+    """Return the recurrence as a plain `lax.scan`, without rematerialization."""
     step = _selective if name == "selective_scan" else functools.partial(_matrix, name)
 
     def run(*args: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ def _matrix(name: str, S: jax.Array, *x: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 def with_gradients(run: Run) -> Callable[..., Any]:
-    """The outputs of `run` and the gradients of all arguments."""
+    """Return a function for the outputs of `run` and the gradients of all arguments."""
 
     def both(*args: jax.Array) -> Any:
         y, pull = jax.vjp(run, *args)

@@ -1,9 +1,9 @@
-"""Kernels on GPUs that are not there: what ptxas makes of them.
+"""Registers, spills and shared memory of GPU kernels, compiled without a GPU.
 
     JAX_PLATFORMS=cpu python -m experiments.bench gpu        # pip install -e '.[aot-gpu]'
 
-Each program is compiled ahead of time, in a process of its own, for an H100. The report says
-whether a kernel compiles and fits; how fast it is, only hardware tells.
+A separate process compiles each program ahead of time for an H100. The report shows whether a
+kernel compiles and fits. It does not measure speed.
 """
 
 import functools
@@ -23,7 +23,7 @@ from experiments.base.errors import installed_version
 from experiments.bench import tpu
 from experiments.bench.tools import ONLY, Table, answer, run_apart
 
-# An H100 SXM, as far as the compiler asks, in the words and numbers of XLA's own description.
+# Description of an H100 SXM in XLA's format, with the fields that the compiler reads.
 H100 = """
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3"
@@ -60,12 +60,12 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 SHARED_PER_CORE = 233472  # bytes of shared memory for the thread blocks of a multiprocessor
-# Besides those of TPU, sequences too few to fill the chip: time is split over thread blocks.
+# A row that the TPU suite lacks: too few sequences to fill the chip, so thread blocks split time.
 _FEW = tpu.Row("linear_scan", tpu.linear(1, 2048), 8192)
 
 
 def _nonlinear(cell: seqjax.cells.Cell, B: int) -> Callable[[int, str], tpu.Shapes]:
-    """A cell's inputs in a dtype; parameters and state are float32."""
+    """Return a function for the input shapes of a cell; parameters and state are float32."""
 
     def shapes(T: int, dtype: str) -> tpu.Shapes:
         array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
@@ -98,12 +98,14 @@ ROWS |= _nonlinear_rows()
 
 
 class Report(NamedTuple):
-    """Of a kernel, or the most of several.
+    """Resources of a program's kernels.
 
     Attributes:
-      registers: of a thread.
-      spills: bytes that a thread stores or loads again because it has no more registers.
-      shared: bytes of shared memory of a thread block.
+      registers: registers per thread, the maximum over kernels.
+
+      spills: bytes of spill stores and loads per thread, the sum over kernels.
+
+      shared: bytes of shared memory per thread block, the maximum over kernels.
     """
 
     registers: int
@@ -112,12 +114,12 @@ class Report(NamedTuple):
 
 
 def h100() -> jax.sharding.NamedSharding:
-    """Where arguments of a program for an H100 are; lower it under that mesh's abstract one."""
+    """Return a sharding over one H100; lower programs under the abstract mesh of its mesh."""
     return single_gpu("h100", H100)
 
 
 def single_gpu(name: str, description: str) -> jax.sharding.NamedSharding:
-    """Return a sharding over one GPU of XLA's description, as `h100` does."""
+    """Return a sharding over one GPU with a given description in XLA's format."""
     devices = topologies.get_topology_desc(
         platform="cuda", topology_name=name, topology="1x1x1", target_config=description
     ).devices
@@ -126,7 +128,7 @@ def single_gpu(name: str, description: str) -> jax.sharding.NamedSharding:
 
 
 def _compile(name: str, dtype: str) -> str:
-    """In the worker process: the compiled text."""
+    """Return the text of the compiled program; runs in the worker process."""
     place = h100()
     run, shapes = tpu.program(ROWS[name], ROWS[name].length, dtype, "pallas")
     args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
@@ -135,9 +137,9 @@ def _compile(name: str, dtype: str) -> str:
 
 
 def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
-    """Compile a program in a process of its own, and read what ptxas said of its kernels.
+    """Compile a program in a separate process and read the ptxas report of its kernels.
 
-    The process needs no GPU, and is told not to look for one.
+    The process needs no GPU; an environment variable turns off the check for one.
     """
     env = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_TO": str(folder)}
     run_apart("experiments.bench.gpu", (name, dtype), folder, env)
@@ -157,7 +159,7 @@ def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
 
 
 def bench_gpu(rounds: int) -> None:
-    """What ptxas says of each kernel."""
+    """Print registers, spills and shared memory of each kernel."""
     del rounds  # nothing is timed
     plugin = installed_version("jax-cuda13-plugin", "aot-gpu")
     print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
@@ -167,7 +169,7 @@ def bench_gpu(rounds: int) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             report = compile_apart(name, dtype, pathlib.Path(folder))
-        blocks = SHARED_PER_CORE // (report.shared + 1024)  # each has 1 KiB for the system
+        blocks = SHARED_PER_CORE // (report.shared + 1024)  # the system uses 1 KiB per block
         values: dict[str, Any] = {
             "registers a thread": report.registers,
             "spilled bytes": report.spills,

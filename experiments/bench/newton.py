@@ -1,8 +1,7 @@
-"""What Newton costs on every cell, at initialisation and where the cell uses its nonlinearity.
+"""Newton's iterations and time on every cell, at initialization and after training on parity.
 
-A cell that was trained on running parity (after each bit: was the number of ones odd?) cannot
-forget and cannot be linear: the hardest kind of recurrence for a solver that starts from a
-linearisation.
+Running parity asks after each bit whether the number of ones is odd. A cell that solves it neither
+forgets nor acts linearly, which is the hardest case for a solver based on linearization.
 """
 
 import functools
@@ -24,7 +23,7 @@ from experiments.bench.tools import Candidates, Table, ratios, seconds
 from seqjax import cells, layers
 
 FIGURE = flags.DEFINE_string(
-    "figure", "newton.png", "Where suite newton draws its iterations over T."
+    "figure", "newton.png", "File for the figure of suite newton: iterations over T."
 )
 
 DIM = 16
@@ -39,8 +38,8 @@ LAYERS = (
     layers.LTC,
 )
 LENGTHS = (256, 1024, 4096, 16384, 65536)
-# Seconds that a call may be expected to take for it to be made at all, and seconds that a row's
-# rounds may take together; one round is always made.
+# Longest expected seconds of a call (longer calls are skipped), and seconds for all rounds of a
+# row (which always has at least one round).
 LONGEST_CALL, LONGEST_ROW = 20.0, 6.0
 ITERATIONS, STEPS = "iterations", "steps one by one"
 GRADIENTS = ", with gradients"
@@ -52,15 +51,15 @@ Run = Callable[..., Any]
 
 
 class Subject(NamedTuple):
-    """A layer with parameters, and the inputs it was made for."""
+    """A layer with parameters and the kind of inputs that it was initialized or trained for."""
 
     name: str
     layer: Any
     params: Params
-    table: jax.Array | None  # the two inputs that stand for 0 and 1; None: normal inputs
+    table: jax.Array | None  # the input vectors for bits 0 and 1; None: normal inputs
 
     def arrays(self, length: int) -> tuple[Params, jax.Array]:
-        """The cell's parameters, and its pre-activations for one sequence."""
+        """Return the cell's parameters and its pre-activations for one sequence."""
         key, cell, params = jax.random.key(1), self.layer.cell, self.params
         if self.table is None:
             x = jax.random.normal(key, (1, length, DIM))
@@ -72,14 +71,14 @@ class Subject(NamedTuple):
 
 
 def subjects(make: Any) -> Iterator[Subject]:
-    """A layer's cell as it is initialised, and trained."""
+    """Yield a layer at initialization and after training on parity."""
     layer = make(DIM)
     yield Subject(f"{make.__name__}, initial", layer, layer.init(jax.random.key(0)), None)
     yield train_on_parity(make(DIM, algorithm="sequential"))
 
 
 def train_on_parity(layer: Any, steps: int = 1000) -> Subject:
-    """Trains a layer on the running parity of 32 bits until it makes no mistakes."""
+    """Train a layer on the running parity of 32 bits until the loss is below 0.005."""
     start, draw, data = jax.random.split(jax.random.key(0), 3)
     params = {"layer": layer.init(start), "table": jax.random.normal(draw, (2, layer.dim))}
     transform = optax.adam(1e-2)
@@ -108,13 +107,13 @@ def train_on_parity(layer: Any, steps: int = 1000) -> Subject:
 
 
 def programs(cell: cells.Cell, h0: jax.Array) -> tuple[dict[str, Run], dict[str, Run]]:
-    """What is compared, jitted: forward, and with gradients."""
+    """Return the jitted candidates, forward only and with gradients."""
 
     def by(algorithm: str) -> Run:
         return lambda params, u: seqjax.nonlinear_scan(cell, params, u, h0, algorithm=algorithm)
 
     def plain(params: Params, u: jax.Array) -> tuple[jax.Array]:
-        """What one writes without a library: `lax.scan` over time."""
+        """Run the cell with a plain `lax.scan` over time."""
 
         def step(h: jax.Array, u_t: jax.Array) -> tuple[jax.Array, jax.Array]:
             h = jax.vmap(cell, in_axes=(None, 0, 0))(params, h, u_t)
@@ -131,11 +130,11 @@ def programs(cell: cells.Cell, h0: jax.Array) -> tuple[dict[str, Run], dict[str,
 
 
 def bench_newton(rounds: int) -> None:
-    """Iterations of Newton, its time over that of steps, and theirs over a plain `lax.scan`'s."""
+    """Print Newton's iterations, and times of Newton, sequential and `lax.scan` as ratios."""
     table = Table(f"Newton on nonlinear RNNs, {DIM} channels, one sequence, float32", COLUMNS)
     curves: dict[str, dict[int, int]] = {}
     for make in LAYERS:
-        # The same programs for all states of a cell.
+        # Initial and trained parameters share the compiled programs.
         layer = make(DIM)
         forward, backward = programs(layer.cell, layer.initial_state(1))
         for subject in subjects(make):
@@ -148,7 +147,7 @@ def bench_newton(rounds: int) -> None:
 def bench_subject(
     subject: Subject, forward: dict[str, Run], backward: dict[str, Run], rounds: int, table: Table
 ) -> dict[int, int]:
-    """Prints the rows of a cell in one state; returns Newton's iterations by length."""
+    """Print the rows of one subject; return Newton's iterations by length."""
     found: dict[int, int] = {}
     each_step = 0.0  # seconds; Newton's time is at worst proportional to T
     for length in LENGTHS:
@@ -180,7 +179,7 @@ def bench_subject(
 
 
 def draw(curves: dict[str, dict[int, int]], path: str) -> None:
-    """A line of iterations over T for every cell and state, and T itself, which is no gain."""
+    """Plot iterations over T for every subject, with the line iterations = T for reference."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -194,7 +193,7 @@ def draw(curves: dict[str, dict[int, int]], path: str) -> None:
             "o:" if state == "initial" else "s-",
             color=colours[cell],
             label=name,
-            # Many lines coincide: rings around each other.
+            # Many lines coincide, so each has a ring of another size.
             fillstyle="none" if state == "initial" else "full",
             markersize=16 - i if state == "initial" else 5,
         )

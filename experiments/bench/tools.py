@@ -1,4 +1,4 @@
-"""What the suites of `experiments.bench` share: how ratios are measured, how they are printed."""
+"""Shared tools of the benchmark suites: timing ratios, worker processes and tables."""
 
 import json
 import os
@@ -13,16 +13,18 @@ from typing import Any
 import jax
 from absl import flags
 
-ONLY = flags.DEFINE_string("only", "", "Only the rows of choice, tpu or gpu whose name begins so.")
+ONLY = flags.DEFINE_string(
+    "only", "", "Only rows of choice, tpu or gpu whose name starts with this."
+)
 
 Candidates = dict[str, Callable[..., Any]]
-# Seconds that calls are repeated for, one after the other, to be timed together: shorter ones
-# differ by what the threads were doing when they began.
+# Seconds that short calls are repeated for. The time of a single short call depends on the state
+# of the threads at its start.
 SHORTEST = 5e-3
 
 
 def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, float]:
-    """The median over rounds of each candidate's time over the reference's."""
+    """Return the median over rounds of each candidate's time over the reference's time."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     calls: dict[str, int] = {}
     for name, run in candidates.items():
@@ -39,7 +41,7 @@ def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, flo
 
 
 def seconds(run: Callable[..., Any]) -> float:
-    """How long a call takes now. Says little by itself: to be compared, or to plan by."""
+    """Return the seconds of one call; use them for comparisons within one run only."""
     start = time.perf_counter()
     result = jax.block_until_ready(run())
     taken = time.perf_counter() - start
@@ -55,7 +57,7 @@ def run_apart(
     *,
     may_crash: bool = False,
 ) -> str:
-    """What a module, run in a process of its own, answers to a request: see `answer`."""
+    """Run a module in a separate process and return its answer to a request; see `answer`."""
     (folder / "request.json").write_text(json.dumps(request))
     done = subprocess.run(
         [sys.executable, "-m", module, str(folder)],
@@ -69,13 +71,13 @@ def run_apart(
 
 
 def answer(respond: Callable[..., str]) -> None:
-    """In that process: `respond` to the request in the folder that the command line names."""
+    """Call `respond` on the request in the folder `argv[1]`; runs in the worker process."""
     folder = pathlib.Path(sys.argv[1])
     (folder / "program.txt").write_text(respond(*json.loads((folder / "request.json").read_text())))
 
 
 class Table:
-    """A Markdown table, printed row by row: ratios, and counts where a value is an integer."""
+    """A Markdown table, printed row by row; floats are printed with two decimals."""
 
     def __init__(self, title: str, names: list[str] | None = None) -> None:
         print(f"\n{title}\n", flush=True)
@@ -83,7 +85,7 @@ class Table:
         self._names: list[str] = []
 
     def row(self, label: str, values: Mapping[str, float | str]) -> None:
-        """Print a row, and the header before the first: the names given, or those of this row."""
+        """Print a row; before the first one, print the header with the names of the columns."""
         if not self._names:
             self._names = self._given or list(values)
             print("| | " + " | ".join(self._names) + " |")

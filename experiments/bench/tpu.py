@@ -1,10 +1,10 @@
-"""Kernels on TPUs that are not there: bytes, cycles and time as the compiler schedules them.
+"""Bytes, cycles and predicted time of TPU kernels, compiled without a TPU.
 
     python -m experiments.bench tpu        # pip install -e '.[aot]', libtpu >= 0.0.51
 
-Each program is compiled ahead of time, in a process of its own, at its full length for what it
-moves, and at an eighth of it for the cycles of its kernels, which are the same for every step.
-`experiments.compiled.tpu_schedule` reads both.
+A separate process compiles each program ahead of time, twice. The program of full length gives the
+bytes moved. A program of an eighth of the length gives the cycles of the kernels, which are the
+same for every step. `experiments.compiled.tpu_schedule` reads both.
 """
 
 import functools
@@ -28,16 +28,23 @@ Shapes = dict[str, Any]  # trees of jax.ShapeDtypeStruct
 
 
 class Row(NamedTuple):
-    """A program to cost.
+    """A program whose cost is predicted.
 
     Attributes:
-      op: of seqjax.
-      shapes: (T, dtype) -> its arguments by name.
+      op: name of an op of seqjax.
+
+      shapes: (T, dtype) -> shapes of the arguments by name.
+
       length: T.
-      backward: whether it is the reverse pass alone, from what the forward pass has kept.
-      dtypes: to cost it in.
-      chips: to cost it on.
-      keywords: of the op.
+
+      backward: True for the backward pass alone, from the residuals of the forward pass.
+
+      dtypes: dtypes to compile for.
+
+      chips: chips to compile for.
+
+      keywords: keyword arguments of the op.
+
       xla: whether the XLA form is compiled too.
     """
 
@@ -52,7 +59,7 @@ class Row(NamedTuple):
 
 
 def linear(B: int, D: int) -> Callable[[int, str], Shapes]:
-    """Of `linear_scan`."""
+    """Return a function for the argument shapes of `linear_scan`."""
 
     def shapes(T: int, dtype: str) -> Shapes:
         array = jax.ShapeDtypeStruct((B, T, D), jnp.dtype(dtype))
@@ -77,7 +84,7 @@ def _selective(B: int, D: int, N: int) -> Callable[[int, str], Shapes]:
 
 
 def _matrix(op: str, decay: str | None) -> Callable[[int, str], Shapes]:
-    """One sequence, 8 heads of 128 keys and values; gates in float32."""
+    """Return a function for shapes of one sequence, 8 heads, K = V = 128; gates are float32."""
     B, H, K = 1, 8, 128
 
     def shapes(T: int, dtype: str) -> Shapes:
@@ -117,7 +124,8 @@ ROWS = {
     "selective_scan, B=8, T=4096, D=2048, N=16": Row(
         "selective_scan", _selective(8, 2048, 16), 4096
     ),
-    # Once: its schedule takes 13 GB and minutes to write. By XLA it takes as long to compile.
+    # One dtype and chip only: libtpu writes 13 GB in minutes for the schedule. The XLA form takes
+    # as long to compile.
     "selective_scan backward, B=8, T=4096, D=2048, N=16": Row(
         "selective_scan",
         _selective(8, 2048, 16),
@@ -132,14 +140,14 @@ ROWS = {
 
 
 def program(row: Row, length: int, dtype: str, implementation: str) -> tuple[Any, list[Any]]:
-    """The function of arrays and their shapes."""
+    """Return the function of a row, which takes arrays, and the shapes of its arguments."""
     shapes = row.shapes(length, dtype)
     op = functools.partial(
         getattr(seqjax, row.op), implementation=implementation, **dict(row.keywords)
     )
 
     def run(*arrays: Any) -> Any:
-        return op(**dict(zip(shapes, arrays, strict=True)))[:2]  # and not how it was solved
+        return op(**dict(zip(shapes, arrays, strict=True)))[:2]  # without the SolveInfo
 
     if not row.backward:
         return run, list(shapes.values())
@@ -153,17 +161,17 @@ def program(row: Row, length: int, dtype: str, implementation: str) -> tuple[Any
 
 
 def _compile(name: str, dtype: str, chip: str, implementation: str, length: int) -> str:
-    """In the worker process: the compiled text."""
+    """Return the text of the compiled program; runs in the worker process."""
     from jax.experimental import topologies
 
     device = topologies.get_topology_desc(CHIPS[chip].topology, platform="tpu").devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
 
     def rows(s: Any) -> Format:
-        """As kernels take arrays and other operations hand them on.
+        """Return the row-major layout, which kernels require.
 
-        Left to itself the compiler may turn arguments of a whole program around, to pad less, and
-        would time the turning back.
+        By default the compiler may transpose the arguments of a program to reduce padding. The
+        cost would then include transposing them back.
         """
         return Format(Layout(tuple(range(s.ndim))), place)
 
@@ -176,9 +184,10 @@ def _compile(name: str, dtype: str, chip: str, implementation: str, length: int)
 def compile_apart(
     *request: Any, folder: pathlib.Path, flags: str = "", may_crash: bool = False
 ) -> str:
-    """`_compile` in a process of its own: libtpu reads its flags once.
+    """Run `_compile` in a separate process, because libtpu reads its flags only once.
 
-    Its profiler crashes on some kernels, after it has written their schedule.
+    With `may_crash`, a crash of the process is no error: libtpu's profiler crashes on some
+    kernels after it has written their schedule.
     """
     env = {
         "LIBTPU_INIT_ARGS": flags.replace("DIR", str(folder)),
@@ -189,7 +198,7 @@ def compile_apart(
 
 
 def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, float]:
-    """Ideal bytes, and bytes, cycles and seconds as compiled."""
+    """Return the ideal bytes and the bytes, cycles and seconds of the compiled program."""
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as place:
         folder = pathlib.Path(place)
@@ -198,7 +207,7 @@ def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, 
         if implementation == "xla":
             try:
                 whole = ask(row.length, flags=tpu_schedule.PROFILE)
-            except RuntimeError:  # some operations the profiler crashes on
+            except RuntimeError:  # the profiler crashes on some operations
                 whole = ask(row.length)
         else:
             whole = ask(row.length)
@@ -214,7 +223,7 @@ def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, 
 
 
 def bench_tpu(rounds: int) -> None:
-    """Kernels, and the same op by XLA, against reading and writing everything once."""
+    """Print the predicted times of kernels and of XLA relative to the roofline."""
     del rounds  # nothing is timed
     print(f"libtpu {installed_version('libtpu', 'aot')}, no TPU: compiled ahead of time")
     table = Table("Predicted on one chip; the roofline is every argument and result moved once")

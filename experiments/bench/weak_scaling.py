@@ -1,10 +1,11 @@
-"""Bytes that each device sends when sequences grow with the number of devices.
+"""Bytes that each device sends when the sequence length grows with the number of devices.
 
     python -m experiments.bench.weak_scaling
     python -m experiments.bench.weak_scaling --figure=experiments/results/weak_scaling.png
 
-Compiles a layer and its gradients, T split over 1, 2, 4 and 8 virtual devices with as many steps
-on each, and reads what is sent from the program. Nothing is run, so it needs no accelerator.
+Compiles each layer and its gradients with T split over 1, 2, 4 and 8 virtual devices, with the
+same number of steps per device. The bytes are read from the compiled program. Nothing is run, so
+no accelerator is needed.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ LAYERS: dict[str, layers.Layer] = {
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines the flags of this script."""
+    """Define the flags of this script."""
     del argv
-    flags.DEFINE_string("figure", "weak_scaling.png", "Where the figure goes.", flag_values=values)
+    flags.DEFINE_string("figure", "weak_scaling.png", "File for the figure.", flag_values=values)
 
 
 def main(values: Any) -> int:
-    """Prints the table and draws the figure."""
+    """Print the table and draw the figure."""
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
     table = Table(
         f"KiB sent per device, one sequence, {STEPS} steps on each device, {DIM} features, "
@@ -61,7 +62,7 @@ def main(values: Any) -> int:
 
 
 def sent(layer: layers.Layer, count: int, steps: int = STEPS) -> int:
-    """The bytes a device sends in a forward and a backward pass over `count` devices."""
+    """Return the bytes that a device sends in a forward and backward pass on `count` devices."""
     mesh = sharding.make_mesh({"sequence": count}, jax.devices()[:count])
     time = P(None, "sequence")
 
@@ -81,7 +82,7 @@ def sent(layer: layers.Layer, count: int, steps: int = STEPS) -> int:
 
 
 def draw(curves: dict[str, list[float]], path: str) -> None:
-    """A line for each layer."""
+    """Plot the bytes over the number of devices, with a line for each layer."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

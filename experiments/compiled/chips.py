@@ -10,15 +10,20 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """A TPU as JAX presents it: one device. TPU7x has two devices per chip, the others one.
+    """One TPU device of JAX. TPU7x has two devices per chip, the other TPUs have one.
 
     Attributes:
-      topology: name of the smallest slice, as libtpu knows it.
+      topology: libtpu's name of the smallest slice.
+
       hbm: bytes of memory.
-      bandwidth: bytes per second of memory.
+
+      bandwidth: memory bandwidth in bytes per second.
+
       flops: bfloat16 operations per second.
+
       link: bytes per second to both neighbors along one axis of the torus.
-      clock: Hz, from the published peak and the operations of a cycle.
+
+      clock: clock rate in Hz, from the published peak and the operations per cycle.
     """
 
     topology: str

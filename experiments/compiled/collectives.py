@@ -1,4 +1,4 @@
-"""What devices tell each other, read from a compiled program's text."""
+"""Collectives of a compiled program, counted from its text."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one device does in one execution of a program.
+    """Communication of one device in one execution of a program.
 
     Attributes:
-      counts: how often it takes part in each kind of collective.
-      sent: the bytes it sends in all of them, by kind, at the least a ring needs.
-      unknown_loops: loops with collectives whose number of turns the compiler does not state; each
-        is counted as one turn.
+      counts: number of collectives of each kind.
+
+      sent: bytes sent by kind, at the minimum that a ring algorithm needs.
+
+      unknown_loops: number of loops with collectives whose trip count the program does not state;
+        each is counted as one iteration.
     """
 
     counts: dict[str, int]
@@ -36,21 +38,21 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """All bytes sent."""
+        """Return the bytes sent in all collectives."""
         return sum(self.sent.values())
 
 
 @dataclasses.dataclass
 class _Computation:
     collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-    called: list[tuple[str, int | None]] = dataclasses.field(default_factory=list)  # and turns
+    called: list[tuple[str, int | None]] = dataclasses.field(default_factory=list)  # (name, trips)
     done: bool = False
 
 
 def read(text: str) -> Traffic:
-    """Counts the collectives of a compiled program, `jit(f).lower(...).compile().as_text()`.
+    """Count the collectives of a compiled program, `jit(f).lower(...).compile().as_text()`.
 
-    A loop's body counts as often as it runs, every branch of a conditional as if it were taken.
+    The body of a loop counts once per iteration. All branches of a conditional count.
     """
     computations, entry = _computations(text)
     counts: Counter[str] = Counter()
@@ -58,12 +60,12 @@ def read(text: str) -> Traffic:
     unknown = 0
 
     def visit(name: str, times: int) -> bool:
-        """Adds what a computation does; returns whether there is a collective in it."""
+        """Add the collectives of a computation; return whether it has any."""
         nonlocal unknown
         found = False
         here = computations[name]
-        # A TPU sends while it computes: the same collective stands where it starts, in every
-        # piece of work it goes on beside, and where it ends.
+        # Asynchronous collectives on TPU appear several times: at their start, in each
+        # computation that overlaps with them, and at their end. Only the start counts.
         elsewhere = here.done or name.startswith("async_collective_fusion")
         for kind, size in () if elsewhere else here.collectives:
             counts[kind] += times
@@ -111,14 +113,14 @@ def _instruction(line: str, devices: int, turns: int | None, into: _Computation)
                 into.collectives.append((kind, size))
             return
     if opcode.endswith(("-done", "-update")):
-        return  # Its work was counted where it started.
+        return  # counted at its start
     for called in _CALLED.finditer(rest):
         names = [called[1]] if called[1] else called[2].split(",")
         into.called += [(name.strip().lstrip("%"), turns) for name in names]
 
 
 def _sizes(shape: str) -> list[int]:
-    """The bytes of each array in a shape."""
+    """Return the bytes of each array in a shape."""
     return [_bytes(name, dims) for name, dims in _arrays(shape)]
 
 
@@ -136,7 +138,7 @@ def _bytes(name: str, dims: str) -> int:
 
 
 def _group(rest: str, devices: int) -> int:
-    """How many devices take part."""
+    """Return the number of devices that take part in a collective."""
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
     if iota:
         return int(iota[2])
@@ -150,11 +152,11 @@ def _group(rest: str, devices: int) -> int:
 
 
 def _sent(kind: str, sizes: list[int], starts: bool, group: int) -> int:
-    """Bytes a device sends: those of a ring, which no algorithm can go below."""
+    """Compute the bytes that a device sends in a ring algorithm, the minimum of all algorithms."""
     if kind == "collective-permute":
         return sizes[1] if starts else sum(sizes)
     if starts and kind in ("all-gather", "reduce-scatter", "all-to-all") and len(sizes) > 1:
-        sizes = sizes[len(sizes) // 2 :]  # Operands come first.
+        sizes = sizes[len(sizes) // 2 :]  # operands come first
     size = sum(sizes)
     if kind == "all-reduce":
         return 2 * size * (group - 1) // group

@@ -1,4 +1,4 @@
-"""The floating-point operations that a model's equations ask for, counted from its sizes."""
+"""Floating-point operations of a model's equations, counted from its sizes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from seqjax.layers import Layer
 
 
 def train_flops(model: models.LanguageModel, batch_size: int, length: int) -> int:
-    """Operations of one training step: three times the forward pass, nothing recomputed.
+    """Count the operations of a training step: three forward passes, without recomputation.
 
-    A multiplication and an addition count as two. Weights count two per element and position
-    (the embedding by its use as the output's weights), states what their equations say step by
-    step, whatever order the program takes them in; norms, activations and gates along features
-    are left out.
+    A multiplication and an addition are two operations. Each weight counts two operations per
+    position; a tied embedding counts as the output's weights. States count the operations of their
+    step-by-step equations, independent of the algorithm. Norms, activations and elementwise gates
+    are not counted.
     """
     weights = sum(2 * size for size in _used_as_weights(model))
     if model.tie_embeddings:
@@ -26,7 +26,7 @@ def train_flops(model: models.LanguageModel, batch_size: int, length: int) -> in
 
 
 def _used_as_weights(model: Layer) -> list[int]:
-    """The sizes of the parameters that multiply features."""
+    """Return the sizes of the parameters that are used in matrix products."""
     roles = jax.tree.leaves(model.param_roles())
     shapes = jax.tree.leaves(model.param_shapes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     axes = jax.tree.leaves(model.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -38,6 +38,6 @@ def _used_as_weights(model: Layer) -> list[int]:
 
 
 def count_params(model: Layer) -> int:
-    """The number of parameters."""
+    """Return the number of parameters."""
     shapes = jax.tree.leaves(model.param_shapes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     return sum(map(math.prod, shapes))

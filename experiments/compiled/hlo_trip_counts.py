@@ -1,4 +1,4 @@
-"""How often the loops of a compiled program run, read from its text."""
+"""Trip counts of the loops in a compiled program, read from its text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ HEADER = re.compile(r"^(ENTRY )?%?([^\s(]+) (?:\(.*\) -> .*)?\{")
 
 @dataclasses.dataclass
 class _Scalars:
-    """What a computation does with single numbers."""
+    """Scalar instructions of a computation."""
 
     constants: dict[str, int] = dataclasses.field(default_factory=dict)
     elements: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -19,12 +19,13 @@ class _Scalars:
 
 
 def turns(text: str) -> dict[str, int | None]:
-    """The turns of every loop by its name; None where the text does not tell.
+    """Return the trip count of every loop by name, or None where the text does not have it.
 
-    The compiler states them, or the loop counts from 0 to a constant.
+    The count comes from the compiler's annotation, or from a counter that runs from 0 to a
+    constant.
 
     Args:
-      text: of a compiled program, `jit(f).lower(...).compile().as_text()`.
+      text: text of a compiled program, `jit(f).lower(...).compile().as_text()`.
     """
     computations: dict[str, _Scalars] = {}
     loops: dict[str, str] = {}
@@ -80,7 +81,7 @@ def _turns(rest: str, computations: dict[str, _Scalars]) -> int | None:
 
 
 def split_shape(instruction: str) -> tuple[str, str]:
-    """The shape of an instruction's result, and the instruction from its opcode on."""
+    """Split an instruction into the shape of its result and the rest, from its opcode on."""
     if not instruction.startswith("("):
         shape, _, rest = instruction.partition(" ")
         return shape, rest

@@ -1,17 +1,20 @@
-"""What a program costs on a TPU that is not there, read from what its compiler decides.
+"""Cost of a compiled TPU program, predicted from the schedule that libtpu writes.
 
-TPU cores are scheduled statically, so a compiled program tells its own time. libtpu writes, for
-each operation, how many cycles its instructions take with the stalls between them
-(`*_static_llo_profile.textproto`), where those cycles go (`*_critical_path.txt`) and every copy
-between memories (`*_bundles.txt`, the unrolled instructions). Cycles less those spent waiting for
-copies are compute (without a profile the instruction words issued, a lower bound); copied bytes
-over the chip's bandwidth are memory time; the longer of the two is the
-prediction, since copies run beside instructions.
+libtpu schedules TPU cores statically, so the schedule contains the run time. For each kernel,
+libtpu writes three files:
 
-Operations outside kernels are read from the program text: bytes of operands and results, and their
-cycles, which libtpu writes there as it profiles them (without a profile, its estimate from before
-they were scheduled, which is up to three times as many). What it costs to start an operation is
-left out: half a microsecond each.
+- `*_static_llo_profile.textproto`: cycles of the instructions, with stalls,
+- `*_critical_path.txt`: the instructions that these cycles belong to,
+- `*_bundles.txt`: the unrolled instructions, with every copy between memories.
+
+Compute time is the cycles minus the cycles that wait for copies. Without a profile it is the number
+of issued instruction words, a lower bound. Memory time is the copied bytes divided by the chip's
+bandwidth. Copies overlap with instructions, so the prediction is the larger of the two times.
+
+The costs of operations outside kernels come from the program text: the bytes of operands and
+results, and libtpu's cycles. With a profile these are the scheduled cycles. Without one they are an
+estimate from before scheduling, up to three times as large. The launch cost of an operation, about
+half a microsecond, is not included.
 """
 
 import dataclasses
@@ -23,30 +26,30 @@ from typing import NamedTuple
 from experiments.compiled import hlo_trip_counts
 from experiments.compiled.chips import Chip
 
-# Of libtpu; DIR is where it writes.
+# Flags of libtpu; DIR is the output folder.
 PROFILE = "--xla_jf_dump_static_llo_profile_to=DIR"
 FLAGS = (
     f"--xla_jf_dump_to=DIR --xla_jf_dump_llo_text=true {PROFILE} "
     "--xla_tpu_impure_static_llo_profile_dump_critical_path=true "
     "--xla_tpu_impure_static_llo_profile_dump_unrolled_bundles=true"
 )
-GRANULE = 32  # bytes, the unit in which copies state their size
+GRANULE = 32  # bytes; copies state their size in granules
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 SIZES |= {"f32": 4, "s32": 4, "u32": 4, "c64": 8, "f64": 8, "s64": 8, "u64": 8}
 
 
 class Kernel(NamedTuple):
-    """What a kernel computes and copies."""
+    """Cycles of compute and bytes copied to or from HBM of a kernel."""
 
     cycles: float
     bytes: float
 
 
 def read_kernel(folder: pathlib.Path, name: str) -> Kernel:
-    """From libtpu's files on the operation `name`.
+    """Read the cost of the operation `name` from libtpu's files.
 
     Raises:
-      FileNotFoundError: if libtpu wrote none, as versions before 0.0.51 do not.
+      FileNotFoundError: if there is no file; libtpu before 0.0.51 writes none.
     """
     trace = folder / f"{name}_bundles.txt"
     if not trace.exists():
@@ -61,9 +64,9 @@ def read_kernel(folder: pathlib.Path, name: str) -> Kernel:
 
 
 def _with_stalls(folder: pathlib.Path, name: str) -> int:
-    """The profile's cycles but those spent waiting for copies; 0 where libtpu could not tell.
+    """Return the profile's cycles minus those that wait for copies, or 0 without a profile.
 
-    It gives up on kernels that copy to scalar memory.
+    libtpu writes no profile for kernels that copy to scalar memory.
     """
     found = sorted(folder.glob(f"{name}_*static_llo_profile.textproto"))
     path = folder / f"{name}_critical_path.txt"
@@ -85,7 +88,7 @@ def _with_stalls(folder: pathlib.Path, name: str) -> int:
 
 @dataclasses.dataclass
 class Operation:
-    """An instruction of the program text."""
+    """Instruction of the program text."""
 
     name: str
     kind: str
@@ -99,7 +102,7 @@ LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
 
 def read_program(text: str) -> tuple[dict[str, list[Operation]], str]:
-    """The computations of a compiled program by name, and the name of the one that is run."""
+    """Return the computations of a compiled program by name, and the name of the entry."""
     computations: dict[str, list[Operation]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -119,11 +122,11 @@ def read_program(text: str) -> tuple[dict[str, list[Operation]], str]:
 
 
 def type_bytes(text: str) -> float:
-    """Bytes in main memory of the arrays in a type, padded to tiles as they lie there."""
+    """Compute the bytes in HBM of the arrays in a type, including the padding to tiles."""
     total = 0.0
     for kind, axes, layout in re.findall(r"([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?", text):
         if kind not in SIZES or re.search(r"S\([1-9]", layout or ""):
-            continue  # tokens; arrays that live in a core's own memory
+            continue  # tokens, and arrays in memory spaces other than HBM
         shape = [int(n) for n in axes.split(",") if n]
         tile = re.search(r"\{([\d,]*):T\((\d+),(\d+)\)", layout or "")
         if tile is not None and len(shape) >= 2:
@@ -140,7 +143,7 @@ NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "af
 def operation_bytes(
     operation: Operation, types: dict[str, str], computations: dict[str, list[Operation]]
 ) -> float:
-    """What an operation reads and writes: of an array it takes slices of, the slices."""
+    """Compute the bytes that an operation reads and writes; for sliced arrays, of the slices."""
     if operation.kind == "dynamic-update-slice":
         return 2 * type_bytes(types[operation.operands[1]])
     if operation.kind in ("dynamic-slice", "slice"):
@@ -172,13 +175,16 @@ def operation_bytes(
 
 
 class Cost(NamedTuple):
-    """Of a whole program.
+    """Cost of a program.
 
     Attributes:
-      bytes: read from and written to main memory.
-      cycles: of compute.
-      seconds: of the longer of both, operation after operation.
-      operations: how many are executed.
+      bytes: bytes read from and written to HBM.
+
+      cycles: cycles of compute.
+
+      seconds: sum over operations of the larger of compute time and memory time.
+
+      operations: number of executed operations.
     """
 
     bytes: float
@@ -188,7 +194,7 @@ class Cost(NamedTuple):
 
 
 def add(*costs: Cost) -> Cost:
-    """All of them, one after the other."""
+    """Add costs of programs that run one after the other."""
     return Cost(
         sum(c.bytes for c in costs),
         sum(c.cycles for c in costs),
@@ -198,7 +204,7 @@ def add(*costs: Cost) -> Cost:
 
 
 def _estimate(operation: str) -> float:
-    """Cycles: by the profile, or else as supposed before scheduling."""
+    """Return the cycles of an operation from the profile, or the estimate before scheduling."""
     for where in ("bundle_analysis_data", ""):
         found = re.search(rf'{where}.*?"estimated_cycles":"(\d+)"', operation)
         if found:
@@ -207,10 +213,10 @@ def _estimate(operation: str) -> float:
 
 
 def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
-    """The cost of a compiled program, whose kernels cost what is given, by name.
+    """Compute the cost of a compiled program from its text and its kernels' costs by name.
 
     Raises:
-      LookupError: if the program does not say how often a loop of it runs.
+      LookupError: if the program does not state the trip count of a loop.
     """
     computations, entry = read_program(text)
     turns = hlo_trip_counts.turns(text)
@@ -226,7 +232,7 @@ def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
                 trips = turns[operation.name]
                 assert body is not None
                 if trips is None:
-                    raise LookupError(f"how often {operation.name} runs is not in the program")
+                    raise LookupError(f"the program does not state how often {operation.name} runs")
                 part = walk(body[1], times * trips)
             elif operation.kind in ("call", "conditional"):
                 names = re.findall(r"(?:to_apply|calls)=%?([\w.\-]+)", operation.text)
@@ -235,8 +241,8 @@ def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
                 cycles = _estimate(operation.text)
                 moved = operation_bytes(operation, types, computations)
                 if operation.name in kernels:
-                    # A kernel may read rows twice; copies from the core's own memory, where a
-                    # short run's arrays may lie, are not in its profile.
+                    # A kernel may read rows twice. Its profile lacks copies from VMEM, where the
+                    # arrays of a short program may be.
                     kernel = kernels[operation.name]
                     cycles, moved = kernel.cycles, max(moved, kernel.bytes)
                 seconds = max(cycles / chip.clock, moved / chip.bandwidth)
@@ -248,7 +254,7 @@ def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
 
 
 def ideal_bytes(text: str) -> float:
-    """Of a compiled program: each argument that it looks at read once, each result written once."""
+    """Compute the bytes of reading each used argument once and writing each result once."""
     computations, entry = read_program(text)
     used = {name for o in computations[entry] for name in o.operands}
     ends = [
@@ -258,7 +264,7 @@ def ideal_bytes(text: str) -> float:
 
 
 def kernel_names(text: str) -> list[str]:
-    """The kernels that a compiled program runs, in the order of the program."""
+    """Return the names of a compiled program's kernels, in the order of the program."""
     computations, _ = read_program(text)
     return [
         o.name

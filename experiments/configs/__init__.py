@@ -1,1 +1,1 @@
-"""Configurations: one file per job, each with a `get_config(arg)`."""
+"""Configuration files; each defines `get_config(arg)`."""

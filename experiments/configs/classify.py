@@ -6,16 +6,17 @@
     python -m experiments.train --config=experiments/configs/classify.py:images,lru \
         --config.task.tfds=mnist
 
-The words are a task (`digits`, `images`, `listops`, `packages`, `time_series`) and a layer.
-`digits` are scikit-learn's 8 x 8 images (pip install scikit-learn); `images` a set of TensorFlow
-Datasets that is prepared on this machine, such as mnist, fashion_mnist or cifar10; `listops` is the
-Long Range Arena's (arXiv 2011.04006); `packages` asks from which package of Python's standard
-library a window of 512 bytes is; `time_series` reads a folder of `.ts` files, such as EigenWorms,
-or a set that comes with aeon, by its name.
+The words are a task and a layer. The tasks:
 
-Hardware: any; meant for some minutes on two CPU cores. For their sake ListOps is of 50 to 200
-tokens; `full` takes the Arena's 500 to 2,000 and its 96,000 expressions, for an accelerator, and
-has not been run. `quicktest` is a run of seconds. S5 is bidirectional, as in its paper.
+- `digits`: the 8 x 8 images of scikit-learn (pip install scikit-learn).
+- `images`: a prepared image set of TensorFlow Datasets: mnist, fashion_mnist, cifar10, ...
+- `listops`: ListOps of the Long Range Arena (arXiv 2011.04006).
+- `packages`: the package of Python's standard library that a window of 512 bytes is from.
+- `time_series`: a folder of `.ts` files, such as EigenWorms, or the name of a data set of aeon.
+
+Hardware: any; a run takes minutes on two CPU cores. To keep it short, ListOps has 50 to 200 tokens.
+`full` uses the Arena's 500 to 2,000 tokens and 96,000 expressions, for an accelerator; it has not
+been run. `quicktest` is a run of seconds. S5 is bidirectional, as in its paper.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from experiments.configs import common
 TASKS = ("digits", "images", "listops", "packages", "time_series")
 KINDS = {"task": TASKS, "layer": common.layers("s5")}
 SWITCHES = {
-    "full": "the sizes of the Long Range Arena for listops, for an accelerator; not run yet"
+    "full": "the sizes of the Long Range Arena (listops only); not run yet"
 } | common.QUICKTEST
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Builds the configuration; `arg` holds a task, a layer and switches."""
+    """Build the configuration; `arg` contains a task, a layer and switches."""
     words, switches = common.parse(arg, KINDS, SWITCHES)
     task, layer, full = words["task"], words["layer"], "full" in switches
     name = "-".join([task, layer, *sorted(switches)])

@@ -1,4 +1,4 @@
-"""Parts that configurations share: layers by name, their options, words after the colon."""
+"""Shared parts of the configurations: layers, their options, and the words after the colon."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 from experiments.base.errors import UserError, nearest
 from seqjax.layers import REGISTRY
 
-# Words for the mixers of the blocks; a value with commas alternates several layers.
+# Word -> `model.mixers`; several layers, separated by commas, alternate.
 MIXERS = {name: name for name in REGISTRY} | {"hybrid": "gated_deltanet,attention"}
 
 
-# Switch of all configurations that have a small size for tests.
-QUICKTEST = {"quicktest": "a run of a few seconds, which learns next to nothing"}
+# Switch of all configurations that have a small version for tests.
+QUICKTEST = {"quicktest": "a run of a few seconds that learns almost nothing"}
 
 
 def layers(default: str) -> tuple[str, ...]:
-    """Return the words that name layers, each once, the default first."""
+    """Return the words for layers, without repetition, the default first."""
     return tuple(dict.fromkeys([default, *MIXERS]))
 
 
 def parse(
     arg: str, kinds: Mapping[str, Sequence[str]], switches: Iterable[str] = ()
 ) -> tuple[dict[str, str], set[str]]:
-    """Return the words of `--config=FILE:WORD,WORD`: one of each kind, and a set of switches.
+    """Parse `--config=FILE:WORD,WORD` into one word of each kind and a set of switches.
 
     Args:
       arg: the text after the colon.
@@ -51,12 +51,12 @@ def parse(
 
 
 def layer_options(dim: int, heads: int) -> dict[str, dict[str, Any]]:
-    """Return the default options of every layer for blocks of a width."""
+    """Return the default options of every layer for blocks of width `dim`."""
     return {name: entry.defaults(dim, heads) for name, entry in REGISTRY.items()}
 
 
 def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict[str, Any]:
-    """Return the fields of every run, for blocks of one or more layers."""
+    """Return the fields that all configurations have."""
     return {
         "name": name,
         "seed": 0,
@@ -92,7 +92,7 @@ def settings(name: str, layer: str, *, dim: int, depth: int, heads: int) -> dict
 
 
 def small(layer: str) -> dict[str, Any]:
-    """Return the fields that reduce any configuration to a run of seconds."""
+    """Return the fields that reduce any configuration to a run of a few seconds."""
     options = layer_options(16, 2)
     options["s5"]["blocks"] = 2
     options["mamba"]["state_dim"] = 4

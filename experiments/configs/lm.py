@@ -1,15 +1,16 @@
-"""Byte-level language models on text, one for each layer.
+"""Byte-level language models on text, one for each layer type.
 
     python -m experiments.train --config=experiments/configs/lm.py:gated_deltanet
 
-Hardware: any; the defaults are for two CPU cores: 500 steps of 16 x 128 bytes with two blocks of
-width 128, about 0.4 million parameters. Results on the first 524,288 held-out bytes of the Python
-3.11 standard library: deltanet 2.05 bits per byte, gated_deltanet 1.92 (gzip 2.01, xz 1.63). A
-deltanet run takes about three minutes of CPU time. LRU and S5 take less than half of the time of
-gated_deltanet, Mamba about twice; expect 1.8 to 2.1 from each of these. The nonlinear RNNs (elman
-to ltc) have not been measured. `summary.json` holds what a run reached.
+Hardware: any. The defaults are for two CPU cores: 500 steps of 16 x 128 bytes, two blocks of width
+128, about 0.4 million parameters. Results on the first 524,288 held-out bytes of the Python 3.11
+standard library: deltanet 2.05 bits per byte, gated_deltanet 1.92 (gzip 2.01, xz 1.63). A deltanet
+run takes about three minutes of CPU time. LRU and S5 take less than half the time of
+gated_deltanet, Mamba about twice; expect 1.8 to 2.1 bits per byte. The nonlinear RNNs (elman to
+ltc) have not been measured with these sizes; experiments/results/RESULTS.md has them at 463,000
+parameters. `summary.json` contains the result of a run.
 
-`:deltanet,quicktest` (any layer) is a run of a few seconds that learns next to nothing.
+`:deltanet,quicktest` (any layer) is a run of a few seconds that learns almost nothing.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from experiments.configs import common
 
 KINDS = {"layer": common.layers("deltanet")}
 SWITCHES = common.QUICKTEST
-# Measured on 48 samples of 500 bytes from `lm.py:deltanet`: 31 % white space and 2.08 bits per
-# byte; the held-out text has 32 % and 2.05. At 0.8 and 0.95 it was 47 % and 1.10 (24 samples).
+# 48 samples of 500 bytes from `lm.py:deltanet` have 31 % white space and 2.08 bits per byte, close
+# to 32 % and 2.05 of the held-out text. Temperature 0.8 and top_p 0.95 give 47 % and 1.10 bits per
+# byte (24 samples).
 TEMPERATURE = 1.0
 TOP_P = 0.99
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Builds the configuration; `arg` is a layer name, `quicktest`, or both with a comma."""
+    """Build the configuration; `arg` is a layer name, `quicktest`, or both with a comma."""
     words, switches = common.parse(arg, KINDS, SWITCHES)
     layer = words["layer"]
     config = ConfigDict(common.settings(f"lm-{layer}", layer, dim=128, depth=2, heads=8))

@@ -1,4 +1,4 @@
-"""Models of 1.3 and 6.8 billion parameters on text, for a TPU pod.
+"""Language models of 1.3 and 6.8 billion parameters, for a TPU pod.
 
     python -m experiments.train --config=experiments/configs/pod.py:gated_deltanet_1b,8k \\
         --distributed
@@ -7,9 +7,9 @@
 The words are a model (`gated_deltanet_1b`, `mamba_1b`, `paragru_1b`, `gated_deltanet_7b`) and the
 length of the training windows (`8k`, `131k`).
 
-Hardware: a TPU slice. experiments/README.md has the memory and the traffic that `experiments.plan`
-computes for v5e:16x16, v5p:4x4x4 and v6e:16x16. `131k` splits windows of 131,072 bytes over 8 chips
-each. These models have not been trained.
+Hardware: a TPU slice. experiments/README.md lists the memory and traffic that `experiments.plan`
+computes for v5e:16x16, v5p:4x4x4 and v6e:16x16. `131k` splits each window of 131,072 bytes over 8
+chips. These models have not been trained.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ KINDS = {"model": tuple(MODELS), "length": tuple(LENGTHS)}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Builds the configuration; `arg` holds a model and a length."""
+    """Build the configuration; `arg` contains a model and a length."""
     words, _ = common.parse(arg, KINDS)
     name, layer, model, options = MODELS[words["model"]]
     length, batch_size, mesh = LENGTHS[words["length"]]

@@ -2,16 +2,20 @@
 
     python -m experiments.train --config=experiments/configs/recall.py:mqar,deltanet
 
-The words are a task (`mqar`, `selective_copying`, `induction_heads`) and a layer. MQAR is zoology's
-(arXiv 2312.04927), the other two Mamba's (arXiv 2312.00752, section 4.1).
+The words are a task (`mqar`, `selective_copying`, `induction_heads`) and a layer. MQAR follows
+zoology (arXiv 2312.04927), the other tasks follow Mamba (arXiv 2312.00752, section 4.1).
 
-Hardware: any; meant for some minutes on two CPU cores. Departures for their sake, undone by `full`,
-which is for an accelerator and has not been run: MQAR with 32 tokens, 4 pairs and a vocabulary of
-64 (512, 64 and 8,192); selective copying of 8 tokens among 64 positions (16 among 4,096); induction
-heads trained on 64 tokens (256) and tested on up to 4,096 (2^20). Batches are small and many: Mamba
-of width 64 says one of the four values, whichever, for over 1,000 steps before it says the right
-one. A run ends early where 99 % of the answers to 128 test sequences are right. `quicktest` is a
-run of seconds.
+Hardware: any; a run takes minutes on two CPU cores. For that, the sizes are smaller than in the
+papers:
+
+- MQAR: 32 tokens, 4 pairs, 64 symbols (paper: 512, 64 and 8,192).
+- Selective copying: 8 tokens among 64 positions (paper: 16 among 4,096).
+- Induction heads: train on 64 tokens, test on up to 4,096 (paper: 256 and 2^20).
+
+`full` uses the sizes of the papers, for an accelerator; it has not been run. Training takes many
+small batches: on MQAR, Mamba of width 64 outputs one of the four values at random for over 1,000
+steps before it learns the keys. A run stops once 99 % of the answers to 128 test sequences are
+right. `quicktest` is a run of seconds.
 """
 
 from __future__ import annotations
@@ -24,11 +28,11 @@ from experiments.configs import common
 
 TASKS = ("mqar", "selective_copying", "induction_heads")
 KINDS = {"task": TASKS, "layer": common.layers("deltanet")}
-SWITCHES = {"full": "the sizes of the papers, for an accelerator; not run yet"} | common.QUICKTEST
+SWITCHES = {"full": "the sizes of the papers; not run yet"} | common.QUICKTEST
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Builds the configuration; `arg` holds a task, a layer and switches."""
+    """Build the configuration; `arg` contains a task, a layer and switches."""
     words, switches = common.parse(arg, KINDS, SWITCHES)
     task, layer, full = words["task"], words["layer"], "full" in switches
     name = "-".join([task, layer, *sorted(switches)])
@@ -57,7 +61,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.update(
         {
             "steps": steps,
-            # As in zoology: what is learned needs no more steps.
+            # Stop when the task is learned, as zoology does.
             "stop_at": 0.0 if full else 0.99,
             "log_every": 100,
             "eval_every": steps // 10,

@@ -1,1 +1,1 @@
-"""Where the bytes come from: corpora, TFDS text sets, and the Grain pipeline that packs them."""
+"""Text data: corpora, text sets of TensorFlow Datasets, and a Grain pipeline that packs them."""

@@ -1,4 +1,4 @@
-"""Corpora as documents of raw bytes, split into train and held-out documents."""
+"""Corpora: training and held-out documents of raw bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from experiments.base.errors import UserError
 
-# Test suites repeat themselves and are absent from some distributions of Python.
+# Test suites are repetitive, and some distributions of Python lack them.
 _SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -27,7 +27,7 @@ class Documents(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Train and held-out documents, and a fingerprint that changes when their bytes do."""
+    """Training and held-out documents, and a fingerprint that changes with their bytes."""
 
     name: str
     train: Documents
@@ -36,12 +36,12 @@ class Corpus:
 
 
 def standard_library() -> Path:
-    """The folder that holds the Python sources of the running interpreter."""
+    """Return the folder with the standard library of the running interpreter."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def standard_library_files() -> dict[str, Path]:
-    """The standard library's own modules, without its tests: about 12 MB of Python."""
+    """Return the modules of the standard library without its tests, about 12 MB of Python."""
     root = standard_library()
     return {
         path.relative_to(root).as_posix(): path
@@ -51,12 +51,12 @@ def standard_library_files() -> dict[str, Path]:
 
 
 def load_standard_library(heldout_fraction: float) -> Corpus:
-    """The files of `standard_library_files`, split file by file."""
+    """Return `standard_library_files` as a corpus; whole files are held out."""
     return _split_by_file("Python standard library", standard_library_files(), heldout_fraction)
 
 
 def load_path(path: str, heldout_fraction: float) -> Corpus:
-    """The user's own text: one file, cut in two, or a folder, split file by file."""
+    """Return the user's text as a corpus: a file is cut in two, of a folder files are held out."""
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(
@@ -79,7 +79,7 @@ def _split_by_file(name: str, files: dict[str, Path], heldout_fraction: float) -
         raise UserError(f"no text in {name}: give config.data.path a folder with files in it")
     if len(texts) == 1:
         return _split_one(name, next(iter(texts.values())), heldout_fraction)
-    # Ordered by hash, so that any bounded part of the held-out files is a fair sample of them.
+    # In the order of hashes, so that the first bytes are a random sample of the held-out files.
     order = sorted(texts, key=position)
     heldout = [key for key in order if position(key) < heldout_fraction] or order[:1]
     if len(heldout) == len(texts):
@@ -106,7 +106,7 @@ def _corpus(name: str, train: list[bytes], heldout: list[bytes]) -> Corpus:
 
 
 def position(key: str) -> float:
-    """A number in [0, 1) that depends on the name alone, on every machine and in every run."""
+    """Return a number in [0, 1), a hash of the name that is the same on every machine."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -119,7 +119,7 @@ def _read(path: Path) -> bytes:
 
 
 def take_bytes(documents: Sequence[bytes], limit: int) -> list[bytes]:
-    """The first `limit` bytes of the documents, the last of them cut short."""
+    """Return the first `limit` bytes of the documents; the last document is cut short."""
     taken: list[bytes] = []
     for text in documents:
         if limit <= 0:

@@ -1,4 +1,4 @@
-"""Documents to training batches: shuffle, pack, shuffle again, batch; deterministic, resumable."""
+"""Deterministic, resumable training batches: shuffled documents, packed into shuffled windows."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from experiments.base.errors import UserError
 from experiments.data import corpus as corpora
 from experiments.data import tfds_sets
 
-# What the model reads before the first byte of a document, which it predicts like any other.
+# Input byte for predicting the first byte of a document.
 DOCUMENT_START = 0
 
 
 def load_corpus(data: ConfigDict) -> corpora.Corpus:
-    """Loads the corpus that `config.data` names and checks that it can be trained on."""
+    """Load the corpus that `config.data` selects and check its size."""
     if data.path and data.tfds:
         raise UserError("config.data.path and config.data.tfds are both set: give one of them")
     if not 0 < data.heldout_fraction < 1:
@@ -53,9 +53,9 @@ def _check_size(corpus: corpora.Corpus, length: int) -> None:
 
 
 class _TokenSource:
-    """A Grain source of documents as (what is read, what is predicted) pairs of byte arrays.
+    """Grain source of documents as input and target bytes.
 
-    Every `step`-th document from `start` on.
+    Contains every `step`-th document from `start` on.
     """
 
     def __init__(self, documents: corpora.Documents, start: int = 0, step: int = 1) -> None:
@@ -73,7 +73,7 @@ class _TokenSource:
 
 
 def shift(document: bytes) -> dict[str, np.ndarray]:
-    """Every byte is a target; the model reads the byte before it."""
+    """Return the inputs and targets of a document: each input is the byte before its target."""
     targets = np.frombuffer(document, np.uint8)
     inputs = np.empty_like(targets)
     inputs[:1] = DOCUMENT_START
@@ -99,15 +99,16 @@ def train_batches(
     streams: int = 1,
     rows: Sequence[int] | None = None,
 ) -> Streams:
-    """Endless batches of `inputs`, `targets` [B,T] uint8 and `segment_ids` [B,T] int32.
+    """Return an endless iterator of `inputs`, `targets` [B,T] uint8 and `segment_ids` [B,T] int32.
 
-    The documents are shuffled anew each epoch, packed end to end into windows of `length`
-    bytes, and `shuffle_windows` windows at a time are shuffled again, so that a batch mixes many
-    documents. The iterator's state is small JSON and resumes at the very next batch.
+    Documents are shuffled in each epoch and packed end to end into windows of `length` bytes. A
+    buffer of `shuffle_windows` windows is shuffled again, so that a batch mixes many documents.
+    The iterator's state is a small JSON value, from which it resumes at the next batch.
 
-    With several `streams` each reads its own part of the documents and gives its share of every
-    batch's rows. Only the streams that the `rows` need are read (None: all); the other rows are
-    zeros. So what a batch holds does not depend on how many processes share it.
+    With several `streams`, each stream reads a separate part of the documents and fills a fixed
+    share of the rows. Only the streams that fill `rows` are read (by default all streams), and the
+    other rows are zeros. The content of a batch therefore does not depend on the number of
+    processes.
     """
     if batch_size % streams or streams > len(documents):
         raise UserError(
@@ -128,7 +129,7 @@ def train_batches(
 
 
 class Streams:
-    """An iterator over batches whose rows come from several Grain iterators."""
+    """Iterator over batches whose rows come from several Grain iterators."""
 
     def __init__(self, parts: dict[int, grain.DatasetIterator], batch_size: int) -> None:
         self._parts = parts
@@ -152,11 +153,11 @@ class Streams:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """Where each stream stands that is read here, as JSON values."""
+        """Return the position of each stream of this process, as JSON values."""
         return {str(stream): part.get_state() for stream, part in self._parts.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a state; those of other streams are left alone."""
+        """Resume from a state; entries for streams of other processes are ignored."""
         for stream, part in self._parts.items():
             part.set_state(state[str(stream)])
 
@@ -181,24 +182,24 @@ def _stream(
 
 
 def resume(batches: Streams, state: Any) -> None:
-    """Sets an iterator of `train_batches` to a state that has been through JSON."""
+    """Resume an iterator of `train_batches` from a state that was stored as JSON."""
     batches.set_state(_tuples(state))
 
 
 def _tuples(value: Any) -> Any:
-    # JSON makes lists of tuples, and Grain's packing compares its slices with a tuple: a list
-    # there drops or repeats a document.
+    # JSON turns tuples into lists. Grain's packing compares its slices with a tuple, so a list
+    # would drop or repeat a document.
     if isinstance(value, dict):
         return {name: _tuples(part) for name, part in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def lanes(documents: Sequence[bytes], count: int, length: int) -> dict[str, np.ndarray]:
-    """Lays documents end to end and cuts them into `count` lanes to be read with carried state.
+    """Concatenate documents and split them into `count` lanes, to read with a carried state.
 
     Returns `inputs`, `targets` uint8, `reset` and `counted` bool, each [count, n * length]. Every
-    byte is a target exactly once; `counted` is false on the padding at the end. A lane starts
-    like a document, so that no lane knows a byte that another lane predicts.
+    byte is a target exactly once; `counted` is False on the padding at the end. A lane starts
+    like a document, with a reset, so that it reads no byte of the lane before it.
     """
     shifted = [shift(text) for text in documents if text]
     targets = np.concatenate([part["targets"] for part in shifted])

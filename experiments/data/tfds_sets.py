@@ -1,4 +1,4 @@
-"""Sets of TensorFlow Datasets by name, read at random without TensorFlow."""
+"""Data sets of TensorFlow Datasets, read by index without TensorFlow."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class _TextColumn:
 
 
 def load(data: ConfigDict) -> Corpus:
-    """Loads the prepared data set `data.tfds`; never downloads one."""
+    """Load the prepared data set `data.tfds`; never download it."""
     train = _column(data, data.tfds_train)
     heldout = _column(data, data.tfds_heldout)
     digest = hashlib.sha256(repr((data.tfds, data.tfds_train, data.tfds_text)).encode())
     digest.update(repr((len(train), train[0] if len(train) else b"")).encode())
-    # Only as much as is ever evaluated is read, in the set's own order.
+    # Read only the documents that evaluations use, in the order of the data set.
     count = min(len(heldout), data.tfds_heldout_documents)
     texts = [heldout[index] for index in range(count)]
     return Corpus(f"TFDS {data.tfds}", train, texts, digest.hexdigest()[:16])
@@ -51,17 +51,20 @@ def _column(data: ConfigDict, split: str) -> _TextColumn:
 
 
 def open_split(name: str, split: str, folder: str, where: str) -> Any:
-    """A split of a prepared set, by index; never downloads one.
+    """Return a split of a prepared data set, read by index; never download it.
 
     Args:
-      name: of the set.
-      split: such as "train" or "train[:90%]".
-      folder: where sets are prepared, "" for TFDS's own choice.
-      where: the fields `tfds` and `tfds_dir` of the configuration, for messages.
+      name: name of the data set.
+
+      split: name of the split, such as "train" or "train[:90%]".
+
+      folder: folder of the prepared data sets; "" for the default of TFDS.
+
+      where: section of the configuration with `tfds` and `tfds_dir`, for messages.
     """
     tfds = _import(where)
     try:
-        # Downloading is left to the user: offline, an attempt hangs for minutes.
+        # The user downloads: without a network, an attempt hangs for minutes.
         return tfds.data_source(name, split=split, data_dir=folder or None, download=False)
     except tfds.core.registered.DatasetNotFoundError as error:
         names = tfds.list_builders(with_community_datasets=False)
@@ -79,7 +82,7 @@ def open_split(name: str, split: str, folder: str, where: str) -> Any:
 
 def _import(where: str) -> Any:
     try:
-        import tensorflow_datasets as tfds  # Slow to import, and few runs need it.
+        import tensorflow_datasets as tfds  # slow to import, and few runs need it
     except ImportError as error:
         raise UserError(
             f"{where}.tfds needs tensorflow-datasets ({error}):"

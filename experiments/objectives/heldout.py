@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, and what general compressors reach on the same bytes."""
+"""Bits per byte of held-out text, compared with gzip and xz on the same bytes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def make_evaluate(
 ) -> Evaluate:
     """Return `evaluate(params, documents) -> bits per byte`, compiled once for all calls.
 
-    With a `device_mesh` it runs on that mesh, time split over the mesh axis `sequence`.
+    With a `device_mesh`, evaluation runs on the mesh, with time split over the axis `sequence`.
 
-    The documents are read in `lanes` lanes, `length` bytes at a time, the state carried from
-    window to window and cleared where a document starts. Every byte is predicted exactly once
-    from what precedes it in its document and lane, so the result is the total log-loss over the
-    bytes divided by ln 2 and their number: the size of an arithmetic code made with the model.
+    The documents are read in `lanes` lanes, `length` bytes at a time. The state is carried from
+    window to window and cleared at the start of a document. Every byte is predicted exactly once,
+    from the bytes before it in its document and lane. The result is the total log-loss divided by
+    ln 2 and by the number of bytes: the size of an arithmetic code made with the model.
     """
 
     device_mesh = DeviceMesh("") if device_mesh is None else device_mesh
@@ -56,7 +56,7 @@ def make_evaluate(
     split = sharding.split_time(
         nats, device_mesh.mesh, in_specs=(P(), P(), P(None, "sequence")), out_specs=P()
     )
-    # Every process adds up all lanes, so the sums must be everywhere.
+    # Every process sums over all lanes, so the sums must be replicated.
     window = jax.jit(
         split, out_shardings=None if shardings is None else (None, shardings.replicated)
     )
@@ -77,7 +77,7 @@ def make_evaluate(
 
 
 def compressors(documents: Sequence[bytes]) -> dict[str, float]:
-    """Bits per byte of gzip and xz at their strongest settings on the same bytes."""
+    """Return the bits per byte of gzip and xz at their strongest settings."""
     text = b"".join(documents)
     return {
         "gzip": 8 * len(gzip.compress(text, 9)) / len(text),
@@ -86,12 +86,14 @@ def compressors(documents: Sequence[bytes]) -> dict[str, float]:
 
 
 def report(bits: float, documents: Sequence[bytes], total: int) -> dict[str, Any]:
-    """Return the numbers of an evaluation to print and store, with those of compressors.
+    """Return the numbers of an evaluation to print and store, including those of compressors.
 
     Args:
       bits: bits per byte of the model.
-      documents: the text that was read.
-      total: bytes of the text that these documents are the beginning of.
+
+      documents: the evaluated documents, the first part of the text.
+
+      total: bytes of the whole text.
     """
     others = compressors(documents)
     return {
@@ -104,12 +106,12 @@ def report(bits: float, documents: Sequence[bytes], total: int) -> dict[str, Any
 
 
 def coverage(size: int, total: int) -> str:
-    """Return which bytes of a text were read, in words."""
+    """Describe how many bytes of a text were read."""
     return f"all {total:,}" if size == total else f"the first {size:,} of {total:,}"
 
 
 def format_report(result: dict[str, Any], number: str = "held-out bits per byte") -> str:
-    """Format the report as a line for people; `number` is the name of what was measured."""
+    """Format a report as one line of text; `number` is the name of the metric."""
     read = coverage(result["heldout_bytes"], result["heldout_total_bytes"])
     return (
         f"{number} {result['heldout_bits_per_byte']:.4f} on {read} bytes "

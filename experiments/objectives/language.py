@@ -1,4 +1,4 @@
-"""Learning text: a byte-level language model, its loss, and its bits per byte on held-out text."""
+"""Objective of runs on text: a byte-level language model, its loss and its held-out metric."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class NextByte:
 
 
 class Text(NextByte):
-    """Objective of a configuration without a task: predict the bytes of a text."""
+    """Objective of a configuration without a task: predict each byte of a text."""
 
     metric = "heldout_bits_per_byte"
     lower_is_better = True
@@ -66,7 +66,7 @@ class Text(NextByte):
         self.batch_shape = (config.data.batch_size, config.data.length)
 
     def batches(self, rows: Any) -> pipeline.Streams:
-        """See `pipeline.train_batches`."""
+        """Return `pipeline.train_batches` of the run's text."""
         data = self._config.data
         return pipeline.train_batches(
             self._corpus.train,
@@ -85,7 +85,7 @@ class Text(NextByte):
     def make_evaluate(
         self, device_mesh: devices.DeviceMesh
     ) -> Callable[[Any, bool], dict[str, Any]]:
-        """Returns `evaluate(params, final)`: bits per byte, beside compressors' in the end."""
+        """Return `evaluate(params, final)`: bits per byte, and those of compressors if final."""
         evaluation = self._config.eval
         measure = heldout.make_evaluate(
             self.model,
@@ -108,13 +108,13 @@ class Text(NextByte):
         return evaluate
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return which held-out bytes were read, in words; "" for a log that has no number."""
+        """Describe which held-out bytes were read; "" if the log does not have the number."""
         if "heldout_bytes" not in result:
             return ""
         return f"{heldout.coverage(result['heldout_bytes'], self._heldout_bytes)} bytes"
 
     def describe(self, result: dict[str, Any]) -> str:
-        """A result as a line for people."""
+        """Return a result of `evaluate` as a line of text."""
         if "gzip_bits_per_byte" in result:
             return heldout.format_report(result)
         bits = result["heldout_bits_per_byte"]
@@ -122,6 +122,8 @@ class Text(NextByte):
 
 
 def require_text(config: ConfigDict, what: str) -> None:
-    """Raises unless a run is on text."""
+    """Raise an error if the run is on a task instead of text."""
     if "task" in config:
-        raise UserError(f"{what} is for runs on text; this one is on the task {config.task.name}")
+        raise UserError(
+            f"{what} requires a run on text; this run is on the task {config.task.name}"
+        )

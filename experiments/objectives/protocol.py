@@ -1,4 +1,4 @@
-"""Objectives: what a run minimizes, and the number that its model is compared by."""
+"""Protocol of objectives: the model, data, loss and metric of a run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,20 @@ class Objective(Protocol):
 
     Attributes:
       name: name of the data, for messages.
-      fingerprint: a text that changes when the data does.
+
+      fingerprint: text that changes when the data changes.
+
       model: the model, which follows the protocol of a layer.
+
       batch_shape: (B, T) of a training batch.
+
       unit: name of a position in messages, such as "bytes".
-      metric: name of the number in the result of `evaluate` that models are compared by.
+
+      metric: name of the number in the result of `evaluate` that compares models.
+
       lower_is_better: whether a smaller metric is better.
-      curve: name of the number of each training step to draw.
+
+      curve: name of the number of each training step to plot.
     """
 
     name: str
@@ -49,10 +56,10 @@ class Objective(Protocol):
         """Return the loss in other units, by name, for the log."""
 
     def make_evaluate(self, device_mesh: DeviceMesh) -> Callable[[Any, bool], dict[str, Any]]:
-        """Return `evaluate(params, final)`: numbers by name, `metric` among them."""
+        """Return `evaluate(params, final)`, which returns numbers by name, including `metric`."""
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return which held-out data a result of `evaluate` covers, in words; "" if unknown."""
+        """Describe which held-out data a result of `evaluate` covers; "" if unknown."""
 
     def describe(self, result: dict[str, Any]) -> str:
         """Return a result of `evaluate` as a line of text."""

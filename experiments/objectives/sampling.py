@@ -1,4 +1,4 @@
-"""Text from a model, one byte at a time, with a state of constant size."""
+"""Sampling of text from a model, one byte at a time, with a state of constant size."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from experiments.base.errors import UserError
 from experiments.data.pipeline import DOCUMENT_START
 
-# (params, prompt, num_bytes, seed, temperature, top_p) -> bytes, one by one
+# (params, prompt, num_bytes, seed, temperature, top_p) -> iterator of bytes
 Sampler = Callable[[Any, bytes, int, int, float, float], Iterator[int]]
 
 
 def choose(
     key: jax.Array, logits: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float
 ) -> jax.Array:
-    """Draws from the smallest set of bytes [V] whose probability reaches `top_p`.
+    """Draw from the smallest set of bytes [V] whose probability reaches `top_p`.
 
     Temperature 0 takes the most likely byte.
     """
@@ -28,14 +28,14 @@ def choose(
     order = jnp.argsort(-scaled)
     probabilities = jax.nn.softmax(scaled[order])
     before = jnp.cumsum(probabilities) - probabilities
-    # The most likely byte always stays, whatever top_p is.
+    # The most likely byte is always allowed.
     allowed = (before < top_p).at[0].set(True)
     drawn = order[jax.random.categorical(key, jnp.where(allowed, scaled[order], -jnp.inf))]
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
 
 
 def make_sampler(model: Any) -> Sampler:
-    """Returns `sample(params, prompt, num_bytes, seed, temperature, top_p)`, compiled once."""
+    """Return `sample(params, prompt, num_bytes, seed, temperature, top_p)`, compiled once."""
     step = jax.jit(model.step)
     draw = jax.jit(choose)
 
@@ -53,7 +53,7 @@ def make_sampler(model: Any) -> Sampler:
             logits, state = step(params, np.array([byte], np.int32), state)
         for index in range(num_bytes):
             byte = draw(jax.random.fold_in(key, index), logits[0], temperature, top_p)
-            # The next step is on its way before this byte is waited for.
+            # Dispatch the next step before `int` blocks on this byte.
             logits, state = step(params, byte[None].astype(jnp.int32), state)
             yield int(byte)
 
@@ -61,15 +61,15 @@ def make_sampler(model: Any) -> Sampler:
 
 
 def encode(prompt: str) -> bytes:
-    """Return the bytes of a prompt, those that are not UTF-8 as the shell passed them."""
+    """Return the bytes of a prompt; bytes that are not UTF-8 pass unchanged from the shell."""
     return prompt.encode("utf-8", "surrogateescape")
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """Return text as it should be written to a stream.
+    """Escape control characters, except line breaks and tabs, if the stream is a terminal.
 
-    On a terminal, control characters other than line breaks and tabs are escaped: a model can
-    produce sequences that change the terminal's settings. Files and pipes get the text unchanged.
+    A model can produce sequences that change the terminal's settings. Files and pipes get the text
+    unchanged.
     """
     if not stream.isatty():
         return text
@@ -80,7 +80,7 @@ def printable(text: str, stream: TextIO) -> str:
 
 
 def decode(stream: Iterable[int]) -> Iterator[str]:
-    """Decodes UTF-8 as it arrives; what is not UTF-8 becomes the replacement character."""
+    """Decode UTF-8 incrementally; invalid bytes become the replacement character."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for byte in stream:
         text = decoder.decode(bytes([byte]))

@@ -1,4 +1,4 @@
-"""Learning a task: its model, batches and loss, and how often it is right on what it never saw."""
+"""Objectives of runs on tasks: model, batches, loss and test accuracy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LABELLED: dict[str, Callable[[ConfigDict, int], labelled.LabelledSet]] = {
 
 
 def make(config: ConfigDict) -> TokenTask | SequenceTask:
-    """The objective that `config.task` names."""
+    """Return the objective that `config.task` selects."""
     name = config.task.name
     if name in SYNTHETIC:
         return TokenTask(config, SYNTHETIC[name](config.task))
@@ -65,7 +65,7 @@ def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
 
 
 class _Judged:
-    """Base of both kinds of tasks, whose metric is accuracy."""
+    """Base class of both kinds of tasks; the metric is accuracy."""
 
     metric = "accuracy"
     lower_is_better = False
@@ -73,37 +73,37 @@ class _Judged:
     curve = "loss"
 
     def log(self, nats: float) -> dict[str, float]:
-        """Return nothing: the loss has no other unit."""
+        """Return an empty dict: the loss has no other unit."""
         del nats
         return {}
 
     def coverage(self, result: dict[str, Any]) -> str:
-        """Return the number of test sequences, in words; "" for a log that has no number."""
+        """Describe the number of test sequences; "" if the log does not have the number."""
         count = result.get("test_sequences")
         return "" if count is None else f"{count:,} test sequences"
 
     def describe(self, result: dict[str, Any]) -> str:
-        """Return all numbers in a line, and the number of test sequences behind them."""
+        """Return all numbers and the number of test sequences as a line of text."""
         numbers = {name: value for name, value in result.items() if name != "test_sequences"}
         line = ", ".join(f"{name} {value:.3f}" for name, value in numbers.items())
         return f"{line} ({self.coverage(result)})"
 
 
 class TokenTask(_Judged):
-    """An answer at every position that asks for one."""
+    """Task with an answer at some positions of each sequence."""
 
     def __init__(self, config: ConfigDict, task: examples.Task) -> None:
         self._config = config
         self._task = task
         self.name = task.name
-        # The task is made from the configuration, which is compared by itself.
+        # The configuration determines the data, and checkpoints compare configurations.
         self.fingerprint = "generated"
         self.model = build.build_model(config.model, max(task.vocab_size, task.num_classes))
         data = config.data
         self.batch_shape = (data.batch_size, data.packed_length or task.longest())
 
     def batches(self, rows: Any) -> pipeline.Streams:
-        """Endless training batches; see `batches.of_task`. Every process makes all rows."""
+        """Return endless training batches, see `batches.of_task`; every process makes all rows."""
         del rows
         data = self._config.data
         made = batches.of_task(
@@ -115,12 +115,12 @@ class TokenTask(_Judged):
         return pipeline.Streams({0: made}, data.batch_size)
 
     def prepare(self, batch: Any) -> Any:
-        """Segments become resets."""
+        """Convert segment ids to resets."""
         reset = seqjax.segment_starts(batch["segment_ids"])
         return {name: batch[name] for name in ("inputs", "targets", "counted")} | {"reset": reset}
 
     def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
-        """Mean cross-entropy over the positions that count."""
+        """Return the mean cross-entropy over the counted positions."""
         logits, _ = model.apply(
             params, batch["inputs"], reset=batch["reset"], sequence_axis=sequence_axis
         )
@@ -148,8 +148,9 @@ class TokenTask(_Judged):
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
-        """Accuracy at every test length; `accuracy` is the longest's, and scaled, chance is 0.
+        """Return the accuracy at every test length if `final`, else at the longest length.
 
+        `accuracy` is that of the longest length. `scaled_accuracy` maps chance to 0 and 1 to 1.
         `test_sequences` is the number of sequences of the longest length.
         """
         task, evaluation = self._task, self._config.eval
@@ -173,7 +174,7 @@ class TokenTask(_Judged):
 
 
 class SequenceTask(_Judged):
-    """One label per sequence."""
+    """Task with one label per sequence."""
 
     def __init__(self, config: ConfigDict, data: labelled.LabelledSet) -> None:
         self._config = config
@@ -192,7 +193,7 @@ class SequenceTask(_Judged):
         self.batch_shape = (config.data.batch_size, self._length)
 
     def batches(self, rows: Any) -> pipeline.Streams:
-        """Endless training batches; see `batches.of_labelled`. Every process makes all rows."""
+        """Return endless training batches, see `batches.of_labelled`, with all rows."""
         del rows
         size = self._config.data.batch_size
         made = batches.of_labelled(
@@ -201,11 +202,11 @@ class SequenceTask(_Judged):
         return pipeline.Streams({0: made}, size)
 
     def prepare(self, batch: Any) -> Any:
-        """The batch as it is."""
+        """Return the batch unchanged."""
         return batch
 
     def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
-        """Mean cross-entropy over the batch."""
+        """Return the mean cross-entropy over the batch."""
         logits, _ = model.apply(
             params, batch["inputs"], mask=batch["mask"], sequence_axis=sequence_axis
         )
@@ -228,7 +229,7 @@ class SequenceTask(_Judged):
         return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
-        """Accuracy on the test set, or on a part of it."""
+        """Return the accuracy on the test set if `final`, else on a part of it."""
         test = self._data.test
         if not final:
             order = np.random.default_rng(0).permutation(len(test.labels))

@@ -1,1 +1,1 @@
-"""Tasks that papers judge recurrences by: exact, seeded generators, and small real data sets."""
+"""Tasks from papers on recurrences: exact, seeded generators, and small real data sets."""

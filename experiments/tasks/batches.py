@@ -1,4 +1,4 @@
-"""Sequences of a task to training batches: packed end to end or padded; resumable."""
+"""Resumable batches of a task's sequences, packed end to end or padded."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from experiments.tasks.labelled import Split
 def of_task(
     task: Task, *, batch_size: int, seed: int, packed_length: int = 0
 ) -> grain.DatasetIterator:
-    """Endless batches of `inputs`, `targets`, `counted` and `segment_ids`, [B, T].
+    """Return endless batches of `inputs`, `targets`, `counted` and `segment_ids`, [B, T].
 
-    A row holds one sequence, padded to the longest there can be; or, with a `packed_length`, as
-    many as fit into that, each a segment of its own. Padding is segment 0 and never counted.
+    By default a row contains one sequence, padded to the longest possible length. With
+    `packed_length`, a row of this length contains several sequences, each with its segment id.
+    Padding has segment id 0 and is not counted.
     """
     dataset = (
         grain.MapDataset.source(Source(task, seed))
@@ -58,7 +59,7 @@ def _window(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class _Labelled:
-    """A Grain source of (sequence padded to a length, its mask, its label)."""
+    """Grain source of sequences padded to a length, with masks and labels."""
 
     def __init__(self, split: Split, length: int) -> None:
         self._split = split
@@ -78,9 +79,9 @@ class _Labelled:
 
 
 def of_labelled(split: Split, *, length: int, batch_size: int, seed: int) -> grain.DatasetIterator:
-    """Endless batches of `inputs` [B, T, ...], `mask` [B, T] and `label` [B], shuffled by epoch.
+    """Return endless batches of `inputs` [B, T, ...], `mask` [B, T] and `label` [B].
 
-    Sequences longer than `length` are cut there.
+    Sequences are shuffled in each epoch. Sequences longer than `length` are cut.
     """
     dataset = grain.MapDataset.source(_Labelled(split, length)).seed(seed).shuffle().repeat()
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
@@ -88,7 +89,7 @@ def of_labelled(split: Split, *, length: int, batch_size: int, seed: int) -> gra
 
 
 def in_order(split: Split, *, length: int, batch_size: int) -> Any:
-    """Every sequence once, in batches of one shape: the last is filled up with empty masks."""
+    """Yield every sequence once, in batches of one shape; the last has rows with empty masks."""
     source = _Labelled(split, length)
     for start in range(0, len(source), batch_size):
         rows = [source[i] for i in range(start, min(start + batch_size, len(source)))]

@@ -1,4 +1,4 @@
-"""What a task is: labelled sequences by index, so that a run can stop and resume anywhere."""
+"""Generated tasks: training sequences by index, so that a run can resume at any step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-BLOCK = 256  # sequences are made so many at a time
+BLOCK = 256  # sequences generated per call
 
 
 class Examples(NamedTuple):
-    """Sequences of one length, each position with what is to be said there.
+    """Sequences of one length with a target for each position.
 
     Attributes:
       inputs: [count, T] int32 tokens, or [count, T, features] float32.
+
       targets: [count, T] int32.
-      counted: [count, T] bool, the positions at which a prediction is asked for.
+
+      counted: [count, T] bool, the positions whose predictions count.
     """
 
     inputs: np.ndarray
@@ -31,20 +33,29 @@ Generate = Callable[[np.random.Generator, int, int], Examples]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task whose sequences a generator makes.
+    """Task with generated sequences.
 
     Attributes:
-      name: for people.
+      name: name of the task.
+
       vocab_size: number of input tokens.
+
       num_classes: number of answers.
-      generate: (rng, count, T) -> Examples. Where `shortest` is set, every prefix of an allowed
-        length is an example as well.
-      train_length: T of training sequences, the longest where they vary.
-      test_lengths: T of every test.
-      shortest: the shortest training sequence; None where all are of one length.
+
+      generate: (rng, count, T) -> Examples. If `shortest` is set, every prefix of an allowed
+        length must be an example too.
+
+      train_length: T of training sequences, or the maximum if lengths vary.
+
+      test_lengths: T of each test.
+
+      shortest: minimum T of training sequences; None if all have the same length.
+
       step: allowed lengths are `shortest`, `shortest + step`, ...
+
       last_only: whether only the last prediction of a sequence counts.
-      chance: accuracy of the best constant answer, where it is known.
+
+      chance: accuracy of the best constant answer, if known.
     """
 
     name: str
@@ -63,12 +74,12 @@ class Task:
             raise ValueError(f"{self.name}: no length of the steps {self.step} is the longest")
 
     def longest(self) -> int:
-        """Positions of the longest training sequence, those in which answers are given included."""
+        """Return the number of positions of the longest training sequence, with its answers."""
         return self.generate(np.random.default_rng(0), 1, self.train_length).inputs.shape[1]
 
 
 class Source:
-    """Training sequences by index, each a dict of [T] arrays; the same ones for a seed, always."""
+    """Training sequences by index, each a dict of [T] arrays; a seed determines all of them."""
 
     def __init__(self, task: Task, seed: int) -> None:
         self._task = task
@@ -99,13 +110,13 @@ class Source:
 
 
 def last_alone(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The example with its last prediction as the only one that counts."""
+    """Return the example with only its last prediction counted."""
     counted = np.zeros_like(example["counted"])
     counted[..., -1] = True
     return {**example, "counted": counted}
 
 
 def test_examples(task: Task, seed: int, length: int, count: int) -> Examples:
-    """Test sequences of a length, from a stream of their own."""
+    """Return test sequences of a length, independent of the training sequences."""
     examples = task.generate(np.random.default_rng([seed, 1, length]), count, length)
     return Examples(**last_alone(examples._asdict())) if task.last_only else examples

@@ -1,4 +1,4 @@
-"""Finite sets of whole sequences with one label each: images, expressions, text, time series."""
+"""Finite sets of sequences with one label each: images, expressions, text, time series."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELD_OUT = 0.2
 
 
 class Split(NamedTuple):
-    """Sequences of different lengths: [T] integer tokens or [T, features] float32, and labels."""
+    """Sequences of any length, [T] integer tokens or [T, features] float32, and their labels."""
 
     inputs: Sequence[np.ndarray]
     labels: np.ndarray
@@ -30,12 +30,17 @@ class LabelledSet:
     """A classification task.
 
     Attributes:
-      name: for people.
+      name: name of the task.
+
       num_classes: number of labels.
-      train: to learn from.
-      test: held out.
-      vocab_size: number of tokens, where inputs are tokens.
-      input_dim: features per position, where they are numbers.
+
+      train: training set.
+
+      test: test set.
+
+      vocab_size: number of tokens, if inputs are tokens.
+
+      input_dim: features per position, if inputs are real numbers.
     """
 
     name: str
@@ -46,13 +51,13 @@ class LabelledSet:
     input_dim: int | None = None
 
     def majority(self) -> float:
-        """The accuracy on the test set of saying what is most frequent in the training set."""
+        """Return the test accuracy of the most frequent label of the training set."""
         said = Counter(self.train.labels.tolist()).most_common(1)[0][0]
         return float(np.mean(self.test.labels == said))
 
 
 def list_operations(train: int, test: int, seed: int, **options: int) -> LabelledSet:
-    """ListOps; `options` are those of `listops.generate`."""
+    """Generate ListOps; `options` are those of `listops.generate`."""
     made, held = (
         Split(*listops.generate(np.random.default_rng([seed, split]), count, **options))
         for split, count in ((0, train), (1, test))
@@ -61,7 +66,7 @@ def list_operations(train: int, test: int, seed: int, **options: int) -> Labelle
 
 
 def digits(seed: int) -> LabelledSet:
-    """scikit-learn's 8 x 8 digits, 1,797 of them, pixel after pixel; a fifth is held out."""
+    """Load scikit-learn's 1,797 digits of 8 x 8 pixels as sequences; a fifth is held out."""
     if importlib.util.find_spec("sklearn") is None:
         raise UserError("the digits come with scikit-learn: pip install scikit-learn")
     from sklearn.datasets import load_digits
@@ -78,7 +83,7 @@ class _Pixels(Sequence[np.ndarray]):
     """Images as sequences of pixels, row after row: [H * W, channels] float32 in [0, 1]."""
 
     def __init__(self, images: np.ndarray) -> None:
-        self._images = images  # as bytes, which is a quarter of it
+        self._images = images  # uint8, a quarter of the memory of float32
 
     def __len__(self) -> int:
         return len(self._images)
@@ -89,7 +94,7 @@ class _Pixels(Sequence[np.ndarray]):
 
 
 def images(name: str, folder: str) -> LabelledSet:
-    """An image set of TensorFlow Datasets that is prepared here, such as mnist or cifar10."""
+    """Load a prepared image set of TensorFlow Datasets, such as mnist or cifar10."""
     if not name:
         raise UserError("the task images needs --config.task.tfds: mnist, fashion_mnist, cifar10")
     splits = []
@@ -109,11 +114,10 @@ def images(name: str, folder: str) -> LabelledSet:
 
 
 def packages(length: int, classes: int, seed: int) -> LabelledSet:
-    """Windows of the standard library's source; which of its largest packages are they from?
+    """Cut the standard library's largest packages into windows; the label is the package.
 
-    Windows of one file are never in both splits, held-out windows that also stand in a training
-    file (tables of codecs) are left out, and as many are taken of every package as the smallest
-    one has.
+    All windows of a file are in the same split. Held-out windows that also occur in a training file
+    (such as tables of codecs) are dropped. All packages have as many windows as the smallest.
     """
     windows: tuple[dict[str, list], dict[str, list]] = ({}, {})
     for name, path in sorted(corpus.standard_library_files().items()):
@@ -140,10 +144,10 @@ def packages(length: int, classes: int, seed: int) -> LabelledSet:
 
 
 def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
-    """A file in the `.ts` format of the UCR and UEA archives.
+    """Read a file in the `.ts` format of the UCR and UEA archives.
 
     Returns:
-      ([T, features] float32 each, NaN where a value is missing; their labels as they are written).
+      (list of [T, features] float32 arrays, NaN where a value is missing; labels as text).
     """
     try:
         lines = path.read_text(errors="replace").splitlines()
@@ -158,7 +162,9 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
     if not starts:
         raise UserError(f"{path} has no line '@data': it is not a .ts file")
     if header.get("timestamps") == "true":
-        raise UserError(f"{path} has time stamps, which are not read: give evenly sampled series")
+        raise UserError(
+            f"{path} has time stamps, which are not supported: give evenly sampled series"
+        )
     if not header.get("classlabel", "").startswith("true"):
         raise UserError(f"{path} has no class labels: it is not a classification set")
     series, labels = [], []
@@ -177,10 +183,10 @@ def read_ts(path: Path) -> tuple[list[np.ndarray], list[str]]:
 
 
 def time_series(path: str) -> LabelledSet:
-    """A UCR or UEA set: a folder with NAME_TRAIN.ts and NAME_TEST.ts, or the name of one in aeon.
+    """Load a UCR or UEA data set from a folder with `*_TRAIN.ts` and `*_TEST.ts`, or from aeon.
 
-    Every channel is scaled to mean 0 and variance 1 over the training set; a missing value becomes
-    that mean.
+    Every channel is scaled to mean 0 and variance 1 over the training set. Missing values become
+    the mean.
     """
     if not path:
         raise UserError(
@@ -196,7 +202,7 @@ def time_series(path: str) -> LabelledSet:
     (train, names), (test, test_names) = (read_ts(found[0]) for found in files)
     classes = sorted(set(names))
     if unknown := set(test_names) - set(classes):
-        raise UserError(f"{files[1][0]} has labels that the training set has not: {unknown}")
+        raise UserError(f"{files[1][0]} has labels that the training set lacks: {unknown}")
     values = np.concatenate(train)
     mean, scale = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
 
@@ -215,7 +221,7 @@ def time_series(path: str) -> LabelledSet:
 
 
 def _inside_aeon(name: str) -> Path:
-    """Where aeon's wheel keeps a set; aeon itself is not imported, which takes seconds."""
+    """Return the folder of a data set in aeon's wheel, without importing aeon (takes seconds)."""
     spec = importlib.util.find_spec("aeon")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(

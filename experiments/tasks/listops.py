@@ -1,8 +1,8 @@
 """ListOps as in the Long Range Arena (arXiv 2011.04006): nested operations on digits.
 
-A node is an operation with probability 1/4, if it lies above the last level, with 2 to 10
-arguments that are nodes themselves, and a digit otherwise; expressions whose number of tokens is
-not strictly between two bounds are thrown away. Answers are not balanced.
+A node above the last level is an operation with probability 1/4, else a digit. An operation has 2
+to 10 arguments, which are nodes. Expressions whose number of tokens is not strictly between two
+bounds are discarded. Answers are not balanced.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ FIRST_OPERATOR, END, VOCAB_SIZE = 10, 14, 15  # tokens: digits, operators, the c
 
 
 class _Level(NamedTuple):
-    """The nodes of one depth of all trees, in order; children of a node follow each other."""
+    """Nodes of all trees at one depth, in order; the children of a node are adjacent."""
 
     operator: np.ndarray  # -1 for a digit
-    value: np.ndarray  # of a digit
-    first: np.ndarray  # index of its first child in the next level
+    value: np.ndarray  # value of a digit
+    first: np.ndarray  # index of the first child in the next level
     arguments: np.ndarray  # number of children
     tree: np.ndarray
 
 
 def _grow(rng: np.random.Generator, count: int, depth: int, most: int) -> list[_Level]:
-    """Trees, level by level."""
+    """Generate trees level by level."""
     levels, tree = [], np.arange(count)
     for level in range(1, depth + 1):
         size = len(tree)
@@ -41,7 +41,7 @@ def _grow(rng: np.random.Generator, count: int, depth: int, most: int) -> list[_
 
 
 def _fold(level: _Level, values: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values and numbers of tokens of a level's nodes from those of their children."""
+    """Compute the values and token counts of a level's nodes from those of their children."""
     value, length = level.value.copy(), np.ones(len(level.value), np.int64)
     inner = np.flatnonzero(level.arguments)
     if not len(inner):
@@ -61,11 +61,11 @@ def _fold(level: _Level, values: np.ndarray, lengths: np.ndarray) -> tuple[np.nd
 
 
 def _write(levels: list[_Level], lengths: list[np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
-    """The token sequences of the trees in `kept`: a node's place follows from its parent's."""
+    """Write the token sequences of the trees `chosen`; parents determine the places of nodes."""
     sizes = lengths[0][chosen]
     starts = np.cumsum(sizes) - sizes
     text = np.empty(sizes.sum(), np.int32)
-    # Where each node begins; -1 in trees that are not kept.
+    # First token of each node; -1 in trees that are not chosen.
     place = np.full(len(lengths[0]), -1)
     place[chosen] = starts
     for level, length, below in zip(levels, lengths, [*lengths[1:], None], strict=True):
@@ -94,7 +94,7 @@ def generate(
     longest: int = 2000,
     block: int = 4096,
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """`count` expressions of more than `shortest` and fewer than `longest` tokens.
+    """Generate `count` expressions of more than `shortest` and fewer than `longest` tokens.
 
     Returns:
       (token sequences, int32; values [count], 0 .. 9).

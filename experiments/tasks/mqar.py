@@ -1,4 +1,4 @@
-"""Multi-query associative recall (MQAR): remember pairs, then answer for each key that returns."""
+"""Multi-query associative recall (MQAR): store key-value pairs, then answer repeated keys."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ def mqar(
     vocab_size: int = 8192,
     power: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws examples of MQAR as zoology sets it (Arora et al., arXiv 2312.04927).
+    """Draw examples of MQAR as in zoology (Arora et al., arXiv 2312.04927).
 
         k_1 v_1 k_2 v_2 ... k_P v_P   . . k_2 . . . k_P . . k_1 . .
 
-    The keys of an example are P different ones of 1 .. V/2 - 1, the values P different ones of
-    V/2 .. V - 1. After the pairs every key returns once, each in a slot of two positions of its
-    own: slots i = 1, 2, ... are drawn one after the other, without replacement, with probability
-    proportional to i^(power - 1), so that most return early. The target at a returning key is its
-    value; everywhere else there is none. All other positions hold tokens drawn from all of
-    0 .. V - 1.
+    An example has P distinct keys from 1 .. V/2 - 1 and P distinct values from V/2 .. V - 1. After
+    the pairs, every key is repeated once, at the start of a slot of two positions. Slots
+    i = 1, 2, ... are drawn without replacement with probability proportional to i^(power - 1), so
+    that most keys are repeated early. The target at a repeated key is its value. No other position
+    has a target. All other positions contain tokens drawn from 0 .. V - 1.
 
     Args:
-      rng: what the examples are drawn with, and nothing else.
+      rng: the only source of randomness.
+
       batch_size: number of examples B.
+
       length: positions T, even and at least 4 P.
+
       pairs: number of pairs P.
+
       vocab_size: number of tokens V, even.
+
       power: exponent of the slots' probabilities; 1 draws them uniformly.
 
     Returns:
-      (inputs, targets), both int32 [B, T]; targets are `NO_TARGET` where nothing is asked.
+      (inputs, targets), both int32 [B, T]; targets are `NO_TARGET` where there is no question.
 
     Raises:
-      UserError: for sizes that do not fit.
+      UserError: if the sizes are invalid.
 
     Example:
       >>> inputs, targets = mqar(np.random.default_rng(0), 1, length=16, pairs=2, vocab_size=16)
@@ -49,13 +53,13 @@ def mqar(
     """
     if min(batch_size, pairs) < 1 or length % 2 or length < 4 * pairs:
         raise UserError(
-            f"mqar needs at least one example and one pair and an even length of at least 4 *"
-            f" pairs, given batch_size={batch_size}, length={length}, pairs={pairs}"
+            f"mqar: batch_size and pairs must be at least 1, and length even and at least 4 *"
+            f" pairs, got batch_size={batch_size}, length={length}, pairs={pairs}"
         )
     half = vocab_size // 2
     if vocab_size % 2 or half - 1 < pairs:
         raise UserError(
-            f"mqar needs an even vocabulary of at least 2 * (pairs + 1) tokens, given"
+            f"mqar: vocab_size must be even and at least 2 * (pairs + 1), got"
             f" vocab_size={vocab_size}, pairs={pairs}"
         )
     rows = np.arange(batch_size)[:, None]
@@ -73,9 +77,9 @@ def mqar(
 
 
 def _distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> np.ndarray:
-    """In every row `count` different numbers below `choices`, in random order.
+    """Draw `count` distinct numbers below `choices` in every row, in random order.
 
-    Floyd's algorithm, for all rows at once: memory for what is drawn and not for all choices.
+    Floyd's algorithm for all rows at once: the memory depends on `count`, not on `choices`.
     """
     drawn = np.full((rows, count), -1)
     for i, top in enumerate(range(choices - count, choices)):
@@ -88,9 +92,9 @@ def _distinct(rng: np.random.Generator, rows: int, choices: int, count: int) -> 
 def _weighted(
     rng: np.random.Generator, rows: int, choices: int, count: int, power: float
 ) -> np.ndarray:
-    """In every row `count` different numbers i < choices, weighted by (i + 1)^(power - 1).
+    """Draw `count` distinct numbers i < choices in every row, weighted by (i + 1)^(power - 1).
 
-    The largest of log weight plus Gumbel noise, in order, are draws one after the other.
+    Sorting by log weight plus Gumbel noise is equivalent to successive draws without replacement.
     """
     score = (power - 1) * np.log(np.arange(1, choices + 1)) + rng.gumbel(size=(rows, choices))
     return np.argsort(-score, axis=1)[:, :count]

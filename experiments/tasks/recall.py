@@ -1,7 +1,7 @@
-"""Recall: what was seen once has to be said later.
+"""Recall tasks: reproduce earlier tokens of the sequence.
 
-Selective copying and induction heads as in Mamba (arXiv 2312.00752, section 4.1); MQAR, multi-query
-associative recall, in `experiments.tasks.mqar`.
+Selective copying and induction heads follow Mamba (arXiv 2312.00752, section 4.1). MQAR,
+multi-query associative recall, is in `experiments.tasks.mqar`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ BLANK = 0
 def selective_copying(
     rng: np.random.Generator, count: int, length: int, *, vocab_size: int, data_tokens: int
 ) -> Examples:
-    """Data tokens scattered over blanks, then as many markers: say the data in their order.
+    """Generate selective copying: repeat data tokens that are scattered among blanks, in order.
 
-    Tokens are 0, the blank, 1 .. vocab_size - 2, the data, and vocab_size - 1, the marker. The
-    data stand within the first `length` positions, the markers behind them.
+    Token 0 is the blank, tokens 1 .. vocab_size - 2 are data, and vocab_size - 1 is the marker. The
+    first `length` positions contain the data. One marker per data token follows.
     """
     marker = vocab_size - 1
     places = np.argsort(rng.random((count, length)), axis=1)[:, :data_tokens]
@@ -41,9 +41,10 @@ def selective_copying(
 def induction_heads(
     rng: np.random.Generator, count: int, length: int, *, vocab_size: int
 ) -> Examples:
-    """Random tokens, one special token among them and again at the end: what followed it?
+    """Generate induction heads: a special token occurs twice; predict what followed the first.
 
-    Tokens are 0 .. vocab_size - 2 and the special one, vocab_size - 1.
+    The other tokens are random. Tokens are 0 .. vocab_size - 2 and the special one,
+    vocab_size - 1, whose second occurrence is at the end.
     """
     special = vocab_size - 1
     inputs = rng.integers(0, special, (count, length), dtype=np.int32)
@@ -59,7 +60,7 @@ def induction_heads(
 
 
 def make_copying(length: int, vocab_size: int = 16, data_tokens: int = 16) -> Task:
-    """Selective copying over `length` positions."""
+    """Return the task of selective copying over `length` positions."""
     generate = functools.partial(selective_copying, vocab_size=vocab_size, data_tokens=data_tokens)
     return Task(
         name="selective_copying",
@@ -73,7 +74,7 @@ def make_copying(length: int, vocab_size: int = 16, data_tokens: int = 16) -> Ta
 
 
 def make_induction(length: int, test_lengths: tuple[int, ...], vocab_size: int = 16) -> Task:
-    """Induction heads, trained at one length and tested at others."""
+    """Return the task of induction heads, with one training length and several test lengths."""
     return Task(
         name="induction_heads",
         vocab_size=vocab_size,
@@ -86,7 +87,7 @@ def make_induction(length: int, test_lengths: tuple[int, ...], vocab_size: int =
 
 
 def make_mqar(length: int, pairs: int, vocab_size: int) -> Task:
-    """Multi-query associative recall."""
+    """Return the task of multi-query associative recall."""
 
     def generate(rng: np.random.Generator, count: int, length: int) -> Examples:
         inputs, targets = mqar.mqar(rng, count, length, pairs, vocab_size)

@@ -1,8 +1,8 @@
-"""State tracking: the answer depends on everything seen so far, in its order.
+"""State tracking: tasks whose answers depend on all symbols so far and on their order.
 
-Parity and modular arithmetic as in Deletang et al. (arXiv 2207.02098) and Grazzi et al. (arXiv
-2411.12537): train on up to 40 symbols, test on up to 256. Word problems of groups as in Merrill et
-al. (arXiv 2404.08819): the product of all elements so far, after each of them.
+Parity and modular arithmetic follow Deletang et al. (arXiv 2207.02098) and Grazzi et al. (arXiv
+2411.12537): train on up to 40 symbols, test on up to 256. Word problems of groups follow Merrill et
+al. (arXiv 2404.08819): after each element, the answer is the product of all elements so far.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ GROUPS = ("S3", "A5", "S5")
 
 
 def parity(rng: np.random.Generator, count: int, length: int) -> Examples:
-    """Bits; whether the number of ones so far is odd."""
+    """Generate bits; the target is 1 if the number of ones so far is odd."""
     bits = rng.integers(0, 2, (count, length), dtype=np.int32)
     return Examples(bits, np.cumsum(bits, axis=1) % 2, np.ones(bits.shape, bool))
 
 
 def modular_arithmetic(rng: np.random.Generator, count: int, length: int) -> Examples:
-    """Digits and operators in turn, 3 + 1 * 4 - ...; the value modulo 5 after each digit.
+    """Generate expressions 3 + 1 * 4 - ...; the target after each digit is the value modulo 5.
 
-    Products bind tighter than sums. An even `length` ends with an operator.
+    Products bind more tightly than sums. An even `length` ends with an operator.
     """
     tokens = rng.integers(0, MODULUS, (count, length), dtype=np.int32)
     tokens[:, 1::2] = rng.integers(PLUS, TIMES + 1, tokens[:, 1::2].shape)
     targets = np.zeros_like(tokens)
-    total = np.zeros(count, np.int32)  # of the terms that are closed
-    term = tokens[:, 0]  # the open one, with its sign
+    total = np.zeros(count, np.int32)  # sum of the finished terms
+    term = tokens[:, 0]  # current term, with its sign
     targets[:, 0] = term
     for t in range(2, length, 2):
         operator, digit = tokens[:, t - 1], tokens[:, t]
@@ -51,7 +51,7 @@ def modular_arithmetic(rng: np.random.Generator, count: int, length: int) -> Exa
 
 @functools.cache
 def group(name: str) -> np.ndarray:
-    """The multiplication table [n, n] of a group of permutations: entry [a, b] is b after a."""
+    """Return the multiplication table [n, n] of a permutation group; entry [a, b] is b after a."""
     kind, size = name[0], int(name[1:])
     elements = list(itertools.permutations(range(size)))
     if kind == "A":
@@ -66,7 +66,7 @@ def _even(permutation: tuple[int, ...]) -> bool:
 
 
 def word_problem(name: str, rng: np.random.Generator, count: int, length: int) -> Examples:
-    """Elements of a group; their product so far."""
+    """Generate elements of a group; the target is their product so far."""
     table = group(name)
     tokens = rng.integers(0, len(table), (count, length), dtype=np.int32)
     targets = np.empty_like(tokens)
@@ -77,7 +77,7 @@ def word_problem(name: str, rng: np.random.Generator, count: int, length: int) -
 
 
 def make(name: str, *, train_length: int, test_lengths: tuple[int, ...], last_only: bool) -> Task:
-    """The task `parity`, `modular_arithmetic`, `S3`, `A5` or `S5`."""
+    """Return the task `parity`, `modular_arithmetic`, `S3`, `A5` or `S5`."""
     common: dict[str, Any] = {
         "name": name,
         "train_length": train_length,

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: the newest few, and the best one in a separate folder."""
+"""Orbax checkpoints of a run: the newest ones, and the best one in a separate folder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SPARE_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Drop warnings of the checkpoint library, which repeat the options that are set here."""
+    """Drop warnings of Orbax, which only repeat the options set here."""
 
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
@@ -56,12 +56,12 @@ def _without_warnings() -> Iterator[None]:
 
 
 class Checkpoints:
-    """Saves and restores `state` (arrays) and `meta` (JSON) of the run in a workdir."""
+    """Save and restores `state` (arrays) and `meta` (JSON) of the run in a workdir."""
 
     def __init__(self, workdir: Path, keep: int = 2) -> None:
         self._workdir = workdir
         self._latest = _manager(workdir / "checkpoints", keep)
-        # Two managers: one that keeps the best may delete the newest, which resume needs.
+        # A single manager that keeps the best checkpoint may delete the newest, needed to resume.
         self._best = _manager(workdir / "best", 1)
 
     def latest_step(self) -> int | None:
@@ -77,8 +77,8 @@ class Checkpoints:
             if manager.latest_step() == step:
                 continue
             if jax.process_count() > 1:
-                # Orbax numbers the barriers between processes in the order of their calls. Two
-                # managers that save at once may reach them in another order on another process.
+                # Orbax numbers barriers between processes by the order of calls. Two managers
+                # that save at the same time may call in different orders on different processes.
                 self.wait()
             manager.save(
                 step,
@@ -95,8 +95,10 @@ class Checkpoints:
         """Restore the newest checkpoint of a run as (step, state, meta); None if there is none.
 
         Args:
-          config: the configuration of the run, which must be the one that was saved.
-          fingerprint: the fingerprint of its data, which must be the saved one.
+          config: the configuration of the run, which must equal the saved configuration.
+
+          fingerprint: the fingerprint of the run's data, which must equal the saved one.
+
           like: a state with the shapes and shardings to restore.
         """
         step = self.latest_step()
@@ -117,7 +119,7 @@ class Checkpoints:
 
     def restore(self, step: int, like: Any) -> Any:
         """Return the state at `step` with the shardings of the arrays of `like`."""
-        # The run takes the later steps again; an old best checkpoint would block the new one.
+        # The run repeats the later steps. An old best checkpoint would block a new one.
         for later in self._best.all_steps():
             if later > step:
                 self._best.delete(later)
@@ -144,7 +146,7 @@ class Checkpoints:
 
 
 def _check_space(folder: Any, state: Any, copies: int) -> None:
-    """Raise before writing if the disk is too full, which would leave half a checkpoint."""
+    """Raise an error before writing if the disk has no room for a whole checkpoint."""
     size = copies * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if free < size:
@@ -182,7 +184,7 @@ def _restore_meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _damaged(manager: ocp.CheckpointManager, step: int, reason: str) -> UserError:
-    """Return an error of one line; `reason` may be pages of a C++ library's text."""
+    """Return a one-line error; `reason` may be pages of text from a C++ library."""
     folder = _shorten(os.path.relpath(str(manager.directory / str(step))), 60, keep_end=True)
     hint = "delete this folder or start with a new --workdir"
     room = _LONGEST_LINE - len(f"checkpoint {folder} is damaged (): {hint}")
@@ -199,7 +201,7 @@ def _shorten(text: str, length: int, *, keep_end: bool = False) -> str:
 def check_same_run(
     workdir: Path, meta: dict[str, Any], config: ConfigDict, fingerprint: str
 ) -> None:
-    """Raise if the checkpoint is of another model or of other data."""
+    """Raise an error if the checkpoint has another configuration or other data."""
     changed = [
         line
         for line in build.differences(meta["config"], build.to_json(config))

@@ -15,12 +15,12 @@ SIGNALS = [
 
 
 class Interrupt:
-    """A context in which the first SIGINT, SIGTERM or SIGHUP asks to stop and the second one kills.
+    """Context manager: the first SIGINT, SIGTERM or SIGHUP sets `signal`, a second one terminates.
 
     A closed terminal sends SIGHUP.
 
     Attributes:
-      signal: the number of the signal that has arrived, or None.
+      signal: number of the received signal, or None.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -30,7 +30,7 @@ class Interrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        # Python allows signal handlers in the main thread only.
+        # Python allows signal handlers only in the main thread.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._previous[number] = signal.signal(number, self._ask)
@@ -54,5 +54,5 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """The shell's convention: 128 plus the number of the signal."""
+        """Return 128 plus the number of the signal, the convention of shells."""
         return 128 + (self.signal or 0)

@@ -1,4 +1,4 @@
-"""Report of how Newton fares inside a model: a `SolveInfo` for every nonlinear RNN."""
+"""Convergence of Newton inside a model: a `SolveInfo` for every nonlinear RNN."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Report = Callable[[Params, jax.Array, jax.Array], dict[str, jax.Array]]
 
 
 def uses_newton(layer: Layer) -> bool:
-    """Return whether the layer is an RNN that Newton solves on this machine's platform."""
+    """Return whether the layer is an RNN that uses Newton on the default backend."""
     if not isinstance(layer, RNN):
         return False
     return layer.algorithm == "newton" or (
@@ -27,16 +27,19 @@ def uses_newton(layer: Layer) -> bool:
 def solve_infos(
     model: Any, params: Params, x: jax.Array, reset: jax.Array | None = None
 ) -> dict[str, SolveInfo]:
-    """Run a model with a backbone and return how each of its nonlinear RNNs was solved.
+    """Run a model with a backbone and return the `SolveInfo` of its nonlinear RNNs.
 
     Args:
       model: a `LanguageModel`, or another model with a `backbone`.
-      params: its parameters.
-      x: its inputs.
+
+      params: the model's parameters.
+
+      x: the model's inputs.
+
       reset: [B, T] bool.
 
     Returns:
-      `{name of the block: SolveInfo}` for the blocks with a mixer that Newton solves.
+      `{name of the block: SolveInfo}` for the blocks with a mixer that uses Newton.
     """
     _, _, aux = model.apply_with_aux(params, x, reset=reset)
     infos = {}
@@ -48,10 +51,10 @@ def solve_infos(
 
 
 def make_report(model: Any) -> Report | None:
-    """Return `report(params, x, reset) -> numbers for the log`, jitted.
+    """Return the jitted function `report(params, x, reset) -> numbers for the log`.
 
-    Returns None if Newton solves nothing in the model. `newton_iterations` is the largest number
-    over sequences and blocks, `newton_unconverged` the number of unconverged solves.
+    Returns None if no layer of the model uses Newton. `newton_iterations` is the maximum over
+    sequences and blocks, `newton_unconverged` the number of unconverged solves.
     """
     mixers = [mixer for block in model.backbone.stack for mixer in block.mixers.values()]
     if not any(map(uses_newton, mixers)):

@@ -1,4 +1,4 @@
-"""AdamW with warm-up and cosine decay, gentle with the parameters of a recurrence."""
+"""AdamW with warm-up and cosine decay, and a smaller learning rate for recurrence parameters."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from experiments.base.errors import UserError
 
 
 def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then a cosine down to `final_fraction` of it."""
+    """Return linear warm-up to `learning_rate`, then cosine decay to `final_fraction` of it."""
     warmup = min(config.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
-        # Not from zero, which would waste the first step.
+        # A learning rate of zero would waste the first step.
         init_value=config.learning_rate / (warmup + 1),
         peak_value=config.learning_rate,
         warmup_steps=warmup,
@@ -25,11 +25,11 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps: int, roles: Any) -> optax.GradientTransformation:
-    """Builds the optimizer; `roles` is the model's tree of parameter roles.
+    """Build the optimizer; `roles` is the model's tree of parameter roles.
 
-    Weights decay. Biases, norms, embeddings and recurrence parameters do not, and the learning
-    rate of recurrence parameters is `recurrence_rate` times that of the others: eigenvalues near
-    the unit circle are sensitive, as the papers on LRU and S5 found.
+    Weight decay applies to weights, not to biases, norms, embeddings and recurrence parameters.
+    The learning rate of recurrence parameters is multiplied by `recurrence_rate`, because
+    eigenvalues near the unit circle are sensitive, as the papers on LRU and S5 found.
     """
     if config.learning_rate <= 0:
         raise UserError(f"config.optimizer.learning_rate={config.learning_rate}: must be positive")

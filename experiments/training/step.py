@@ -1,4 +1,4 @@
-"""The training step: loss, gradients and optimizer update, on one device or on a mesh."""
+"""Training step: loss, gradients and optimizer update, on one device or on a mesh."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TrainStep = Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
 
 
 class Trainable(Protocol):
-    """A model and its loss; every `experiments.objectives.protocol.Objective` is one.
+    """A model and its loss; `experiments.objectives.protocol.Objective` extends it with data.
 
     Attributes:
       model: a model that follows the protocol of a layer.
@@ -32,15 +32,18 @@ class Trainable(Protocol):
         """Return the mean loss over the whole batch and all of time.
 
         Args:
-          model: the objective's model, with sharding constraints on its activations on a mesh.
+          model: the objective's model; on a mesh, with sharding constraints on activations.
+
           params: the parameters.
+
           batch: a result of `prepare`.
+
           sequence_axis: the mesh axis that time is split over, or None.
         """
 
 
 def make_init(model: Any, transform: optax.GradientTransformation) -> Callable[[jax.Array], Any]:
-    """Return `init(key) -> state`, the state of training before the first step."""
+    """Return `init(key) -> state`, which creates the training state before the first step."""
 
     def init(key: jax.Array) -> Any:
         params = model.init(key)
@@ -55,14 +58,17 @@ def make_train_step(
     schedule: optax.Schedule,
     shardings: sharding.Shardings | None = None,
 ) -> TrainStep:
-    """Return `train_step(state, batch, step) -> (state, metrics)`, jitted; it donates `state`.
+    """Return the jitted `train_step(state, batch, step) -> (state, metrics)`; it donates `state`.
 
     Args:
       objective: the model and the loss to minimize.
+
       transform: the optimizer.
+
       schedule: the learning rate of each step, for the metrics.
-      shardings: the mesh to train on and the shardings of the state, with time split over the mesh
-        axis `sequence`. By default the step runs on one device.
+
+      shardings: the mesh and the shardings of the state; time is split over the mesh axis
+        `sequence`. By default the step runs on one device.
     """
     mesh = None if shardings is None else shardings.mesh
     model = sharding.constrain_activations(objective.model, mesh)

@@ -1,7 +1,7 @@
-"""The rows of the contract tests: what a row is, and one for each op.
+"""Rows of the contract tests: the class `Case`, and one row for each op.
 
-A row knows how to make inputs, how to call the thing, and a float64 loop written straight from
-the equations. Adding a recurrence means adding a row; every contract test then runs on it.
+A row defines random inputs, the call, and an oracle: a float64 loop written from the equations.
+To add a recurrence, add a row; every contract test then runs on it.
 """
 
 import dataclasses
@@ -24,17 +24,27 @@ class Case:
     """A row.
 
     Attributes:
-      name: of the row.
-      inputs: (rng, B, T) -> named float64 arrays (or, for "params", a tree of them).
+      name: name of the row.
+
+      inputs: (rng, B, T) -> named float64 arrays; "params" may be a tree of arrays.
+
       run: (inputs, state, reset, **keywords) -> (outputs, final state).
-      oracle: (inputs, state, reset) -> (outputs, final state or None where it is not judged).
-      state: (rng, B) -> a random initial state; None for layers, whose states are made by running.
-      algorithms: to hold against the oracle, the one that the quick tests take first; "pallas" is
-        the kernel, interpreted.
+
+      oracle: (inputs, state, reset) -> (outputs, final state); None if the state is not compared.
+
+      state: (rng, B) -> random initial state; None for layers, which run to create a state.
+
+      algorithms: algorithms to compare with the oracle; the quick tests use the first one.
+        "pallas" is the interpreted kernel.
+
       timed: names of the inputs [B, T, ...].
-      shared: names of the inputs [T, ...], the same for the whole batch.
-      hard: (rng, inputs) -> the same with numbers from the edge of what the op promises.
+
+      shared: names of the inputs [T, ...], shared by the whole batch.
+
+      hard: (rng, inputs) -> inputs with values at the limits of the op's contract.
+
       tolerance: largest error by dtype, relative to the largest magnitude of the result.
+
       split_axis: whether the op takes `sequence_axis`.
     """
 
@@ -57,7 +67,7 @@ class Case:
     )
 
     def in_time(self, name: str, value: Any, steps: slice) -> Any:
-        """Some steps of the input `name`: a view, or all of it where it does not vary in time."""
+        """Return some steps of the input `name` as a view, or all of it if it has no time axis."""
         if name in self.timed:
             return value[:, steps]
         return value[steps] if name in self.shared else value
@@ -87,7 +97,7 @@ def _op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> C
 
 
 def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
-    """0, 1, exp(-30), 1 - 1e-7 and everyday values, in any mix; no decay stays none."""
+    """Return decays 0, 1, exp(-30), 1 - 1e-7 and normal values, mixed; keep an absent decay."""
 
     def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
         if name not in inputs:
@@ -102,7 +112,7 @@ def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
 
 
 def _hard_keys(rng: np.random.Generator, inputs: Arrays) -> Arrays:
-    """Keys of any length, beta |k|^2 anywhere from 0 to 2 with both ends, and hard decays."""
+    """Return keys of any length, with beta |k|^2 in [0, 2], and hard decays."""
     norms = 10 ** rng.uniform(-2, 2, inputs["beta"].shape)
     k = unit(inputs["k"]) * norms[..., None]
     strength = rng.choice([0.0, 0.3, 1.0, 1.7, 2.0], norms.shape)
@@ -111,7 +121,7 @@ def _hard_keys(rng: np.random.Generator, inputs: Arrays) -> Arrays:
 
 
 def _hard_steps(rng: np.random.Generator, inputs: Arrays) -> Arrays:
-    """Steps that forget all, nothing, and anything in between."""
+    """Return time steps that forget all, nothing, and values between."""
     return inputs | {"dt": rng.choice([0.0, 1e-6, 0.1, 1.0, 1e4], inputs["dt"].shape)}
 
 
@@ -186,7 +196,7 @@ MATRIX = ("chunked", "sequential", "associative")
 
 
 def _in_small_chunks(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Kernels in chunks of 8, the smallest they have: else all of a test's steps are in one."""
+    """Use chunks of 8, the smallest of the kernels, so that a test has several chunks."""
 
     def small(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
         chunk = {"chunk_size": 8} if keywords.get("implementation") == "pallas" else {}
@@ -269,7 +279,7 @@ def _run_softmax(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any
 
 
 def cell_params(rng: np.random.Generator, cell: Any, scale: float = 1.0) -> Arrays:
-    """Recurrent parameters of a cell at a weight scale."""
+    """Draw the recurrent parameters of a cell at a weight scale."""
     size = cell.dim
     return {
         name: scale * rng.standard_normal((size, size) if kind == "matrix" else size)
@@ -278,7 +288,7 @@ def cell_params(rng: np.random.Generator, cell: Any, scale: float = 1.0) -> Arra
 
 
 def _nonlinear(structure: str, cell: Any) -> Case:
-    """A cell of each Jacobian structure; the layers are rows of their own."""
+    """Return a row for a cell of each Jacobian structure; layers have separate rows."""
 
     def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
         return {"params": cell_params(rng, cell), "x": normal(rng, batch, length, cell.gates, D)}

@@ -1,4 +1,4 @@
-"""The table of rows, and shared parts: inputs by dtype, compiled runs, how errors are judged."""
+"""Table of all rows, and shared tools: inputs by dtype, compiled runs, comparison of errors."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from tests.contract.cases import OPS, Case
 from tests.contract.layer_cases import LAYERS
 
 ROWS = OPS + LAYERS
-# What the quick tests run: a row of every op and of every kind of layer, the hardest of its kind.
+# Rows of the quick tests: the hardest row of every op and of every kind of layer.
 QUICK = {
     "linear_scan",
     "linear_scan-complex",
@@ -30,13 +30,13 @@ QUICK = {
     "ParaLSTM",
 }
 assert {case.name for case in ROWS} > QUICK
-# Every row with every algorithm that can run it; "pallas" is the kernel, interpreted.
+# Every row with each of its algorithms; "pallas" is the interpreted kernel.
 VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]
 B, T = 2, 13
 
 
 def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
-    """Parametrises a test by (case, algorithm); a quick row's first algorithm is not slow.
+    """Parametrize a test by (case, algorithm); the first algorithm of quick rows is not slow.
 
     A row's tests run in one worker, and share compiled functions and the oracle's results.
     """
@@ -57,17 +57,17 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
 
 
 def with_kernel_once(case: Case, algorithm: str | None) -> bool:
-    """For what a kernel takes from the XLA form: its first row is enough, interpreting is slow."""
+    """Return False for all kernels except the first, if the property comes from the XLA form."""
     return algorithm != "pallas" or case.name == "linear_scan"
 
 
 def one_layer_of_each_kind(case: Case) -> bool:
-    """For what acts on a layer through its ops alone: every op, and one layer of each kind."""
+    """Return True for every op and one layer of each kind, if the property comes from the ops."""
     return case.layer is None or case.name in QUICK
 
 
 def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:
-    """Float64 (inputs, initial state, reset); about one step in five resets."""
+    """Draw float64 (inputs, initial state, reset); about one step in five resets."""
     rng = np.random.default_rng([seed, length])
     inputs = case.inputs(rng, batch, length)
     state = None if case.state is None else case.state(rng, batch)
@@ -75,7 +75,7 @@ def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[An
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """The tree in a dtype; complex leaves in the complex one of that width (bfloat16: none)."""
+    """Cast a tree to a dtype, and complex leaves to the complex dtype of that width."""
     wide = np.complex128 if dtype == "float64" else np.complex64
 
     def leaf(value: np.ndarray) -> jax.Array:
@@ -86,7 +86,7 @@ def cast(tree: Any, dtype: str) -> Any:
 
 
 def cast_inputs(case: Case, inputs: Any, dtype: str) -> Any:
-    """Like `cast`; a layer's parameters stay float32 when its input is narrower."""
+    """Cast as `cast` does, but keep a layer's parameters in float32 for narrower inputs."""
     if case.layer is None or dtype != "bfloat16":
         return cast(inputs, dtype)
     return {k: cast(v, "float32" if k == "params" else dtype) for k, v in inputs.items()}
@@ -103,7 +103,7 @@ def keywords(algorithm: str | None, chunk_size: int = 4) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unoptimized() -> Any:
-    """Compiles quickly: for a rule, or a reference, not for numbers the compiler could change."""
+    """Compile without expensive optimizations, for results that do not depend on them."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
     try:
@@ -114,7 +114,7 @@ def unoptimized() -> Any:
 
 @functools.cache
 def runner(case: Case, algorithm: str | None, chunk_size: int = 4) -> Any:
-    """The compiled (inputs, state, reset) -> (outputs, final state)."""
+    """Return the compiled (inputs, state, reset) -> (outputs, final state)."""
     return jax.jit(functools.partial(case.run, **keywords(algorithm, chunk_size)))
 
 
@@ -126,7 +126,7 @@ def pair(x: Any, weight: Any) -> Any:
 
 
 def weights(tree: Any, seed: int = 7) -> Any:
-    """A fixed random weight for every element of a tree."""
+    """Return a fixed random weight for every element of a tree."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: (
@@ -138,18 +138,18 @@ def weights(tree: Any, seed: int = 7) -> Any:
 
 
 def state_weights(case: Case, final: Any) -> Any:
-    """Weights for the final state; layers' states are judged by continuing from them."""
+    """Return weights for the final state; layers' states are tested by continuing from them."""
     return None if case.layer is not None else weights(final, 8)
 
 
 def contract(tree: Any, w: Any) -> Any:
-    """sum Re(tree * w): a scalar that every element of the tree enters."""
+    """Return sum Re(tree * w), a scalar that depends on every element of the tree."""
     return sum(jax.tree.leaves(jax.tree.map(pair, tree, w)))
 
 
 @functools.cache
 def runner_with_gradients(case: Case, algorithm: str | None) -> Any:
-    """The compiled (inputs, state, reset, output weights, state weights) -> gradients."""
+    """Return the compiled (inputs, state, reset, output weights, state weights) -> gradients."""
     run = functools.partial(case.run, **keywords(algorithm))
 
     def loss(inputs: Any, state: Any, reset: Any, w_out: Any, w_state: Any) -> jax.Array:
@@ -165,7 +165,7 @@ def runner_with_gradients(case: Case, algorithm: str | None) -> Any:
 def error(actual: Any, expected: Any) -> tuple[float, str]:
     """Return the largest error of any element relative to its array's largest magnitude, and where.
 
-    An error that is not a number counts as infinite, so that no later leaf can hide it.
+    A NaN error counts as infinite, so that no later leaf can hide it.
     """
     worst, place = 0.0, ""
     actual_leaves = jax.tree_util.tree_leaves_with_path(actual)
@@ -200,11 +200,11 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
 
 
 def cut(case: Case, inputs: Any, start: int, stop: int) -> Any:
-    """Steps start..stop of the inputs."""
+    """Return steps start..stop of the inputs."""
     return {k: case.in_time(k, v, slice(start, stop)) for k, v in inputs.items()}
 
 
 def copied(case: Case, inputs: Any) -> Any:
-    """The inputs, with copies of those that vary in time."""
+    """Return the inputs, with copies of those that vary in time."""
     names = case.timed + case.shared
     return {k: v.copy() if k in names else v for k, v in inputs.items()}

@@ -23,7 +23,7 @@ from tests.contract.harness import (
 )
 
 EACH = by_variant()
-# Forward mode and second derivatives are those of the XLA form, whoever computes the values.
+# Forward mode and second derivatives are those of the XLA form for every backend.
 BUT_KERNELS = by_variant(every_kernel=False)
 
 
@@ -68,7 +68,7 @@ def slopes(case):
 
 @EACH
 def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly):
-    """Each argument's gradient, the state's included, along a random direction."""
+    """Check the gradient of each argument and of the state along a random direction."""
     inputs, state, reset = make(case)
     w_out, w_state, expected = slopes(case)
     grads, state_grad = runner_with_gradients(case, algorithm)(
@@ -82,7 +82,7 @@ def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly
 
 @EACH
 def test_float32_gradients(case, algorithm, strict):
-    """Near those in float64.
+    """Compare float32 gradients with those in float64.
 
     The program is optimized for rows without hard inputs. `test_hard_inputs_have_finite_gradients`
     optimizes that of the other rows.
@@ -126,9 +126,9 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(
 @pytest.mark.slow
 @by_variant(one_layer_of_each_kind, every_kernel=False)
 def test_second_derivatives(case, algorithm, x64, strict, compiled_quickly):
-    """Directional derivatives of the gradients against their differences, in every argument.
+    """Compare directional derivatives of the gradients with finite differences, per argument.
 
-    Those of a layer follow from those of its ops: a row of each kind of layer is enough.
+    The derivatives of a layer follow from those of its ops: a row of each kind is enough.
     """
     inputs, state, reset = make(case)
     w_out, w_state, _ = slopes(case)

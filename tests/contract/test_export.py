@@ -43,7 +43,7 @@ def takes_any_length(case, algorithm):
 
 # A named algorithm that runs with a symbolic B and T runs with a symbolic B. The defaults do not
 # follow from that: they depend on whether T is known. Those of a layer are those of its ops, so
-# that one layer of each kind is enough; gradients likewise.
+# that one layer of each kind is enough. The same holds for gradients.
 BATCH_ONLY = [
     v
     for v in VARIANTS
@@ -63,7 +63,7 @@ def arguments(case, batch, length):
 
 
 def shapes(case, batch, length):
-    """Shapes of the arguments with these sizes, found by comparing those of two calls."""
+    """Return symbolic shapes of the arguments, inferred from the shapes of two calls."""
 
     def leaf(one, other):
         sizes = {(5, 6): batch, (11, 12): length}
@@ -115,7 +115,7 @@ def test_symbolic_batch_and_length(case, algorithm, compiled_quickly):
 
 @functools.cache
 def gradient(case):
-    """The compiled gradient that the exported programs of both lengths are compared with."""
+    """Return the compiled gradient to compare the exported programs of both lengths with."""
 
     def loss(inputs, state, reset):
         out, _ = case.run(inputs, state, reset)
@@ -177,7 +177,7 @@ def test_models_with_symbolic_sizes(model, compiled_quickly):
 
 
 def test_kernels_are_exported_for_tpu():
-    """They have the default of the platform that a program is compiled for, not of the host."""
+    """Check that exports use the default of the target platform, not of the host."""
     (batch,) = export.symbolic_shape("b")
     x = jax.ShapeDtypeStruct((batch, 64, 128), jnp.float32)
     decay = jax.ShapeDtypeStruct((64, 128), jnp.float32)

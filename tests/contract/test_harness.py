@@ -1,4 +1,4 @@
-"""The checks of the contract tests themselves."""
+"""Tests of the contract tests' harness."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`sequence_axis` through layers and models: T over eight devices, every shard by itself."""
+"""`sequence_axis` through layers and models: T over eight devices, each shard compared."""
 
 import functools
 
@@ -18,12 +18,12 @@ from tests.contract.layer_cases import LAYERS
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 DEVICES, B, T = 8, 2, 16
 TIME = P(None, "time")
-# One of each way to look back: a scan both ways, a matrix state behind a halo, a window.
+# One layer of each kind: a bidirectional scan, a matrix state with a halo, a window.
 QUICK = ("S5-bidirectional", "DeltaNet", "SlidingWindowAttention")
 
 
 def split(function, *specs, out_specs):
-    """`function(..., sequence_axis)` with T of some arguments over eight devices."""
+    """Return `function(..., sequence_axis)` with T of some arguments over eight devices."""
     mesh = jax.make_mesh((DEVICES,), ("time",), axis_types=(AxisType.Auto,))
     return jax.shard_map(
         functools.partial(function, sequence_axis="time"),
@@ -38,12 +38,12 @@ def numbers(tree):
 
 
 def of_numbers(gradients):
-    """Those of flags left out."""
+    """Return the gradients of numbers, without those of flags."""
     return [g for g in jax.tree.leaves(gradients) if g.dtype != jax.dtypes.float0]
 
 
 def resets():
-    """A state that travels over all devices in the first row, resets in the second."""
+    """Return resets: none in the first row, whose state passes all devices, and some in row two."""
     return jnp.zeros((B, T), bool).at[1, jnp.array([5, 6, 12])].set(True)
 
 
@@ -55,7 +55,7 @@ def resets():
     ],
 )
 def test_layer(case, x64, strict):
-    """Outputs, final state, and gradients, each shard's by itself, of a call that continues one."""
+    """Compare outputs, final state and gradients of a continuing call, shard by shard."""
     layer, rng = case.layer, np.random.default_rng(0)
     params = cast(case.inputs(rng, B, T)["params"], "float64")
     before, x = (cast(case.inputs(rng, B, T)["x"], "float64") for _ in range(2))
@@ -81,7 +81,7 @@ def test_layer(case, x64, strict):
 
 
 def test_one_position_per_device(x64):
-    """Parts shorter than what a layer looks back at, the first call's state included."""
+    """Check shards that are shorter than the steps that a layer looks back at."""
     layer = SlidingWindowAttention(dim=4, heads=2, window=11)
     params = layer.init(jax.random.key(0), jnp.float64)
     x = jax.random.normal(jax.random.key(1), (2, B, DEVICES, 4), jnp.float64)
@@ -113,7 +113,7 @@ def test_language_model(x64):
     ("pool", "bidirectional"), [("mean", True), pytest.param("last", False, marks=pytest.mark.slow)]
 )
 def test_classifier(pool, bidirectional, x64):
-    """Masks that begin and end anywhere, resets, and a pool that is carried on."""
+    """Check masks that begin and end anywhere, resets, and a carried pool."""
     mixer = S5(4, state_dim=4, bidirectional=bidirectional)
     model = Classifier(3, Backbone(mixer), input_dim=2, pool=pool, dtype="float64")
     params = jax.jit(model.init, static_argnums=1)(jax.random.key(0), jnp.float64)
@@ -148,7 +148,7 @@ def test_classifier(pool, bidirectional, x64):
 
 
 def traffic(backbone, length):
-    """The collectives of a compiled gradient with T over eight devices."""
+    """Return the collectives of a compiled gradient with T over eight devices."""
     params = jax.eval_shape(backbone.init, jax.random.key(0))
     sharded = split(backbone.apply, P(), TIME, P(), TIME, out_specs=(TIME, P()))
 
@@ -178,7 +178,7 @@ NONLINEAR = [ParaGRU(4, state_dim=3), LSTM(4, state_dim=3)]
     ],
 )
 def test_communication_does_not_grow_with_time(mixers):
-    """As many collectives, of as many bytes, for 16 times the steps, gradients included."""
+    """Check that collectives and bytes do not grow with 16 times the steps, with gradients."""
     short, long = (traffic(Backbone(mixers, mlp_ratio=0), length) for length in (64, 1024))
     assert short == long
     assert short.total > 0

@@ -1,4 +1,4 @@
-"""Contract: state, reset, causality. What is carried on, what is cleared, what must not leak."""
+"""Contract: state, reset, causality. Carried states, cleared states, and no leaks."""
 
 import functools
 
@@ -29,7 +29,7 @@ CAUSAL_ROWS = [case for case in ROWS if getattr(case.layer, "causal", True)]
 
 
 def in_time(case, tree, start, stop):
-    """Steps start..stop of a tree of outputs, counted in the direction of the recurrence."""
+    """Return steps start..stop of a tree of outputs, counted in the recurrence's direction."""
     if case.reverse:
         start, stop = T - stop, T - start
     return jax.tree.map(lambda y: y[:, start:stop], tree)
@@ -70,7 +70,7 @@ def test_step_agrees_with_apply(case, x64, strict):
 @EACH
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=["nan", "inf"])
 def test_nothing_crosses_a_reset(case, algorithm, poison, x64, strict, compiled_quickly):
-    """Values and gradients after a reset are those of a run whose past was clean."""
+    """Check that no non-finite input before a reset changes values or gradients after it."""
     inputs, state, reset = make(case)
     where = 6
     reset = np.zeros_like(reset)
@@ -99,7 +99,7 @@ def test_nothing_crosses_a_reset(case, algorithm, poison, x64, strict, compiled_
 
 @EACH
 def test_a_cleared_state_leaves_no_trace(case, algorithm, x64, strict, compiled_quickly):
-    """A NaN state, reset before the first step: every gradient is that of a clean state."""
+    """Check that a NaN state, reset before the first step, does not reach any gradient."""
     inputs, state, reset = make(case)
     inputs = cast(inputs, "float64")
     reset[:, -1 if case.reverse else 0] = True

@@ -38,7 +38,7 @@ def stack(*trees):
 
 @EACH
 def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
-    """Mapped over everything, and over one argument with the rest shared."""
+    """Map over all arguments, and over one argument with the others shared."""
     made = [make(case, seed=seed) for seed in (0, 1)]
     inputs = [cast(m[0], "float64") for m in made]
     states = [cast(m[1], "float64") for m in made]
@@ -60,7 +60,7 @@ def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
 @pytest.mark.slow
 @by_variant(one_layer_of_each_kind, every_kernel=False)
 def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
-    """The op in the body of a `lax.scan`, rematerialised, differentiated through the carry."""
+    """Run the op in a rematerialized `lax.scan` body and differentiate through the carry."""
     inputs, state, reset = make(case)
     inputs, state = cast(inputs, "float64"), cast(state, "float64")
     run = functools.partial(case.run, **keywords(algorithm))
@@ -109,7 +109,7 @@ def rows_with_quick(*names):
 
 @functools.cache
 def values_and_gradients(case):
-    """The compiled (inputs, state, reset, weights) -> gradients, (outputs, final state)."""
+    """Return the compiled (inputs, state, reset, weights) -> gradients, (outputs, final state)."""
 
     def loss(inputs, state, reset, w):
         out, final = case.run(inputs, state, reset)
@@ -135,7 +135,7 @@ def on_one_device(case):
 @EACH_MESH
 @rows_with_quick(*QUICK)
 def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
-    """The numbers of one device, and no collective, without `jax.set_mesh`.
+    """Compare with one device, and check that there is no collective, without `jax.set_mesh`.
 
     Gradients of shared inputs are here for quick rows, in the next test for every row.
     """
@@ -169,9 +169,9 @@ def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
 
 
 def heads_split(case, inputs, sizes):
-    """A spec for each input: batch over `data`, features, heads and parameters over `model`.
+    """Return a spec per input: batch over `data`; features, heads, parameters over `model`.
 
-    The logical axis `embed` goes to `data` as well, as under FSDP.
+    The logical axis `embed` is split over `data` too, as under FSDP.
     """
     rules = {"embed": "data", "heads": "model", "mlp": "model", "state": "model"}
 
@@ -207,7 +207,7 @@ def heads_split(case, inputs, sizes):
 @EACH_MESH
 @rows_with_quick("linear_scan", "delta_rule-channel", "RMSNorm", "LRU")
 def test_batch_and_heads_sharded(case, kind, x64, strict):
-    """The numbers of one device under `jax.set_mesh`: values, gradients, and vmap of both."""
+    """Compare with one device under `jax.set_mesh`: values, gradients, and vmap of both."""
     (inputs, state, reset, w), expected = on_one_device(case)
     heads = case.layer is not None or inputs[case.timed[-1]].ndim > 3
     sizes = {"data": 4, "model": 2} if heads else {"data": 2, "model": 3}  # or D = 3 channels
@@ -235,7 +235,7 @@ def test_batch_and_heads_sharded(case, kind, x64, strict):
 
 
 def values_with_gradients(run):
-    """The compiled (inputs, state, reset, weights of both) -> gradients, (outputs, final state)."""
+    """Return (inputs, state, reset, weights of both) -> gradients, (outputs, final state)."""
 
     def loss(inputs, state, reset, w_out, w_state):
         out, final = run(inputs, state, reset)
@@ -255,7 +255,7 @@ def time_specs(case, inputs):
 
 @functools.cache
 def on_each_part_of_time(case, algorithm, devices=8, chunk_size=4, kind=AxisType.Explicit):
-    """`values_with_gradients` with `sequence_axis`; several tests share the compiled function."""
+    """Return `values_with_gradients` with `sequence_axis`, compiled once for several tests."""
     run = functools.partial(case.run, **keywords(algorithm, chunk_size), sequence_axis="time")
     mesh = jax.make_mesh((devices,), ("time",), axis_types=(kind,))
     time = P(None, "time")
@@ -272,7 +272,7 @@ def on_each_part_of_time(case, algorithm, devices=8, chunk_size=4, kind=AxisType
         return jax.tree.map(lambda v: jax.device_put(v, NamedSharding(mesh, spec)), value)
 
     def placed(inputs, state, reset, w_out, w_state):
-        # On Explicit axes `jax.shard_map` takes arrays that are split as it says.
+        # On Explicit axes `jax.shard_map` requires arrays with the sharding of its specs.
         specs = time_specs(case, inputs)
         inputs = {name: place(specs[name], value) for name, value in inputs.items()}
         state, w_state = place(P(), (state, w_state))
@@ -284,14 +284,14 @@ def on_each_part_of_time(case, algorithm, devices=8, chunk_size=4, kind=AxisType
 
 @functools.cache
 def on_one_part_of_time(case):
-    """The same on one device, step by step: what all algorithms of a row are compared with."""
+    """Return the sequential results on one device, the reference for all algorithms of a row."""
     return values_with_gradients(functools.partial(case.run, **keywords("sequential")))
 
 
 @by_variant(lambda case: case.split_axis)
 @pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, strict):
-    """`sequence_axis`: values, final state and every shard's gradients, states crossing shards."""
+    """Check values, final state and gradients per shard, with states that cross shards."""
     if not with_state and algorithm != case.algorithms[0]:
         pytest.skip("no state is a zero state before any algorithm begins")
     inputs, state, reset = make(case, length=24)
@@ -314,7 +314,7 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
 @by_variant(lambda case: case.split_axis)
 @pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64, strict):
-    """Values and gradients after a reset, of sequences with a past that is not finite."""
+    """Check values and gradients after a reset, of sequences with a non-finite past."""
     length, where = 24, 16  # the second step on the sixth of eight devices
     inputs, state, reset = make(case, length=length)
     before, after = slice(0, where), slice(where, length)
@@ -348,7 +348,7 @@ def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64,
     ("length", "chunk_size"), [(4, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
 )
 def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
-    """Constants vary over the mesh as their tangents do, in the smallest chunk as well."""
+    """Check that constants vary over the mesh axes of their tangents, in the smallest chunk."""
     [case] = [case for case in OPS if case.name == name]
     args = weighted(case, *make(case, length=length))
     got = on_each_part_of_time(case, "chunked", 4, chunk_size, AxisType.Auto)(*args)

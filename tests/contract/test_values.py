@@ -1,4 +1,4 @@
-"""Contract: the numbers. Every algorithm against the float64 loop, in every dtype and length.
+"""Contract: values. Every algorithm against the float64 loop, in every dtype and length.
 
 XLA optimizes one forward program of each variant, the one for the longest input, and 65 steps of
 the quick rows. It optimizes one gradient of each variant, that of hard inputs for the rows that
@@ -39,7 +39,7 @@ def looped(case, length=T):
 
 
 def judged(result, expected):
-    """Layers' final states are judged by continuing from them (test_state)."""
+    """Return result and reference without the final states of layers, which `test_state` tests."""
     return (result[0],) if expected[1] is None else result, (
         (expected[0],) if expected[1] is None else expected
     )
@@ -74,7 +74,7 @@ def test_float32_at_any_length(case, algorithm, length, strict, request):
     if case.layer is not None and length in (2, 63, 64):
         pytest.skip("a layer takes these lengths if its ops do")
     # Optimized: 65 steps of the quick rows, and 1,000 of rows without hard inputs, which have a
-    # longer test of their own.
+    # separate, longer test.
     optimized = case.name in QUICK if length == 65 else length == 1000 and case.hard is None
     if not optimized:
         request.getfixturevalue("compiled_quickly")
@@ -135,7 +135,7 @@ def hard_arrays(case, length, dtype):
 @pytest.mark.parametrize("length", [100, pytest.param(65536, marks=pytest.mark.slow)])
 @by_variant(lambda case: case.hard is not None)
 def test_hard_inputs(case, algorithm, length, dtype, strict, request):
-    """Finite, and near the float64 loop, at any decay, key and length."""
+    """Check finite values near the float64 loop, at any decay, key and length."""
     if dtype == "bfloat16" and length > 1000 and algorithm != case.algorithms[0]:
         pytest.skip("in float32 the algorithms agree at this length; in bfloat16 at a shorter one")
     if dtype == "bfloat16" and any(map(np.iscomplexobj, make(case)[0].values())):
@@ -146,8 +146,8 @@ def test_hard_inputs(case, algorithm, length, dtype, strict, request):
     result = runner(case, algorithm, chunk_size=16)(inputs, state, reset)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
     if case.name.startswith("linear_scan"):
-        # Its final state is an output, and is judged with them: what steps of a running sum have
-        # rounded off is of the size of the largest value on the way, not of the last.
+        # The rounding error of a running sum is relative to its largest value, not to its last.
+        # The final state is also an output, so it is compared as a part of the outputs.
         result, expected = result[0], expected[0]
     tolerance = HARD[dtype]
     if algorithm == "pallas" and case.name.startswith("linear_scan"):
@@ -159,7 +159,7 @@ def test_hard_inputs(case, algorithm, length, dtype, strict, request):
 
 @by_variant(lambda case: case.hard is not None)
 def test_hard_inputs_have_finite_gradients(case, algorithm, strict):
-    """And the same in both precisions: nothing cancels that float32 would lose."""
+    """Check that float32 and float64 gradients agree, so that no cancellation loses digits."""
     inputs, state, reset = make(case, length=50)
     inputs = cast(case.hard(np.random.default_rng(1), inputs), "float32")
     out, _ = looped(case, 50)

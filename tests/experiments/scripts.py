@@ -1,4 +1,4 @@
-"""Programs that tests run in processes of their own."""
+"""Programs that tests run in separate processes."""
 
 KILLED = """
 import os, signal, sys

@@ -32,7 +32,7 @@ def test_the_standard_library_is_split_by_file():
     heldout = sum(map(len, loaded.heldout))
     assert train > 5_000_000
     assert 0.03 < heldout / (train + heldout) < 0.25
-    # Files that differ only in their copies aside, no held-out file was trained on.
+    # No held-out file is trained on, except exact copies.
     assert len(set(loaded.heldout) - set(loaded.train)) > 0.9 * len(loaded.heldout)
     assert any(b"def " in text for text in loaded.heldout)
     assert loaded.fingerprint == corpus.load_standard_library(0.1).fingerprint
@@ -45,7 +45,7 @@ def test_the_split_depends_on_names_alone(tmp_path):
     assert 2 <= len(first.heldout) <= 20
     assert len(first.heldout) + len(first.train) == 40
     assert not set(first.heldout) & set(first.train)
-    # Another file moves no file from one side to the other.
+    # Adding a file does not change the split of the other files.
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "another.txt").write_bytes(b"another")
     (tmp_path / ".hidden").write_bytes(b"hidden")
@@ -119,7 +119,7 @@ def test_lanes_hold_every_byte_once():
     assert streams["inputs"].shape == (3, 8)
     counted = streams["counted"]
     assert bytes(streams["targets"][counted]) == b"".join(documents)
-    # Lane starts and document starts read no byte of what came before.
+    # Lane starts and document starts read no earlier byte.
     assert (streams["inputs"][streams["reset"] & counted] == pipeline.DOCUMENT_START).all()
     assert streams["reset"].sum() == 3 + 2
     inside = counted & ~streams["reset"]
@@ -154,7 +154,7 @@ def test_bad_data_fields(tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """A test that tried to reach the network would hang for minutes: fail at once instead."""
+    """Fail at once on network access, which would hang for minutes."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("the test tried to reach the network")
@@ -165,7 +165,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny_text(tmp_path_factory):
-    """A small text set, prepared locally."""
+    """Prepare a small text set locally."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
     class TinyText(tfds.core.GeneratorBasedBuilder):

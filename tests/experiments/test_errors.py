@@ -1,4 +1,4 @@
-"""Bad input ends with one line that says what to do, exit code 2 and no traceback."""
+"""Bad input ends with a one-line hint, exit code 2 and no traceback."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(autouse=True)
 def from_the_repository(monkeypatch):
-    """The commands are written as a user types them, in the repository's root."""
+    """Run the commands in the root of the repository, as a user does."""
     monkeypatch.chdir(REPOSITORY)
 
 
@@ -40,7 +40,7 @@ def text(tmp_path):
 
 
 def one_line(capsys, script, *arguments):
-    """Runs a script that must fail; returns its one line."""
+    """Run a script that must fail; return its error line."""
     code = cli.run(script.define_flags, script.main, [script.__name__, *arguments])
     captured = capsys.readouterr()
     assert code == 2, captured
@@ -165,7 +165,7 @@ def test_a_full_disk_while_saving(capsys, tmp_path, text, monkeypatch):
     line = capsys.readouterr().err
     assert "the disk is full" in line
     assert line.count("\n") == 1
-    # What was saved before the disk was full can still be used.
+    # The checkpoint saved before the disk was full is usable.
     assert checkpoints.load_for_inference(str(tmp_path / "run"), "latest")[3] == 2
 
 
@@ -193,7 +193,7 @@ def test_nearest_lists_what_is_known_when_nothing_is_near():
 
 
 def test_the_exit_code_reaches_the_shell():
-    """Once for real, as a module in a process of its own."""
+    """Run a command as a module in a separate process."""
     command = [sys.executable, "-m", "experiments.train", f"--config={CONFIG}:lruu"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Sampling: the parallel pass's numbers, one byte at a time."""
+"""Sampling: byte-by-byte results equal those of the parallel pass."""
 
 import io
 import sys
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The workdir of a tiny trained model."""
+    """Return the workdir of a tiny trained model."""
     folder = tmp_path_factory.mktemp("generate")
     text = folder / "text.txt"
     text.write_text("abcdefgh" * 400)

@@ -1,4 +1,4 @@
-"""Training on a mesh: the losses of one device, whatever is split, and across processes."""
+"""Training on a mesh: the losses equal those of one device, for every split and process count."""
 
 import signal
 
@@ -32,7 +32,7 @@ def quick(layer, text, **overrides):
 
 
 def twenty_losses(config, mesh):
-    """The losses and gradient norms of 20 steps."""
+    """Return the losses and gradient norms of 20 steps."""
     model = build_model(config.model)
     schedule = optimizer.make_schedule(config.optimizer, 20)
     transform = optimizer.make_optimizer(config.optimizer, 20, model.param_roles())
@@ -54,10 +54,10 @@ def twenty_losses(config, mesh):
 
 
 def assert_same_run(actual, expected):
-    """Losses to float32's accuracy: sums in another order, carried through 20 steps.
+    """Compare losses to float32 accuracy: sums have another order, over 20 steps.
 
-    Gradient norms less closely: Adam scales every gradient to one size, so parameters whose
-    gradient is all rounding go their own ways, and the norm sees them before the loss does.
+    Gradient norms have a larger tolerance. Adam scales all gradients to one size, so parameters
+    whose gradients are rounding errors diverge. They change the norm before they change the loss.
     """
     np.testing.assert_allclose(actual[:, 0], expected[:, 0], rtol=2e-5)
     np.testing.assert_allclose(actual[:, 1], expected[:, 1], rtol=5e-4)
@@ -82,14 +82,14 @@ def test_stacked_blocks_on_a_mesh(text):
 
 
 def numbers(workdir):
-    """Every loss, gradient norm and held-out result of a run, in order."""
+    """Return every loss, gradient norm and held-out result of a run, in order."""
     names = ("step", "loss", "gradient_norm", "heldout_bits_per_byte")
     return [row[name] for row in logs.read_rows(workdir) for name in names if name in row]
 
 
 @pytest.mark.parametrize("kind", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_command_trains_on_both_kinds_of_mesh(kind, text, tmp_path):
-    """Training, evaluation and checkpoints; the numbers are those of one device."""
+    """Compare training, evaluation and checkpoints on a mesh with one device."""
     settings = {"steps": 4, "eval_every": 2}
     mesh = {"mesh": "data=2,fsdp=2,tensor=2", "mesh_axis_types": kind}
     train.train(quick("lru", text, **settings), tmp_path / "one")
@@ -99,7 +99,7 @@ def test_a_command_trains_on_both_kinds_of_mesh(kind, text, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_moves_from_eight_devices_to_one(text, tmp_path, monkeypatch):
-    """Stopped by SIGTERM on a mesh, it goes on on one device as one never stopped or split."""
+    """Stop a run by SIGTERM on a mesh, resume on one device, compare with an uninterrupted run."""
     settings = {"steps": 10, "data": {"streams": 2}}
     train.train(quick("lru", text, **settings), tmp_path / "one")
     step = logs.Progress.step
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_one_line(overrides, message, text, tmp_path):
 
 
 def test_streams_do_not_depend_on_who_reads_them(text):
-    """Rows of a batch are the same, read by one process or each half by its own."""
+    """Check that a batch does not depend on the number of processes that read it."""
     data = quick("lru", text).data
     documents = pipeline.load_corpus(data).train
     settings = {"length": 16, "batch_size": 4, "seed": 3, "shuffle_windows": 8, "streams": 2}

@@ -1,4 +1,4 @@
-"""MQAR: every example is what the paper's rules make of it."""
+"""MQAR: every example follows the rules of the paper."""
 
 import doctest
 
@@ -11,7 +11,7 @@ from experiments.tasks.mqar import NO_TARGET, mqar
 
 
 def slow_example(rng, length, pairs, vocab_size, power):
-    """One example, written straight from the rules."""
+    """Return an example, generated directly from the rules."""
     half = vocab_size // 2
     keys = rng.choice(np.arange(1, half), pairs, replace=False)
     values = rng.choice(np.arange(half, vocab_size), pairs, replace=False)
@@ -58,7 +58,7 @@ def test_examples_keep_the_rules(length, pairs, vocab_size):
 
 
 def statistics(inputs, targets, pairs, vocab_size):
-    """How often: each token first and second, each position asked, pair by pair."""
+    """Return the frequencies of tokens at some positions and of the positions of questions."""
     inputs, targets = np.array(inputs), np.array(targets)
     columns = [np.bincount(inputs[:, i], minlength=vocab_size) for i in (0, 1, 2 * pairs - 2, -1)]
     where = [(inputs == inputs[:, [2 * i]]) & (targets >= 0) for i in (0, pairs - 1)]
@@ -88,11 +88,11 @@ def test_the_seed_decides():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"length": 63, "pairs": 4}, "even length of at least 4"),
-        ({"length": 12, "pairs": 4}, "even length of at least 4"),
-        ({"length": 64, "pairs": 0}, "one pair"),
-        ({"length": 64, "pairs": 4, "vocab_size": 8}, "even vocabulary"),
-        ({"length": 64, "pairs": 4, "vocab_size": 31}, "even vocabulary"),
+        ({"length": 63, "pairs": 4}, "length even and at least 4"),
+        ({"length": 12, "pairs": 4}, "length even and at least 4"),
+        ({"length": 64, "pairs": 0}, "pairs must be at least 1"),
+        ({"length": 64, "pairs": 4, "vocab_size": 8}, "vocab_size must be even"),
+        ({"length": 64, "pairs": 4, "vocab_size": 31}, "vocab_size must be even"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):

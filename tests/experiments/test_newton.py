@@ -1,4 +1,4 @@
-"""Training by Newton is training step by step, and the log says what Newton did."""
+"""Training with Newton equals sequential training, and the log has Newton's numbers."""
 
 import functools
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def rows_of(text, tmp_path_factory):
-    """Trains 30 steps, once for each layer and algorithm; returns what was logged of each step."""
+    """Train 30 steps, once for each layer and algorithm; return the logged rows."""
 
     @functools.cache
     def run(layer, algorithm, stops=(30,)):
@@ -60,12 +60,12 @@ def test_newton_trains_as_steps_do(rows_of, layer):
 
 @pytest.mark.slow
 def test_a_run_resumed_logs_the_same(rows_of):
-    """To the bit, between two steps at which Newton's numbers are logged."""
+    """Resume to the bit, between two steps at which Newton's numbers are logged."""
     assert rows_of("paragru", "newton", (15, 30)) == rows_of("paragru", "newton")
 
 
 def hybrid(algorithm):
-    """Two layers that may be solved by Newton around one that is not, and a batch of two."""
+    """Return a model with two layers for Newton and another between them, and a batch of two."""
     config = lm.get_config("lru,quicktest").model
     config.mixers, config.depth = "paragru,lru,gru", 3
     with config.unlocked():

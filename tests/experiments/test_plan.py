@@ -1,4 +1,4 @@
-"""Plans: programs read right, operations counted right, and steps compiled for TPUs not there."""
+"""Plans: parsed programs, counted operations, and steps compiled for TPU without a TPU."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ def test_an_unknown_length_is_one_line():
 
 
 def test_operations_by_hand():
-    """Against the equations, weight by weight, for a model small enough to count."""
+    """Count the operations of a small model from its equations, weight by weight."""
     layer = DeltaNet(8, heads=2, conv_size=4)
     backbone = Backbone(layer, depth=3, mlp_ratio=2, scan=True)
     model = LanguageModel(10, backbone)
@@ -86,7 +86,7 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 
 
 def test_turns_of_a_loop_that_are_not_stated():
-    """TPU programs do not say how often a loop runs: it counts to ten by twos."""
+    """Check a loop whose trip count the program does not state: it counts to ten in twos."""
     found = collectives.read(_LOOP)
     assert found == collectives.Traffic({"all-gather": 5}, {"all-gather": 5 * 32 * 4 * 3 // 4}, 0)
     unknown = collectives.read(_LOOP.replace("direction=LT", "direction=NE"))
@@ -165,7 +165,7 @@ def test_the_table_has_every_recipe_and_slice(monkeypatch, capsys):
 @pytest.mark.aot
 @pytest.mark.parametrize("name", ["gated_deltanet_1b", "mamba_1b"])
 def test_a_recipe_compiles_for_a_slice_that_is_not_there(name):
-    """Narrow and for eight chips, every axis of the mesh in use; a whole one takes minutes."""
+    """Compile a narrow model for eight chips, with every mesh axis; a full one takes minutes."""
     pytest.importorskip("libtpu")
     config = pod.get_config(f"{name},131k")
     config.model.update(depth=3, dim=256)

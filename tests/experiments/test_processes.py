@@ -1,4 +1,4 @@
-"""Runs of several processes, and runs that are killed at the worst moment."""
+"""Runs of several processes, and runs that are killed while they save."""
 
 import os
 import signal
@@ -34,13 +34,13 @@ def quick(text, **overrides):
 
 
 def numbers(workdir):
-    """Every loss, gradient norm and held-out result of a run, in order."""
+    """Return every loss, gradient norm and held-out result of a run, in order."""
     names = ("step", "loss", "gradient_norm", "heldout_bits_per_byte")
     return [row[name] for row in logs.read_rows(workdir) for name in names if name in row]
 
 
 def start(script, text, workdir, *arguments, devices=1):
-    """A training process with a script of its own around it."""
+    """Start a training process inside a wrapper script."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         # Compiled as the reference is, whose flags are in the environment.
@@ -64,7 +64,7 @@ def start(script, text, workdir, *arguments, devices=1):
 
 
 def outputs(processes, seconds=300):
-    """What the processes printed; none outlives the test."""
+    """Return the output of the processes and end all of them."""
     try:
         return [process.communicate(timeout=seconds)[0].decode() for process in processes]
     finally:
@@ -88,7 +88,7 @@ sys.exit(cli.run(train.define_flags, train.main))
 
 
 def two_processes(script, text, workdir):
-    """Two processes of two devices each, on this machine."""
+    """Start two processes with two devices each on this machine."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -109,7 +109,7 @@ def two_processes(script, text, workdir):
 
 
 def test_two_processes_are_stopped_then_killed_and_one_goes_on(text, tmp_path):
-    """SIGTERM to one process stops both; SIGKILL to both; one process ends the run."""
+    """Stop both processes by SIGTERM to one, kill both, then finish the run with one process."""
     config = quick(text)
     config.data.streams = 2
     train.train(config, tmp_path / "one")
@@ -118,7 +118,7 @@ def test_two_processes_are_stopped_then_killed_and_one_goes_on(text, tmp_path):
     processes = two_processes(_STOPPED, text, workdir)
     printed = outputs(processes)
     assert [p.returncode for p in processes] == [128 + signal.SIGTERM] * 2, printed
-    # The signal came at step 3; processes ask each other every log_every = 2 steps.
+    # The signal came at step 3; processes synchronize every log_every = 2 steps.
     assert "stopped at step 4" in printed[0]
 
     processes = two_processes(KILLED, text, workdir)

@@ -1,4 +1,4 @@
-"""Sweeps lose nothing, and reports say what the results hold."""
+"""Sweeps lose no results, and reports show the stored results."""
 
 import importlib
 import json
@@ -44,7 +44,7 @@ def flags_for(tmp_path, *more):
 
 
 class FakeRuns:
-    """Stands in for training processes: what they leave, and how they end."""
+    """Fake training processes: their results and exit codes."""
 
     def __init__(self, ends=()):
         self.commands, self.ends = [], list(ends)
@@ -75,7 +75,7 @@ def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     assert rows[0]["set"] == {"steps": 2}
     assert set(rows[0]["versions"]) == {"python", "jax", "seqjax"}
     with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('{"grid": "ti')  # a line cut short by a kill is a run to be done again
+        file.write('{"grid": "ti')  # a run whose line was cut short by a kill must run again
     second = FakeRuns()
     monkeypatch.setattr(sweep, "execute", second)
     assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
@@ -190,7 +190,7 @@ def test_bad_flags_end_with_one_line(tmp_path, tiny):
 
 @pytest.mark.parametrize("name", sorted(grids.GRIDS))
 def test_every_job_has_a_configuration(name):
-    """The words exist, the fields exist, and no two jobs are the same."""
+    """Check that all words and fields exist and that no two jobs are equal."""
     grid, seen = grids.GRIDS[name], set()
     for job in grid.jobs:
         path, words = job.config.split(":")
@@ -283,7 +283,7 @@ def wait_for(path, process):
 
 
 def test_an_interrupt_lets_the_run_save(tmp_path):
-    """The terminal's Ctrl-C goes to the whole group of the sweep; the run gets one signal."""
+    """Send Ctrl-C to the sweep's process group; check that the run gets one signal."""
     process = start_sweep(tmp_path, 1)
     try:
         wait_for(tmp_path / "ready", process)

@@ -1,4 +1,4 @@
-"""Tasks: every vectorised generator against a slow, direct version of the same words."""
+"""Tasks: every vectorized generator against a slow, direct implementation."""
 
 import re
 
@@ -83,7 +83,7 @@ def test_induction_heads_ask_for_what_followed():
 
 
 def evaluated(tokens):
-    """The value of a ListOps expression, by a stack; checks that it is one."""
+    """Evaluate a ListOps expression with a stack and check its syntax."""
     functions = {10: min, 11: max, 12: lambda x: int(np.median(x)), 13: lambda x: sum(x) % 10}
     stack: list[list[int]] = [[]]
     for token in tokens:
@@ -109,7 +109,7 @@ def test_list_operations_have_their_value():
 
 
 def slow_list_operations(generator, depth, most, level=1):
-    """The Long Range Arena's recursion."""
+    """Generate ListOps with the recursion of the Long Range Arena."""
     if level >= depth or generator.random() > listops.OPERATION_PROBABILITY:
         return [generator.integers(10)]
     arguments = [

@@ -1,4 +1,4 @@
-"""Runs on tasks: every task trains, packed as padded, resumes exactly, and is judged rightly."""
+"""Runs on tasks: training, packing, exact resume and evaluation."""
 
 import contextlib
 import importlib
@@ -71,7 +71,7 @@ def test_an_accuracy_is_good_enough_when_it_is_high(tmp_path):
 
 
 def test_packed_and_padded_losses_are_the_same():
-    """The same sequences, each in a row of its own or end to end, and one mean over them."""
+    """Compare the loss of sequences in separate rows with that of packed sequences."""
     config = quick(state_tracking, "parity")
     config.update({"task": {"train_length": 12}, "data": {"batch_size": 24}})
     made = protocol.make(config)
@@ -89,7 +89,7 @@ def test_packed_and_padded_losses_are_the_same():
     (one, by_one), (other, by_other) = gradient(params, padded), gradient(params, packed)
     assert float(one) == pytest.approx(float(other), rel=1e-5)
     for a, b in zip(jax.tree.leaves(by_one), jax.tree.leaves(by_other), strict=True):
-        # float32 sums in another order; small entries are what is left of large ones.
+        # float32 sums have another order; small entries are differences of large ones.
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
@@ -133,7 +133,7 @@ def test_a_run_resumed_is_the_run(tmp_path):
 
 
 class Perfect:
-    """A model of parity that knows."""
+    """A model that solves parity exactly."""
 
     def apply(self, params, inputs):
         return jax.nn.one_hot(jnp.cumsum(inputs, axis=1) % 2 ^ params, 2), None

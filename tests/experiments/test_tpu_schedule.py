@@ -1,4 +1,4 @@
-"""The reader of compiled schedules, on files small enough to count by hand."""
+"""Reader of compiled schedules, on files small enough to count by hand."""
 
 import pytest
 
@@ -41,9 +41,8 @@ ARRAY, ROW = 64 * 128 * 4, 8 * 128 * 4
 def test_a_program_is_added_up():
     kernel = tpu_schedule.Kernel(cycles=1e6, bytes=10.0)
     found = tpu_schedule.cost(PROGRAM, {"k.1": kernel}, CHIP)
-    # Eight slices read and written, with the index (a scalar, 4 bytes); an array copied to the
-    # core's own memory, whose cycles were profiled; the kernel's operand and result once each, in
-    # whole tiles.
+    # Eight slices are read and written, with the index (a scalar, 4 bytes). An array with profiled
+    # cycles is copied to VMEM. The kernel's operand and result count once each, in whole tiles.
     assert found.bytes == 8 * (2 * ROW + 4) + ARRAY + 2 * ARRAY
     assert found.cycles == 8 * 5000 + 70000 + 1e6
     assert found.operations == 8 + 1 + 1
@@ -51,7 +50,7 @@ def test_a_program_is_added_up():
     assert found.seconds == pytest.approx((slices + copy + 1e6) / 1e9)
 
 
-# As libtpu 0.0.50 and newer print them: the bound stands in the condition, the step in the body.
+# As libtpu 0.0.50 and newer print them: the bound is in the condition, the step in the body.
 COUNTING = """HloModule jit_g, is_scheduled=true
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {

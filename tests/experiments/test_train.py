@@ -48,14 +48,14 @@ def quick(text, **overrides):
 
 
 def losses(workdir):
-    """What must be the same in two runs: every row but for its speed."""
+    """Return the log without speeds, which must be equal in two runs."""
     rows = logs.read_rows(workdir)
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def reference(text, tmp_path_factory):
-    """A run of 12 steps that was never stopped."""
+    """Return an uninterrupted run of 12 steps."""
     workdir = tmp_path_factory.mktemp("reference")
     summary = train.train(quick(text, steps=12), workdir)
     return workdir, summary
@@ -101,7 +101,7 @@ def test_a_run_leaves_its_files(reference, text):
     assert (workdir / "sample.txt").read_text()
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert summary["step"] == 12
-    # The newest two are kept, the best is kept apart.
+    # The newest two checkpoints are kept; the best one is in a separate folder.
     assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [10, 12]
     bits = {r["step"]: r["heldout_bits_per_byte"] for r in rows if "heldout_bits_per_byte" in r}
     best = [int(p.name) for p in (workdir / "best").iterdir()]
@@ -126,7 +126,7 @@ def test_a_finished_run_started_again_only_reports(reference, text, capsys):
 
 
 def test_an_old_log_without_newer_fields_is_reported(reference, text, tmp_path):
-    """Earlier versions logged neither the speed nor the size of the held-out data."""
+    """Read a log of an earlier version, without the speed and the size of the held-out data."""
     workdir = tmp_path / "old"
     shutil.copytree(reference[0], workdir)
     newer = ("heldout_bytes", "tokens_per_second")
@@ -240,7 +240,7 @@ def test_kill_and_resume_is_a_run_never_stopped(reference, text, tmp_path):
         f"--config.data.path={text}",
         f"--workdir={tmp_path}",
     ]
-    # Compiled as the reference is: the losses are compared to the bit.
+    # Same compiler flags as the reference, because losses are compared to the bit.
     settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment = os.environ | settings
     killed = subprocess.run(
@@ -274,7 +274,7 @@ def test_another_model_or_other_text_is_refused(reference, text, tmp_path):
     other = quick(text, steps=12)
     other.model.dim = 8
     other.sample.temperature = 0.5
-    other.optimizer.learning_rate = 1e-5  # What may change is not complained about.
+    other.optimizer.learning_rate = 1e-5  # Fields that may change raise no error.
     with pytest.raises(UserError, match=r"\(model\.dim: 16 -> 8\)"):
         train.train(other, workdir)
     with pytest.raises(UserError, match=r"already: give --config\.steps=12"):
@@ -324,7 +324,7 @@ def test_parameters_that_are_not_finite_are_never_saved(text, tmp_path, monkeypa
 
 
 def test_bits_per_byte_is_the_log_loss_of_every_byte(reference, text):
-    """Against a plain loop that reads each lane byte by byte through `step`."""
+    """Compare with a plain loop that reads each lane byte by byte through `step`."""
     model, params, config, _ = checkpoints.load_for_inference(str(reference[0]), "latest")
     documents = [b"line 3 of file 4\n" * 3, b"x", b"naive \xff\x00 bytes"]
     lanes = 2
@@ -363,7 +363,7 @@ def test_evaluate_agrees_with_training(reference, tmp_path, capsys):
 def test_compressors_are_those_of_the_shell():
     text = b"the same bytes " * 1000
     result = heldout.compressors([text[:700], text[700:]])
-    # A text that repeats itself goes down to almost nothing, and random bytes do not.
+    # The loss of a repetitive text becomes almost zero, that of random bytes does not.
     assert result["xz"] < 0.1
     assert result["gzip"] < 0.1
     noise = np.random.default_rng(0).integers(0, 256, 10_000).astype(np.uint8).tobytes()

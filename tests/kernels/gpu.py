@@ -1,4 +1,4 @@
-"""What the tests of the kernels for GPU share."""
+"""Shared tools of the tests of GPU kernels."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ interpreted = pytest.mark.skipif(
 
 
 def parts(array, dtype):
-    """As the kernel takes it."""
+    """Convert an array to the kernel's layout."""
     if np.iscomplexobj(array):
         return jnp.asarray(array.real, dtype), jnp.asarray(array.imag, dtype)
     return (jnp.asarray(array, dtype),)
@@ -25,5 +25,5 @@ def whole(given):
 
 
 def narrowed(tree, dtype):
-    """What the kernel is given, in float64."""
+    """Return a tree rounded to `dtype` as the kernel's inputs are, in float64."""
     return [whole(parts(x, dtype)) for x in tree]

@@ -1,4 +1,4 @@
-"""Every kernel, forward and backward, compiled by the real TPU compiler, for chips not at hand.
+"""Every kernel, forward and backward, compiled for TPU by the TPU compiler, without a TPU.
 
 A kernel that does not fit the chip's memory or is not lowered fails to compile. Needs libtpu: the
 extra `aot`.
@@ -31,14 +31,14 @@ KERNEL = 'custom_call_target="tpu_custom_call"'
 
 @functools.cache
 def devices(chip):
-    """Of a topology, or of a chip's smallest one that every libtpu knows by name."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this is no cloud machine
+    """Return the devices of a topology, or of the smallest topology of a chip."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine is not in Google's cloud
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # the tests run in several processes
     return topologies.get_topology_desc(CHIPS.get(chip, chip), platform="tpu").devices
 
 
 def compiled(chip, run, shapes):
-    """`run` and its reverse pass in one program, for one chip."""
+    """Compile `run` and its reverse pass in one program, for one chip."""
     place = jax.sharding.SingleDeviceSharding(devices(chip)[0])
     args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
@@ -73,7 +73,7 @@ def selective_scan(dtype, width=2048, states=16):
 
 
 def matrix(op, decay, dtype, B=1, T=8192, H=16, K=128, V=128, reset=None):
-    """A matrix-state op; `decay` "BTH" or "BTHK"."""
+    """Return a matrix-state op and the shapes of its inputs; `decay` is "BTH" or "BTHK"."""
 
     def run(arrays):
         return getattr(seqjax, op)(**arrays, implementation="pallas", reset=reset)
@@ -133,7 +133,7 @@ def test_other_forms_compile(program):
 
 
 def test_what_needs_most_memory_compiles():
-    """Decays per channel in float32, on the chip with the least."""
+    """Compile decays per channel in float32 for the chip with the least memory."""
     program = matrix("delta_rule", "BTHK", "float32", T=1024, H=8)
     assert KERNEL in compiled("v5p", *program).as_text()
 
@@ -146,7 +146,7 @@ def test_none_takes_the_kernel_on_one_chip():
 
 
 def test_none_leaves_to_xla_what_the_compiler_splits():
-    """And a named kernel says where it would work."""
+    """Check that split programs use XLA, and that a named kernel's error names `shard_map`."""
     mesh = jax.sharding.Mesh(devices("v5e"), ("data",))
     spec = jax.sharding.PartitionSpec("data")
     place = jax.sharding.NamedSharding(mesh, spec)
@@ -161,7 +161,7 @@ def test_none_leaves_to_xla_what_the_compiler_splits():
 
 
 def test_xla_is_xla():
-    """What was asked of XLA holds no kernel, not in its parts either."""
+    """Check that `implementation="xla"` contains no kernel."""
     _, shapes = selective_scan("float32", 128, 4)
     program = compiled("v5e", lambda a: seqjax.selective_scan(**a, implementation="xla"), shapes)
     assert KERNEL not in program.as_text()
@@ -169,7 +169,7 @@ def test_xla_is_xla():
 
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4", "v6e:16x16"])
 def test_a_mesh_splits_axes_of_the_torus(topology):
-    """The mesh of the 131k recipes: eight parts of time are no axis of these slices."""
+    """Check the mesh of the 131k recipes: eight shards of time are no axis of these slices."""
     chips = devices(topology)
     mesh = sharding.make_mesh("fsdp=-1,sequence=8", devices=chips)
     assert mesh.shape["fsdp"] == len(chips) // 8

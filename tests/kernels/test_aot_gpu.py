@@ -1,7 +1,7 @@
-"""The kernels for GPU compiled for an H100 that is not at hand, and what ptxas says of them.
+"""GPU kernels compiled for an H100 without a GPU, and the ptxas reports of the kernels.
 
-Needs jax's CUDA plugin, without NVIDIA's libraries: the extra `aot-gpu`. Every program is compiled
-in a process of its own, which writes the report.
+Needs jax's CUDA plugin, without NVIDIA's libraries: the extra `aot-gpu`. A separate process
+compiles each program and writes the report.
 """
 
 import functools
@@ -54,7 +54,7 @@ def test_registers_and_shared_memory(name, dtype, tmp_path):
     ids=["forward", "backward"],
 )
 def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
-    """Of the selective scan: in registers without spills, and [B, T, D, N] is nowhere."""
+    """Check the selective scan: no register spills, and no array [B, T, D, N]."""
     report = gpu.compile_apart(
         f"selective_scan{way}, B=8, T=4096, D=2048, N=16", dtype, folder=tmp_path
     )
@@ -78,7 +78,7 @@ def place():
 
 
 def _both(op):
-    """The values of an op and all gradients, from its arrays."""
+    """Return a function for the values and all gradients of an op."""
 
     def run(*given):
         out, pull = jax.vjp(lambda *given: op(*given), *given)
@@ -162,7 +162,7 @@ def test_selective_scan_of_any_length_compiles(place):
 
 
 def test_an_elementwise_cell_compiles(place):
-    """Logarithms, infinities and four numbers a channel; mapped; a last block of a single step."""
+    """Check logarithms, infinities, four numbers per channel, vmap, and a ragged last block."""
     cell = seqjax.cells.SLSTM(136)
 
     def array(*shape, dtype="float32"):

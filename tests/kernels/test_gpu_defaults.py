@@ -95,7 +95,7 @@ def test_kernels_are_the_default_on_hopper_only(program, on):
     ],
 )
 def test_calls_that_the_kernels_do_not_take_use_xla(program, on):
-    """Forward and backward, without an error."""
+    """Check forward and backward programs: no kernel and no error."""
     on(HOPPER)
     assert KERNEL not in program()
     assert KERNEL not in program(gradients=True)

@@ -1,4 +1,4 @@
-"""The kernels for GPU, interpreted, against float64 loops, and who may choose them.
+"""Interpreted GPU kernels against float64 loops, and the selection of kernels.
 
 The contract tests run the TPU's kernels, which is what `interpret=True` means. Needs a jax whose
 Pallas interprets Mosaic GPU, 0.11.2 or newer, and finds races; what needs none is at the end.
@@ -20,7 +20,7 @@ from tests.oracles import op_oracles
 
 
 def arrays(shape, axes, complex_=False, seed=0):
-    """Decays over the named axes, x, a state, resets, and cotangents of the outputs and state."""
+    """Draw decays over the named axes, x, a state, resets, and cotangents of outputs and state."""
     rng = np.random.default_rng(seed)
     B, T, D = shape
 
@@ -37,7 +37,7 @@ def arrays(shape, axes, complex_=False, seed=0):
 
 
 def post_form(a, x, h, reset, reverse):
-    """y_t = c + x_t; c <- a_t y_t."""
+    """Compute y_t = c + x_t; c <- a_t y_t."""
     a, y, h = np.broadcast_to(a, x.shape), np.zeros_like(x), h.copy()
     for t in range(x.shape[1])[:: -1 if reverse else 1]:
         y[:, t] = h + x[:, t]
@@ -46,7 +46,7 @@ def post_form(a, x, h, reset, reverse):
 
 
 def adjoint(a, y, h, reset, dy, d_final, reverse):
-    """The cotangents of a, x and h from outputs y, one step after the other against time."""
+    """Compute the cotangents of a, x and h from outputs y, in a loop backward in time."""
     dx, dh = post_form(a, dy, d_final, reset, not reverse)
     found = (np.append(y[:, 1:], h[:, None], 1) if reverse
              else np.append(h[:, None], y[:, :-1], 1))  # fmt: skip
@@ -68,7 +68,7 @@ FORMS = [
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize(("axes", "complex_", "dtype"), FORMS)
 def test_values(axes, complex_, dtype, reverse):
-    # More blocks of time than the copies are ahead; blocks of time and features hang over.
+    # More blocks of time than the prefetch depth; ragged edges in time and features.
     given = arrays((2, 27, 136), axes, complex_)
     decay, x, dy = narrowed([given[0], given[1], given[4]], dtype)
     h0, d_final = narrowed([given[2], given[5]], "float32")
@@ -93,7 +93,7 @@ def test_values(axes, complex_, dtype, reverse):
 @interpreted
 @pytest.mark.parametrize("shape", [(1, 16, 128), (2, 21, 128), (1, 3, 8)], ids=str)
 def test_other_shapes_without_reset(shape):
-    """In blocks that the kernel chooses, and the other form."""
+    """Check block sizes that the kernel chooses, and the `post` form."""
     decay, x, h0, reset, *_ = arrays(shape, "BTD", seed=1)
     given = [parts(array, "float32") for array in (decay, x, h0)]
     run = functools.partial(gpu.scan, *given, None, out_dtype="float32", interpret=True)
@@ -114,7 +114,7 @@ def test_other_shapes_without_reset(shape):
     ids=["complex", "shared over batch, reverse", "constant"],
 )
 def test_time_in_segments(axes, complex_, reverse, monkeypatch):
-    """Of two steps, with a NaN before a reset: it does not go from piece to piece either."""
+    """Check sequences of two steps: a NaN before a reset does not reach another piece."""
     monkeypatch.setattr(gpu, "time_segments", lambda *shape: 3)
     decay, x, h0, reset, dy, d_final = arrays((2, 6, 8), axes, complex_)
     h0[0], reset[0, 5 if reverse else 0] = np.nan, True
@@ -154,7 +154,7 @@ def test_nothing_crosses_a_reset():
 
 @interpreted
 def test_vmap():
-    """Over everything but the decays."""
+    """Map over all arguments except the decays."""
     decay, x, h0, reset, dy, d_final = arrays((4, 9, 8), "TD")
     mapped = [z.reshape(2, 2, *z.shape[1:]) for z in (x, h0, reset, dy, d_final)]
 
@@ -172,7 +172,7 @@ def test_vmap():
 
 
 def lowered(run, *shapes):
-    """The program for a GPU, which needs none to be lowered."""
+    """Return the program lowered for GPU, without a GPU."""
     given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     return jax.jit(run).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
 

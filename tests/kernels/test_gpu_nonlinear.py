@@ -1,4 +1,4 @@
-"""The kernel for GPU that steps through elementwise cells: a cell by rows, and interpreted.
+"""GPU kernel for elementwise cells: the cell applied to rows, and the interpreted kernel.
 
 Running it needs a jax whose Pallas interprets Mosaic GPU, 0.11.2 or newer, and finds races; the
 rest needs none. `test_aot_gpu` compiles it.
@@ -24,7 +24,7 @@ CONSTANT = np.linspace(0.5, 1.5, 128, dtype="float32")
 
 
 def mine(params, h, x):
-    """A bit of everything that the kernel takes."""
+    """Compute a cell with every operation that the kernel supports."""
     pair = jax.nn.softplus(params["mix"]) * h + x["both"]
     low = jnp.minimum(params["scale"] * pair[:, 0], pair.sum(axis=1)) * CONSTANT[: h.shape[0]]
     kept = jnp.where(x["keep"] > 0, h[:, 1], jnp.expm1(-jnp.square(low)) / (2 + h[:, 1] ** 2))
@@ -42,12 +42,12 @@ def own_arrays(rng, channels, lead=()):
 
 
 def narrow(array, dtype="float32"):
-    """In a dtype; integers stay what they are."""
+    """Cast to a dtype; integers stay unchanged."""
     return jnp.asarray(array, "int32" if array.dtype == "int32" else dtype)
 
 
 def arrays(cell, batch, length, seed=0):
-    """Parameters, inputs, state, resets, and cotangents of the states and the last one."""
+    """Draw parameters, inputs, state, resets, and cotangents of all states and the last one."""
     rng = np.random.default_rng(seed)
     xs = rng.standard_normal((batch, length, cell.gates, cell.dim))
     # From a state that its steps lead to: sLSTM's divides by one of its numbers.
@@ -63,7 +63,7 @@ CELLS = [seqjax.cells.ParaGRU(128), seqjax.cells.ParaLSTM(128), seqjax.cells.SLS
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: getattr(cell, "__name__", repr(cell)))
 def test_a_cell_by_rows(cell):
-    """It and its adjoint are the function's own; the program is one that kernels can run."""
+    """Compare the cell by rows and its adjoint with the function; check the operations used."""
     rng = np.random.default_rng(0)
     if cell is mine:
         (params, xs), h = own_arrays(rng, 128, (1, 1)), rng.standard_normal((1, 128, 2))
@@ -152,7 +152,7 @@ def test_what_it_cannot_do():
 
 
 def lowered(function, *args):
-    """The program for a GPU, which needs none to be lowered."""
+    """Return the program lowered for GPU, without a GPU."""
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -188,7 +188,7 @@ def gradients_in_float64(cell, params, xs, state, reset, *cts):
 @pytest.mark.parametrize(
     ("cell", "dtype", "shape"),
     [
-        # More blocks of time than the copies are ahead; blocks of time and features hang over.
+        # More blocks of time than the prefetch depth; ragged edges in time and features.
         pytest.param(seqjax.cells.ParaGRU(136), "float32", (2, 67), id="ParaGRU"),
         pytest.param(seqjax.cells.ParaGRU(8), "bfloat16", (1, 5), id="bfloat16"),
         pytest.param(seqjax.cells.ParaLSTM(8), "float32", (2, 37), id="ParaLSTM"),
@@ -238,7 +238,7 @@ def own_loss(params, xs, state, **keywords):
 
 @interpreted
 def test_the_op(compiled_quickly):
-    """A function of one's own, through the op: the numbers of the sequential form."""
+    """Run a user-defined cell through the op; compare with the sequential form."""
     params, xs = own_arrays(np.random.default_rng(0), 8, (2, 6))
     args = jax.tree.map(jnp.asarray, (params, xs, np.full((2, 8, 2), 0.3, "float32")))
     both = functools.partial(jax.value_and_grad, argnums=(0, 2), has_aux=True)
@@ -250,7 +250,7 @@ def test_the_op(compiled_quickly):
 @interpreted
 @pytest.mark.slow
 def test_other_derivatives(compiled_quickly):
-    """Forward mode and second order are those of the sequential form; vmap is the kernel's."""
+    """Check forward mode and second order (sequential form), and vmap (kernel)."""
     cell = seqjax.cells.ParaGRU(4)
     params, xs, state, *_ = jax.tree.map(narrow, arrays(cell, 1, 2))
 

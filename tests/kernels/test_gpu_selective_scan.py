@@ -1,4 +1,4 @@
-"""The selective scan for GPU, interpreted, against a float64 loop, and what it refuses.
+"""Interpreted selective scan for GPU against a float64 loop, and its errors.
 
 As `test_gpu_kernels` does for the linear one.
 """
@@ -19,7 +19,7 @@ NAMES = ("x", "dt", "A", "B", "C", "D", "h0")
 
 
 def arrays(shape, states, dtype="float32", seed=0):
-    """The arguments by name, resets, and the cotangents of the outputs and the final state."""
+    """Draw the arguments by name, resets, and cotangents of the outputs and the final state."""
     rng = np.random.default_rng(seed)
     B, T, D = shape
     wide = [-rng.uniform(0.2, 2.0, (D, states))]
@@ -32,7 +32,7 @@ def arrays(shape, states, dtype="float32", seed=0):
 
 
 def loop(given, reset, dy, d_final):
-    """(y, final state) and the cotangents, one step after the other, with all states kept."""
+    """Compute (y, final state) and the cotangents in a loop that stores all states."""
     x, dt, A, B, C, D, h = (given[name] for name in NAMES)
     cut, y, states = reset[..., None, None], np.zeros_like(x), [h]
     steps = [
@@ -60,7 +60,7 @@ def loop(given, reset, dy, d_final):
 
 
 def kernel(given, reset, dy, d_final, dtype="float32"):
-    """The same by the kernel, which takes and gives states as [B, N, D]."""
+    """Compute the results of `loop` with the kernel, whose states are [B, N, D]."""
     x, dt, dy = (jnp.asarray(z, dtype) for z in (given["x"], given["dt"], dy))
     A, B, C, D, h0, d_final = (
         jnp.asarray(z, "float32") for z in (*(given[k] for k in NAMES[2:]), d_final)
@@ -79,7 +79,7 @@ def kernel(given, reset, dy, d_final, dtype="float32"):
 @pytest.mark.parametrize(
     ("shape", "states", "dtype", "resets"),
     [
-        # More blocks of 64 steps than one, groups of 8 that hang over, and one row alone.
+        # Several blocks of 64 steps, a ragged group of 8, and a single row.
         pytest.param((1, 73, 128), 2, "float32", True, id="over a border"),
         pytest.param((2, 9, 136), 3, "float32", True, id="blocks that hang over"),
         pytest.param((1, 16, 8), 1, "float32", False, id="one state, without resets"),
@@ -117,7 +117,7 @@ def test_nothing_crosses_a_reset():
 
 
 def program(width=128, states=16, gradients=False, **keywords):
-    """What is lowered for a GPU, which needs none."""
+    """Return the program lowered for GPU, without a GPU."""
     shapes = [(2, 32, width), (2, 32, width), (width, states), (2, 32, states), (2, 32, states)]
     op = functools.partial(seqjax.selective_scan, **keywords)
 

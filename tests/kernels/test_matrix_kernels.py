@@ -1,8 +1,8 @@
-"""The kernels of the matrix-state ops, interpreted, in what the contract tests leave to them.
+"""Interpreted kernels of the matrix-state ops, in cases that the contract tests leave out.
 
-Those run one form of each op with few heads, in chunks of 8. Here are the other forms, chunks of
-which the inverse takes several levels, more heads than a block has, and whole tiles, which are
-read in another way.
+The contract tests run one form of each op with few heads, in chunks of 8. These tests cover the
+other forms, chunks whose inverse has several levels, more heads than a block, and whole tiles,
+which are read differently.
 """
 
 import functools
@@ -36,7 +36,7 @@ def arrays(op, decay, batch, length, heads, keys, values, dtype, seed=0):
 
 
 def both_ways(op, given, reset, chunk_size):
-    """Outputs, final state and gradients of a kernel and of the XLA form."""
+    """Return outputs, final state and gradients of a kernel and of the XLA form."""
     w = None
     for implementation in ("xla", "pallas"):
         keywords = {"implementation": implementation, "reset": reset}
@@ -67,7 +67,7 @@ def test_every_form_in_chunks_with_levels(case, x64, strict, compiled_quickly):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_whole_tiles(dtype):
-    """8 heads of 128 keys: heads are read with a stride, two of bfloat16 out of each word."""
+    """Check 8 heads of 128 keys, read with a stride; two bfloat16 heads share a word."""
     given = arrays("linear_attention", "scalar", 1, 24, 8, 128, 128, dtype)
     expected, found = both_ways("linear_attention", given, None, chunk_size=16)
     # bfloat16: gradients are rounded, and so are products.

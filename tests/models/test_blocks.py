@@ -63,7 +63,7 @@ def run(backbone, reset=None):
 
 
 def stacked(params, backbone):
-    """The parameters of a backbone as `scan=True` has them."""
+    """Return the parameters of a backbone in the layout of `scan=True`."""
     groups = sorted(name for name in backbone.param_shapes() if name.startswith("group"))
     period = len(groups)
     blocks = [params[f"block_{i}"] for i in range(len(backbone.stack))]

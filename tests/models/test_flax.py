@@ -1,4 +1,4 @@
-"""The Flax adapters: the bare layer's numbers, and everything that Flax does with a module."""
+"""Flax adapters: results of the bare layer, and the transformations of Flax."""
 
 import functools
 import inspect
@@ -43,7 +43,7 @@ def inputs(layer, length=T):
 
 @functools.cache
 def wrapped(layer):
-    """(bare parameters, NNX module, Linen module, its variables), all of the same numbers."""
+    """Return (bare parameters, NNX module, Linen module, its variables) with equal values."""
     module = seqjax.nnx.Recurrent(layer, rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(module))["params"]
     twin = seqjax.linen.Recurrent(layer)
@@ -75,7 +75,7 @@ def test_same_numbers_as_the_bare_layer(layer):
 
 
 def test_parameters_start_as_the_layer_starts_them():
-    """With the key Flax hands out, and in the dtype asked for."""
+    """Check that parameters are drawn with Flax's key and have the requested dtype."""
     module = seqjax.nnx.Recurrent(LRU, rngs=nnx.Rngs(3), param_dtype=jnp.bfloat16)
     drawn = LRU.init(nnx.Rngs(3).params(), jnp.bfloat16)
     assert_same_bits(nnx.to_pure_dict(nnx.state(module))["params"], drawn)
@@ -92,7 +92,7 @@ def test_parameters_start_as_the_layer_starts_them():
 
 @pytest.mark.parametrize("name", seqjax.layers.__all__)
 def test_every_layer_can_be_wrapped(name):
-    """No parameter's name is in Flax's way."""
+    """Check that no parameter name collides with an attribute of Flax."""
     kind = getattr(seqjax.layers, name)
     if (
         not inspect.isclass(kind)
@@ -130,7 +130,7 @@ def test_split_merge_filters_and_state():
 
 
 def test_nnx_grad_and_optimizer():
-    """Gradients are the bare layer's, and an optimizer may treat roles differently."""
+    """Compare gradients with the bare layer's; use an optimizer that depends on roles."""
     params, _, _, _ = wrapped(LRU)
     module = seqjax.nnx.Recurrent(LRU, rngs=nnx.Rngs(0))
     x = inputs(LRU)
@@ -177,7 +177,7 @@ def test_nnx_scan_over_time_equals_the_layer():
 
 
 def test_nnx_vmap_and_scan_over_layers():
-    """A stack of modules made by vmap and run by scan, rematerialised, with names for the stack."""
+    """Create a stack with vmap and run it with scan and remat, with an axis name for the stack."""
     names = {nnx.PARTITION_NAME: "layers"}
 
     @nnx.split_rngs(splits=3)
@@ -288,7 +288,7 @@ RULES = {"heads": "model", "state": "model"}
 
 
 def test_nnx_parameters_are_placed_on_a_mesh():
-    """Made while a mesh is set they are split by the rules; the numbers stay the same."""
+    """Check that modules created under a mesh are split by the rules, with equal results."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     params, _, _, _ = wrapped(DELTANET)
     names = sorted(set(jax.tree.leaves(DELTANET.param_axes())))
@@ -352,7 +352,7 @@ def test_what_is_no_layer_is_refused():
 
 
 def test_only_the_adapters_need_flax():
-    """Without Flax the library imports, and the adapters say what to install, in one line."""
+    """Check that without Flax the library imports, and the adapters raise a one-line hint."""
     program = (
         "import sys; sys.modules['flax'] = None\n"
         "import seqjax\n"

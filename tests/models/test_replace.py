@@ -41,7 +41,7 @@ MODELS = [
 
 
 def changes(layer):
-    """Another value for each field with a default, and a larger `dim`."""
+    """Return another value for each field with a default, and a larger `dim`."""
     for field in dataclasses.fields(layer):
         value = getattr(layer, field.name)
         if not field.init or field.name in ("vocab_size", "input_dim", "num_classes"):

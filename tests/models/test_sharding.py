@@ -1,4 +1,4 @@
-"""Meshes, partition rules, stacked blocks, and what a mesh that does not fit is told."""
+"""Meshes, partition rules, stacked blocks, and the errors for meshes that do not fit."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ def test_bad_meshes(text, message):
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a device as placing it takes."""
+    """Fake device with the attributes that the placement reads."""
 
     id: int
     slice_index: int
@@ -221,7 +221,7 @@ def test_blocks_that_differ_are_stacked_by_their_order():
     ],
 )
 def test_a_model_on_an_explicit_mesh(sizes, with_context, x64):
-    """Values and gradients of one device, with stacked blocks, under the rules of `shard`."""
+    """Compare values and gradients of stacked blocks with one device, with `shard`'s rules."""
     model = model_of(LRU(4), scan=True, depth=2, mlp_ratio=2)
     model = dataclasses.replace(model, dtype="float64")
     mesh = sharding.make_mesh(sizes, axis_types=AxisType.Explicit)
@@ -250,7 +250,7 @@ def test_a_model_on_an_explicit_mesh(sizes, with_context, x64):
 
 
 def test_a_state_keeps_its_sharding():
-    """A state returns split as it came, so that a loop can carry it, and else along the batch."""
+    """Check that a state keeps its sharding, so that a loop can carry it."""
     layer = LRU(4)
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     with jax.set_mesh(mesh):
@@ -279,9 +279,9 @@ def test_a_kernel_on_an_explicit_mesh_is_refused_when_traced():
 
 
 def test_no_activation_crosses_devices():
-    """A training step's traffic is the same for four times the sequences: weights, no rows.
+    """Check that a training step's traffic does not grow with the number of sequences.
 
-    The transpose of the embedding's lookup once brought every device the rows of all others.
+    The transpose of the embedding's lookup once gathered the rows of all devices.
     """
     mesh = sharding.make_mesh("data=2,fsdp=2,sequence=2")
     model = model_of(LRU(8), mlp_ratio=2)

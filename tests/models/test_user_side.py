@@ -20,12 +20,12 @@ B, T, H, K, V = 2, 16, 2, 3, 4
 
 
 def _write(S, decayed, x):
-    """S_t = f_t S_{t-1} + i_t k_t v_t^T."""
+    """Compute S_t = f_t S_{t-1} + i_t k_t v_t^T."""
     return decayed + (x["gate"] * x["k"])[..., :, None] * x["v"][..., None, :]
 
 
 def _write_chunk(x):
-    """The same for a chunk of steps."""
+    """Return the map of a chunk of steps of the recurrence of `_write`."""
     product = functools.partial(jnp.matmul, precision="highest")
     keys = x["gate"] * x["k"]
     [[scores]] = seqjax.ops.decayed_products((x["q"],), (keys,), x["log_decay"])
@@ -44,12 +44,12 @@ STEPS = seqjax.ops.MatrixRecurrence("mlstm", _write, None, GATED)
 
 
 def _add_decay(early, late):
-    """(d, m): m_t = max(m_{t-1} + d_t, i_t)."""
+    """Compose (d, m) pairs of m_t = max(m_{t-1} + d_t, i_t)."""
     return early[0] + late[0], jnp.maximum(early[1] + late[0], late[1])
 
 
 def mlstm(inputs, state, reset=None, memory=MEMORY, sequence_axis=None, **keywords):
-    """mLSTM (arXiv 2405.04517) with stabiliser m and normaliser n, the last column of the state."""
+    """Compute mLSTM (arXiv 2405.04517); the normalizer n is the last column of the state."""
     q, k, v, i, f = (inputs[name] for name in ("q", "k", "v", "i", "f"))
     S, m = state
     log_f = jax.nn.log_sigmoid(f)
@@ -75,7 +75,7 @@ def fresh(batch=B):
 
 
 def oracle(inputs, reset):
-    """The paper's equations 19 to 27, step by step in float64, without a stabiliser."""
+    """Compute the paper's equations 19 to 27 in a float64 loop, without a stabilizer."""
     q, k, v, i, f = (np.asarray(inputs[name], np.float64) for name in ("q", "k", "v", "i", "f"))
     out = np.zeros((B, T, H, V))
     for b, h in np.ndindex(B, H):
@@ -109,7 +109,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_mlstm_equals_the_papers_loop(form, x64):
-    """Values, the directional derivative by finite differences of the loop, split and resume."""
+    """Check values, a directional derivative against finite differences, split and resume."""
     inputs, reset = draw()
     run = functools.partial(mlstm, **FORMS[form])
     rng = np.random.default_rng(1)
@@ -140,7 +140,7 @@ def test_mlstm_equals_the_papers_loop(form, x64):
 @pytest.mark.parametrize("form", ["chunked", "steps only"])
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_mlstm_on_several_devices(form, explicit, x64):
-    """T over eight devices, or the batch over two of an Explicit mesh, with gradients."""
+    """Split T over eight devices, or the batch over two of an Explicit mesh, with gradients."""
     inputs, reset = draw()
     run = functools.partial(mlstm, **FORMS[form])
     wanted, (S, m) = run(inputs, fresh(), reset)
@@ -178,14 +178,14 @@ def test_mlstm_on_several_devices(form, explicit, x64):
 
 
 def test_large_input_gates_stay_finite():
-    """Gates of 400, whose exponentials float32 cannot represent."""
+    """Check gates of 400, whose exponentials float32 cannot represent."""
     inputs, reset = draw()
     out, _ = mlstm(inputs | {"i": 200 * inputs["i"]}, fresh(), reset)
     assert jnp.isfinite(out).all()
 
 
 def test_names_of_ops_with_kernels_are_refused():
-    """The kernels of an op compute that op and not the user's recurrence."""
+    """Check that a user's recurrence cannot have the name of an op with kernels."""
     with pytest.raises(ValueError, match=r"^delta_rule: `name` must not be"):
         seqjax.ops.MatrixRecurrence("delta_rule", lambda S, DS, x: DS)
 
@@ -300,7 +300,7 @@ def test_two_kinds_of_blocks():
 
 
 def test_only_public_names_are_used():
-    """This module imports `seqjax` alone, and no attribute of it starts with an underscore."""
+    """Check that this module uses only `seqjax`, and none of its private attributes."""
     tree = ast.parse(pathlib.Path(__file__).read_text())
     imported = [
         alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names

@@ -37,7 +37,7 @@ HEADS = (jnp.ones((2, 16, 2, 4)),) * 3 + (jnp.ones((2, 16, 2)),)
 def test_call_path(
     function: Callable[..., Any], args: tuple[jax.Array, ...], calls: int, changes: int
 ) -> None:
-    """The first call stays within the limits of calls and of changes of file."""
+    """Check that the first call stays within the limits of calls and of changes of file."""
     made, changed = count_calls(function, *args)
     assert made <= calls, f"{made} calls, at most {calls}"
     assert changed <= changes, f"{changed} changes of file, at most {changes}"

@@ -1,6 +1,6 @@
-"""Cells: the step is the equations', the declared structure and bounds are true.
+"""Cells: steps follow the equations, and the declared structures and bounds are correct.
 
-Their layers are rows of `cases.LAYERS`; here is what only these layers have.
+The layers of the cells are rows of `cases.LAYERS`; these tests cover the rest.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ AT_SCALES = pytest.mark.parametrize("scale", [1.0, 3.0])
 
 
 def limits(cell, params):
-    """The bounds as arrays of the state's shape."""
+    """Return the bounds as arrays of the state's shape."""
     shape = cell.initial_state(1).shape[1:]
     bounds = cell.bounds(jax.tree.map(jnp.asarray, params))
     return [np.broadcast_to(np.asarray(bound), shape) for bound in bounds]
 
 
 def draw(cell, scale, seed=0):
-    """Parameters, a state anywhere within the bounds, and pre-activations, in float64."""
+    """Draw parameters, a state within the bounds, and pre-activations, in float64."""
     rng = np.random.default_rng(seed)
     params = cell_params(rng, cell, scale)
     low, high = limits(cell, params)
@@ -51,7 +51,7 @@ def draw(cell, scale, seed=0):
 
 
 def draws(cell, scale, count=50):
-    """`count` such draws, stacked."""
+    """Stack `count` results of `draw`."""
     return jax.tree.map(
         lambda *leaves: np.stack(leaves), *(draw(cell, scale, i) for i in range(count))
     )
@@ -75,7 +75,7 @@ def test_no_step_leaves_the_bounds(cell, scale, x64, strict):
 
 @EACH
 def test_bounds_leave_out_no_number_that_has_some(cell, x64):
-    """Only c of the LSTM, and c, m and the upper end of n of the sLSTM, go to infinity."""
+    """Check infinite bounds: only c of the LSTM, and c, m and the upper end of n of the sLSTM."""
     low, high = limits(cell, draw(cell, 1.0)[0])
     wanted = {cells.LSTM: (1, 1), cells.SLSTM: (2, 3)}.get(type(cell), (0, 0))
     assert (np.isinf(low).sum(), np.isinf(high).sum()) == (D * wanted[0], D * wanted[1])
@@ -83,7 +83,7 @@ def test_bounds_leave_out_no_number_that_has_some(cell, x64):
 
 @EACH
 def test_infinite_bounds_pass_debug_infs(cell, strict):
-    """An eager call, as `jax.debug_infs` checks the result of every eager operation."""
+    """Call a cell eagerly: `jax.debug_infs` checks the result of every eager operation."""
     params, h, u = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draws(cell, 1.0, 2))
     params = jax.tree.map(lambda p: p[0], params)
     with jax.debug_infs(True):
@@ -112,7 +112,7 @@ def test_the_jacobian_has_the_declared_structure(cell, scale, x64, strict):
 
 
 def as_sums(cell, h):
-    """The state as the oracle has it: a list of vectors, sLSTM's without the stabiliser."""
+    """Convert a state to the oracle's form: a list of vectors, sLSTM's without the stabilizer."""
     columns = list(np.asarray(h).reshape(D, cell.width).T)
     if isinstance(cell, cells.SLSTM):
         c, n, h, m = columns
@@ -148,7 +148,7 @@ def test_states_are_of_the_dtype_given(cell, strict):
 
 @pytest.mark.parametrize("shift", [-300.0, 300.0])
 def test_slstm_does_not_overflow(shift, strict):
-    """Every input gate times exp(shift): the same h, and finite derivatives, at zero as well."""
+    """Multiply all input gates by exp(shift): h does not change, and derivatives are finite."""
     cell = cells.SLSTM(D)
     params, _, _ = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), draw(cell, 1.0))
     us = jnp.asarray(np.random.default_rng(1).standard_normal((20, 4, D)), jnp.float32)
@@ -169,7 +169,7 @@ def test_slstm_does_not_overflow(shift, strict):
 
 
 def test_slstm_begins_where_nothing_has_been_summed(x64, strict):
-    """n = 0: the past does not count, whatever c and m hold."""
+    """Check that with n = 0 the past does not count, for any c and m."""
     cell = cells.SLSTM(D)
     params, _, u = jax.tree.map(jnp.asarray, draw(cell, 1.0))
     empty = jnp.zeros((D, 4))
@@ -197,7 +197,7 @@ def test_bad_hyperparameters(make, message):
 
 @pytest.mark.parametrize("kind", [layers.ParaGRU, layers.SLSTM], ids=lambda kind: kind.__name__)
 def test_layers_say_how_they_were_solved(kind, x64):
-    """`algorithm` and `solver` reach the solver, and either way the numbers are the same."""
+    """Check that `algorithm` and `solver` reach the solver, and that values do not change."""
     x = np.random.default_rng(0).standard_normal((2, 40, D))
     reset = np.zeros((2, 40), bool)
     reset[0, 17] = True

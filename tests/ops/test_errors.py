@@ -1,4 +1,4 @@
-"""Contract: bad input gets one clear line that names the op, the argument and what was wanted."""
+"""Contract: bad input raises one line with the op, the argument and the requirement."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def op_arguments(case):
     return cast(inputs, "float32"), cast(state, "float32"), reset
 
 
-TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have tests of their own
+TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have separate tests
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_OP) - TREES))
@@ -181,7 +181,7 @@ TOKENS = [
 @pytest.mark.parametrize("model", TOKENS, ids=lambda model: type(model).__name__)
 @pytest.mark.parametrize("token", [-1, 5])
 def test_tokens_outside_the_vocabulary(model, token):
-    """Concrete tokens are checked; traced ones cannot be, and their logits are NaN."""
+    """Check that concrete tokens raise an error and that traced tokens have NaN logits."""
     params = model.init(jax.random.key(0))
     tokens = jnp.array([[0, 4, token], [1, 2, 3]])
     message = (

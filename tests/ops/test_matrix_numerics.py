@@ -1,7 +1,7 @@
-"""Numerics of the matrix-state ops that a judgment by the largest result would not see.
+"""Numerics of the matrix-state ops that errors relative to the largest result do not show.
 
-Gradients of strong decays are judged by the scale of their channel, and the kernel in bfloat16
-by the error that rounding the exact result to bfloat16 makes.
+Errors of gradients of strong decays are relative to the scale of their channel. Errors of the
+bfloat16 kernel are relative to the error of rounding the exact result to bfloat16.
 """
 
 import functools
@@ -22,7 +22,7 @@ STRONG = [-6.0, -9.0, -12.0, -16.0, -20.0, -50.0, -np.inf]
 
 
 def strong_decays(op, decay, rng, batch=2, length=37):
-    """Inputs in which half of the channels, heads or steps have strong decays."""
+    """Draw inputs in which half of the channels, heads or steps have strong decays."""
     heads, keys, values = (8, 2, 3) if decay == "head" else (1, 14, 3)
 
     def normal(*shape):
@@ -85,7 +85,7 @@ def strong_forms():
 
 @pytest.mark.parametrize(("op", "decay", "algorithm"), [*strong_forms()])
 def test_gradients_of_strong_decays(op, decay, algorithm, compiled_quickly):
-    """Relative to the largest gradient of the channel: elementwise, and summed over B and T."""
+    """Check errors relative to the channel's largest gradient, elementwise and summed over B, T."""
     inputs = jax.tree.map(in_float32, strong_decays(op, decay, np.random.default_rng(0)))
     with jax.enable_x64(True):
         expected = decay_gradients(op, inputs, "float64", algorithm="sequential")
@@ -111,7 +111,7 @@ def test_gradients_of_strong_decays(op, decay, algorithm, compiled_quickly):
 
 @pytest.mark.parametrize("algorithm", ["sequential", "chunked", "associative"])
 def test_a_gradient_that_is_smaller_than_rounding(algorithm):
-    """d log_decay of a single channel: zero at the first step, q k v exp(g) at the second."""
+    """Check d log_decay of a single channel: 0 at the first step, q k v exp(g) at the second."""
     q, k, v = (jnp.full((1, 2, 1, 1), value) for value in (0.3, 0.7, 1.1))
 
     def loss(g):
@@ -123,12 +123,12 @@ def test_a_gradient_that_is_smaller_than_rounding(algorithm):
 
 
 def rounded(x):
-    """The float64 value of x in bfloat16."""
+    """Return x rounded to bfloat16, in float64."""
     return np.asarray(jnp.asarray(x, jnp.bfloat16)).astype(np.float64)
 
 
 def correlated(correlation, beta, gates, decay="head", length=96, keys=32, values=8):
-    """Delta rule inputs whose keys have this correlation; gates are drawn from `gates`."""
+    """Draw delta rule inputs whose keys have a correlation, with gates from `gates`."""
     rng = np.random.default_rng(0)
 
     def normal(size, steps=length):

@@ -25,7 +25,7 @@ def matrix_shapes(length):
 
 
 def temporary_bytes(op, shapes, **keywords):
-    """What the compiled forward and backward pass allocate besides arguments and results."""
+    """Return the bytes of temporaries of the compiled forward and backward pass."""
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def both(weights, *args):
@@ -62,4 +62,4 @@ def test_selective_scan_states_are_not_stored():
 def test_linear_scan_stores_its_outputs_only(algorithm):
     row = (2, 4096, 64)
     size = temporary_bytes(seqjax.linear_scan, (row, row), algorithm=algorithm)
-    assert size < 1.2 * 2 * 4096 * 64 * 4  # the adjoint, besides what is returned
+    assert size < 1.2 * 2 * 4096 * 64 * 4  # the adjoint, in addition to the results

@@ -1,4 +1,4 @@
-"""Newton never lies: right at any weight scale, on models that remember, and on hopeless input."""
+"""Newton: correct at any weight scale, on models with long memory, and on chaotic input."""
 
 import functools
 
@@ -28,7 +28,7 @@ CELLS = [
 
 
 def draw(cell, scale, length, batch=2):
-    """Float64 parameters at a weight scale, inputs and the zero state."""
+    """Draw float64 parameters at a weight scale and inputs; return them with the zero state."""
     rng = np.random.default_rng(0)
     params = cell_params(rng, cell, scale)
     return params, rng.standard_normal((batch, length, cell.gates, D)), cell.initial_state(batch)
@@ -40,7 +40,7 @@ def cast(tree, dtype):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def solved(cell, algorithm, params, xs, h0):
-    """States, info, and the gradients of a weighted sum of the states."""
+    """Return states, info, and the gradients of a weighted sum of the states."""
     weights = jnp.cos(jnp.arange(xs.shape[1], dtype=h0.dtype))
 
     def loss(params, xs, h0):
@@ -83,7 +83,7 @@ def test_values_and_gradients_at_any_weight_scale(cell, length, x64):
 
 
 def parity_model(cell, seed=0):
-    """Parameters of a cell between a two-row input table and a readout."""
+    """Return parameters of a cell between a two-row input table and a readout."""
     keys = iter(jax.random.split(jax.random.key(seed), 16))
     size = cell.dim
 
@@ -112,7 +112,7 @@ def logits(cell, params, bits, **keywords):
 
 @functools.cache
 def trained_on_parity(cell):
-    """Parameters with which the cell says the parity of all bits so far, everywhere."""
+    """Train a cell until it outputs the parity of all bits so far at every position."""
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     params = parity_model(cell)
 
@@ -147,7 +147,7 @@ REMEMBERS = [
 
 @pytest.mark.parametrize("cell", REMEMBERS, ids=repr)
 def test_models_that_remember(cell):
-    """Trained to 100 % on running parity: the same answer, nearly all of it found by Newton."""
+    """Check models trained to 100 % on running parity: same states, nearly all from Newton."""
     params = trained_on_parity(cell)
     bits = jax.random.bernoulli(jax.random.key(9), shape=(2, 4096)).astype(jnp.int32)
     parity = jnp.cumsum(bits, axis=1) % 2
@@ -185,7 +185,7 @@ def hard_arrays(length=300):
     ids=str,
 )
 def test_no_setting_gives_a_wrong_answer(solver):
-    """A chaotic cell: its states are not reproducible, that neighbours fit together is."""
+    """Check a chaotic cell: states are not reproducible, but every step satisfies the equation."""
     arrays = hard_arrays()
     hs, last, info = seqjax.nonlinear_scan(chaotic, *arrays, algorithm="newton", solver=solver)
     assert info.converged.all()

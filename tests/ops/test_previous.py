@@ -22,7 +22,7 @@ def draw():
 
 
 def shifted(x, start, reset):
-    """The same with a loop."""
+    """Compute `previous` with a loop."""
     out = np.zeros_like(x)
     for t in range(T):
         before = start if t == 0 else x[:, t - 1]

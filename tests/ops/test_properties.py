@@ -1,4 +1,4 @@
-"""Properties, on inputs nobody thought of."""
+"""Property-based tests on generated inputs."""
 
 import hypothesis
 import jax
@@ -47,7 +47,7 @@ def test_linear_scan_with_any_decay_and_reset(seed, decay, reset, algorithm):
 
 
 def test_growing_decays_stay_exact_in_the_stated_range():
-    """Sequential: as long as states are finite. The others: as long as products of decays are."""
+    """Check growing decays: sequential while states are finite, others while decay products are."""
     long, short = (jnp.zeros((1, length, 1)).at[0, -1].set(1.0) for length in (130, 30))
     decay = jnp.full(1, 10.0)
 

@@ -24,7 +24,7 @@ def made(case, dtype):
 
 @pytest.mark.parametrize("case", OPS, ids=str)
 def test_no_traced_value_is_left_in_a_gradient(case):
-    """The functions that a primitive holds close over no traced value."""
+    """Check that the functions inside a primitive close over no traced value."""
     inputs, state, reset = made(case, "float32")
 
     def total(inputs):
@@ -77,7 +77,7 @@ def test_a_new_scale_does_not_compile(case):
     ],
 )
 def test_scale_multiplies_the_outputs(case, keywords, x64, strict, compiled_quickly):
-    """Values, and gradients of all arguments and of the scale itself, from the default's."""
+    """Compare values and gradients, also of the scale, with those of the default scale."""
     inputs, state, reset = made(case, "float64")
     run = functools.partial(case.run, state=state, reset=reset, **keywords)
 

@@ -1,4 +1,4 @@
-"""Float64 NumPy loops, written from the equations: what every op is held against.
+"""Oracles of the ops: float64 NumPy loops, written from the equations.
 
 Each takes the op's arrays, the initial state and the reset, and returns (outputs, final state).
 """

@@ -51,7 +51,7 @@ def paralstm_step(hyper, p, state, u):
 
 
 def slstm_step(hyper, p, state, u):
-    """The sums themselves, with no stabiliser: the state is (c, n, h)."""
+    """Compute the sums without a stabilizer; the state is (c, n, h)."""
     c, n, h = state
     i = np.exp(u[0] + p["R_i"] * h)
     f = _sigmoid(u[1] + p["R_f"] * h)
@@ -115,7 +115,7 @@ elman, gru, lstm, paragru, paralstm, slstm, lem, ltc = (
 
 
 def nonlinear_scan(cell, inputs, state, reset):
-    """The bare cell over its pre-activations: (states, last state), as the op returns them."""
+    """Run the cell over its pre-activations; return (states, last state), as the op does."""
     step, count, _ = STEPS[type(cell).__name__]
     x = inputs["x"]
     states = np.zeros((*x.shape[:2], *state.shape[1:]))
