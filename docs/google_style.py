@@ -13,7 +13,7 @@ TOGETHER = re.compile(r"^( +)(\w+(?:, \w+)+): (.*(?:\n\1 +.*)*)", re.M)
 
 
 def separately(match: re.Match[str]) -> str:
-    """The same entry once for each of its arguments."""
+    """Repeat the entry for each of its arguments."""
     indent, names, text = match.groups()
     return "\n".join(f"{indent}{name}: {text}" for name in names.split(", "))
 
@@ -22,7 +22,7 @@ class GoogleStyle(griffe.Extension):
     """Rewrites docstrings as they are loaded."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called for every module, class and function."""
+        """Rewrite the docstring of every module, class and function."""
         if obj.docstring is not None:
             text = re.sub(r"^Example:", "Examples:", obj.docstring.value, flags=re.M)
             obj.docstring.value = TOGETHER.sub(separately, text)
