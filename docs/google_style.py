@@ -1,7 +1,7 @@
-"""What the reference needs to read this library's docstrings: a Griffe extension.
+"""A Griffe extension that reads this library's docstrings for the reference.
 
-They say "Example:" for one example, and name arguments of one kind together, as in "q, k: ...";
-Griffe knows "Examples:" and one argument per entry.
+The docstrings use "Example:" for one example and list arguments of one kind together, as in
+"q, k: ...". Griffe expects "Examples:" and one argument per entry.
 """
 
 import re

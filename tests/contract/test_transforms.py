@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ from tests.contract.harness import (
     runner_with_gradients,
     state_weights,
     weights,
+    with_kernel_once,
 )
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -355,22 +355,17 @@ def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
     assert_close(got, on_one_part_of_time(case)(*args), 1e-11)
 
 
-@by_variant(every_kernel=False)
-def test_second_call_does_not_compile(case, algorithm, strict):
-    chex.clear_trace_counter()
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def run(inputs, state, reset):
-        return case.run(inputs, state, reset, **keywords(algorithm))
-
-    for seed in (0, 1):  # what is traced once is compiled once
-        inputs, state, reset = make(case, seed=seed)
-        run.trace(cast(inputs, "float32"), cast(state, "float32"), reset)
+VARIANTS_OF_OPS = [pytest.param(case, None, id=str(case)) for case in OPS] + [
+    pytest.param(case, algorithm, id=f"{case}-{algorithm}", marks=pytest.mark.slow)
+    for case in OPS
+    for algorithm in case.algorithms
+    if with_kernel_once(case, algorithm)
+]
 
 
-@pytest.mark.parametrize("case", OPS, ids=str)
-def test_second_eager_call_does_not_compile(case):
+@pytest.mark.parametrize(("case", "algorithm"), VARIANTS_OF_OPS)
+def test_second_eager_call_does_not_compile(case, algorithm):
+    """The static arguments of two equal calls are equal."""
     compilations = []
 
     def listen(event, *args, **keywords):
@@ -381,9 +376,9 @@ def test_second_eager_call_does_not_compile(case):
     data = [(cast(i, "float32"), cast(s, "float32"), jnp.asarray(r)) for i, s, r in data]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        jax.block_until_ready(case.run(*data[0]))
+        jax.block_until_ready(case.run(*data[0], **keywords(algorithm)))
         before = len(compilations)
-        jax.block_until_ready(case.run(*data[1]))
+        jax.block_until_ready(case.run(*data[1], **keywords(algorithm)))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert len(compilations) == before

@@ -10,7 +10,7 @@ measured one for the platform that the program is compiled for.
 
 import enum
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -248,6 +248,17 @@ def select_backend(
     if not preferred or algorithm not in (None, kernels.algorithm):
         return Backend(op)
     return Backend(op, Mode.AUTO, preferred)
+
+
+def unsupported_dtype(dtypes: Iterable[Any], *refused: str) -> str | None:
+    """Return the reason why a kernel does not support these dtypes, or None.
+
+    Args:
+      dtypes: the dtypes of the arguments.
+      *refused: the names of the dtypes that the kernel does not support.
+    """
+    found = sorted({str(dtype) for dtype in dtypes} & set(refused))
+    return f"does not support {found[0]} arrays" if found else None
 
 
 def pays_off(length: Any) -> bool:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from seqjax.ops.core import backends, jax_compat
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.kernel_op import kernel_call
-from seqjax.ops.elementwise.xla_algorithms import Form, run
+from seqjax.ops.elementwise.xla_algorithms import Form, run, unless_reset
 from seqjax.types import Array
 
 XLA = backends.Backend("linear_scan")
@@ -134,7 +134,7 @@ def scan(
         ) -> list[Array]:
             backwards = form._replace(post=True, reverse=not form.reverse, out_dtype=h0.dtype)
             dx, dh0 = recurrence(a, dy, d_final, reset, backwards, backend, block_sizes)
-            da = dx * _select(reset, shift(h0, y.astype(h0.dtype), form.reverse))
+            da = dx * unless_reset(reset, shift(h0, y.astype(h0.dtype), form.reverse))
             shared = tuple(axis for axis in (0, 1) if a.shape[axis] == 1)
             da = jnp.sum(da, axis=shared, keepdims=True) if shared else da
             return [_cast(ct, value) for ct, value in zip((da, dx, dh0), like, strict=True)]
@@ -196,25 +196,18 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
     if type(da) is not zero:
         cleared = reset[0] if reset else None
         if form.post:  # c_{t+1} = a_t y_t: the term enters one step later
-            extra = da.astype(dtype) * _select(cleared, y.astype(dtype))
+            extra = da.astype(dtype) * unless_reset(cleared, y.astype(dtype))
             last = 0 if form.reverse else -1
             dfinal = extra[:, last]
             extra = shift(jnp.zeros_like(h0), extra, form.reverse)
         else:
             before = shift(h0, y.astype(dtype), form.reverse)
-            extra = da.astype(dtype) * _select(cleared, before)
+            extra = da.astype(dtype) * unless_reset(cleared, before)
         dx = extra if dx is None else extra + dx.astype(dtype)
     if dx is None:
         dx = jnp.zeros_like(x)
     dy, df = recurrence_p.bind(*jax_compat.match_varying(a, dx, dh0, *reset), **params)
     return (y, final), (dy, df if dfinal is None else df + dfinal)
-
-
-def _select(reset: jax.Array | None, value: jax.Array) -> jax.Array:
-    """Replace the value by zero where `reset` is true."""
-    if reset is None:
-        return value
-    return jnp.where(reset[..., None], jnp.zeros_like(value), value)
 
 
 def _transpose(cotangents: Any, a: Any, x: Any, h0: Any, *reset: Any, **params: Any) -> Any:

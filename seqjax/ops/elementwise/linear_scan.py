@@ -134,9 +134,8 @@ def linear_scan(
 
 def unsupported(dtypes: set[jnp.dtype], interpret: bool) -> str | None:
     """Return the reason why the kernels do not support a call, or None."""
-    refused = {jnp.dtype("float16")} | (set() if interpret else {jnp.dtype("float64")})
-    found = sorted(map(str, refused & dtypes))
-    return f"does not support {found[0]} arrays" if found else None
+    refused = ("float16",) if interpret else ("float16", "float64")
+    return backends.unsupported_dtype(dtypes, *refused)
 
 
 def _pays_off_on_gpu(sizes: Mapping[str, Any], dtypes: set[jnp.dtype]) -> bool:

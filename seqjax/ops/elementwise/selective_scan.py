@@ -146,10 +146,10 @@ def unsupported(
     arrays: Mapping[str, Array | None], states: int, negative: bool, interpret: bool
 ) -> str | None:
     """Return the reason why the kernels do not support a call, or None."""
-    refused = {"float16"} | (set() if interpret else {"float64"})
-    found = sorted(refused & {str(x.dtype) for x in arrays.values() if x is not None})
-    if found:
-        return f"does not support {found[0]} arrays"
+    dtypes = [x.dtype for x in arrays.values() if x is not None]
+    refused = ("float16",) if interpret else ("float16", "float64")
+    if reason := backends.unsupported_dtype(dtypes, *refused):
+        return reason
     if states > 64:
         return f"supports at most 64 states per channel, got N={states}"
     if negative:

@@ -121,14 +121,14 @@ def _step(
     """Return (y_t, carry) of one step of either form."""
     if post:
         out = h + x
-        return out, _unless(cut, decay * out)
+        return out, unless_reset(cut, decay * out)
     # Select after the sum, so that product and sum are one operation, rounded once.
     out = decay * h + x
     out = out if cut is None else jnp.where(cut[..., None], x, out)
     return out, out
 
 
-def _unless(cut: jax.Array | None, value: jax.Array) -> jax.Array:
+def unless_reset(cut: jax.Array | None, value: jax.Array) -> jax.Array:
     """Replace the value by zero where `cut` is true. A product with zero would keep NaN."""
     return value if cut is None else jnp.where(cut[..., None], jnp.zeros_like(value), value)
 
@@ -162,7 +162,7 @@ def _associative(
         if reset is not None:
             reset = jnp.roll(reset, back, axis=1).at[:, first].set(False)
     else:
-        entering = _unless(None if reset is None else reset[:, first], a[:, first] * h0)
+        entering = unless_reset(None if reset is None else reset[:, first], a[:, first] * h0)
     x = x.at[:, first].add(entering)
     if reset is None:
 
@@ -180,7 +180,7 @@ def _associative(
     y = lax.associative_scan(combine, elements, axis=1, reverse=form.reverse)[1]
     final = y[:, last]
     if form.post:
-        final = _unless(end_cut, end_decay * final)
+        final = unless_reset(end_cut, end_decay * final)
     return y.astype(form.out_dtype), final
 
 

@@ -20,9 +20,8 @@ def unsupported(structure: str, sequence_axis: str | None, *arrays: PyTree) -> s
         )
     if sequence_axis is not None:
         return "does not support T split over devices"
-    refused = {"float16", "float64"}
-    found = sorted(refused & {str(x.dtype) for x in jacobian_structure.float_leaves(arrays)})
-    return f"does not support {found[0]} arrays" if found else None
+    dtypes = [x.dtype for x in jacobian_structure.float_leaves(arrays)]
+    return backends.unsupported_dtype(dtypes, "float16", "float64")
 
 
 def by_kernel(
