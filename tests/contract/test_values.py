@@ -136,8 +136,11 @@ def hard_arrays(case, length, dtype):
 @by_variant(lambda case: case.hard is not None)
 def test_hard_inputs(case, algorithm, length, dtype, strict, request):
     """Check finite values near the float64 loop, at any decay, key and length."""
-    if dtype == "bfloat16" and length > 1000 and algorithm != case.algorithms[0]:
-        pytest.skip("in float32 the algorithms agree at this length; in bfloat16 at a shorter one")
+    if length > 1000 and algorithm != case.algorithms[0]:
+        if dtype == "bfloat16":
+            pytest.skip("in float32 the algorithms agree at this length, in bfloat16 at 100")
+        if case.name not in QUICK:
+            pytest.skip("at this length one or two rows of each op run with every algorithm")
     if dtype == "bfloat16" and any(map(np.iscomplexobj, make(case)[0].values())):
         pytest.skip("no complex bfloat16")
     if length < 1000:  # 65,536 steps take longer to run than to optimize

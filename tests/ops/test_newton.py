@@ -15,15 +15,21 @@ from tests.contract.harness import assert_close, error
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 D = 4
+# The quick tests run one cell with a state per channel, one with several, and one with a matrix.
 CELLS = [
-    cells.Elman(D),
-    cells.GRU(D),
-    cells.LSTM(D),
     cells.ParaGRU(D),
-    cells.ParaLSTM(D),
     cells.SLSTM(D),
-    cells.LEM(D),
-    cells.LTC(D),
+    cells.GRU(D),
+    *(
+        pytest.param(cell, marks=pytest.mark.slow)
+        for cell in (
+            cells.Elman(D),
+            cells.LSTM(D),
+            cells.ParaLSTM(D),
+            cells.LEM(D),
+            cells.LTC(D),
+        )
+    ),
 ]
 
 
