@@ -16,6 +16,9 @@ Modules:
 - `cells`: cells of nonlinear RNNs, for `nonlinear_scan`.
 - `layers`: sequence layers, frozen dataclasses with `init`, `apply`, `step` and `initial_state`.
 - `models`: a backbone of any layers, a language model and a classifier.
+- `generation`: `generate`, `stream`, `beam_search` and `speculate` produce tokens from a language
+  model; `prefill` and `PrefixCache` read prompts; `save_state` and `load_state` store states. These
+  names are also in the package itself.
 - `sharding`: meshes, and shardings of parameters, optimizer state and batches.
 - `types`: array types of the signatures.
 
@@ -23,11 +26,20 @@ The Flax adapters `seqjax.nnx` and `seqjax.linen` require Flax; import them by n
 """
 
 from seqjax import cells as cells
+from seqjax import generation as generation
 from seqjax import layers as layers
 from seqjax import models as models
 from seqjax import ops as ops
 from seqjax import sharding as sharding
 from seqjax import types as types
+from seqjax.generation import PrefixCache as PrefixCache
+from seqjax.generation import beam_search as beam_search
+from seqjax.generation import generate as generate
+from seqjax.generation import load_state as load_state
+from seqjax.generation import prefill as prefill
+from seqjax.generation import save_state as save_state
+from seqjax.generation import speculate as speculate
+from seqjax.generation import stream as stream
 from seqjax.ops import Newton as Newton
 from seqjax.ops import SolveInfo as SolveInfo
 from seqjax.ops import delta_rule as delta_rule
@@ -44,21 +56,30 @@ __version__ = "0.1.0"  # the only definition; pyproject.toml reads it
 
 __all__ = [
     "Newton",
+    "PrefixCache",
     "SolveInfo",
     "__version__",
+    "beam_search",
     "cells",
     "delta_rule",
     "generalized_delta_rule",
+    "generate",
+    "generation",
     "layers",
     "linear_attention",
     "linear_scan",
+    "load_state",
     "lyapunov",
     "models",
     "monoid_scan",
     "nonlinear_scan",
     "ops",
+    "prefill",
+    "save_state",
     "segment_starts",
     "selective_scan",
     "sharding",
+    "speculate",
+    "stream",
     "types",
 ]

@@ -27,6 +27,7 @@ FLOORS = [
     ("seqjax.cells",),
     ("seqjax.layers",),
     ("seqjax.models",),
+    ("seqjax.generation",),
     ("seqjax.nnx", "seqjax.linen", "seqjax.sharding"),
     ("experiments", "notebooks"),
 ]
