@@ -1,8 +1,12 @@
-"""Prints the tables of the documentation that the code determines: python docs/tables.py."""
+"""Write the tables of README.md that the code determines: python docs/tables.py."""
+
+import pathlib
+import re
 
 from seqjax.layers import REGISTRY, RNN, Entry, GateLoop
 from seqjax.ops.core.backends import BACKENDS
 
+README = pathlib.Path(__file__).parent.parent / "README.md"
 PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
 
 
@@ -17,6 +21,18 @@ def kernels(entry: Entry) -> str:
         return ""
     named = "" if found.preferred else " (by name)"
     return ", ".join(PLATFORMS[platform] for platform in found.modules) + named
+
+
+def ops() -> str:
+    """Return the table of ops, with the architectures that each op computes."""
+    titles: dict[str, list[str]] = {}
+    for entry in REGISTRY.values():
+        titles.setdefault(entry.op, []).append(entry.title)
+    rows = ["| op | architectures |", "|---|---|"]
+    titles["none"] = titles.pop("", [])
+    for op, names in titles.items():
+        rows.append(f"| {op if op == 'none' else f'`{op}`'} | {', '.join(names)} |")
+    return "\n".join(rows)
 
 
 def architectures() -> str:
@@ -36,5 +52,16 @@ def architectures() -> str:
     return "\n".join(rows)
 
 
+def updated(text: str) -> str:
+    """Return the text of README.md with the tables of today."""
+    for name, table in (("ops", ops()), ("architectures", architectures())):
+        start, end = (f"<!-- --8<-- [{side}:{name}] -->" for side in ("start", "end"))
+        between = re.compile(re.escape(start) + ".*?" + re.escape(end), re.S)
+        text, count = between.subn(f"{start}\n{table}\n{end}", text)
+        if count != 1:
+            raise ValueError(f"README.md must contain {start} ... {end} once, got {count} times")
+    return text
+
+
 if __name__ == "__main__":
-    print(architectures())
+    README.write_text(updated(README.read_text()))

@@ -3,7 +3,6 @@
 import ast
 import doctest
 import importlib
-import importlib.util
 import inspect
 import pathlib
 import pkgutil
@@ -169,30 +168,3 @@ def test_annotations_are_true(case, compiled_quickly):
     typed = jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
     arrays = cast(inputs, "float32")
     typed(**arrays, initial_state=cast(state, "float32"), reset=jnp.asarray(reset))
-
-
-def test_readme_names_what_exists():
-    """Check every path in the architecture map and every public op in the table."""
-    readme = (ROOT / "README.md").read_text()
-    for name in re.findall(r"^\| `(\w+)` \|", readme, re.M):
-        assert hasattr(seqjax, name)
-    block = readme[readme.index("```\npallas_kernels/") :].split("```")[1]
-    house = block.strip().splitlines()
-    assert len(house) <= 25
-    folders = {path.name for path in (ROOT / "seqjax").iterdir() if path.is_dir()}
-    folders |= {path.name for path in (ROOT / "seqjax" / "ops").iterdir() if path.is_dir()}
-    folders |= {path.name for path in (ROOT / "experiments").iterdir() if path.is_dir()}
-    folders |= {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()}
-    assert {f"{name}/" for name in folders - {"__pycache__"}} <= set(block.split())
-    for layer in seqjax.layers.__all__:
-        assert f"`{layer}`" in readme or layer in ("Context", "Entry", "Param", "REGISTRY")
-
-
-def test_the_table_of_architectures_is_that_of_the_registry():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    assert tables.architectures() in (ROOT / "README.md").read_text()
-    reference = (ROOT / "docs" / "reference" / "layers.md").read_text()
-    for layer in set(seqjax.layers.__all__) - {"REGISTRY"}:
-        assert f"::: seqjax.layers.{layer}\n" in reference

@@ -141,7 +141,7 @@ def bench_choice(rounds: int) -> None:
             found.append(_compare_choices(name, arrays, rounds))
         row = {key: statistics.median(times[key] for times, _ in found) for key in found[0][0]}
         best = min(row[algorithm] for algorithm in cases.ALGORITHMS[name])
-        table.row(f"{name}, {shape}", {"None over the best": 1 / best} | row)
+        table.row(f"{name}, {shape}", {"default over best": 1 / best} | row)
 
 
 def _compare_choices(name: str, arrays: Any, rounds: int) -> tuple[dict[str, float], float]:
