@@ -16,6 +16,7 @@ Modules:
 - `cells`: cells of nonlinear RNNs, for `nonlinear_scan`.
 - `layers`: sequence layers, frozen dataclasses with `init`, `apply`, `step` and `initial_state`.
 - `models`: a backbone of any layers, a language model and a classifier.
+- `pretrained`: published checkpoints, loaded into a language model and written back.
 - `sharding`: meshes, and shardings of parameters, optimizer state and batches.
 - `types`: array types of the signatures.
 
@@ -26,6 +27,7 @@ from seqjax import cells as cells
 from seqjax import layers as layers
 from seqjax import models as models
 from seqjax import ops as ops
+from seqjax import pretrained as pretrained
 from seqjax import sharding as sharding
 from seqjax import types as types
 from seqjax.ops import Newton as Newton
@@ -57,6 +59,7 @@ __all__ = [
     "monoid_scan",
     "nonlinear_scan",
     "ops",
+    "pretrained",
     "segment_starts",
     "selective_scan",
     "sharding",

@@ -27,7 +27,7 @@ FLOORS = [
     ("seqjax.cells",),
     ("seqjax.layers",),
     ("seqjax.models",),
-    ("seqjax.nnx", "seqjax.linen", "seqjax.sharding"),
+    ("seqjax.nnx", "seqjax.linen", "seqjax.sharding", "seqjax.pretrained"),
     ("experiments", "notebooks"),
 ]
 SOURCES = [

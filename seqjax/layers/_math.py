@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from seqjax.layers._base import state_dtype
 
 
-def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiply x [..., I] by weight [I, O], in the dtype of `x`."""
-    return x @ weight.astype(x.dtype)
+def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Multiply x [..., I] by weight [I, O], in the dtype of `x`, and add a bias [O]."""
+    y = x @ weight.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
 def complex_dense(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -54,6 +54,13 @@ LAYERS = [
         layer_oracles.mamba,
         "Mamba-negative",
     ),
+    _layer(
+        seqjax.layers.Mamba(
+            dim=4, state_dim=3, dt_rank=3, bias=True, conv_bias=False, inner_norm_eps=1e-3
+        ),
+        layer_oracles.mamba,
+        "Mamba-falcon",
+    ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),

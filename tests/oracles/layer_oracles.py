@@ -131,7 +131,8 @@ class _Conv:
 def mamba(layer, params, x, reset=None):
     """h = exp(dt A) h + dt B u; y = C h + D u, all of it chosen by the input (arXiv 2312.00752)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    u = short_conv(_Conv(layer.conv_size, bias=True), p["conv"], x @ p["in_proj"], reset)
+    u = x @ p["in_proj"] + p.get("in_bias", 0)
+    u = short_conv(_Conv(layer.conv_size, layer.conv_bias), p["conv"], u, reset)
     A = -np.exp(p["A_log"])
     rank, states = layer.rank, layer.state_dim
     y = np.zeros_like(x)
@@ -143,13 +144,15 @@ def mamba(layer, params, x, reset=None):
             u_t = u[b, t]
             projected = u_t @ p["x_proj"]
             r, B, C = projected[:rank], projected[rank : rank + states], projected[rank + states :]
+            if layer.inner_norm_eps is not None:
+                r, B, C = (z / np.sqrt((z**2).mean() + layer.inner_norm_eps) for z in (r, B, C))
             dt = _softplus(r @ p["dt_proj"] + p["dt_bias"])
             decay = np.exp(dt[:, None] * A)
             if layer.negative_eigenvalues:
                 decay = 2 * decay - 1
             h = decay * h + np.outer(dt * u_t, B)
-            out = (h @ C + p["D"] * u_t) * _silu(x[b, t] @ p["gate_proj"])
-            y[b, t] = out @ p["out_proj"]
+            gate = _silu(x[b, t] @ p["gate_proj"] + p.get("gate_bias", 0))
+            y[b, t] = ((h @ C + p["D"] * u_t) * gate) @ p["out_proj"] + p.get("out_bias", 0)
     return y
 
 
