@@ -11,6 +11,7 @@ from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
+from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
@@ -46,6 +47,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "Mamba",
+    "Mamba2",
     "ParaGRU",
     "ParaLSTM",
     "Param",

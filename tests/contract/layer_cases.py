@@ -9,7 +9,7 @@ import numpy as np
 
 import seqjax
 from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import layer_oracles, rnn_oracles
+from tests.oracles import attention_oracles, layer_oracles, rnn_oracles
 
 
 def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
@@ -53,6 +53,24 @@ LAYERS = [
         seqjax.layers.Mamba(dim=4, state_dim=3, negative_eigenvalues=True),
         layer_oracles.mamba,
         "Mamba-negative",
+    ),
+    _layer(
+        seqjax.layers.Mamba2(dim=4, state_dim=3, head_dim=2, groups=2), attention_oracles.mamba2
+    ),
+    _layer(
+        seqjax.layers.Mamba2(
+            dim=4,
+            state_dim=3,
+            head_dim=4,
+            heads=3,
+            conv_bias=False,
+            in_bias=True,
+            out_bias=True,
+            norm="norm_first",
+            dt_limit=(0.01, 0.05),
+        ),
+        attention_oracles.mamba2,
+        "Mamba2-norm-first",
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
