@@ -15,9 +15,11 @@ from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.deltanet import DeltaNet
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
+from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.s5 import S5
 
@@ -112,6 +114,10 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "mamba2": Entry(Mamba2, "Mamba-2", "2405.21060", "linear_attention", _mamba2),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
+        "retnet": Entry(RetNet, "RetNet", "2307.08621", "linear_attention", _heads),
+        "lightning": Entry(
+            LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
+        ),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}

@@ -88,6 +88,16 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=3, head_dim=2),
+        attention_oracles.lightning_attention,
+    ),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=2, slopes="linear", gate_rank=0),
+        attention_oracles.lightning_attention,
+        "LightningAttention-linear",
+    ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
