@@ -25,6 +25,7 @@ from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
     "GLA",
@@ -52,4 +53,5 @@ __all__ = [
     "RMSNorm",
     "ShortConv",
     "SlidingWindowAttention",
+    "TokenShift",
 ]
