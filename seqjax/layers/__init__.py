@@ -16,6 +16,7 @@ from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
+from seqjax.layers.rglru import RGLRU as RGLRU
 from seqjax.layers.rnn import GRU as GRU
 from seqjax.layers.rnn import LEM as LEM
 from seqjax.layers.rnn import LSTM as LSTM
@@ -35,6 +36,7 @@ __all__ = [
     "LSTM",
     "LTC",
     "REGISTRY",
+    "RGLRU",
     "RNN",
     "S5",
     "SLSTM",

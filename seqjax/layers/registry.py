@@ -17,6 +17,7 @@ from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
+from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.s5 import S5
 
@@ -90,6 +91,10 @@ def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
 
+def _rglru(dim: int, heads: int) -> Options:
+    return _states(dim, heads) | _heads(dim, heads)
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -110,6 +115,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
         ),
+        "rglru": Entry(RGLRU, "Hawk (RG-LRU)", "2402.19427", "linear_scan", _rglru),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),

@@ -70,6 +70,12 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    _layer(seqjax.layers.RGLRU(dim=4, state_dim=6, heads=2), gated_oracles.rglru),
+    _layer(
+        seqjax.layers.RGLRU(dim=4, unit_first_step=True),
+        gated_oracles.rglru,
+        "RGLRU-unit-first-step",
+    ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
