@@ -19,6 +19,7 @@ from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
+from seqjax.layers.rglru import RGLRU as RGLRU
 from seqjax.layers.rnn import GRU as GRU
 from seqjax.layers.rnn import LEM as LEM
 from seqjax.layers.rnn import LSTM as LSTM
@@ -28,6 +29,7 @@ from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
     "GLA",
@@ -37,6 +39,7 @@ __all__ = [
     "LSTM",
     "LTC",
     "REGISTRY",
+    "RGLRU",
     "RNN",
     "S5",
     "SLSTM",
@@ -58,4 +61,5 @@ __all__ = [
     "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
+    "TokenShift",
 ]

@@ -20,6 +20,7 @@ from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.retnet import RetNet
+from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.s5 import S5
 
@@ -97,6 +98,10 @@ def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
 
+def _rglru(dim: int, heads: int) -> Options:
+    return _states(dim, heads) | _heads(dim, heads)
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -122,6 +127,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
         ),
+        "rglru": Entry(RGLRU, "Hawk (RG-LRU)", "2402.19427", "linear_scan", _rglru),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),

@@ -9,7 +9,7 @@ import numpy as np
 
 import seqjax
 from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import attention_oracles, layer_oracles, rnn_oracles
+from tests.oracles import attention_oracles, gated_oracles, layer_oracles, rnn_oracles
 
 
 def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
@@ -105,6 +105,12 @@ LAYERS = [
         attention_oracles.lightning_attention,
         "LightningAttention-linear",
     ),
+    _layer(seqjax.layers.RGLRU(dim=4, state_dim=6, heads=2), gated_oracles.rglru),
+    _layer(
+        seqjax.layers.RGLRU(dim=4, unit_first_step=True),
+        gated_oracles.rglru,
+        "RGLRU-unit-first-step",
+    ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
@@ -118,6 +124,7 @@ LAYERS = [
     _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
     _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
+    _layer(seqjax.layers.TokenShift(dim=4), gated_oracles.token_shift),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
     _layer(seqjax.layers.RMSNorm(dim=4, offset=True), layer_oracles.rms_norm, "RMSNorm-offset"),
     _layer(seqjax.layers.LayerNorm(dim=4), layer_oracles.layer_norm),
