@@ -3,6 +3,7 @@
 from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
+from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
@@ -43,6 +44,7 @@ __all__ = [
     "RNN",
     "S5",
     "SLSTM",
+    "Attention",
     "Context",
     "DeltaNet",
     "Elman",

@@ -234,30 +234,50 @@ def layer_norm(layer, params, x, reset=None):
     return y + p["bias"] if layer.bias else y
 
 
-def sliding_window_attention(layer, params, x, reset=None):
-    """Softmax over the last `window` positions, rotary by absolute position (arXiv 2104.09864)."""
+def attention(layer, params, x, reset=None):
+    """Softmax over earlier positions, rotary by absolute position (arXiv 1706.03762, 2104.09864)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
     heads, size = layer.heads, layer.key_dim
-    frequency = layer.rope_base ** (-2.0 * np.arange(size // 2) / size)
+    keys = getattr(layer, "kv_heads", None) or heads
+    window = layer.window or x.shape[1]
+    turned_size = getattr(layer, "rotary_dim", None)
+    turned_size = size if turned_size is None else turned_size
+    half = turned_size // 2
+    frequency = layer.rope_base ** (-2.0 * np.arange(half) / max(turned_size, 1))
+    scale = getattr(layer, "scale", None) or size**-0.5
+    norm = getattr(layer, "qk_norm", None)
 
     def rotate(z, t):
-        turned = (z[..., : size // 2] + 1j * z[..., size // 2 :]) * np.exp(1j * t * frequency)
-        return np.concatenate([turned.real, turned.imag], axis=-1)
+        turned = (z[..., :half] + 1j * z[..., half:turned_size]) * np.exp(1j * t * frequency)
+        return np.concatenate([turned.real, turned.imag, z[..., turned_size:]], axis=-1)
+
+    def project(x_b, name, count):
+        z = (x_b @ p[f"{name}_proj"] + p.get(f"{name}_bias", 0)).reshape(len(x_b), count, size)
+        if name == "v":
+            return z
+        if norm is not None:
+            scale = p[f"{name}_norm"] + (1 if norm == "rms_offset" else 0)
+            z = z / np.sqrt(np.mean(z * z, axis=-1, keepdims=True) + layer.norm_eps) * scale
+        return np.stack([rotate(z_t, t) for t, z_t in enumerate(z)])
 
     y = np.zeros_like(x)
     for b in range(x.shape[0]):
         start = 0
+        q, k, v = project(x[b], "q", heads), project(x[b], "k", keys), project(x[b], "v", keys)
         for t in range(x.shape[1]):
             if reset[b, t]:
                 start = t
-            seen = range(max(start, t - layer.window + 1), t + 1)
-            q = rotate((x[b, t] @ p["q_proj"]).reshape(heads, size), t)
-            k = np.stack([rotate((x[b, s] @ p["k_proj"]).reshape(heads, size), s) for s in seen])
-            v = np.stack([(x[b, s] @ p["v_proj"]).reshape(heads, size) for s in seen])
-            scores = np.einsum("hd,shd->hs", q, k) / np.sqrt(size)
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weights = weights / weights.sum(axis=1, keepdims=True)
-            y[b, t] = np.einsum("hs,shd->hd", weights, v).reshape(-1) @ p["out_proj"]
+            seen = slice(max(start, t - window + 1), t + 1)
+            o = np.zeros((heads, size))
+            for h in range(heads):
+                own = h // (heads // keys)
+                scores = scale * (k[seen, own] @ q[t, h])
+                weights = np.exp(scores - scores.max())
+                o[h] = (weights / weights.sum()) @ v[seen, own]
+            o = o.reshape(-1)
+            if "gate_proj" in p:
+                o = o * _sigmoid(x[b, t] @ p["gate_proj"])
+            y[b, t] = o @ p["out_proj"] + p.get("out_bias", 0)
     return y
 
 
