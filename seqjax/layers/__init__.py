@@ -24,6 +24,8 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rwkv7 import RWKV7 as RWKV7
+from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.token_shift import TokenShift as TokenShift
 
@@ -36,6 +38,7 @@ __all__ = [
     "LTC",
     "REGISTRY",
     "RNN",
+    "RWKV7",
     "S5",
     "SLSTM",
     "Context",
@@ -51,6 +54,7 @@ __all__ = [
     "ParaLSTM",
     "Param",
     "RMSNorm",
+    "RWKVChannelMix",
     "ShortConv",
     "SlidingWindowAttention",
     "TokenShift",

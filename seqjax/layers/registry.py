@@ -18,6 +18,7 @@ from seqjax.layers.gla import GLA
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
 
 Options = dict[str, Any]
@@ -110,6 +111,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
         ),
+        "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),

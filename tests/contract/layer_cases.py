@@ -9,7 +9,7 @@ import numpy as np
 
 import seqjax
 from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import gated_oracles, layer_oracles, rnn_oracles
+from tests.oracles import gated_oracles, layer_oracles, rnn_oracles, rwkv_oracles
 
 
 def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
@@ -69,6 +69,17 @@ LAYERS = [
         seqjax.layers.GLA(dim=4, heads=2, gate_rank=3, expand_k=1, expand_v=2, conv_size=3),
         layer_oracles.gla,
         "GLA-conv",
+    ),
+    # Four features per head: with two, a layer norm is nearly a sign.
+    _layer(
+        seqjax.layers.RWKV7(
+            dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
+        ),
+        rwkv_oracles.rwkv7,
+    ),
+    _layer(seqjax.layers.RWKVChannelMix(dim=4), rwkv_oracles.channel_mix),
+    _layer(
+        seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
     ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
