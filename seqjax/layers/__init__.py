@@ -24,6 +24,7 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6 as RWKV6
 from seqjax.layers.rwkv7 import RWKV7 as RWKV7
 from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
@@ -38,6 +39,7 @@ __all__ = [
     "LTC",
     "REGISTRY",
     "RNN",
+    "RWKV6",
     "RWKV7",
     "S5",
     "SLSTM",

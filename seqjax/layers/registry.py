@@ -18,6 +18,7 @@ from seqjax.layers.gla import GLA
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
 
@@ -110,6 +111,12 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
+        ),
+        "rwkv5": Entry(
+            RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}
+        ),
+        "rwkv6": Entry(
+            RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
         ),
         "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
         "attention": Entry(

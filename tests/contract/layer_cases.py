@@ -72,6 +72,15 @@ LAYERS = [
     ),
     # Four features per head: with two, a layer norm is nearly a sign.
     _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+    ),
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, data_dependent=False, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+        "RWKV6-5",
+    ),
+    _layer(
         seqjax.layers.RWKV7(
             dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
         ),

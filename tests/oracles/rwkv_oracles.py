@@ -6,7 +6,7 @@ comes from seqjax.
 
 import numpy as np
 
-from tests.oracles.layer_oracles import _f64, _resets, _sigmoid
+from tests.oracles.layer_oracles import _f64, _resets, _sigmoid, _silu
 
 
 def _shifted(x, reset):
@@ -75,3 +75,37 @@ def rwkv7_and_values(layer, params, x, reset=None, first=None):
             o = _head_norm(o, p["norm_scale"], p["norm_bias"], layer.norm_eps * size)
             y[b, t] = ((o + bonus.reshape(-1)) * g[b, t]) @ p["out_proj"]
     return y, first
+
+
+def rwkv6(layer, params, x, reset=None):
+    """o = (S + diag(u) k v^T)^T r, then S = diag(w) S + k v^T (arXiv 2404.05892)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size = layer.heads, layer.dim // layer.heads
+    names = "wkvrg" if layer.data_dependent else "kvrg"
+    shares = {c: p[f"x_{c}"] for c in names}
+    w = np.broadcast_to(np.exp(-np.exp(p["w0"])), x.shape)
+    if layer.data_dependent:
+        low = np.tanh(_mixed(x, reset, p["x_x"]) @ p["mix_down"])
+        rank = layer.mix_rank
+        for i, c in enumerate(names):
+            shares[c] = shares[c] + low[..., i * rank : (i + 1) * rank] @ p["mix_up"][i]
+        w = np.tanh(_mixed(x, reset, shares["w"]) @ p["w1"]) @ p["w2"]
+        w = np.exp(-np.exp(p["w0"] + w))
+    m = {c: _mixed(x, reset, shares[c]) for c in names}
+    r, k, v = (m[c] @ p[f"{c}_proj"] for c in "rkv")
+    g = m["g"] @ p["gate_proj"]
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        memory = np.zeros((heads, size, size))
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                memory = np.zeros((heads, size, size))
+            o = np.zeros((heads, size))
+            for h in range(heads):
+                own = slice(h * size, (h + 1) * size)
+                write = np.outer(k[b, t, own], v[b, t, own])
+                o[h] = (memory[h] + p["u"][h][:, None] * write).T @ r[b, t, own]
+                memory[h] = w[b, t, own][:, None] * memory[h] + write
+            o = _head_norm(o, p["norm_scale"], p["norm_bias"], layer.norm_eps)
+            y[b, t] = (o * _silu(g[b, t])) @ p["out_proj"]
+    return y
