@@ -9,13 +9,16 @@ from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
+from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
+from seqjax.layers.retnet import RetNet as RetNet
 from seqjax.layers.rnn import GRU as GRU
 from seqjax.layers.rnn import LEM as LEM
 from seqjax.layers.rnn import LSTM as LSTM
@@ -51,12 +54,15 @@ __all__ = [
     "GatedMLP",
     "Layer",
     "LayerNorm",
+    "LightningAttention",
     "Mamba",
+    "Mamba2",
     "ParaGRU",
     "ParaLSTM",
     "Param",
     "RMSNorm",
     "RWKVChannelMix",
+    "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
     "TokenShift",

@@ -15,8 +15,11 @@ from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.deltanet import DeltaNet
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
+from seqjax.layers.mamba2 import Mamba2
+from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
@@ -88,6 +91,10 @@ def _mamba(dim: int, heads: int) -> Options:
     return {"state_dim": 16, "expand": 2, "conv_size": 4, "negative_eigenvalues": False}
 
 
+def _mamba2(dim: int, heads: int) -> Options:
+    return {"state_dim": 64, "head_dim": dim // heads, "conv_size": 4}
+
+
 def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
@@ -106,8 +113,13 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "lru": Entry(LRU, "LRU", "2303.06349", "linear_scan", _lru),
         "s5": Entry(S5, "S5", "2208.04933", "linear_scan", _s5),
         "mamba": Entry(Mamba, "Mamba", "2312.00752", "selective_scan", _mamba),
+        "mamba2": Entry(Mamba2, "Mamba-2", "2405.21060", "linear_attention", _mamba2),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
+        "retnet": Entry(RetNet, "RetNet", "2307.08621", "linear_attention", _heads),
+        "lightning": Entry(
+            LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
+        ),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}

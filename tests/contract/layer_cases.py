@@ -9,7 +9,13 @@ import numpy as np
 
 import seqjax
 from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import gated_oracles, layer_oracles, rnn_oracles, rwkv_oracles
+from tests.oracles import (
+    attention_oracles,
+    gated_oracles,
+    layer_oracles,
+    rnn_oracles,
+    rwkv_oracles,
+)
 
 
 def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
@@ -54,6 +60,24 @@ LAYERS = [
         layer_oracles.mamba,
         "Mamba-negative",
     ),
+    _layer(
+        seqjax.layers.Mamba2(dim=4, state_dim=3, head_dim=2, groups=2), attention_oracles.mamba2
+    ),
+    _layer(
+        seqjax.layers.Mamba2(
+            dim=4,
+            state_dim=3,
+            head_dim=4,
+            heads=3,
+            conv_bias=False,
+            in_bias=True,
+            out_bias=True,
+            norm="norm_first",
+            dt_limit=(0.01, 0.05),
+        ),
+        attention_oracles.mamba2,
+        "Mamba2-norm-first",
+    ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
@@ -89,6 +113,16 @@ LAYERS = [
     _layer(seqjax.layers.RWKVChannelMix(dim=4), rwkv_oracles.channel_mix),
     _layer(
         seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
+    ),
+    _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=3, head_dim=2),
+        attention_oracles.lightning_attention,
+    ),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=2, slopes="linear", gate_rank=0),
+        attention_oracles.lightning_attention,
+        "LightningAttention-linear",
     ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
