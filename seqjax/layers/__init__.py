@@ -29,6 +29,9 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6 as RWKV6
+from seqjax.layers.rwkv7 import RWKV7 as RWKV7
+from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.token_shift import TokenShift as TokenShift
 
@@ -42,6 +45,8 @@ __all__ = [
     "REGISTRY",
     "RGLRU",
     "RNN",
+    "RWKV6",
+    "RWKV7",
     "S5",
     "SLSTM",
     "Attention",
@@ -60,6 +65,7 @@ __all__ = [
     "ParaLSTM",
     "Param",
     "RMSNorm",
+    "RWKVChannelMix",
     "RetNet",
     "ShortConv",
     "SlidingWindowAttention",

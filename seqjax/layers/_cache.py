@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.layers import _halo
-from seqjax.layers._base import State, state_dtype
 from seqjax.layers._attention import Rotary, all_finite, masked_softmax
+from seqjax.layers._base import State, state_dtype
 from seqjax.layers.context import Context
 
 _BLOCK = 1024  # queries whose scores are in memory at the same time

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.layers import _halo
-from seqjax.layers._base import State, state_dtype
 from seqjax.layers._attention import Rotary, all_finite, masked_softmax
+from seqjax.layers._base import State, state_dtype
 from seqjax.layers.context import Context
 
 

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
+from seqjax.layers._attention import Rotary
 from seqjax.layers._base import Layer, Param, Params, State
 from seqjax.layers._cache import Cache
 from seqjax.layers._math import dense, rms_normalize, split_heads
-from seqjax.layers._attention import Rotary
 from seqjax.layers._window import Window
 from seqjax.layers.context import Context
 

@@ -22,6 +22,8 @@ from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6
+from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
 
 Options = dict[str, Any]
@@ -128,6 +130,13 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
         ),
         "rglru": Entry(RGLRU, "Hawk (RG-LRU)", "2402.19427", "linear_scan", _rglru),
+        "rwkv5": Entry(
+            RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}
+        ),
+        "rwkv6": Entry(
+            RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
+        ),
+        "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),

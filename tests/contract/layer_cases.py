@@ -9,7 +9,13 @@ import numpy as np
 
 import seqjax
 from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import attention_oracles, gated_oracles, layer_oracles, rnn_oracles
+from tests.oracles import (
+    attention_oracles,
+    gated_oracles,
+    layer_oracles,
+    rnn_oracles,
+    rwkv_oracles,
+)
 
 
 def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
@@ -94,6 +100,26 @@ LAYERS = [
         seqjax.layers.GLA(dim=4, heads=2, gate_rank=3, expand_k=1, expand_v=2, conv_size=3),
         layer_oracles.gla,
         "GLA-conv",
+    ),
+    # Four features per head: with two, a layer norm is nearly a sign.
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+    ),
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, data_dependent=False, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+        "RWKV6-5",
+    ),
+    _layer(
+        seqjax.layers.RWKV7(
+            dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
+        ),
+        rwkv_oracles.rwkv7,
+    ),
+    _layer(seqjax.layers.RWKVChannelMix(dim=4), rwkv_oracles.channel_mix),
+    _layer(
+        seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
     ),
     _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
     _layer(

@@ -235,7 +235,7 @@ def layer_norm(layer, params, x, reset=None):
 
 
 def attention(layer, params, x, reset=None):
-    """Softmax over earlier positions, rotary by absolute position (arXiv 1706.03762, 2104.09864)."""
+    """Softmax over earlier positions, rotary by absolute position (1706.03762, 2104.09864)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
     heads, size = layer.heads, layer.key_dim
     keys = getattr(layer, "kv_heads", None) or heads
