@@ -12,9 +12,10 @@ from typing import Any
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
 from seqjax.layers.attention import SlidingWindowAttention
-from seqjax.layers.deltanet import DeltaNet
+from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.kda import KDA
 from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
@@ -97,6 +98,10 @@ def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
 
+def _deltaproduct(dim: int, heads: int) -> Options:
+    return _deltanet(dim, heads) | {"updates": 2, "negative_eigenvalues": True}
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -122,6 +127,10 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
         ),
+        "deltaproduct": Entry(
+            DeltaProduct, "DeltaProduct", "2502.10297", "delta_rule", _deltaproduct
+        ),
+        "kda": Entry(KDA, "Kimi Delta Attention", "2510.26692", "delta_rule", _deltanet),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),
