@@ -8,8 +8,10 @@ from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAtten
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
+from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
@@ -38,6 +40,7 @@ from seqjax.layers.token_shift import TokenShift as TokenShift
 __all__ = [
     "GLA",
     "GRU",
+    "KDA",
     "LEM",
     "LRU",
     "LSTM",
@@ -52,6 +55,7 @@ __all__ = [
     "Attention",
     "Context",
     "DeltaNet",
+    "DeltaProduct",
     "Elman",
     "Entry",
     "GateLoop",

@@ -12,9 +12,10 @@ from typing import Any
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
 from seqjax.layers.attention import SlidingWindowAttention
-from seqjax.layers.deltanet import DeltaNet
+from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.kda import KDA
 from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
@@ -104,6 +105,10 @@ def _rglru(dim: int, heads: int) -> Options:
     return _states(dim, heads) | _heads(dim, heads)
 
 
+def _deltaproduct(dim: int, heads: int) -> Options:
+    return _deltanet(dim, heads) | {"updates": 2, "negative_eigenvalues": True}
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -137,6 +142,10 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
             RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
         ),
         "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
+        "deltaproduct": Entry(
+            DeltaProduct, "DeltaProduct", "2502.10297", "delta_rule", _deltaproduct
+        ),
+        "kda": Entry(KDA, "Kimi Delta Attention", "2510.26692", "delta_rule", _deltanet),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),

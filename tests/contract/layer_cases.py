@@ -85,11 +85,38 @@ LAYERS = [
         attention_oracles.mamba2,
         "Mamba2-norm-first",
     ),
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
+    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
-        layer_oracles.deltanet,
+        attention_oracles.deltanet,
         "DeltaNet-gated",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, gated=True, value_heads=2, conv_size=2),
+        attention_oracles.deltanet,
+        "DeltaNet-value-heads",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, conv_size=2, feature_map="dpfp", dpfp_order=2),
+        attention_oracles.deltanet,
+        "DeltaNet-dpfp",
+    ),
+    _layer(
+        seqjax.layers.DeltaProduct(dim=4, heads=1, value_heads=2, updates=3),
+        attention_oracles.deltanet,
+    ),
+    _layer(seqjax.layers.KDA(dim=4, heads=1, expand_v=0.5, value_heads=2), attention_oracles.kda),
+    _layer(
+        seqjax.layers.KDA(
+            dim=4,
+            heads=2,
+            head_dim=4,
+            negative_eigenvalues=True,
+            decay_bound=-5.0,
+            low_rank=False,
+        ),
+        attention_oracles.kda,
+        "KDA-bounded",
     ),
     # Several values per head: with two, the norm of an output near zero bends sharply, and
     # differences of gradients are no judge of second derivatives.
