@@ -19,6 +19,7 @@ Modules:
 - `generation`: `generate`, `stream`, `beam_search` and `speculate` produce tokens from a language
   model; `prefill` and `PrefixCache` read prompts; `save_state` and `load_state` store states. These
   names are also in the package itself.
+- `pretrained`: published checkpoints, loaded into a language model and written back.
 - `sharding`: meshes, and shardings of parameters, optimizer state and batches.
 - `types`: array types of the signatures.
 
@@ -30,6 +31,7 @@ from seqjax import generation as generation
 from seqjax import layers as layers
 from seqjax import models as models
 from seqjax import ops as ops
+from seqjax import pretrained as pretrained
 from seqjax import sharding as sharding
 from seqjax import types as types
 from seqjax.generation import PrefixCache as PrefixCache
@@ -76,6 +78,7 @@ __all__ = [
     "ops",
     "prefill",
     "save_state",
+    "pretrained",
     "segment_starts",
     "selective_scan",
     "sharding",

@@ -51,6 +51,9 @@ def public_names():
     for module in (seqjax.layers, seqjax.models, seqjax.cells):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     names |= {f"seqjax.sharding.{name}" for name in defined(seqjax.sharding)}
+    names |= {
+        f"seqjax.pretrained.{name}" for name in seqjax.pretrained.__all__ if name != "FAMILIES"
+    }
     return names | {"seqjax.nnx.Recurrent", "seqjax.linen.Recurrent"}
 
 

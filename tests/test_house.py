@@ -27,7 +27,7 @@ FLOORS = [
     ("seqjax.layers",),
     ("seqjax.models",),
     ("seqjax.generation",),
-    ("seqjax.nnx", "seqjax.linen", "seqjax.sharding"),
+    ("seqjax.nnx", "seqjax.linen", "seqjax.sharding", "seqjax.pretrained"),
     ("experiments", "notebooks"),
 ]
 SOURCES = [

@@ -3,19 +3,26 @@
 from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
+from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
+from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.kda import KDA as KDA
+from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
+from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
+from seqjax.layers.retnet import RetNet as RetNet
+from seqjax.layers.rglru import RGLRU as RGLRU
 from seqjax.layers.rnn import GRU as GRU
 from seqjax.layers.rnn import LEM as LEM
 from seqjax.layers.rnn import LSTM as LSTM
@@ -24,32 +31,47 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6 as RWKV6
+from seqjax.layers.rwkv7 import RWKV7 as RWKV7
+from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
     "GLA",
     "GRU",
+    "KDA",
     "LEM",
     "LRU",
     "LSTM",
     "LTC",
     "REGISTRY",
+    "RGLRU",
     "RNN",
+    "RWKV6",
+    "RWKV7",
     "S5",
     "SLSTM",
+    "Attention",
     "Context",
     "DeltaNet",
+    "DeltaProduct",
     "Elman",
     "Entry",
     "GateLoop",
     "GatedMLP",
     "Layer",
     "LayerNorm",
+    "LightningAttention",
     "Mamba",
+    "Mamba2",
     "ParaGRU",
     "ParaLSTM",
     "Param",
     "RMSNorm",
+    "RWKVChannelMix",
+    "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
+    "TokenShift",
 ]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import dense
+from seqjax.layers._math import dense, rms_normalize
 from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.elementwise.selective_scan import selective_scan
@@ -31,11 +31,15 @@ class Mamba(Layer):
     With `negative_eigenvalues=True` the decay is 2 exp(dt_t A) - 1 instead of exp(dt_t A), so that
     a state can change its sign. State tracking tasks such as parity require it (arXiv 2411.12537).
 
+    `bias` adds biases to W_in, W_gate and W_out. With an `inner_norm_eps` each of r_t, B_t and C_t
+    is divided by sqrt(mean square + inner_norm_eps), as in Falcon Mamba (arXiv 2410.05355).
+
     Departures: W_in and W_gate are two parameters, while published checkpoints store them in one (x
     half first), and weights are [in, out]; other projections start normal with variance 1/fan_in.
 
     Parameters: in_proj, gate_proj [dim, inner]; conv (a `ShortConv`); x_proj [inner, dt_rank + 2N];
-    dt_proj [dt_rank, inner]; dt_bias, D [inner]; A_log [inner, N]; out_proj [inner, dim].
+    dt_proj [dt_rank, inner]; dt_bias, D [inner]; A_log [inner, N]; out_proj [inner, dim]; with
+    `bias` in_bias, gate_bias [inner] and out_bias [dim].
     State: {"conv": [B, conv_size - 1, inner], "ssm": [B, inner, N]}.
 
     Example:
@@ -56,6 +60,10 @@ class Mamba(Layer):
       dt_min: smallest dt at initialisation.
       dt_max: largest dt at initialisation.
       negative_eigenvalues: whether states decay by 2 exp(dt_t A) - 1, in [-1, 1].
+      bias: whether the projections in and out have biases.
+      conv_bias: whether the convolution has a bias.
+      inner_norm_eps: constant added to the mean squares of r_t, B_t and C_t; by default these are
+        not normalized.
     """
 
     dim: int
@@ -66,6 +74,9 @@ class Mamba(Layer):
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     negative_eigenvalues: bool = False
+    bias: bool = False
+    conv_bias: bool = True
+    inner_norm_eps: float | None = None
 
     def __post_init__(self) -> None:
         _checks.positive(
@@ -93,7 +104,7 @@ class Mamba(Layer):
         return ShortConv(
             self.expand * self.dim,
             self.conv_size,
-            bias=True,
+            bias=self.conv_bias,
             activation="silu",
             channel_axis="mlp",
         )
@@ -101,7 +112,7 @@ class Mamba(Layer):
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, inner, states, rank = self.dim, self.expand * self.dim, self.state_dim, self.rank
         inward = Param((dim, inner), ("embed", "mlp"), "weight", _init.fan_in_normal)
-        return {
+        params: dict[str, Param | Layer] = {
             "in_proj": inward,
             "gate_proj": inward,
             "conv": self._conv,
@@ -121,6 +132,10 @@ class Mamba(Layer):
             "D": Param((inner,), ("mlp",), "bias", _init.ones),
             "out_proj": Param((inner, dim), ("mlp", "embed"), "weight", _init.fan_in_normal),
         }
+        if self.bias:
+            params["in_bias"] = params["gate_bias"] = Param((inner,), ("mlp",), "bias", _init.zeros)
+            params["out_bias"] = Param((dim,), ("embed",), "bias", _init.zeros)
+        return params
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return {
@@ -138,11 +153,17 @@ class Mamba(Layer):
         reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
         u, conv_state = self._conv.forward(
-            params["conv"], dense(x, params["in_proj"]), state["conv"], context
+            params["conv"],
+            dense(x, params["in_proj"], params.get("in_bias")),
+            state["conv"],
+            context,
         )
         low_rank, B, C = jnp.split(
             dense(u, params["x_proj"]), [self.rank, self.rank + self.state_dim], axis=-1
         )
+        if self.inner_norm_eps is not None:
+            one = jnp.ones((), wide)
+            low_rank, B, C = (rms_normalize(z, one, self.inner_norm_eps) for z in (low_rank, B, C))
         dt = dense(low_rank, params["dt_proj"]).astype(wide) + params["dt_bias"].astype(wide)
         y, ssm_state = selective_scan(
             u,
@@ -156,8 +177,9 @@ class Mamba(Layer):
             negative_eigenvalues=self.negative_eigenvalues,
             sequence_axis=sequence_axis,
         )
-        gate = jax.nn.silu(dense(x, params["gate_proj"]))
-        return dense(y * gate, params["out_proj"]), {"conv": conv_state, "ssm": ssm_state}
+        gate = jax.nn.silu(dense(x, params["gate_proj"], params.get("gate_bias")))
+        y = dense(y * gate, params["out_proj"], params.get("out_bias"))
+        return y, {"conv": conv_state, "ssm": ssm_state}
 
 
 def _s4d_real(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

@@ -9,7 +9,13 @@ import numpy as np
 
 import seqjax
 from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import layer_oracles, rnn_oracles
+from tests.oracles import (
+    attention_oracles,
+    gated_oracles,
+    layer_oracles,
+    rnn_oracles,
+    rwkv_oracles,
+)
 
 
 def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
@@ -54,11 +60,63 @@ LAYERS = [
         layer_oracles.mamba,
         "Mamba-negative",
     ),
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
+    _layer(
+        seqjax.layers.Mamba(
+            dim=4, state_dim=3, dt_rank=3, bias=True, conv_bias=False, inner_norm_eps=1e-3
+        ),
+        layer_oracles.mamba,
+        "Mamba-falcon",
+    ),
+    _layer(
+        seqjax.layers.Mamba2(dim=4, state_dim=3, head_dim=2, groups=2), attention_oracles.mamba2
+    ),
+    _layer(
+        seqjax.layers.Mamba2(
+            dim=4,
+            state_dim=3,
+            head_dim=4,
+            heads=3,
+            conv_bias=False,
+            in_bias=True,
+            out_bias=True,
+            norm="norm_first",
+            dt_limit=(0.01, 0.05),
+        ),
+        attention_oracles.mamba2,
+        "Mamba2-norm-first",
+    ),
+    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
-        layer_oracles.deltanet,
+        attention_oracles.deltanet,
         "DeltaNet-gated",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, gated=True, value_heads=2, conv_size=2),
+        attention_oracles.deltanet,
+        "DeltaNet-value-heads",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, conv_size=2, feature_map="dpfp", dpfp_order=2),
+        attention_oracles.deltanet,
+        "DeltaNet-dpfp",
+    ),
+    _layer(
+        seqjax.layers.DeltaProduct(dim=4, heads=1, value_heads=2, updates=3),
+        attention_oracles.deltanet,
+    ),
+    _layer(seqjax.layers.KDA(dim=4, heads=1, expand_v=0.5, value_heads=2), attention_oracles.kda),
+    _layer(
+        seqjax.layers.KDA(
+            dim=4,
+            heads=2,
+            head_dim=4,
+            negative_eigenvalues=True,
+            decay_bound=-5.0,
+            low_rank=False,
+        ),
+        attention_oracles.kda,
+        "KDA-bounded",
     ),
     # Several values per head: with two, the norm of an output near zero bends sharply, and
     # differences of gradients are no judge of second derivatives.
@@ -70,9 +128,73 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    # Four features per head: with two, a layer norm is nearly a sign.
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+    ),
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, data_dependent=False, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+        "RWKV6-5",
+    ),
+    _layer(
+        seqjax.layers.RWKV7(
+            dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
+        ),
+        rwkv_oracles.rwkv7,
+    ),
+    _layer(seqjax.layers.RWKVChannelMix(dim=4), rwkv_oracles.channel_mix),
+    _layer(
+        seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
+    ),
+    _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=3, head_dim=2),
+        attention_oracles.lightning_attention,
+    ),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=2, slopes="linear", gate_rank=0),
+        attention_oracles.lightning_attention,
+        "LightningAttention-linear",
+    ),
+    _layer(seqjax.layers.RGLRU(dim=4, state_dim=6, heads=2), gated_oracles.rglru),
+    _layer(
+        seqjax.layers.RGLRU(dim=4, unit_first_step=True),
+        gated_oracles.rglru,
+        "RGLRU-unit-first-step",
+    ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
-        layer_oracles.sliding_window_attention,
+        layer_oracles.attention,
+    ),
+    _layer(
+        seqjax.layers.Attention(
+            dim=4,
+            heads=4,
+            kv_heads=2,
+            head_dim=4,
+            capacity=64,
+            rotary_dim=2,
+            qk_norm="rms_offset",
+            output_gate=True,
+        ),
+        layer_oracles.attention,
+    ),
+    _layer(
+        seqjax.layers.Attention(
+            dim=4,
+            heads=2,
+            kv_heads=1,
+            window=5,
+            rotary_dim=0,
+            scale=0.7,
+            qk_norm="rms",
+            bias=True,
+            out_bias=True,
+        ),
+        layer_oracles.attention,
+        "Attention-window",
     ),
     _layer(seqjax.layers.Elman(dim=4, state_dim=3), rnn_oracles.elman),
     _layer(seqjax.layers.GRU(dim=4, state_dim=3), rnn_oracles.gru),
@@ -83,6 +205,7 @@ LAYERS = [
     _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
     _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
+    _layer(seqjax.layers.TokenShift(dim=4), gated_oracles.token_shift),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
     _layer(seqjax.layers.RMSNorm(dim=4, offset=True), layer_oracles.rms_norm, "RMSNorm-offset"),
     _layer(seqjax.layers.LayerNorm(dim=4), layer_oracles.layer_norm),
