@@ -56,6 +56,22 @@ def rms_normalize(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (wide * inverse * scale.astype(wide.dtype)).astype(x.dtype)
 
 
+def layer_normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float
+) -> jax.Array:
+    """Return (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis.
+
+    The variance is the biased one. The statistics are computed in the state dtype.
+    """
+    wide = x.astype(state_dtype(x.dtype))
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+    y = centered * jax.lax.rsqrt(variance + eps) * scale.astype(wide.dtype)
+    if bias is not None:
+        y = y + bias.astype(wide.dtype)
+    return y.astype(x.dtype)
+
+
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """Return x / sqrt(sum(x^2) + eps) over the last axis, computed in the state dtype."""
     wide = x.astype(state_dtype(x.dtype))
