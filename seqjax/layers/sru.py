@@ -11,7 +11,6 @@ from seqjax import cells
 from seqjax.layers import _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._gated import project, project_out
-from seqjax.layers._math import dense
 from seqjax.layers._rnn import RNN
 from seqjax.layers.context import Context
 from seqjax.layers.token_shift import shift
@@ -28,11 +27,11 @@ class SRU(RNN):
         h_t = r_t * c_t + (1 - r_t) * s * x_t                  s = sqrt(1 + 2 exp(highway_bias))
         y_t = h_t
 
-    If N = state_dim is not dim, x_t W_skip takes the place of x_t in h_t, and y_t = h_t W_out.
+    If N = state_dim is not dim, x_t W_skip takes the place of s * x_t in h_t, and y_t = h_t W_out.
 
     The recurrence of c is the cell `seqjax.cells.SRU`. Starts are those of the authors' code. W
     starts uniform in +-sqrt(3/dim), W_f and W_r with sqrt(0.5) times this bound. v_f and v_r start
-    uniform in +-sqrt(1.5), b_f at 0 and b_r at `highway_bias`.
+    uniform in +-sqrt(1.5), b_f at 0 and b_r at `highway_bias`. W_skip starts like s * W.
 
     Departures: the authors have no W_out.
 
@@ -60,6 +59,10 @@ class SRU(RNN):
         """`seqjax.cells.SRU`."""
         return cells.SRU(self.states)
 
+    @property
+    def _highway_scale(self) -> float:
+        return math.sqrt(1 + 2 * math.exp(self.highway_bias))
+
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, states = self.dim, self.states
         bound = (3 / dim) ** 0.5
@@ -82,7 +85,7 @@ class SRU(RNN):
             "v_r": vector(peephole),
         }
         if states != dim:
-            params["skip_proj"] = inward(bound)
+            params["skip_proj"] = inward(bound * self._highway_scale)
             params["out_proj"] = Param(
                 (states, dim), ("state", "embed"), "weight", _init.fan_in_normal
             )
@@ -111,6 +114,8 @@ class SRU(RNN):
         previous, _ = shift(c, state[:, None], context)
         reset_gate = project(x, params["reset_proj"], params["reset_bias"])
         r = jax.nn.sigmoid(reset_gate + params["v_r"].astype(wide) * previous)
-        skip = dense(x, params["skip_proj"]) if "skip_proj" in params else x
-        scale = math.sqrt(1 + 2 * math.exp(self.highway_bias))
-        return project_out(r * c + (1 - r) * scale * skip.astype(wide), params, x), new_state
+        if "skip_proj" in params:
+            skip = project(x, params["skip_proj"])
+        else:
+            skip = self._highway_scale * x.astype(wide)
+        return project_out(r * c + (1 - r) * skip, params, x), new_state

@@ -153,6 +153,6 @@ def sru(layer, params, x, reset=None):
             f = _sigmoid(x_t @ p["forget_proj"] + p["v_f"] * c + p["forget_bias"])
             r = _sigmoid(x_t @ p["reset_proj"] + p["v_r"] * c + p["reset_bias"])
             c = f * c + (1 - f) * (x_t @ p["in_proj"])
-            skip = x_t @ p["skip_proj"] if "skip_proj" in p else x_t
-            y[b, t] = _out(p, r * c + (1 - r) * scale * skip)
+            skip = x_t @ p["skip_proj"] if "skip_proj" in p else scale * x_t
+            y[b, t] = _out(p, r * c + (1 - r) * skip)
     return y
