@@ -9,16 +9,22 @@ from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
+from seqjax.layers.ffm import FFM as FFM
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.hgrn import HGRN as HGRN
 from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
+from seqjax.layers.minrnn import MinGRU as MinGRU
+from seqjax.layers.minrnn import MinLSTM as MinLSTM
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
+from seqjax.layers.qrnn import QRNN as QRNN
+from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
@@ -31,20 +37,30 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rnn_variants import MGU as MGU
+from seqjax.layers.rnn_variants import CoRNN as CoRNN
+from seqjax.layers.rnn_variants import IndRNN as IndRNN
+from seqjax.layers.rnn_variants import LeakyRNN as LeakyRNN
+from seqjax.layers.rnn_variants import UnICORNN as UnICORNN
 from seqjax.layers.rwkv6 import RWKV6 as RWKV6
 from seqjax.layers.rwkv7 import RWKV7 as RWKV7
 from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
+    "FFM",
     "GLA",
     "GRU",
+    "HGRN",
     "KDA",
     "LEM",
     "LRU",
     "LSTM",
     "LTC",
+    "MGU",
+    "QRNN",
     "REGISTRY",
     "RGLRU",
     "RNN",
@@ -52,7 +68,9 @@ __all__ = [
     "RWKV7",
     "S5",
     "SLSTM",
+    "SRU",
     "Attention",
+    "CoRNN",
     "Context",
     "DeltaNet",
     "DeltaProduct",
@@ -60,18 +78,24 @@ __all__ = [
     "Entry",
     "GateLoop",
     "GatedMLP",
+    "IndRNN",
     "Layer",
     "LayerNorm",
+    "LeakyRNN",
     "LightningAttention",
     "Mamba",
     "Mamba2",
+    "MinGRU",
+    "MinLSTM",
     "ParaGRU",
     "ParaLSTM",
     "Param",
+    "QuasiLSTM",
     "RMSNorm",
     "RWKVChannelMix",
     "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
     "TokenShift",
+    "UnICORNN",
 ]
