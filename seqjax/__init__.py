@@ -2,6 +2,7 @@
 
 Ops are pure functions of arrays, and return their outputs and the final state:
 - `linear_scan`: elementwise linear recurrences, real or complex (LRU, S5).
+- `log_scan`: running maximum or logsumexp with decay (stabilizers, normalizers).
 - `selective_scan`: diagonal state-space models with input-dependent transitions (Mamba).
 - `linear_attention`: matrix states with decays (GateLoop, RetNet, GLA, Mamba-2).
 - `delta_rule`: matrix states with a correction along the key (DeltaNet).
@@ -34,6 +35,7 @@ from seqjax.ops import delta_rule as delta_rule
 from seqjax.ops import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops import linear_attention as linear_attention
 from seqjax.ops import linear_scan as linear_scan
+from seqjax.ops import log_scan as log_scan
 from seqjax.ops import lyapunov as lyapunov
 from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
@@ -52,6 +54,7 @@ __all__ = [
     "layers",
     "linear_attention",
     "linear_scan",
+    "log_scan",
     "lyapunov",
     "models",
     "monoid_scan",

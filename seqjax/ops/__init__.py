@@ -2,6 +2,7 @@
 
 from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
+from seqjax.ops.elementwise.log_scan import log_scan as log_scan
 from seqjax.ops.elementwise.selective_scan import selective_scan as selective_scan
 from seqjax.ops.matrix_state.chunked import ChunkMap as ChunkMap
 from seqjax.ops.matrix_state.decays import cumulative_decays as cumulative_decays
@@ -32,6 +33,7 @@ __all__ = [
     "generalized_delta_rule",
     "linear_attention",
     "linear_scan",
+    "log_scan",
     "lyapunov",
     "monoid_scan",
     "nonlinear_scan",

@@ -21,6 +21,19 @@ def linear_scan(inputs, h, reset, reverse=False):
     return y, final
 
 
+def log_scan(inputs, h, reset, semiring="log"):
+    d, x = inputs["log_decay"], inputs["x"]
+    d = np.zeros(x.shape) if d is None else np.broadcast_to(d, x.shape)
+    combine = np.logaddexp if semiring == "log" else np.maximum
+    y = np.zeros(x.shape)
+    for b in range(x.shape[0]):
+        state = h[b]
+        for t in range(x.shape[1]):
+            state = x[b, t] if reset[b, t] else combine(state + d[b, t], x[b, t])
+            y[b, t] = state
+    return y, y[:, -1]
+
+
 def selective_scan(inputs, h, reset, negative_eigenvalues=False):
     x, dt, A, B, C, D = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D"))
     y, h = np.zeros(x.shape), h.copy()
