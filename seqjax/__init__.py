@@ -10,6 +10,7 @@ Ops are pure functions of arrays, and return their outputs and the final state:
 - `nonlinear_scan`: any RNN cell, by Newton's method or step by step. `Newton` configures the
   solver, `SolveInfo` reports on the solution, and `lyapunov` predicts whether Newton is fast.
 - `monoid_scan`: any associative operator.
+- `step_scan`: any step, in order.
 - `segment_starts`: the `reset` argument of all ops, from the segment ids of packed sequences.
 
 Modules:
@@ -41,6 +42,7 @@ from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
 from seqjax.ops import segment_starts as segment_starts
 from seqjax.ops import selective_scan as selective_scan
+from seqjax.ops import step_scan as step_scan
 
 __version__ = "0.1.0"  # the only definition; pyproject.toml reads it
 
@@ -63,5 +65,6 @@ __all__ = [
     "segment_starts",
     "selective_scan",
     "sharding",
+    "step_scan",
     "types",
 ]

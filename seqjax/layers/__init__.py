@@ -3,15 +3,19 @@
 from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
+from seqjax.layers.aaren import Aaren as Aaren
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.lightnet import LightNet as LightNet
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
+from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.mlp import GatedMLP as GatedMLP
+from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.registry import REGISTRY as REGISTRY
@@ -25,6 +29,7 @@ from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.srwm import SRWM as SRWM
 
 __all__ = [
     "GLA",
@@ -33,10 +38,13 @@ __all__ = [
     "LRU",
     "LSTM",
     "LTC",
+    "MLSTM",
     "REGISTRY",
     "RNN",
     "S5",
     "SLSTM",
+    "SRWM",
+    "Aaren",
     "Context",
     "DeltaNet",
     "Elman",
@@ -45,7 +53,9 @@ __all__ = [
     "GatedMLP",
     "Layer",
     "LayerNorm",
+    "LightNet",
     "Mamba",
+    "MesaNet",
     "ParaGRU",
     "ParaLSTM",
     "Param",

@@ -20,6 +20,7 @@ from seqjax.ops.nonlinear.nonlinear_scan import SolveInfo as SolveInfo
 from seqjax.ops.nonlinear.nonlinear_scan import nonlinear_scan as nonlinear_scan
 from seqjax.ops.previous import previous as previous
 from seqjax.ops.segments import segment_starts as segment_starts
+from seqjax.ops.step_scan import step_scan as step_scan
 
 __all__ = [
     "ChunkMap",
@@ -40,4 +41,5 @@ __all__ = [
     "previous",
     "segment_starts",
     "selective_scan",
+    "step_scan",
 ]

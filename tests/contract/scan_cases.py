@@ -1,8 +1,10 @@
 """Rows of the scans that are not sums: logarithms, and steps in order."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import seqjax
@@ -53,9 +55,38 @@ def _log(name: str, semiring: str, axes: str | None = "BTD") -> Case:
     )
 
 
+def _step(params: Arrays, state: Arrays, x: Any) -> tuple[Arrays, Any]:
+    """Take a step of two coupled states, without a parallel form."""
+    W, rate, now = (z.astype(state["fast"].dtype) for z in (params["W"], params["rate"], x))
+    fast = jnp.tanh(W @ state["fast"] + now - state["slow"] ** 2)
+    slow = state["slow"] + rate * (fast - state["slow"])
+    return {"fast": fast, "slow": slow}, (fast * slow).astype(x.dtype)
+
+
+def _step_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+    params = {"W": 0.5 * normal(rng, D, D), "rate": rng.uniform(0.1, 0.9, D)}
+    return {"params": params, "x": normal(rng, batch, length, D)}
+
+
+def _run_steps(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+    if state is None:
+        zeros = jnp.zeros((inputs["x"].shape[0], D))
+        state = {"fast": zeros, "slow": zeros}
+    return seqjax.step_scan(_step, inputs["params"], inputs["x"], state, reset=reset, **keywords)
+
+
 SCANS = [
     _log("log_scan", "log"),
     _log("log_scan-max", "max"),
     _log("log_scan-shared_over_batch", "log", "TD"),
     _log("log_scan-without_decay", "log", None),
+    Case(
+        name="step_scan",
+        inputs=_step_inputs,
+        run=functools.partial(_run_steps, chunk_size=4),
+        oracle=op_oracles.step_scan,
+        state=lambda rng, batch: {name: 0.5 * normal(rng, batch, D) for name in ("fast", "slow")},
+        algorithms=("sequential",),
+        timed=("x",),
+    ),
 ]

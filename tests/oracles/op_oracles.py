@@ -34,6 +34,23 @@ def log_scan(inputs, h, reset, semiring="log"):
     return y, y[:, -1]
 
 
+def step_scan(inputs, state, reset):
+    """fast = tanh(W fast + x - slow^2), slow = slow + rate (fast - slow), y = fast slow."""
+    params, x = inputs["params"], inputs["x"]
+    y = np.zeros(x.shape)
+    final = {name: s.copy() for name, s in state.items()}
+    for b in range(x.shape[0]):
+        fast, slow = final["fast"][b], final["slow"][b]
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                fast, slow = np.zeros_like(fast), np.zeros_like(slow)
+            fast = np.tanh(params["W"] @ fast + x[b, t] - slow**2)
+            slow = slow + params["rate"] * (fast - slow)
+            y[b, t] = fast * slow
+        final["fast"][b], final["slow"][b] = fast, slow
+    return y, final
+
+
 def selective_scan(inputs, h, reset, negative_eigenvalues=False):
     x, dt, A, B, C, D = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D"))
     y, h = np.zeros(x.shape), h.copy()
