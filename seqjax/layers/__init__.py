@@ -4,6 +4,7 @@ from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.attention import Attention as Attention
+from seqjax.layers.aaren import Aaren as Aaren
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
@@ -20,7 +21,12 @@ from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.minrnn import MinGRU as MinGRU
 from seqjax.layers.minrnn import MinLSTM as MinLSTM
+from seqjax.layers.lightnet import LightNet as LightNet
+from seqjax.layers.lru import LRU as LRU
+from seqjax.layers.mamba import Mamba as Mamba
+from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.mlp import GatedMLP as GatedMLP
+from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.qrnn import QRNN as QRNN
@@ -48,6 +54,7 @@ from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.token_shift import TokenShift as TokenShift
+from seqjax.layers.srwm import SRWM as SRWM
 
 __all__ = [
     "FFM",
@@ -61,6 +68,7 @@ __all__ = [
     "LTC",
     "MGU",
     "QRNN",
+    "MLSTM",
     "REGISTRY",
     "RGLRU",
     "RNN",
@@ -71,6 +79,8 @@ __all__ = [
     "SRU",
     "Attention",
     "CoRNN",
+    "SRWM",
+    "Aaren",
     "Context",
     "DeltaNet",
     "DeltaProduct",
@@ -87,6 +97,9 @@ __all__ = [
     "Mamba2",
     "MinGRU",
     "MinLSTM",
+    "LightNet",
+    "Mamba",
+    "MesaNet",
     "ParaGRU",
     "ParaLSTM",
     "Param",

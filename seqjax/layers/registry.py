@@ -11,6 +11,7 @@ from typing import Any
 
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
+from seqjax.layers.aaren import Aaren
 from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
@@ -26,12 +27,18 @@ from seqjax.layers.minrnn import MinGRU, MinLSTM
 from seqjax.layers.qrnn import QRNN, QuasiLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
+from seqjax.layers.lightnet import LightNet
+from seqjax.layers.lru import LRU
+from seqjax.layers.mamba import Mamba
+from seqjax.layers.mesanet import MesaNet
+from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
 from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
 from seqjax.layers.sru import SRU
+from seqjax.layers.srwm import SRWM
 
 Options = dict[str, Any]
 
@@ -152,6 +159,17 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "lightning": Entry(
             LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
         ),
+        "lightnet": Entry(LightNet, "LightNet", "2405.21022", "linear_attention", _heads),
+        "mlstm": Entry(MLSTM, "mLSTM", "2405.04517", "linear_attention", _heads),
+        "mlstm_7b": Entry(
+            MLSTM, "xLSTM 7B", "2503.13427", "linear_attention", _heads, {"variant": "7b"}
+        ),
+        "mlstm_sig": Entry(
+            MLSTM, "mLSTMsig", "2503.14376", "linear_attention", _heads, {"variant": "sig"}
+        ),
+        "aaren": Entry(Aaren, "Aaren", "2405.13956", "linear_scan", _heads),
+        "srwm": Entry(SRWM, "SRWM", "2202.05780", "step_scan", _heads),
+        "mesanet": Entry(MesaNet, "MesaNet", "2506.05233", "linear_attention", _heads),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}

@@ -1,12 +1,5 @@
 """One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import seqjax
 from tests.contract.cases import Arrays, Case, normal
 from tests.oracles import (
@@ -16,34 +9,9 @@ from tests.oracles import (
     rnn_oracles,
     rwkv_oracles,
 )
-
-
-def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
-    init = jax.jit(lambda key: layer.init(key, jnp.float64))
-
-    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        with jax.enable_x64(True):
-            params = init(jax.random.key(rng.integers(2**31)))
-        params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape), params)
-        return {"params": params, "x": normal(rng, batch, length, layer.dim)}
-
-    def run(inputs: Arrays, state: Any, reset: Any) -> Any:
-        return layer.apply(inputs["params"], inputs["x"], state, reset)
-
-    def judge(inputs: Arrays, state: None, reset: Any) -> tuple[Any, None]:
-        return oracle(layer, inputs["params"], inputs["x"], reset), None
-
-    return Case(
-        name=name or type(layer).__name__,
-        inputs=make,
-        run=run,
-        oracle=judge,
-        algorithms=(None,),
-        timed=("x",),
-        split_axis=False,
-        layer=layer,
-    )
-
+from tests.contract.exponential_cases import EXPONENTIAL
+from tests.contract.layer_case import layer_case as _layer
+from tests.oracles import layer_oracles, rnn_oracles
 
 LAYERS = [
     _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
@@ -86,6 +54,8 @@ LAYERS = [
         "Mamba2-norm-first",
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
+    *EXPONENTIAL,
+    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,
