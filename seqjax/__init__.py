@@ -88,7 +88,7 @@ __all__ = [
     "selective_scan",
     "sharding",
     "speculate",
-    "stream",
     "step_scan",
+    "stream",
     "types",
 ]

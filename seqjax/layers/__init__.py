@@ -3,8 +3,8 @@
 from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
-from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.aaren import Aaren as Aaren
+from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
@@ -15,16 +15,14 @@ from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.hgrn import HGRN as HGRN
 from seqjax.layers.kda import KDA as KDA
+from seqjax.layers.lightnet import LightNet as LightNet
 from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
+from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.minrnn import MinGRU as MinGRU
 from seqjax.layers.minrnn import MinLSTM as MinLSTM
-from seqjax.layers.lightnet import LightNet as LightNet
-from seqjax.layers.lru import LRU as LRU
-from seqjax.layers.mamba import Mamba as Mamba
-from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
@@ -53,8 +51,8 @@ from seqjax.layers.rwkv7 import RWKV7 as RWKV7
 from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.sru import SRU as SRU
-from seqjax.layers.token_shift import TokenShift as TokenShift
 from seqjax.layers.srwm import SRWM as SRWM
+from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
     "FFM",
@@ -67,8 +65,8 @@ __all__ = [
     "LSTM",
     "LTC",
     "MGU",
-    "QRNN",
     "MLSTM",
+    "QRNN",
     "REGISTRY",
     "RGLRU",
     "RNN",
@@ -77,10 +75,10 @@ __all__ = [
     "S5",
     "SLSTM",
     "SRU",
-    "Attention",
-    "CoRNN",
     "SRWM",
     "Aaren",
+    "Attention",
+    "CoRNN",
     "Context",
     "DeltaNet",
     "DeltaProduct",
@@ -92,14 +90,13 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LeakyRNN",
+    "LightNet",
     "LightningAttention",
     "Mamba",
     "Mamba2",
+    "MesaNet",
     "MinGRU",
     "MinLSTM",
-    "LightNet",
-    "Mamba",
-    "MesaNet",
     "ParaGRU",
     "ParaLSTM",
     "Param",

@@ -20,14 +20,6 @@ def block_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return merge_heads(y)
 
 
-def block_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """Multiply x [..., G * I] by the block-diagonal weight [G, I, O]; return [..., G * O]."""
-    groups, inputs, _ = weight.shape
-    blocks = x.reshape(*x.shape[:-1], groups, inputs)
-    y = jnp.einsum("...gi,gio->...go", blocks, weight.astype(x.dtype))
-    return merge_heads(y)
-
-
 def wide_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Multiply x [..., I] by weight [I, O] in the dtype of `x`; return sums in the state dtype.
 

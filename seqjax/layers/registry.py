@@ -19,19 +19,17 @@ from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
 from seqjax.layers.hgrn import HGRN
 from seqjax.layers.kda import KDA
+from seqjax.layers.lightnet import LightNet
 from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
+from seqjax.layers.mesanet import MesaNet
 from seqjax.layers.minrnn import MinGRU, MinLSTM
+from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.qrnn import QRNN, QuasiLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
-from seqjax.layers.lightnet import LightNet
-from seqjax.layers.lru import LRU
-from seqjax.layers.mamba import Mamba
-from seqjax.layers.mesanet import MesaNet
-from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
 from seqjax.layers.rwkv6 import RWKV6
@@ -120,6 +118,8 @@ def _rglru(dim: int, heads: int) -> Options:
 
 def _deltaproduct(dim: int, heads: int) -> Options:
     return _deltanet(dim, heads) | {"updates": 2, "negative_eigenvalues": True}
+
+
 def _ffm(dim: int, heads: int) -> Options:
     del dim, heads
     return {"memory_dim": 32, "contexts": 4}

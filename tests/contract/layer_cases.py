@@ -1,7 +1,8 @@
 """One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
 import seqjax
-from tests.contract.cases import Arrays, Case, normal
+from tests.contract.exponential_cases import EXPONENTIAL
+from tests.contract.layer_case import layer_case as _layer
 from tests.oracles import (
     attention_oracles,
     gated_oracles,
@@ -9,9 +10,6 @@ from tests.oracles import (
     rnn_oracles,
     rwkv_oracles,
 )
-from tests.contract.exponential_cases import EXPONENTIAL
-from tests.contract.layer_case import layer_case as _layer
-from tests.oracles import layer_oracles, rnn_oracles
 
 LAYERS = [
     _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
@@ -55,7 +53,6 @@ LAYERS = [
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     *EXPONENTIAL,
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,

@@ -28,7 +28,7 @@ CELLS = [
             cells.ParaLSTM(D),
             cells.LEM(D),
             cells.LTC(D),
-            cells.IndRNN(D, activation="tanh"),  # relu overflows at these weight scales,
+            cells.IndRNN(D, activation="tanh"),  # relu overflows at these weight scales
             cells.MGU(D),
             cells.LeakyRNN(D),
             cells.CoRNN(D),
