@@ -42,7 +42,7 @@ def architectures() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, entry in REGISTRY.items():
-        fixed = ", ".join(f"{key}={value}" for key, value in entry.fixed.items())
+        fixed = ", ".join(f"{key}={value!r}" for key, value in entry.fixed.items())
         paper = entry.paper
         if paper[0].isdigit():
             paper = f"[{paper}](https://arxiv.org/abs/{paper})"

@@ -51,6 +51,9 @@ def public_names():
     for module in (seqjax.layers, seqjax.models, seqjax.cells):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     names |= {f"seqjax.sharding.{name}" for name in defined(seqjax.sharding)}
+    for name in seqjax.generation.__all__:  # those that the package has too go by the short path
+        short = hasattr(seqjax, name)
+        names.add(f"seqjax.{name}" if short else f"seqjax.generation.{name}")
     names |= {
         f"seqjax.pretrained.{name}" for name in seqjax.pretrained.__all__ if name != "FAMILIES"
     }

@@ -7,6 +7,7 @@ from seqjax.generation.decode import generate as generate
 from seqjax.generation.decode import stream as stream
 from seqjax.generation.prefix_cache import PrefixCache as PrefixCache
 from seqjax.generation.prompts import prefill as prefill
+from seqjax.generation.sampling import Sampling as Sampling
 from seqjax.generation.snapshots import load_state as load_state
 from seqjax.generation.snapshots import save_state as save_state
 from seqjax.generation.speculation import Speculation as Speculation
@@ -16,6 +17,7 @@ __all__ = [
     "Beams",
     "Generation",
     "PrefixCache",
+    "Sampling",
     "Speculation",
     "beam_search",
     "generate",

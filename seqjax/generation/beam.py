@@ -50,10 +50,10 @@ def beam_search(
     stop token keeps its score and competes with the others. One beam is greedy decoding.
 
     Args:
-      model, params, prompt, max_new_tokens, stop_tokens, state, lengths, chunk_size: as in
-        `generate`.
+      model, params, prompt, max_new_tokens: as in `generate`.
       num_beams: W, at most the size of the vocabulary.
       length_penalty: exponent of the length in the final scores; 0 compares sums, 1 compares means.
+      stop_tokens, state, lengths, chunk_size: as in `generate`.
 
     Returns:
       `Beams`, sorted by score.

@@ -146,16 +146,28 @@ def stream(
     computes the next group while the caller handles a group.
 
     Args:
-      model, params, prompt, max_new_tokens, key, temperature, top_k, top_p, min_p,
-        repetition_penalty, stop_tokens, state, lengths, chunk_size: as in `generate`.
-      group_size: number of tokens in a group.
+      model, params, prompt, max_new_tokens, key: as in `generate`.
+      group_size: number of tokens in a group after the first, which has one token.
+      temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`.
+      stop_tokens, state, lengths, chunk_size: as in `generate`.
 
-    Yields:
-      A `Generation` for each group: the group's tokens and logprobs [B, <= group_size], the number
-      of the group's tokens in each row, and the state.
+    Returns:
+      An iterator with a `Generation` for each group: the group's tokens and logprobs
+      [B, <= group_size], the number of the group's tokens in each row, and the state.
 
     Raises:
       ValueError: as `generate`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, seqjax
+      >>> model = seqjax.models.LanguageModel(7, seqjax.models.Backbone(seqjax.layers.LRU(8)))
+      >>> params = model.init(jax.random.key(0))
+      >>> prompt = jnp.array([[1, 2, 3]])
+      >>> groups = seqjax.stream(
+      ...     model, params, prompt, max_new_tokens=5, group_size=2, temperature=0
+      ... )
+      >>> [group.tokens.shape for group in groups]
+      [(1, 1), (1, 2), (1, 2)]
     """
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"stream: `group_size` must be an integer >= 1, got {group_size!r}.")

@@ -19,6 +19,12 @@ def save_state(path: str | os.PathLike[str], state: PyTree) -> None:
       path: the file to write.
       state: a state of a layer or model, on one process.
 
+    Returns:
+      None.
+
+    Raises:
+      OSError: if the file cannot be written.
+
     Example:
       >>> import pathlib, tempfile, seqjax
       >>> layer = seqjax.layers.LRU(4)
@@ -42,8 +48,20 @@ def load_state(path: str | os.PathLike[str], like: PyTree) -> PyTree:
       like: a state with the same structure, shapes and dtypes, such as
         `model.initial_state(batch_size)`.
 
+    Returns:
+      The state.
+
     Raises:
       ValueError: if a leaf is missing, or has another shape or dtype.
+      OSError: if the file cannot be read.
+
+    Example:
+      >>> import pathlib, tempfile, seqjax
+      >>> layer = seqjax.layers.LRU(4)
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.npz"
+      >>> seqjax.save_state(path, layer.initial_state(3))
+      >>> seqjax.load_state(path, like=layer.initial_state(3)).shape
+      (3, 4)
     """
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)

@@ -69,9 +69,10 @@ def speculate(
     Args:
       target, draft: language models with the same vocabulary.
       target_params, draft_params: the parameters of both.
+      prompt, max_new_tokens, key: as in `generate`.
       draft_tokens: k, number of tokens that the draft proposes in a round.
-      prompt, max_new_tokens, key, temperature, top_k, top_p, min_p, stop_tokens, lengths,
-        chunk_size: as in `generate`. Temperature and filters apply to both models.
+      temperature, top_k, top_p, min_p: as in `generate`, for both models.
+      stop_tokens, lengths, chunk_size: as in `generate`.
 
     Returns:
       A `Speculation`.
