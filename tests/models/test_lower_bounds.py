@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from seqjax.layers import HGRN, Context
 from seqjax.layers._lower_bound import initial_values, room_above
 from seqjax.models import Backbone
 from tests.contract.harness import assert_close
+from tests.contract.test_sequence_axis import TIME, split
 from tests.oracles import gated_oracles
 
 
@@ -54,3 +56,28 @@ def test_backbone_passes_bounds_on(scan, x64, compiled_quickly):
         h = h + gated_oracles.hgrn(layer, own["mixer"], scaled, bound=block / depth)
     h = h / np.sqrt(np.mean(h * h, -1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
     assert_close(y, h, 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_bounds_with_time_split_over_devices(scan, x64, compiled_quickly):
+    """Compare outputs and gradients of all shares with an unsplit call, recomputing blocks."""
+    backbone = Backbone(HGRN(dim=4), depth=3, mlp_ratio=0, scan=scan, remat=True)
+    params = backbone.init(jax.random.key(0), jnp.float64)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, 16, 4)))
+    sharded = split(backbone.apply, P(), TIME, out_specs=(TIME, P()))
+
+    def loss(run, params):
+        y = run(params, x)[0]
+        return jnp.sum(jnp.sin(y)), y
+
+    gradient = jax.jit(jax.grad(loss, argnums=1, has_aux=True), static_argnums=0)
+    got, expected = gradient(sharded, params), gradient(backbone.apply, params)
+    assert_close(got, expected, 1e-10)
+    shares = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(expected[0])
+        if "lower_bound" in jax.tree_util.keystr(path)
+    ]
+    assert np.count_nonzero(np.concatenate([np.ravel(leaf) for leaf in shares])) == 2 * 4
