@@ -11,6 +11,7 @@ from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.lightnet import LightNet as LightNet
+from seqjax.layers.loglinear import LogLinearAttention as LogLinearAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mesanet import MesaNet as MesaNet
@@ -54,6 +55,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LightNet",
+    "LogLinearAttention",
     "Mamba",
     "MesaNet",
     "ParaGRU",

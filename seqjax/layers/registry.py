@@ -17,6 +17,7 @@ from seqjax.layers.deltanet import DeltaNet
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
 from seqjax.layers.lightnet import LightNet
+from seqjax.layers.loglinear import LogLinearAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mesanet import MesaNet
@@ -122,6 +123,9 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "aaren": Entry(Aaren, "Aaren", "2405.13956", "linear_scan", _heads),
         "srwm": Entry(SRWM, "SRWM", "2202.05780", "step_scan", _heads),
         "mesanet": Entry(MesaNet, "MesaNet", "2506.05233", "linear_attention", _heads),
+        "loglinear": Entry(
+            LogLinearAttention, "Log-linear attention", "2506.04761", "linear_attention", _heads
+        ),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}

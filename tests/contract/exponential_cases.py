@@ -87,4 +87,13 @@ EXPONENTIAL = [
     ),
     # Conjugate gradients are exact after K = 4 iterations, up to rounding.
     layer_case(seqjax.layers.MesaNet(dim=8, heads=2, iterations=8), memory_oracles.mesanet),
+    # Three levels of memory reach over 8 steps, fewer than the tests have.
+    layer_case(
+        seqjax.layers.LogLinearAttention(dim=8, heads=2, levels=4), memory_oracles.loglinear
+    ),
+    layer_case(
+        seqjax.layers.LogLinearAttention(dim=8, heads=2, levels=5, rule="delta"),
+        memory_oracles.loglinear,
+        "LogLinearAttention-delta",
+    ),
 ]
