@@ -13,6 +13,7 @@ from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
+from seqjax.layers.mamba3 import Mamba3 as Mamba3
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
@@ -57,6 +58,7 @@ __all__ = [
     "LightningAttention",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "ParaGRU",
     "ParaLSTM",
     "Param",

@@ -19,6 +19,7 @@ from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
+from seqjax.layers.mamba3 import Mamba3
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rwkv6 import RWKV6
@@ -95,6 +96,10 @@ def _mamba2(dim: int, heads: int) -> Options:
     return {"state_dim": 64, "head_dim": dim // heads, "conv_size": 4}
 
 
+def _mamba3(dim: int, heads: int) -> Options:
+    return {"state_dim": 64, "head_dim": dim // heads, "mimo_rank": 1}
+
+
 def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
@@ -114,6 +119,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "s5": Entry(S5, "S5", "2208.04933", "linear_scan", _s5),
         "mamba": Entry(Mamba, "Mamba", "2312.00752", "selective_scan", _mamba),
         "mamba2": Entry(Mamba2, "Mamba-2", "2405.21060", "linear_attention", _mamba2),
+        "mamba3": Entry(Mamba3, "Mamba-3", "2603.15569", "linear_attention", _mamba3),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
         "retnet": Entry(RetNet, "RetNet", "2307.08621", "linear_attention", _heads),

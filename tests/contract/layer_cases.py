@@ -78,6 +78,21 @@ LAYERS = [
         attention_oracles.mamba2,
         "Mamba2-norm-first",
     ),
+    _layer(seqjax.layers.Mamba3(dim=4, state_dim=4, head_dim=4), rwkv_oracles.mamba3),
+    _layer(
+        seqjax.layers.Mamba3(
+            dim=4,
+            state_dim=4,
+            head_dim=4,
+            groups=2,
+            mimo_rank=2,
+            rope_fraction=1,
+            decay="softplus",
+            norm=True,
+        ),
+        rwkv_oracles.mamba3,
+        "Mamba3-mimo",
+    ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
