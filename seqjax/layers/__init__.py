@@ -17,9 +17,11 @@ from seqjax.layers.hgrn import HGRN as HGRN
 from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightnet import LightNet as LightNet
 from seqjax.layers.lightning import LightningAttention as LightningAttention
+from seqjax.layers.loglinear import LogLinearAttention as LogLinearAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
+from seqjax.layers.mamba3 import Mamba3 as Mamba3
 from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.minrnn import MinGRU as MinGRU
 from seqjax.layers.minrnn import MinLSTM as MinLSTM
@@ -46,6 +48,7 @@ from seqjax.layers.rnn_variants import CoRNN as CoRNN
 from seqjax.layers.rnn_variants import IndRNN as IndRNN
 from seqjax.layers.rnn_variants import LeakyRNN as LeakyRNN
 from seqjax.layers.rnn_variants import UnICORNN as UnICORNN
+from seqjax.layers.rwkv4 import RWKV4 as RWKV4
 from seqjax.layers.rwkv6 import RWKV6 as RWKV6
 from seqjax.layers.rwkv7 import RWKV7 as RWKV7
 from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
@@ -70,6 +73,7 @@ __all__ = [
     "REGISTRY",
     "RGLRU",
     "RNN",
+    "RWKV4",
     "RWKV6",
     "RWKV7",
     "S5",
@@ -92,8 +96,10 @@ __all__ = [
     "LeakyRNN",
     "LightNet",
     "LightningAttention",
+    "LogLinearAttention",
     "Mamba",
     "Mamba2",
+    "Mamba3",
     "MesaNet",
     "MinGRU",
     "MinLSTM",

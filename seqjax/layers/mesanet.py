@@ -133,6 +133,10 @@ class MesaNet(Layer):
         )
         log_decay, written = jax.nn.log_sigmoid(gate), jax.nn.sigmoid(beta)[..., None] * k
         ridge = jax.nn.softplus(params["ridge"].astype(wide)) + MIN_RIDGE
+        # The derivative of the solver requires arrays with equal varying mesh axes in its product.
+        q, k, written, log_decay, ridge, gram = jax_compat.match_varying(
+            q, k, written, log_decay, ridge, state["gram"]
+        )
 
         def read(queries: jax.Array, values: jax.Array, start: jax.Array) -> Any:
             return linear_attention(
@@ -148,14 +152,14 @@ class MesaNet(Layer):
 
         def regularized(p: jax.Array) -> jax.Array:
             """Return (G_t + diag(lambda)) p_t for all t. G is symmetric, so it reads like S."""
-            return read(p, k, state["gram"])[0] + ridge * p
+            return read(p, k, gram)[0] + ridge * p
 
         def solve(product: Product, b: jax.Array) -> jax.Array:
             return _conjugate_gradients(product, b, self.iterations)
 
         p = jax.lax.custom_linear_solve(regularized, q, solve, symmetric=True)
         o, new_state["memory"] = read(p, v, state["memory"])
-        _, new_state["gram"] = read(p, k, state["gram"])
+        _, new_state["gram"] = read(p, k, gram)
         o = merge_heads(rms_normalize(o, params["norm"], self.norm_eps)).astype(x.dtype)
         return dense(o, params["out_proj"]), new_state
 

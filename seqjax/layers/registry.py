@@ -21,9 +21,11 @@ from seqjax.layers.hgrn import HGRN
 from seqjax.layers.kda import KDA
 from seqjax.layers.lightnet import LightNet
 from seqjax.layers.lightning import LightningAttention
+from seqjax.layers.loglinear import LogLinearAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
+from seqjax.layers.mamba3 import Mamba3
 from seqjax.layers.mesanet import MesaNet
 from seqjax.layers.minrnn import MinGRU, MinLSTM
 from seqjax.layers.mlstm import MLSTM
@@ -32,6 +34,9 @@ from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
+from seqjax.layers.retnet import RetNet
+from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.rwkv4 import RWKV4
 from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
@@ -88,6 +93,11 @@ def _heads(dim: int, heads: int) -> Options:
     return {"heads": heads}
 
 
+def _nothing(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {}
+
+
 def _lru(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"r_min": 0.0, "r_max": 1.0}
 
@@ -106,6 +116,10 @@ def _mamba(dim: int, heads: int) -> Options:
 
 def _mamba2(dim: int, heads: int) -> Options:
     return {"state_dim": 64, "head_dim": dim // heads, "conv_size": 4}
+
+
+def _mamba3(dim: int, heads: int) -> Options:
+    return {"state_dim": 64, "head_dim": dim // heads, "mimo_rank": 1}
 
 
 def _deltanet(dim: int, heads: int) -> Options:
@@ -153,12 +167,9 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "s5": Entry(S5, "S5", "2208.04933", "linear_scan", _s5),
         "mamba": Entry(Mamba, "Mamba", "2312.00752", "selective_scan", _mamba),
         "mamba2": Entry(Mamba2, "Mamba-2", "2405.21060", "linear_attention", _mamba2),
+        "mamba3": Entry(Mamba3, "Mamba-3", "2603.15569", "linear_attention", _mamba3),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
-        "retnet": Entry(RetNet, "RetNet", "2307.08621", "linear_attention", _heads),
-        "lightning": Entry(
-            LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
-        ),
         "lightnet": Entry(LightNet, "LightNet", "2405.21022", "linear_attention", _heads),
         "mlstm": Entry(MLSTM, "mLSTM", "2405.04517", "linear_attention", _heads),
         "mlstm_7b": Entry(
@@ -170,11 +181,19 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "aaren": Entry(Aaren, "Aaren", "2405.13956", "linear_scan", _heads),
         "srwm": Entry(SRWM, "SRWM", "2202.05780", "step_scan", _heads),
         "mesanet": Entry(MesaNet, "MesaNet", "2506.05233", "linear_attention", _heads),
+        "loglinear": Entry(
+            LogLinearAttention, "Log-linear attention", "2506.04761", "linear_attention", _heads
+        ),
+        "retnet": Entry(RetNet, "RetNet", "2307.08621", "linear_attention", _heads),
+        "lightning": Entry(
+            LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
+        ),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
         ),
         "rglru": Entry(RGLRU, "Hawk (RG-LRU)", "2402.19427", "linear_scan", _rglru),
+        "rwkv4": Entry(RWKV4, "RWKV-4", "2305.13048", "linear_scan", _nothing),
         "rwkv5": Entry(
             RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}
         ),

@@ -51,6 +51,14 @@ def _large_scores(params: Arrays, x: Any) -> Arrays:
     return {"params": params | {"k_proj": _to_bfloat16(weight)}, "x": x}
 
 
+def _large_shifted_keys(params: Arrays, x: Any) -> Arrays:
+    """Return keys near 60 and -60 in turn, of the present input alone."""
+    weight, x = params["key_proj"].copy(), x.copy()
+    x[..., 0] = np.where(np.arange(x.shape[1]) % 12 < 6, 8, -8)
+    weight[0] = 8
+    return {"params": params | {"key_proj": _to_bfloat16(weight), "x_k": np.zeros(4)}, "x": x}
+
+
 def _to_bfloat16(weight: np.ndarray) -> np.ndarray:
     return weight.astype(jnp.bfloat16).astype(np.float64)
 
@@ -61,6 +69,7 @@ _AAREN = layer_case(seqjax.layers.Aaren(dim=4, heads=2), exponential_oracles.aar
 _LIGHTNET = layer_case(
     seqjax.layers.LightNet(dim=4, heads=1, gate_rank=3), exponential_oracles.lightnet
 )
+_RWKV4 = layer_case(seqjax.layers.RWKV4(dim=4, layer=1, depth=3), exponential_oracles.rwkv4)
 
 EXPONENTIAL = [
     _MLSTM(seqjax.layers.MLSTM(dim=4, heads=2)),
@@ -79,6 +88,8 @@ EXPONENTIAL = [
     _changed(_AAREN, "Aaren-large_scores", _large_scores),
     _LIGHTNET,
     _changed(_LIGHTNET, "LightNet-large_keys", _large_keys),
+    _RWKV4,
+    _changed(_RWKV4, "RWKV4-large_keys", _large_shifted_keys),
     layer_case(seqjax.layers.SRWM(dim=6, heads=2), exponential_oracles.srwm),
     layer_case(
         seqjax.layers.SRWM(dim=6, heads=2, input_softmax=True),
@@ -87,4 +98,13 @@ EXPONENTIAL = [
     ),
     # Conjugate gradients are exact after K = 4 iterations, up to rounding.
     layer_case(seqjax.layers.MesaNet(dim=8, heads=2, iterations=8), memory_oracles.mesanet),
+    # Three levels of memory reach over 8 steps, fewer than the tests have.
+    layer_case(
+        seqjax.layers.LogLinearAttention(dim=8, heads=2, levels=4), memory_oracles.loglinear
+    ),
+    layer_case(
+        seqjax.layers.LogLinearAttention(dim=8, heads=2, levels=5, rule="delta"),
+        memory_oracles.loglinear,
+        "LogLinearAttention-delta",
+    ),
 ]

@@ -26,6 +26,7 @@ LAYERS = [
         layer_oracles.mamba,
         "Mamba-negative",
     ),
+    *EXPONENTIAL,
     _layer(
         seqjax.layers.Mamba(
             dim=4, state_dim=3, dt_rank=3, bias=True, conv_bias=False, inner_norm_eps=1e-3
@@ -53,6 +54,22 @@ LAYERS = [
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     *EXPONENTIAL,
+    _layer(seqjax.layers.Mamba3(dim=4, state_dim=4, head_dim=4), rwkv_oracles.mamba3),
+    _layer(
+        seqjax.layers.Mamba3(
+            dim=4,
+            state_dim=4,
+            head_dim=4,
+            groups=2,
+            mimo_rank=2,
+            rope_fraction=1,
+            decay="softplus",
+            norm=True,
+        ),
+        rwkv_oracles.mamba3,
+        "Mamba3-mimo",
+    ),
+    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,
