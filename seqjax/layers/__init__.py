@@ -4,20 +4,24 @@ from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
+from seqjax.layers.based import Based as Based
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.hgrn2 import HGRN2 as HGRN2
 from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightning import LightningAttention as LightningAttention
+from seqjax.layers.linear_attention import LinearAttention as LinearAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
+from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
@@ -34,15 +38,18 @@ from seqjax.layers.s5 import S5 as S5
 __all__ = [
     "GLA",
     "GRU",
+    "HGRN2",
     "KDA",
     "LEM",
     "LRU",
     "LSTM",
     "LTC",
+    "PLSTM",
     "REGISTRY",
     "RNN",
     "S5",
     "SLSTM",
+    "Based",
     "Context",
     "DeltaNet",
     "DeltaProduct",
@@ -53,6 +60,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LightningAttention",
+    "LinearAttention",
     "Mamba",
     "Mamba2",
     "ParaGRU",

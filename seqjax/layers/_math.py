@@ -11,6 +11,14 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return x @ weight.astype(x.dtype)
 
 
+def block_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply x [..., G * I] by the block-diagonal weight [G, I, O]; return [..., G * O]."""
+    groups, inputs, _ = weight.shape
+    blocks = x.reshape(*x.shape[:-1], groups, inputs)
+    y = jnp.einsum("...gi,gio->...go", blocks, weight.astype(x.dtype))
+    return merge_heads(y)
+
+
 def complex_dense(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Multiply real x [..., I] by a complex weight [2, I, O]; return the parts in the state dtype.
 
@@ -52,6 +60,22 @@ def rms_normalize(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     wide = x.astype(state_dtype(x.dtype))
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * inverse * scale.astype(wide.dtype)).astype(x.dtype)
+
+
+def layer_normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array | None, eps: float
+) -> jax.Array:
+    """Return (x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axis.
+
+    The variance is the biased one. The statistics are computed in the state dtype.
+    """
+    wide = x.astype(state_dtype(x.dtype))
+    centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
+    y = centered * jax.lax.rsqrt(variance + eps) * scale.astype(wide.dtype)
+    if bias is not None:
+        y = y + bias.astype(wide.dtype)
+    return y.astype(x.dtype)
 
 
 def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
