@@ -15,12 +15,18 @@ from seqjax.layers.loglinear import LogLinearAttention as LogLinearAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mesanet import MesaNet as MesaNet
+from seqjax.layers.lightning import LightningAttention as LightningAttention
+from seqjax.layers.lru import LRU as LRU
+from seqjax.layers.mamba import Mamba as Mamba
+from seqjax.layers.mamba2 import Mamba2 as Mamba2
+from seqjax.layers.mamba3 import Mamba3 as Mamba3
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
+from seqjax.layers.retnet import RetNet as RetNet
 from seqjax.layers.rnn import GRU as GRU
 from seqjax.layers.rnn import LEM as LEM
 from seqjax.layers.rnn import LSTM as LSTM
@@ -29,8 +35,12 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6 as RWKV6
+from seqjax.layers.rwkv7 import RWKV7 as RWKV7
+from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.srwm import SRWM as SRWM
+from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
     "GLA",
@@ -42,6 +52,8 @@ __all__ = [
     "MLSTM",
     "REGISTRY",
     "RNN",
+    "RWKV6",
+    "RWKV7",
     "S5",
     "SLSTM",
     "SRWM",
@@ -58,10 +70,17 @@ __all__ = [
     "LogLinearAttention",
     "Mamba",
     "MesaNet",
+    "LightningAttention",
+    "Mamba",
+    "Mamba2",
+    "Mamba3",
     "ParaGRU",
     "ParaLSTM",
     "Param",
     "RMSNorm",
+    "RWKVChannelMix",
+    "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
+    "TokenShift",
 ]

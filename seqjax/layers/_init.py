@@ -35,6 +35,16 @@ def fan_in_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arr
     return normal(shape[-2] ** -0.5)(key, shape, dtype)
 
 
+def xavier_uniform(gain: float) -> Initializer:
+    """Return an initializer of weights [I, O], uniform in +-gain * sqrt(6 / (I + O))."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        bound = gain * math.sqrt(6 / (shape[-2] + shape[-1]))
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
 def uniform(low: float, high: float) -> Initializer:
     """Return an initializer that draws uniformly from [low, high)."""
 

@@ -58,6 +58,12 @@ def merge_heads(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
 
 
+def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Repeat the heads of x [B, T, G, K]: head h of [B, T, H, K] is head h // (H / G) of `x`."""
+    groups = x.shape[2]
+    return x if groups == heads else jnp.repeat(x, heads // groups, axis=2)
+
+
 def rms_normalize(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Return x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in the state dtype."""
     wide = x.astype(state_dtype(x.dtype))

@@ -22,7 +22,15 @@ from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mesanet import MesaNet
 from seqjax.layers.mlstm import MLSTM
+from seqjax.layers.lightning import LightningAttention
+from seqjax.layers.lru import LRU
+from seqjax.layers.mamba import Mamba
+from seqjax.layers.mamba2 import Mamba2
+from seqjax.layers.mamba3 import Mamba3
+from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6
+from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
 from seqjax.layers.srwm import SRWM
 
@@ -92,6 +100,14 @@ def _mamba(dim: int, heads: int) -> Options:
     return {"state_dim": 16, "expand": 2, "conv_size": 4, "negative_eigenvalues": False}
 
 
+def _mamba2(dim: int, heads: int) -> Options:
+    return {"state_dim": 64, "head_dim": dim // heads, "conv_size": 4}
+
+
+def _mamba3(dim: int, heads: int) -> Options:
+    return {"state_dim": 64, "head_dim": dim // heads, "mimo_rank": 1}
+
+
 def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
@@ -110,6 +126,8 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "lru": Entry(LRU, "LRU", "2303.06349", "linear_scan", _lru),
         "s5": Entry(S5, "S5", "2208.04933", "linear_scan", _s5),
         "mamba": Entry(Mamba, "Mamba", "2312.00752", "selective_scan", _mamba),
+        "mamba2": Entry(Mamba2, "Mamba-2", "2405.21060", "linear_attention", _mamba2),
+        "mamba3": Entry(Mamba3, "Mamba-3", "2603.15569", "linear_attention", _mamba3),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
         "lightnet": Entry(LightNet, "LightNet", "2405.21022", "linear_attention", _heads),
@@ -125,11 +143,21 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "mesanet": Entry(MesaNet, "MesaNet", "2506.05233", "linear_attention", _heads),
         "loglinear": Entry(
             LogLinearAttention, "Log-linear attention", "2506.04761", "linear_attention", _heads
+        "retnet": Entry(RetNet, "RetNet", "2307.08621", "linear_attention", _heads),
+        "lightning": Entry(
+            LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
         ),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
         ),
+        "rwkv5": Entry(
+            RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}
+        ),
+        "rwkv6": Entry(
+            RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
+        ),
+        "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),

@@ -4,6 +4,14 @@ import seqjax
 from tests.contract.exponential_cases import EXPONENTIAL
 from tests.contract.layer_case import layer_case as _layer
 from tests.oracles import layer_oracles, rnn_oracles
+from tests.contract.cases import Arrays, Case, normal
+from tests.oracles import (
+    attention_oracles,
+    gated_oracles,
+    layer_oracles,
+    rnn_oracles,
+    rwkv_oracles,
+)
 
 LAYERS = [
     _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
@@ -21,6 +29,39 @@ LAYERS = [
         "Mamba-negative",
     ),
     *EXPONENTIAL,
+    _layer(
+        seqjax.layers.Mamba2(dim=4, state_dim=3, head_dim=2, groups=2), attention_oracles.mamba2
+    ),
+    _layer(
+        seqjax.layers.Mamba2(
+            dim=4,
+            state_dim=3,
+            head_dim=4,
+            heads=3,
+            conv_bias=False,
+            in_bias=True,
+            out_bias=True,
+            norm="norm_first",
+            dt_limit=(0.01, 0.05),
+        ),
+        attention_oracles.mamba2,
+        "Mamba2-norm-first",
+    ),
+    _layer(seqjax.layers.Mamba3(dim=4, state_dim=4, head_dim=4), rwkv_oracles.mamba3),
+    _layer(
+        seqjax.layers.Mamba3(
+            dim=4,
+            state_dim=4,
+            head_dim=4,
+            groups=2,
+            mimo_rank=2,
+            rope_fraction=1,
+            decay="softplus",
+            norm=True,
+        ),
+        rwkv_oracles.mamba3,
+        "Mamba3-mimo",
+    ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
@@ -37,6 +78,36 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    # Four features per head: with two, a layer norm is nearly a sign.
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+    ),
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, data_dependent=False, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+        "RWKV6-5",
+    ),
+    _layer(
+        seqjax.layers.RWKV7(
+            dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
+        ),
+        rwkv_oracles.rwkv7,
+    ),
+    _layer(seqjax.layers.RWKVChannelMix(dim=4), rwkv_oracles.channel_mix),
+    _layer(
+        seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
+    ),
+    _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=3, head_dim=2),
+        attention_oracles.lightning_attention,
+    ),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=2, slopes="linear", gate_rank=0),
+        attention_oracles.lightning_attention,
+        "LightningAttention-linear",
+    ),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
@@ -50,6 +121,7 @@ LAYERS = [
     _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
     _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
+    _layer(seqjax.layers.TokenShift(dim=4), gated_oracles.token_shift),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
     _layer(seqjax.layers.RMSNorm(dim=4, offset=True), layer_oracles.rms_norm, "RMSNorm-offset"),
     _layer(seqjax.layers.LayerNorm(dim=4), layer_oracles.layer_norm),

@@ -1,5 +1,6 @@
 """Flax adapters: results of the bare layer, and the transformations of Flax."""
 
+import dataclasses
 import functools
 import inspect
 import operator
@@ -100,8 +101,9 @@ def test_every_layer_can_be_wrapped(name):
         or inspect.isabstract(kind)
     ):
         pytest.skip("not a layer by itself")
-    needs = {name: {"heads": 2} for name in ("DeltaNet", "GateLoop", "GLA")}
-    layer = kind(dim=4, **needs.get(name, {"heads": 2, "window": 3} if "Attention" in name else {}))
+    sizes = {"dim": 4, "heads": 2, "window": 3}
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    layer = kind(**{field: sizes[field] for field in needed})
     wanted = jax.tree.map(tuple, layer.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     state = nnx.state(nnx.eval_shape(lambda: seqjax.nnx.Recurrent(layer, rngs=nnx.Rngs(0))))
     axes = {path[1:]: leaf.out_sharding for path, leaf in nnx.to_flat_state(state)}
