@@ -2,6 +2,7 @@
 
 Ops are pure functions of arrays, and return their outputs and the final state:
 - `linear_scan`: elementwise linear recurrences, real or complex (LRU, S5).
+- `log_scan`: running maximum or logsumexp with decay (stabilizers, normalizers).
 - `selective_scan`: diagonal state-space models with input-dependent transitions (Mamba).
 - `linear_attention`: matrix states with decays (GateLoop, RetNet, GLA, Mamba-2).
 - `delta_rule`: matrix states with a correction along the key (DeltaNet).
@@ -9,6 +10,7 @@ Ops are pure functions of arrays, and return their outputs and the final state:
 - `nonlinear_scan`: any RNN cell, by Newton's method or step by step. `Newton` configures the
   solver, `SolveInfo` reports on the solution, and `lyapunov` predicts whether Newton is fast.
 - `monoid_scan`: any associative operator.
+- `step_scan`: any step, in order.
 - `segment_starts`: the `reset` argument of all ops, from the segment ids of packed sequences.
 
 Modules:
@@ -34,11 +36,13 @@ from seqjax.ops import delta_rule as delta_rule
 from seqjax.ops import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops import linear_attention as linear_attention
 from seqjax.ops import linear_scan as linear_scan
+from seqjax.ops import log_scan as log_scan
 from seqjax.ops import lyapunov as lyapunov
 from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
 from seqjax.ops import segment_starts as segment_starts
 from seqjax.ops import selective_scan as selective_scan
+from seqjax.ops import step_scan as step_scan
 
 __version__ = "0.1.0"  # the only definition; pyproject.toml reads it
 
@@ -52,6 +56,7 @@ __all__ = [
     "layers",
     "linear_attention",
     "linear_scan",
+    "log_scan",
     "lyapunov",
     "models",
     "monoid_scan",
@@ -60,5 +65,6 @@ __all__ = [
     "segment_starts",
     "selective_scan",
     "sharding",
+    "step_scan",
     "types",
 ]

@@ -3,6 +3,7 @@
 from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
+from seqjax.layers.aaren import Aaren as Aaren
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.based import Based as Based
 from seqjax.layers.context import Context as Context
@@ -13,12 +14,17 @@ from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.hgrn2 import HGRN2 as HGRN2
 from seqjax.layers.kda import KDA as KDA
+from seqjax.layers.lightnet import LightNet as LightNet
 from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.linear_attention import LinearAttention as LinearAttention
+from seqjax.layers.loglinear import LogLinearAttention as LogLinearAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
+from seqjax.layers.mamba3 import Mamba3 as Mamba3
+from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.mlp import GatedMLP as GatedMLP
+from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.plstm import PLSTM as PLSTM
@@ -33,7 +39,12 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6 as RWKV6
+from seqjax.layers.rwkv7 import RWKV7 as RWKV7
+from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.srwm import SRWM as SRWM
+from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
     "GLA",
@@ -44,11 +55,16 @@ __all__ = [
     "LRU",
     "LSTM",
     "LTC",
+    "MLSTM",
     "PLSTM",
     "REGISTRY",
     "RNN",
+    "RWKV6",
+    "RWKV7",
     "S5",
     "SLSTM",
+    "SRWM",
+    "Aaren",
     "Based",
     "Context",
     "DeltaNet",
@@ -59,15 +75,21 @@ __all__ = [
     "GatedMLP",
     "Layer",
     "LayerNorm",
+    "LightNet",
     "LightningAttention",
     "LinearAttention",
+    "LogLinearAttention",
     "Mamba",
     "Mamba2",
+    "Mamba3",
+    "MesaNet",
     "ParaGRU",
     "ParaLSTM",
     "Param",
     "RMSNorm",
+    "RWKVChannelMix",
     "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
+    "TokenShift",
 ]

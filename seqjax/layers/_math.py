@@ -19,6 +19,15 @@ def block_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return merge_heads(y)
 
 
+def wide_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply x [..., I] by weight [I, O] in the dtype of `x`; return sums in the state dtype.
+
+    Use it for logarithms: an exponential turns their rounding error into a relative error.
+    """
+    weight = weight.astype(x.dtype)
+    return jnp.matmul(x, weight, preferred_element_type=state_dtype(x.dtype))
+
+
 def complex_dense(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Multiply real x [..., I] by a complex weight [2, I, O]; return the parts in the state dtype.
 

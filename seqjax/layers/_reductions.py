@@ -3,8 +3,6 @@
 - `Rotation`: rotary position embeddings without a position in the state.
 - `signs`: decays in [-1, 1], as signs of queries and keys.
 - `place`: several updates for one token.
-- `read_before_write`: outputs that read the state before the step.
-- `normalized_attention`: sums of keys, as values of 1.
 """
 
 import math
@@ -15,10 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.layers._base import state_dtype
-from seqjax.layers.context import Context
 from seqjax.ops.core import sequence_parallel
-from seqjax.ops.matrix_state.linear_attention import linear_attention
-from seqjax.ops.previous import previous
 
 
 class Rotation:
@@ -63,14 +58,14 @@ class Rotation:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rotate x [B, T, H, K]: feature i turns with feature i + K / 2."""
-        return _turn(x, self._angles[:, None, :])
+        return turn(x, self._angles[:, None, :])
 
     def end(self, memory: jax.Array) -> jax.Array:
         """Rotate the rows of a final state [B, H, K, V] back by the length of the call."""
-        return _turn(memory.mT, -self._total[0]).mT
+        return turn(memory.mT, -self._total[0]).mT
 
 
-def _turn(x: jax.Array, angles: jax.Array) -> jax.Array:
+def turn(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotate the pairs (i, i + K / 2) of x [..., K] by the angles [..., K / 2]."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(angles.dtype), 2, axis=-1)
@@ -118,74 +113,3 @@ def place(x: jax.Array, count: int, index: int) -> jax.Array:
     """
     spread = jnp.zeros((*x.shape[:2], count, *x.shape[2:]), x.dtype).at[:, :, index].set(x)
     return spread.reshape(x.shape[0], x.shape[1] * count, *x.shape[2:])
-
-
-def read_before_write(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array,
-    memory: jax.Array,
-    context: Context,
-) -> tuple[jax.Array, jax.Array]:
-    """Run `linear_attention` with outputs that read the state before the step.
-
-        o_t = S_{t-1}^T q_t / sqrt(K),    S_t = exp(g_t) S_{t-1} + k_t v_t^T
-
-    S_{t-1} is the state of a recurrence with keys, values and decays that are one step late. The
-    final state takes one more step.
-
-    Args:
-      q, k, v: as in `linear_attention`, in the state dtype.
-      log_decay: [B, T, H].
-      memory: S_0 [B, H, K, V].
-      context: resets and the sequence axis.
-
-    Returns:
-      (o [B, T, H, V], S_T).
-    """
-    steps, axis = (k, v, log_decay), context.sequence_axis
-    (k, v, log_decay), (k_end, v_end, decay_end) = previous(steps, None, context.reset, axis)
-    o, late = linear_attention(q, k, v, log_decay, memory, reset=context.reset, sequence_axis=axis)
-    written = k_end[..., :, None] * v_end[..., None, :]
-    return o, jnp.exp(decay_end)[..., None, None] * late + written
-
-
-def normalized_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array | None,
-    state: dict[str, jax.Array],
-    context: Context,
-    scale: float | None = None,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Run `linear_attention` and its normalizer, the same recurrence on values of 1.
-
-        S_t = decay_t S_{t-1} + k_t v_t^T,    n_t = decay_t n_{t-1} + k_t
-
-    Args:
-      q, k: [B, T, H, K].
-      v: [B, T, H, V].
-      log_decay: as in `linear_attention`.
-      state: {"memory": [B, H, K, V], "normalizer": [B, H, K]}.
-      context: resets and the sequence axis.
-      scale: factor of the queries, by default K**-0.5.
-
-    Returns:
-      (S_t^T q_t [B, T, H, V], n_t^T q_t [B, T, H], new state), all in the state's dtype.
-    """
-    wide = state["memory"].dtype
-    ones = jnp.ones((*v.shape[:-1], 1), wide)
-    o, memory = linear_attention(
-        q,
-        k,
-        jnp.concatenate([v.astype(wide), ones], axis=-1),
-        log_decay,
-        jnp.concatenate([state["memory"], state["normalizer"][..., None]], axis=-1),
-        scale=scale,
-        reset=context.reset,
-        sequence_axis=context.sequence_axis,
-    )
-    state = {"memory": memory[..., :-1], "normalizer": memory[..., -1]}
-    return o[..., :-1], o[..., -1], state

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _feature_maps, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers._exponential import normalized_attention
 from seqjax.layers._math import dense, layer_normalize, merge_heads
 from seqjax.layers._matrix import MatrixLayer
-from seqjax.layers._reductions import normalized_attention
 from seqjax.layers.context import Context
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _feature_maps
 from seqjax.layers._base import Layer, Param, Params, State
+from seqjax.layers._exponential import normalized_attention
 from seqjax.layers._math import dense, merge_heads, rms_normalize
 from seqjax.layers._matrix import MatrixLayer
-from seqjax.layers._reductions import normalized_attention
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers._delayed import read_before_write
 from seqjax.layers._math import dense, merge_heads, rms_normalize
 from seqjax.layers._matrix import MatrixLayer
-from seqjax.layers._reductions import last_step, read_before_write, signs
+from seqjax.layers._reductions import last_step, signs
 from seqjax.layers.context import Context
 
 
@@ -101,12 +102,12 @@ class PLSTM(MatrixLayer):
             v,
             _log_tanh(jnp.abs(transition)),
             state["memory"],
+            None,
             context,
         )
-        present = jnp.sum(q * k, axis=-1, keepdims=True) * v * self.key_dim**-0.5
-        y = merge_heads(
-            rms_normalize(mark * o + direct * present, params["norm"], self.norm_eps)
-        ).astype(x.dtype)
+        present = jnp.sum(q * k, axis=-1, keepdims=True) * v
+        o = (mark * o + direct * present) * self.key_dim**-0.5
+        y = merge_heads(rms_normalize(o, params["norm"], self.norm_eps)).astype(x.dtype)
         memory = last_step(s, axis)[..., None] * memory
         return dense(y, params["out_proj"]), {"memory": memory}
 

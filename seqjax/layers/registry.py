@@ -11,6 +11,7 @@ from typing import Any
 
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
+from seqjax.layers.aaren import Aaren
 from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
@@ -18,15 +19,23 @@ from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
 from seqjax.layers.hgrn2 import HGRN2
 from seqjax.layers.kda import KDA
+from seqjax.layers.lightnet import LightNet
 from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.linear_attention import LinearAttention
+from seqjax.layers.loglinear import LogLinearAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
+from seqjax.layers.mamba3 import Mamba3
+from seqjax.layers.mesanet import MesaNet
+from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.plstm import PLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.rwkv6 import RWKV6
+from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
+from seqjax.layers.srwm import SRWM
 
 Options = dict[str, Any]
 
@@ -98,6 +107,10 @@ def _mamba2(dim: int, heads: int) -> Options:
     return {"state_dim": 64, "head_dim": dim // heads, "conv_size": 4}
 
 
+def _mamba3(dim: int, heads: int) -> Options:
+    return {"state_dim": 64, "head_dim": dim // heads, "mimo_rank": 1}
+
+
 def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
@@ -129,8 +142,23 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "s5": Entry(S5, "S5", "2208.04933", "linear_scan", _s5),
         "mamba": Entry(Mamba, "Mamba", "2312.00752", "selective_scan", _mamba),
         "mamba2": Entry(Mamba2, "Mamba-2", "2405.21060", "linear_attention", _mamba2),
+        "mamba3": Entry(Mamba3, "Mamba-3", "2603.15569", "linear_attention", _mamba3),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
+        "lightnet": Entry(LightNet, "LightNet", "2405.21022", "linear_attention", _heads),
+        "mlstm": Entry(MLSTM, "mLSTM", "2405.04517", "linear_attention", _heads),
+        "mlstm_7b": Entry(
+            MLSTM, "xLSTM 7B", "2503.13427", "linear_attention", _heads, {"variant": "7b"}
+        ),
+        "mlstm_sig": Entry(
+            MLSTM, "mLSTMsig", "2503.14376", "linear_attention", _heads, {"variant": "sig"}
+        ),
+        "aaren": Entry(Aaren, "Aaren", "2405.13956", "linear_scan", _heads),
+        "srwm": Entry(SRWM, "SRWM", "2202.05780", "step_scan", _heads),
+        "mesanet": Entry(MesaNet, "MesaNet", "2506.05233", "linear_attention", _heads),
+        "loglinear": Entry(
+            LogLinearAttention, "Log-linear attention", "2506.04761", "linear_attention", _heads
+        ),
         "retnet": Entry(RetNet, "RetNet", "2307.08621", "linear_attention", _heads),
         "lightning": Entry(
             LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
@@ -168,6 +196,13 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
             DeltaProduct, "DeltaProduct", "2502.10297", "delta_rule", _deltaproduct
         ),
         "kda": Entry(KDA, "Kimi Delta Attention", "2510.26692", "delta_rule", _deltanet),
+        "rwkv5": Entry(
+            RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}
+        ),
+        "rwkv6": Entry(
+            RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
+        ),
+        "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),

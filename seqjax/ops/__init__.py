@@ -2,6 +2,7 @@
 
 from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
+from seqjax.ops.elementwise.log_scan import log_scan as log_scan
 from seqjax.ops.elementwise.selective_scan import selective_scan as selective_scan
 from seqjax.ops.matrix_state.chunked import ChunkMap as ChunkMap
 from seqjax.ops.matrix_state.decays import cumulative_decays as cumulative_decays
@@ -19,6 +20,7 @@ from seqjax.ops.nonlinear.nonlinear_scan import SolveInfo as SolveInfo
 from seqjax.ops.nonlinear.nonlinear_scan import nonlinear_scan as nonlinear_scan
 from seqjax.ops.previous import previous as previous
 from seqjax.ops.segments import segment_starts as segment_starts
+from seqjax.ops.step_scan import step_scan as step_scan
 
 __all__ = [
     "ChunkMap",
@@ -32,10 +34,12 @@ __all__ = [
     "generalized_delta_rule",
     "linear_attention",
     "linear_scan",
+    "log_scan",
     "lyapunov",
     "monoid_scan",
     "nonlinear_scan",
     "previous",
     "segment_starts",
     "selective_scan",
+    "step_scan",
 ]

@@ -1,43 +1,16 @@
 """One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import seqjax
-from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import attention_oracles, feature_oracles, layer_oracles, rnn_oracles
-
-
-def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
-    init = jax.jit(lambda key: layer.init(key, jnp.float64))
-
-    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        with jax.enable_x64(True):
-            params = init(jax.random.key(rng.integers(2**31)))
-        params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape), params)
-        return {"params": params, "x": normal(rng, batch, length, layer.dim)}
-
-    def run(inputs: Arrays, state: Any, reset: Any) -> Any:
-        return layer.apply(inputs["params"], inputs["x"], state, reset)
-
-    def judge(inputs: Arrays, state: None, reset: Any) -> tuple[Any, None]:
-        return oracle(layer, inputs["params"], inputs["x"], reset), None
-
-    return Case(
-        name=name or type(layer).__name__,
-        inputs=make,
-        run=run,
-        oracle=judge,
-        algorithms=(None,),
-        timed=("x",),
-        split_axis=False,
-        layer=layer,
-    )
-
+from tests.contract.exponential_cases import EXPONENTIAL
+from tests.contract.layer_case import layer_case as _layer
+from tests.oracles import (
+    attention_oracles,
+    feature_oracles,
+    gated_oracles,
+    layer_oracles,
+    rnn_oracles,
+    rwkv_oracles,
+)
 
 LAYERS = [
     _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
@@ -54,6 +27,7 @@ LAYERS = [
         layer_oracles.mamba,
         "Mamba-negative",
     ),
+    *EXPONENTIAL,
     _layer(
         seqjax.layers.Mamba2(dim=4, state_dim=3, head_dim=2, groups=2), attention_oracles.mamba2
     ),
@@ -71,6 +45,21 @@ LAYERS = [
         ),
         attention_oracles.mamba2,
         "Mamba2-norm-first",
+    ),
+    _layer(seqjax.layers.Mamba3(dim=4, state_dim=4, head_dim=4), rwkv_oracles.mamba3),
+    _layer(
+        seqjax.layers.Mamba3(
+            dim=4,
+            state_dim=4,
+            head_dim=4,
+            groups=2,
+            mimo_rank=2,
+            rope_fraction=1,
+            decay="softplus",
+            norm=True,
+        ),
+        rwkv_oracles.mamba3,
+        "Mamba3-mimo",
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     _layer(
@@ -114,6 +103,26 @@ LAYERS = [
         seqjax.layers.GLA(dim=4, heads=2, gate_rank=3, expand_k=1, expand_v=2, conv_size=3),
         layer_oracles.gla,
         "GLA-conv",
+    ),
+    # Four features per head: with two, a layer norm is nearly a sign.
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+    ),
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, data_dependent=False, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+        "RWKV6-5",
+    ),
+    _layer(
+        seqjax.layers.RWKV7(
+            dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
+        ),
+        rwkv_oracles.rwkv7,
+    ),
+    _layer(seqjax.layers.RWKVChannelMix(dim=4), rwkv_oracles.channel_mix),
+    _layer(
+        seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
     ),
     _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
     _layer(
@@ -159,6 +168,7 @@ LAYERS = [
     _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
     _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
+    _layer(seqjax.layers.TokenShift(dim=4), gated_oracles.token_shift),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
     _layer(seqjax.layers.RMSNorm(dim=4, offset=True), layer_oracles.rms_norm, "RMSNorm-offset"),
     _layer(seqjax.layers.LayerNorm(dim=4), layer_oracles.layer_norm),

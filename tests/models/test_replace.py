@@ -24,6 +24,7 @@ NONE = {  # other values of fields that are None
     "solver": seqjax.Newton(window=8),
     "state_dim": 8,
 }
+NONE |= dict.fromkeys(("decay_rank", "a_rank", "value_rank", "gate_rank"), 3)
 NAMES = {
     "channel_axis": "heads",
     "dtype": "bfloat16",
@@ -48,8 +49,10 @@ def changes(layer):
             continue
         if field.name in ("dim", "depth") and value:
             yield field.name, 2 * value
-        elif field.default is dataclasses.MISSING:
-            continue
+        elif field.default is dataclasses.MISSING or field.name == "layer":
+            continue  # `layer` must stay below `depth`
+        elif field.name == "version":
+            yield "version", 5
         elif field.name == "r_max":
             yield "r_max", 0.5
         elif value is None:

@@ -20,7 +20,11 @@ def op_arguments(case):
     return cast(inputs, "float32"), cast(state, "float32"), reset
 
 
-TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have separate tests
+TREES = {
+    "monoid_scan",
+    "nonlinear_scan",
+    "step_scan",
+}  # take trees of arrays, and have separate tests
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_OP) - TREES))

@@ -21,6 +21,36 @@ def linear_scan(inputs, h, reset, reverse=False):
     return y, final
 
 
+def log_scan(inputs, h, reset, semiring="log"):
+    d, x = inputs["log_decay"], inputs["x"]
+    d = np.zeros(x.shape) if d is None else np.broadcast_to(d, x.shape)
+    combine = np.logaddexp if semiring == "log" else np.maximum
+    y = np.zeros(x.shape)
+    for b in range(x.shape[0]):
+        state = h[b]
+        for t in range(x.shape[1]):
+            state = x[b, t] if reset[b, t] else combine(state + d[b, t], x[b, t])
+            y[b, t] = state
+    return y, y[:, -1]
+
+
+def step_scan(inputs, state, reset):
+    """fast = tanh(W fast + x - slow^2), slow = slow + rate (fast - slow), y = fast slow."""
+    params, x = inputs["params"], inputs["x"]
+    y = np.zeros(x.shape)
+    final = {name: s.copy() for name, s in state.items()}
+    for b in range(x.shape[0]):
+        fast, slow = final["fast"][b], final["slow"][b]
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                fast, slow = np.zeros_like(fast), np.zeros_like(slow)
+            fast = np.tanh(params["W"] @ fast + x[b, t] - slow**2)
+            slow = slow + params["rate"] * (fast - slow)
+            y[b, t] = fast * slow
+        final["fast"][b], final["slow"][b] = fast, slow
+    return y, final
+
+
 def selective_scan(inputs, h, reset, negative_eigenvalues=False):
     x, dt, A, B, C, D = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D"))
     y, h = np.zeros(x.shape), h.copy()

@@ -42,9 +42,11 @@ BACKENDS: dict[str, Kernels | None] = {
     "generalized_delta_rule": None,  # XLA only
     "linear_attention": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "linear_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
+    "log_scan": None,
     "monoid_scan": None,
     "nonlinear_scan": Kernels("sequential", {"cuda": "gpu"}, ()),
     "selective_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
+    "step_scan": None,
 }
 
 
