@@ -6,6 +6,7 @@ from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.aaren import Aaren as Aaren
 from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
+from seqjax.layers.based import Based as Based
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
@@ -17,6 +18,11 @@ from seqjax.layers.hgrn import HGRN as HGRN
 from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightnet import LightNet as LightNet
 from seqjax.layers.lightning import LightningAttention as LightningAttention
+from seqjax.layers.hgrn2 import HGRN2 as HGRN2
+from seqjax.layers.kda import KDA as KDA
+from seqjax.layers.lightnet import LightNet as LightNet
+from seqjax.layers.lightning import LightningAttention as LightningAttention
+from seqjax.layers.linear_attention import LinearAttention as LinearAttention
 from seqjax.layers.loglinear import LogLinearAttention as LogLinearAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
@@ -31,6 +37,7 @@ from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.qrnn import QRNN as QRNN
 from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
+from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
@@ -62,6 +69,7 @@ __all__ = [
     "GLA",
     "GRU",
     "HGRN",
+    "HGRN2",
     "KDA",
     "LEM",
     "LRU",
@@ -70,6 +78,7 @@ __all__ = [
     "MGU",
     "MLSTM",
     "QRNN",
+    "PLSTM",
     "REGISTRY",
     "RGLRU",
     "RNN",
@@ -83,6 +92,7 @@ __all__ = [
     "Aaren",
     "Attention",
     "CoRNN",
+    "Based",
     "Context",
     "DeltaNet",
     "DeltaProduct",
@@ -96,6 +106,9 @@ __all__ = [
     "LeakyRNN",
     "LightNet",
     "LightningAttention",
+    "LightNet",
+    "LightningAttention",
+    "LinearAttention",
     "LogLinearAttention",
     "Mamba",
     "Mamba2",

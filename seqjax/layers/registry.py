@@ -13,6 +13,7 @@ from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
 from seqjax.layers.aaren import Aaren
 from seqjax.layers.attention import SlidingWindowAttention
+from seqjax.layers.based import Based
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
 from seqjax.layers.gateloop import GateLoop
@@ -21,6 +22,11 @@ from seqjax.layers.hgrn import HGRN
 from seqjax.layers.kda import KDA
 from seqjax.layers.lightnet import LightNet
 from seqjax.layers.lightning import LightningAttention
+from seqjax.layers.hgrn2 import HGRN2
+from seqjax.layers.kda import KDA
+from seqjax.layers.lightnet import LightNet
+from seqjax.layers.lightning import LightningAttention
+from seqjax.layers.linear_attention import LinearAttention
 from seqjax.layers.loglinear import LogLinearAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
@@ -32,6 +38,8 @@ from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.qrnn import QRNN, QuasiLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
+from seqjax.layers.plstm import PLSTM
+from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
 from seqjax.layers.retnet import RetNet
@@ -150,6 +158,12 @@ def _cornn(dim: int, heads: int) -> Options:
 
 def _unicornn(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"dt": 1.0, "alpha": 1.0}
+def _performer(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"map_order": 4}
+
+
+def _based(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"head_dim": 16}
 
 
 def _attention(dim: int, heads: int) -> Options:
@@ -188,6 +202,31 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "lightning": Entry(
             LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
         ),
+        "hgrn2": Entry(HGRN2, "HGRN2", "2404.07904", "linear_attention", _heads),
+        "linear_attention": Entry(
+            LinearAttention, "Linear attention", "2006.16236", "linear_attention", _heads
+        ),
+        "performer": Entry(
+            LinearAttention,
+            "Performer",
+            "2009.14794",
+            "linear_attention",
+            _performer,
+            {"feature_map": "performer"},
+        ),
+        "transnormer": Entry(
+            LinearAttention,
+            "TransNormer",
+            "2210.10340",
+            "linear_attention",
+            _heads,
+            {"normalizer": "rms"},
+        ),
+        "based": Entry(Based, "Based", "2402.18668", "linear_attention", _based),
+        "rebased": Entry(
+            Based, "ReBased", "2402.10644", "linear_attention", _based, {"rebased": True}
+        ),
+        "plstm": Entry(PLSTM, "pLSTM", "2506.11997", "linear_attention", _heads),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
