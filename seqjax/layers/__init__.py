@@ -4,11 +4,15 @@ from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
+from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
+from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
+from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
@@ -37,6 +41,7 @@ from seqjax.layers.token_shift import TokenShift as TokenShift
 __all__ = [
     "GLA",
     "GRU",
+    "KDA",
     "LEM",
     "LRU",
     "LSTM",
@@ -47,11 +52,14 @@ __all__ = [
     "RWKV7",
     "S5",
     "SLSTM",
+    "Comba",
     "Context",
     "DeltaNet",
+    "DeltaProduct",
     "Elman",
     "Entry",
     "GateLoop",
+    "GatedDeltaNet2",
     "GatedMLP",
     "Layer",
     "LayerNorm",

@@ -1,15 +1,15 @@
 """Base class of layers with a matrix state per head: projections, convolutions and the state."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import Initializer, Layer, Param, Params, State
+from seqjax.layers._base import Initializer, Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, split_heads
 from seqjax.layers.context import Context
-from seqjax.layers.conv import ShortConv, qkv_convs
+from seqjax.layers.conv import ShortConv
 
 
 class MatrixLayer(Layer):
@@ -23,6 +23,7 @@ class MatrixLayer(Layer):
     heads: int
     conv_size: int | None = None
     value_heads: int | None = None
+    updates: int = 1  # keys and values for one token
 
     @property
     def key_dim(self) -> int:
@@ -90,13 +91,18 @@ class MatrixLayer(Layer):
 
     def _qkv(self, initializer: Initializer | None = None) -> dict[str, Param | Layer]:
         """Return the projections to q, k and v and their convolutions."""
-        keys, values = self.heads * self.key_dim, self.memory_heads * self.value_dim
         return {
-            "q_proj": self._inward(keys, initializer=initializer),
-            "k_proj": self._inward(keys, initializer=initializer),
-            "v_proj": self._inward(values, initializer=initializer),
+            **{
+                f"{name}_proj": self._inward(width, initializer=initializer)
+                for name, width in self._widths().items()
+            },
             **self._convs(),
         }
+
+    def _widths(self) -> dict[str, int]:
+        """Return the features of all heads and updates of q, k and v."""
+        keys, values = self.heads * self.key_dim, self.memory_heads * self.value_dim
+        return {"q": keys, "k": self.updates * keys, "v": self.updates * values}
 
     def _head_norm(self) -> Param:
         return Param((self.value_dim,), ("head_dim",), "norm", _init.ones)
@@ -107,8 +113,16 @@ class MatrixLayer(Layer):
     def _convs(self) -> dict[str, ShortConv]:
         if self.conv_size is None:
             return {}
-        values = self.memory_heads // self.heads * self.value_dim
-        return qkv_convs(self.heads, self.key_dim, values, self.conv_size)
+        return {
+            f"{name}_conv": ShortConv(
+                width, self.conv_size, activation=self._activation(name), channel_axis="heads"
+            )
+            for name, width in self._widths().items()
+        }
+
+    def _activation(self, name: str) -> Literal["silu"] | None:
+        """Return the activation of the convolution of "q", "k" or "v"."""
+        return "silu"
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         state = {name: conv.make_state(batch_size, dtype) for name, conv in self._convs().items()}
@@ -121,9 +135,18 @@ class MatrixLayer(Layer):
     def _project(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, jax.Array, jax.Array, State]:
-        """Return q, k [B, T, heads, K], v [B, T, memory_heads, V] and the convolutions' states."""
+        """Return q, k, v by head and update, and the states of the convolutions.
+
+        The shapes are q [B, T, heads, K], k [B, T, updates * heads, K] and
+        v [B, T, updates * memory_heads, V].
+        """
         convs, new_state, made = self._convs(), {}, []
-        for name, heads in (("q", self.heads), ("k", self.heads), ("v", self.memory_heads)):
+        heads_of = {
+            "q": self.heads,
+            "k": self.updates * self.heads,
+            "v": self.updates * self.memory_heads,
+        }
+        for name, heads in heads_of.items():
             y, conv = dense(x, params[f"{name}_proj"]), f"{name}_conv"
             if conv in convs:
                 y, new_state[conv] = convs[conv].forward(params[conv], y, state[conv], context)
@@ -133,3 +156,20 @@ class MatrixLayer(Layer):
 
 
 _FAN = _init.fan_in_normal
+
+
+def decay_params(heads: int, width: int | None = None) -> dict[str, Param | Layer]:
+    """Return A_log [heads] and dt_bias [width], which start as in Mamba-2."""
+    dt = _init.inverse_softplus_log_uniform(1e-3, 1e-1)
+    return {
+        "A_log": Param((heads,), ("heads",), "recurrence", _init.log_uniform_of(1.0, 16.0)),
+        "dt_bias": Param((heads if width is None else width,), ("heads",), "recurrence", dt),
+    }
+
+
+def log_decay(params: Params, dt: jax.Array) -> jax.Array:
+    """Return -exp(A_log) softplus(dt + dt_bias) in the state dtype, for dt [B, T, H] or H * K."""
+    wide = state_dtype(dt.dtype)
+    rate = jnp.exp(params["A_log"].astype(wide))
+    steps = jax.nn.softplus(dt.astype(wide) + params["dt_bias"].astype(wide))
+    return -jnp.repeat(rate, steps.shape[-1] // rate.shape[0]) * steps

@@ -12,9 +12,12 @@ from typing import Any
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
 from seqjax.layers.attention import SlidingWindowAttention
-from seqjax.layers.deltanet import DeltaNet
+from seqjax.layers.comba import Comba
+from seqjax.layers.deltanet import DeltaNet, DeltaProduct
+from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.kda import KDA
 from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
@@ -104,6 +107,14 @@ def _deltanet(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "negative_eigenvalues": False}
 
 
+def _deltaproduct(dim: int, heads: int) -> Options:
+    return _deltanet(dim, heads) | {"updates": 2, "negative_eigenvalues": True}
+
+
+def _comba(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -129,6 +140,14 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}
+        ),
+        "deltaproduct": Entry(
+            DeltaProduct, "DeltaProduct", "2502.10297", "delta_rule", _deltaproduct
+        ),
+        "kda": Entry(KDA, "Kimi Delta Attention", "2510.26692", "delta_rule", _deltanet),
+        "comba": Entry(Comba, "Comba", "2506.02475", "generalized_delta_rule", _comba),
+        "gated_deltanet2": Entry(
+            GatedDeltaNet2, "Gated DeltaNet-2", "2605.22791", "generalized_delta_rule", _deltanet
         ),
         "rwkv5": Entry(
             RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}

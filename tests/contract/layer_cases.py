@@ -93,11 +93,38 @@ LAYERS = [
         rwkv_oracles.mamba3,
         "Mamba3-mimo",
     ),
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
+    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
-        layer_oracles.deltanet,
+        attention_oracles.deltanet,
         "DeltaNet-gated",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, gated=True, value_heads=2, conv_size=2),
+        attention_oracles.deltanet,
+        "DeltaNet-value-heads",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, conv_size=2, feature_map="dpfp", dpfp_order=2),
+        attention_oracles.deltanet,
+        "DeltaNet-dpfp",
+    ),
+    _layer(
+        seqjax.layers.DeltaProduct(dim=4, heads=1, value_heads=2, updates=3),
+        attention_oracles.deltanet,
+    ),
+    _layer(seqjax.layers.KDA(dim=4, heads=1, expand_v=0.5, value_heads=2), attention_oracles.kda),
+    _layer(
+        seqjax.layers.KDA(
+            dim=4,
+            heads=2,
+            head_dim=4,
+            negative_eigenvalues=True,
+            decay_bound=-5.0,
+            low_rank=False,
+        ),
+        attention_oracles.kda,
+        "KDA-bounded",
     ),
     # Several values per head: with two, the norm of an output near zero bends sharply, and
     # differences of gradients are no judge of second derivatives.
@@ -109,6 +136,8 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    _layer(seqjax.layers.Comba(dim=4, heads=2, expand_v=2), rwkv_oracles.comba),
+    _layer(seqjax.layers.GatedDeltaNet2(dim=4, heads=2, expand_v=2), rwkv_oracles.gated_deltanet2),
     # Four features per head: with two, a layer norm is nearly a sign.
     _layer(
         seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),

@@ -107,3 +107,103 @@ def lightning_attention(layer, params, x, reset=None):
         return memory, (y * _sigmoid(gate[b, t])) @ p["out_proj"]
 
     return _memory_loop(x, reset, heads, size, size, update)
+
+
+def _delta_values(layer, p, x, reset, mapped):
+    """Return q, k, v after projections and convolutions; "silu" convolutions where not mapped."""
+    made = []
+    for name in "qkv":
+        conv = _Conv(layer.conv_size, bias=False)
+        conv.activation = None if mapped and name != "v" else "silu"
+        made.append(short_conv(conv, p[f"{name}_conv"], x @ p[f"{name}_proj"], reset))
+    return made
+
+
+def _fast_weight_features(layer, z):
+    """Return the features of a query or key of a fast weight programmer (arXiv 2102.11174)."""
+    if layer.feature_map == "elu":
+        made = np.where(z > 0, z + 1, np.exp(z))
+    else:
+        r = np.maximum(np.concatenate([z, -z]), 0)
+        rotated = [
+            [r[i] * r[(i - j) % len(r)] for i in range(len(r))]
+            for j in range(1, layer.dpfp_order + 1)
+        ]
+        made = np.concatenate(rotated)
+    return made / (made.sum() + 1e-6)
+
+
+def deltanet(layer, params, x, reset=None):
+    """S = (I - beta k k^T) S + beta k v^T for each update, after S = alpha S.
+
+    DeltaNet (2406.06484), gated (2412.06464), negative eigenvalues (2411.12537), several updates
+    (2502.10297), feature maps (2102.11174).
+    """
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    size, values, count = layer.key_dim, layer.value_dim, getattr(layer, "updates", 1)
+    heads = layer.value_heads or layer.heads
+    q, k, v = _delta_values(layer, p, x, reset, layer.feature_map is not None)
+    beta = _sigmoid(x @ p["beta_proj"]) * (2 if layer.negative_eigenvalues else 1)
+    alpha = np.ones((*x.shape[:2], heads))
+    if layer.gated:
+        alpha = np.exp(-np.exp(p["A_log"]) * _softplus(x @ p["a_proj"] + p["dt_bias"]))
+
+    def mapped(z):
+        if layer.feature_map is None:
+            return z / np.sqrt(z @ z + 1e-6)
+        return _fast_weight_features(layer, z)
+
+    def update(memory, b, t):
+        out = np.zeros((heads, values))
+        for h in range(heads):
+            of_keys = h // (heads // layer.heads)
+            memory[h] = alpha[b, t, h] * memory[h]
+            for j in range(count):
+                k_h = mapped(k[b, t].reshape(count, layer.heads, size)[j, of_keys])
+                v_h = v[b, t].reshape(count, heads, values)[j, h]
+                beta_h = beta[b, t].reshape(count, heads)[j, h]
+                keep = np.eye(len(k_h)) - beta_h * np.outer(k_h, k_h)
+                memory[h] = keep @ memory[h] + beta_h * np.outer(k_h, v_h)
+            q_h = mapped(q[b, t].reshape(layer.heads, size)[of_keys])
+            o = memory[h].T @ q_h * (1 if layer.feature_map else 1 / np.sqrt(size))
+            out[h] = _rms(o, layer.norm_eps) * p["norm"]
+        y = out.reshape(-1)
+        if layer.gates_output:
+            y = y * _silu(x[b, t] @ p["gate_proj"])
+        return memory, y @ p["out_proj"]
+
+    rows = len(mapped(np.ones(size)))
+    return _memory_loop(x, reset, heads, rows, values, update)
+
+
+def kda(layer, params, x, reset=None):
+    """S = (I - beta k k^T) diag(alpha) S + beta k v^T, alpha per key channel (arXiv 2510.26692)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    size, values, heads = layer.key_dim, layer.value_dim, layer.value_heads or layer.heads
+    q, k, v = _delta_values(layer, p, x, reset, mapped=False)
+    beta = _sigmoid(x @ p["beta_proj"]) * (2 if layer.negative_eigenvalues else 1)
+    if layer.low_rank:
+        dt, gate = (x @ p[f"{name}_down"] @ p[f"{name}_up"] for name in ("decay", "gate"))
+    else:
+        dt, gate = x @ p["decay_proj"], x @ p["gate_proj"]
+    gate = gate + (p["gate_bias"] if layer.gate_bias else 0)
+    dt = (dt + p["dt_bias"]).reshape(*x.shape[:2], heads, size)
+
+    def update(memory, b, t):
+        out = np.zeros((heads, values))
+        for h in range(heads):
+            of_keys = h // (heads // layer.heads)
+            q_h, k_h = (z[b, t].reshape(layer.heads, size)[of_keys] for z in (q, k))
+            q_h, k_h = (z / np.sqrt(z @ z + 1e-6) for z in (q_h, k_h))
+            rate = np.exp(p["A_log"][h])
+            if layer.decay_bound is None:
+                alpha = np.exp(-rate * _softplus(dt[b, t, h]))
+            else:
+                alpha = np.exp(layer.decay_bound * _sigmoid(rate * dt[b, t, h]))
+            keep = np.eye(size) - beta[b, t, h] * np.outer(k_h, k_h)
+            v_h = v[b, t].reshape(heads, values)[h]
+            memory[h] = keep @ (alpha[:, None] * memory[h]) + beta[b, t, h] * np.outer(k_h, v_h)
+            out[h] = _rms(memory[h].T @ q_h / np.sqrt(size), layer.norm_eps) * p["norm"]
+        return memory, (out.reshape(-1) * _sigmoid(gate[b, t])) @ p["out_proj"]
+
+    return _memory_loop(x, reset, heads, size, values, update)

@@ -153,44 +153,6 @@ def mamba(layer, params, x, reset=None):
     return y
 
 
-def deltanet(layer, params, x, reset=None):
-    """S = (I - beta k k^T) alpha S + beta k v^T (arXiv 2406.06484, 2412.06464, 2411.12537)."""
-    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    heads, size = layer.heads, layer.key_dim
-    q, k, v = (
-        short_conv(
-            _Conv(layer.conv_size, bias=False), p[f"{name}_conv"], x @ p[f"{name}_proj"], reset
-        )
-        for name in "qkv"
-    )
-    values = v.shape[-1] // heads
-    y = np.zeros_like(x)
-    for b in range(x.shape[0]):
-        memory = np.zeros((heads, size, values))
-        for t in range(x.shape[1]):
-            if reset[b, t]:
-                memory = np.zeros((heads, size, values))
-            x_t = x[b, t]
-            beta = _sigmoid(x_t @ p["beta_proj"]) * (2 if layer.negative_eigenvalues else 1)
-            alpha = np.ones(heads)
-            if layer.gated:
-                alpha = np.exp(-np.exp(p["A_log"]) * _softplus(x_t @ p["a_proj"] + p["dt_bias"]))
-            out = np.zeros((heads, values))
-            for h in range(heads):
-                q_h, k_h = (z[b, t].reshape(heads, size)[h] for z in (q, k))
-                q_h, k_h = (z / np.sqrt(z @ z + 1e-6) for z in (q_h, k_h))
-                v_h = v[b, t].reshape(heads, values)[h]
-                keep = np.eye(size) - beta[h] * np.outer(k_h, k_h)
-                memory[h] = keep @ (alpha[h] * memory[h]) + beta[h] * np.outer(k_h, v_h)
-                o = memory[h].T @ q_h / np.sqrt(size)
-                out[h] = o / np.sqrt(np.mean(o * o) + 1e-6) * p["norm"]
-            flat = out.reshape(-1)
-            if layer.gates_output:
-                flat = flat * _silu(x_t @ p["gate_proj"])
-            y[b, t] = flat @ p["out_proj"]
-    return y
-
-
 def gla(layer, params, x, reset=None):
     """S = diag(exp g) S + k v^T with g = log sigmoid(x W_1 W_2 + b) / tau (arXiv 2312.06635)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
