@@ -16,6 +16,9 @@ from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
+from seqjax.layers.comba import Comba
+from seqjax.layers.deltanet import DeltaNet, DeltaProduct
+from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
 from seqjax.layers.hgrn import HGRN
@@ -164,6 +167,8 @@ def _performer(dim: int, heads: int) -> Options:
 
 def _based(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"head_dim": 16}
+def _comba(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
 
 
 def _attention(dim: int, heads: int) -> Options:
@@ -233,6 +238,14 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         ),
         "rglru": Entry(RGLRU, "Hawk (RG-LRU)", "2402.19427", "linear_scan", _rglru),
         "rwkv4": Entry(RWKV4, "RWKV-4", "2305.13048", "linear_scan", _nothing),
+        "deltaproduct": Entry(
+            DeltaProduct, "DeltaProduct", "2502.10297", "delta_rule", _deltaproduct
+        ),
+        "kda": Entry(KDA, "Kimi Delta Attention", "2510.26692", "delta_rule", _deltanet),
+        "comba": Entry(Comba, "Comba", "2506.02475", "generalized_delta_rule", _comba),
+        "gated_deltanet2": Entry(
+            GatedDeltaNet2, "Gated DeltaNet-2", "2605.22791", "generalized_delta_rule", _deltanet
+        ),
         "rwkv5": Entry(
             RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}
         ),
