@@ -16,6 +16,7 @@ from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
+from seqjax.layers.mlp import MLP as MLP
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
@@ -35,6 +36,7 @@ from seqjax.layers.rwkv6 import RWKV6 as RWKV6
 from seqjax.layers.rwkv7 import RWKV7 as RWKV7
 from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.scaled import Scaled as Scaled
 from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "LRU",
     "LSTM",
     "LTC",
+    "MLP",
     "REGISTRY",
     "RGLRU",
     "RNN",
@@ -71,6 +74,7 @@ __all__ = [
     "RMSNorm",
     "RWKVChannelMix",
     "RetNet",
+    "Scaled",
     "ShortConv",
     "SlidingWindowAttention",
     "TokenShift",
