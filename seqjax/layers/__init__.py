@@ -33,6 +33,7 @@ from seqjax.layers.mamba3 import Mamba3 as Mamba3
 from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.minrnn import MinGRU as MinGRU
 from seqjax.layers.minrnn import MinLSTM as MinLSTM
+from seqjax.layers.mlp import MLP as MLP
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
@@ -64,6 +65,7 @@ from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.srwm import SRWM as SRWM
+from seqjax.layers.scaled import Scaled as Scaled
 from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "MLSTM",
     "QRNN",
     "PLSTM",
+    "MLP",
     "REGISTRY",
     "RGLRU",
     "RNN",
@@ -127,6 +130,7 @@ __all__ = [
     "RMSNorm",
     "RWKVChannelMix",
     "RetNet",
+    "Scaled",
     "ShortConv",
     "SlidingWindowAttention",
     "TokenShift",

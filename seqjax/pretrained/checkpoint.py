@@ -133,8 +133,8 @@ def load(
     if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
     parts = _parts(model, architecture)
-    used = {cut.tensor.name: cut for leaf in parts.values() for cut, _ in leaf}
-    for cut in used.values():
+    entries = (entry for leaf in parts.values() for entry in leaf if entry is not None)
+    for cut in {cut.tensor.name: cut for cut, _ in entries}.values():
         _check_tensor(tensors, stored[cut.tensor.name], cut)
     shardings = {}
     if mesh is not None:
@@ -145,7 +145,14 @@ def load(
             for name, spec in _flat(specs, jax.sharding.PartitionSpec).items()
         }
     flat = {
-        name: _array(tensors, stored, leaf, *_declared(model, name, leaf), shardings.get(name))
+        name: _array(
+            tensors,
+            stored,
+            leaf,
+            _stacked(name),
+            *_declared(model, name, leaf),
+            shardings.get(name),
+        )
         for name, leaf in parts.items()
     }
     tensors.close()
@@ -210,18 +217,19 @@ def save(
     parts = _parts(model, model.source.architecture(capacity=1))
     arrays: dict[str, tuple[Cut, dict[int, Any]]] = {}
     for name, leaf in parts.items():
-        stacked = len(np.shape(flat[name])) > len(leaf[0][0].shapes[leaf[0][1]])
-        for layer, (cut, part) in enumerate(leaf):
-            entry = arrays.setdefault(cut.tensor.name, (cut, {}))
-            entry[1][part] = (flat[name], layer if stacked else None)
+        for layer, found in enumerate(leaf):
+            if found is not None:
+                cut, part = found
+                entry = arrays.setdefault(cut.tensor.name, (cut, {}))
+                entry[1][part] = (flat[name], layer if _stacked(name) else None)
 
     prefix = model.source.prefix
     renamed = {name.replace("@", prefix): entry for name, entry in arrays.items()}
 
     def make(name: str) -> np.ndarray:
         cut, leaves = renamed[name]
-        found = [leaves[part] for part in range(len(cut.shapes))]
-        return cut.join(leaf if layer is None else leaf[layer] for leaf, layer in found)
+        ordered = [leaves[part] for part in range(len(cut.shapes))]
+        return cut.join(leaf if layer is None else leaf[layer] for leaf, layer in ordered)
 
     layout = {
         name: (cut.stored_shape, np.dtype(leaves[0][0].dtype))
@@ -287,22 +295,32 @@ def _check_tensor(tensors: Tensors, name: str, cut: Cut) -> None:
         )
 
 
-Parts = dict[str, list[tuple[Cut, int]]]
+Leaf = list[tuple[Cut, int] | None]
 
 
-def _parts(model: LanguageModel, architecture: Architecture) -> Parts:
-    """Return for each parameter the stored tensor and the part of it, one per stacked layer."""
+def _stacked(name: str) -> bool:
+    """Return whether a parameter has the values of several layers along its first axis."""
+    return name.startswith("backbone.group_")
+
+
+def _parts(model: LanguageModel, architecture: Architecture) -> dict[str, Leaf]:
+    """Return for each parameter the stored tensor and the part of it, one per stacked layer.
+
+    Parameters without a stored tensor have None.
+    """
     plain = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, scan=False))
-    made = cuts(architecture.table(), _flat(plain.param_shapes(), tuple))
-    single = {param: (cut, part) for cut in made for part, param in enumerate(cut.tensor.params)}
+    shapes = _flat(plain.param_shapes(), tuple)
+    made = cuts(architecture.table(), shapes, architecture.unused)
+    single: dict[str, tuple[Cut, int] | None] = dict.fromkeys(architecture.unused)
+    single |= {param: (cut, part) for cut in made for part, param in enumerate(cut.tensor.params)}
     if not model.backbone.scan:
         return {name: [found] for name, found in single.items()}
     period = sum(name.startswith("group_") for name in model.backbone.declare_params())
     depth = len(model.backbone.stack)
-    parts: Parts = {}
+    parts: dict[str, Leaf] = {}
     for name in _flat(model.param_shapes(), tuple):
         head, _, rest = name.removeprefix("backbone.").partition(".")
-        if name.startswith("backbone.group_"):
+        if _stacked(name):
             layers = range(int(head.removeprefix("group_")), depth, period)
             parts[name] = [single[f"backbone.block_{layer}.{rest}"] for layer in layers]
         else:
@@ -310,12 +328,12 @@ def _parts(model: LanguageModel, architecture: Architecture) -> Parts:
     return parts
 
 
-def _declared(
-    model: LanguageModel, name: str, leaf: list[tuple[Cut, int]]
-) -> tuple[Shape, np.dtype]:
+def _declared(model: LanguageModel, name: str, leaf: Leaf) -> tuple[Shape, np.dtype]:
     """Return shape and dtype of a parameter."""
     role, shape = (_leaf(tree, name) for tree in (model.param_roles(), model.param_shapes()))
-    wide = role in ("recurrence", "norm") or leaf[0][0].tensor.wide
+    wide = role in ("recurrence", "norm") or any(
+        entry is not None and entry[0].tensor.wide for entry in leaf
+    )
     dtype = state_dtype(model.dtype) if wide else jnp.dtype(model.dtype)
     return shape, np.dtype(dtype)
 
@@ -323,21 +341,24 @@ def _declared(
 def _array(
     tensors: Tensors,
     stored: Mapping[str, str],
-    leaf: list[tuple[Cut, int]],
+    leaf: Leaf,
+    stacked: bool,
     shape: Shape,
     dtype: np.dtype,
     where: NamedSharding | None,
 ) -> jax.Array:
     """Read a parameter: all of it, or the shards of this process's devices."""
-    cut, part = leaf[0]
-    stacked = len(shape) > len(cut.shapes[part])
 
     def read(index: Any) -> np.ndarray:
         sizes = [len(range(*entry.indices(n))) for entry, n in zip(index, shape, strict=True)]
         out = np.empty(sizes, dtype)
         chosen = leaf[index[0]] if stacked else leaf
-        for layer, (cut, part) in enumerate(chosen):
+        for layer, entry in enumerate(chosen):
             own = out[layer] if stacked else out
+            if entry is None:
+                own[...] = 0
+                continue
+            cut, part = entry
             inner = index[1:] if stacked else index
             cut.read(tensors, stored[cut.tensor.name], part, inner, own)
         return out

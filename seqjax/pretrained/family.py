@@ -24,6 +24,7 @@ class Architecture:
       norm, norm_eps: kind and constant of the final norm.
       model: further fields of `LanguageModel`.
       extra: further tensors.
+      unused: parameters that no tensor stores. They are zeros, and the model does not read them.
       head: the name of the output weights.
       embedding_aliases: other names of the embedding that are accepted.
     """
@@ -39,6 +40,7 @@ class Architecture:
     norm_eps: float
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     extra: Sequence[Tensor] = ()
+    unused: Sequence[str] = ()
     head: str = "lm_head.weight"
     embedding_aliases: tuple[str, ...] = ()
 

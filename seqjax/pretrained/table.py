@@ -156,14 +156,21 @@ class Cut:
         return out.reshape(self.stored_shape)
 
 
-def cuts(table: Iterable[Tensor], shapes: Mapping[str, Shape]) -> list[Cut]:
+def cuts(
+    table: Iterable[Tensor], shapes: Mapping[str, Shape], unused: Iterable[str] = ()
+) -> list[Cut]:
     """Return the table's tensors with the shapes of their parameters.
+
+    Args:
+      table: the tensors.
+      shapes: the shape of each parameter of the model.
+      unused: parameters that the table leaves out.
 
     Raises:
       ValueError: if the table leaves out a parameter or has one twice: an error of the library.
     """
     made = [Cut(row, tuple(shapes[param] for param in row.params)) for row in table]
-    seen = [param for row in made for param in row.tensor.params]
+    seen = [*unused, *(param for row in made for param in row.tensor.params)]
     if sorted(seen) != sorted(shapes):
         wrong = sorted(set(seen) ^ set(shapes)) or sorted({p for p in seen if seen.count(p) > 1})
         raise ValueError(f"load: the table of tensors must have each parameter once: {wrong[0]}.")

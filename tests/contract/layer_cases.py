@@ -245,4 +245,17 @@ LAYERS = [
     _layer(seqjax.layers.RMSNorm(dim=4, offset=True), layer_oracles.rms_norm, "RMSNorm-offset"),
     _layer(seqjax.layers.LayerNorm(dim=4), layer_oracles.layer_norm),
     _layer(seqjax.layers.GatedMLP(dim=4), layer_oracles.gated_mlp),
+    _layer(
+        seqjax.layers.GatedMLP(dim=4, activation="gelu_tanh", bias=True),
+        layer_oracles.gated_mlp,
+        "GatedMLP-gelu",
+    ),
+    _layer(seqjax.layers.MLP(dim=4), layer_oracles.mlp),
+    _layer(seqjax.layers.MLP(dim=4, activation="gelu", bias=True), layer_oracles.mlp, "MLP-gelu"),
+    _layer(
+        seqjax.layers.Scaled(
+            seqjax.layers.GateLoop(dim=4, heads=2), 0.5, 3.0, {"q_proj": 2.0, "phase_bias": 0.3}
+        ),
+        layer_oracles.scaled(layer_oracles.gateloop),
+    ),
 ]

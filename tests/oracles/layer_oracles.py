@@ -5,6 +5,8 @@ and returns y [B, T, dim]. `layer` is read for its hyperparameters and `params` 
 nothing here comes from seqjax.
 """
 
+import math
+
 import numpy as np
 
 
@@ -251,8 +253,39 @@ def rms_norm(layer, params, x, reset=None):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + layer.eps) * scale
 
 
+def _activation(name, x):
+    if name == "relu2":
+        return np.maximum(x, 0) ** 2
+    if name == "gelu":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return _silu(x)
+
+
 def gated_mlp(layer, params, x, reset=None):
-    """(silu(x W_gate) * (x W_up)) W_down."""
-    del layer, reset
+    """(activation(x W_gate) * (x W_up)) W_down, with biases."""
+    del reset
     p, x = _f64(params), _f64(x)
-    return (_silu(x @ p["gate_proj"]) * (x @ p["up_proj"])) @ p["down_proj"]
+    gate = _activation(layer.activation, x @ p["gate_proj"] + p.get("gate_bias", 0))
+    up = x @ p["up_proj"] + p.get("up_bias", 0)
+    return (gate * up) @ p["down_proj"] + p.get("down_bias", 0)
+
+
+def mlp(layer, params, x, reset=None):
+    """activation(x W_up) W_down, with biases."""
+    del reset
+    p, x = _f64(params), _f64(x)
+    hidden = _activation(layer.activation, x @ p["up_proj"] + p.get("up_bias", 0))
+    return hidden @ p["down_proj"] + p.get("down_bias", 0)
+
+
+def scaled(oracle):
+    """Return the oracle of a layer with factors on its input, output and parameters."""
+
+    def run(layer, params, x, reset=None):
+        params = {name: p * dict(layer.param_scales).get(name, 1) for name, p in params.items()}
+        y = oracle(layer.layer, params, np.asarray(x) * layer.input_scale, reset)
+        return y * layer.output_scale
+
+    return run
