@@ -17,9 +17,6 @@ from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.hgrn import HGRN as HGRN
-from seqjax.layers.kda import KDA as KDA
-from seqjax.layers.lightnet import LightNet as LightNet
-from seqjax.layers.lightning import LightningAttention as LightningAttention
 from seqjax.layers.hgrn2 import HGRN2 as HGRN2
 from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightnet import LightNet as LightNet
@@ -38,9 +35,9 @@ from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
+from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.qrnn import QRNN as QRNN
 from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
-from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
@@ -63,9 +60,9 @@ from seqjax.layers.rwkv6 import RWKV6 as RWKV6
 from seqjax.layers.rwkv7 import RWKV7 as RWKV7
 from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.scaled import Scaled as Scaled
 from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.srwm import SRWM as SRWM
-from seqjax.layers.scaled import Scaled as Scaled
 from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
@@ -80,10 +77,10 @@ __all__ = [
     "LSTM",
     "LTC",
     "MGU",
-    "MLSTM",
-    "QRNN",
-    "PLSTM",
     "MLP",
+    "MLSTM",
+    "PLSTM",
+    "QRNN",
     "REGISTRY",
     "RGLRU",
     "RNN",
@@ -96,8 +93,8 @@ __all__ = [
     "SRWM",
     "Aaren",
     "Attention",
-    "CoRNN",
     "Based",
+    "CoRNN",
     "Comba",
     "Context",
     "DeltaNet",
@@ -111,8 +108,6 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LeakyRNN",
-    "LightNet",
-    "LightningAttention",
     "LightNet",
     "LightningAttention",
     "LinearAttention",

@@ -14,17 +14,13 @@ from seqjax.layers._rnn import RNN
 from seqjax.layers.aaren import Aaren
 from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
-from seqjax.layers.deltanet import DeltaNet, DeltaProduct
-from seqjax.layers.ffm import FFM
 from seqjax.layers.comba import Comba
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
+from seqjax.layers.ffm import FFM
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
 from seqjax.layers.hgrn import HGRN
-from seqjax.layers.kda import KDA
-from seqjax.layers.lightnet import LightNet
-from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.hgrn2 import HGRN2
 from seqjax.layers.kda import KDA
 from seqjax.layers.lightnet import LightNet
@@ -38,15 +34,12 @@ from seqjax.layers.mamba3 import Mamba3
 from seqjax.layers.mesanet import MesaNet
 from seqjax.layers.minrnn import MinGRU, MinLSTM
 from seqjax.layers.mlstm import MLSTM
+from seqjax.layers.plstm import PLSTM
 from seqjax.layers.qrnn import QRNN, QuasiLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
-from seqjax.layers.plstm import PLSTM
-from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
-from seqjax.layers.retnet import RetNet
-from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rwkv4 import RWKV4
 from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
@@ -161,12 +154,16 @@ def _cornn(dim: int, heads: int) -> Options:
 
 def _unicornn(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"dt": 1.0, "alpha": 1.0}
+
+
 def _performer(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"map_order": 4}
 
 
 def _based(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"head_dim": 16}
+
+
 def _comba(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
 
@@ -253,10 +250,6 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
             RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
         ),
         "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
-        "deltaproduct": Entry(
-            DeltaProduct, "DeltaProduct", "2502.10297", "delta_rule", _deltaproduct
-        ),
-        "kda": Entry(KDA, "Kimi Delta Attention", "2510.26692", "delta_rule", _deltanet),
         "mingru": Entry(MinGRU, "minGRU", "2410.01201", "linear_scan", _states),
         "minlstm": Entry(MinLSTM, "minLSTM", "2410.01201", "linear_scan", _states),
         "hgrn": Entry(HGRN, "HGRN", "2311.04823", "linear_scan", _states),

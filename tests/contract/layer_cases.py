@@ -54,7 +54,6 @@ LAYERS = [
         "Mamba2-norm-first",
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
-    *EXPONENTIAL,
     _layer(seqjax.layers.Mamba3(dim=4, state_dim=4, head_dim=4), rwkv_oracles.mamba3),
     _layer(
         seqjax.layers.Mamba3(
@@ -70,8 +69,6 @@ LAYERS = [
         rwkv_oracles.mamba3,
         "Mamba3-mimo",
     ),
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,
