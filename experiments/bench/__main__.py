@@ -5,6 +5,7 @@
     python -m experiments.bench ops        # chunked algorithms
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
+    python -m experiments.bench generate   # tokens per second of generation
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench gpu        # kernels compiled for H100, not run
 
@@ -30,7 +31,7 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, gpu, newton, tpu
+from experiments.bench import cases, generate, gpu, newton, tpu
 from experiments.bench.tools import ONLY, Candidates, Table, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -173,6 +174,7 @@ SUITES = {
     "ops": bench_ops,
     "choice": bench_choice,
     "newton": newton.bench_newton,
+    "generate": generate.bench_generate,
     "tpu": tpu.bench_tpu,
     "gpu": gpu.bench_gpu,
 }
@@ -181,7 +183,7 @@ SUITES = {
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags of this script, which the suites read from absl's global flags."""
     del argv
-    for flag in (ROUNDS, ONLY, newton.FIGURE):
+    for flag in (ROUNDS, ONLY, newton.FIGURE, generate.LAYERS):
         values[flag.name] = flags.FLAGS[flag.name]
 
 
@@ -189,7 +191,7 @@ def main(values: flags.FlagValues, words: Sequence[str]) -> int:
     """Run the suites named on the command line; by default all timed suites."""
     del values
     flags.FLAGS.mark_as_parsed()
-    names = words or [name for name in SUITES if name not in ("tpu", "gpu")]
+    names = words or [name for name in SUITES if name not in ("generate", "tpu", "gpu")]
     for name in names:
         if name not in SUITES:
             raise UserError(f"unknown suite {name!r}: {nearest(name, SUITES)}")
