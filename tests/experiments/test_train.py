@@ -61,7 +61,16 @@ def reference(text, tmp_path_factory):
     return workdir, summary
 
 
-@pytest.mark.parametrize("layer", sorted(common.MIXERS))
+QUICK = {"attention", "gated_deltanet", "gru", "hybrid", "lru", "mamba"}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in sorted(common.MIXERS)
+    ],
+)
 def test_two_steps_of_every_config(layer, text):
     config = lm.get_config(f"{layer},quicktest")
     config.data.path = str(text)
