@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import Param, Params, State, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, rms_normalize
 from seqjax.layers._matrix import MatrixLayer
 from seqjax.layers._reductions import Rotation
@@ -78,7 +78,7 @@ class RetNet(MatrixLayer):
         """Value features per head V."""
         return int(self.expand_v * self.key_dim)
 
-    def declare_params(self) -> Mapping[str, Param]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         inward = _init.xavier_uniform(2**-2.5)
         return {
             **self._qkv(inward),
