@@ -4,6 +4,7 @@ from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
+from seqjax.layers.based import Based as Based
 from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
@@ -12,8 +13,10 @@ from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.hgrn2 import HGRN2 as HGRN2
 from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightning import LightningAttention as LightningAttention
+from seqjax.layers.linear_attention import LinearAttention as LinearAttention
 from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
@@ -21,6 +24,7 @@ from seqjax.layers.mamba3 import Mamba3 as Mamba3
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
+from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
@@ -41,17 +45,20 @@ from seqjax.layers.token_shift import TokenShift as TokenShift
 __all__ = [
     "GLA",
     "GRU",
+    "HGRN2",
     "KDA",
     "LEM",
     "LRU",
     "LSTM",
     "LTC",
+    "PLSTM",
     "REGISTRY",
     "RNN",
     "RWKV6",
     "RWKV7",
     "S5",
     "SLSTM",
+    "Based",
     "Comba",
     "Context",
     "DeltaNet",
@@ -64,6 +71,7 @@ __all__ = [
     "Layer",
     "LayerNorm",
     "LightningAttention",
+    "LinearAttention",
     "Mamba",
     "Mamba2",
     "Mamba3",

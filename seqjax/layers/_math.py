@@ -11,6 +11,14 @@ def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return x @ weight.astype(x.dtype)
 
 
+def block_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply x [..., G * I] by the block-diagonal weight [G, I, O]; return [..., G * O]."""
+    groups, inputs, _ = weight.shape
+    blocks = x.reshape(*x.shape[:-1], groups, inputs)
+    y = jnp.einsum("...gi,gio->...go", blocks, weight.astype(x.dtype))
+    return merge_heads(y)
+
+
 def complex_dense(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Multiply real x [..., I] by a complex weight [2, I, O]; return the parts in the state dtype.
 

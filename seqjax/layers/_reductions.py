@@ -3,6 +3,7 @@
 - `Rotation`: rotary position embeddings without a position in the state.
 - `signs`: decays in [-1, 1], as signs of queries and keys.
 - `place`: several updates for one token.
+- `normalized_attention`: sums of keys, as values of 1.
 """
 
 import math
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.layers._base import state_dtype
+from seqjax.layers.context import Context
 from seqjax.ops.core import sequence_parallel
+from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 
 class Rotation:
@@ -113,3 +116,43 @@ def place(x: jax.Array, count: int, index: int) -> jax.Array:
     """
     spread = jnp.zeros((*x.shape[:2], count, *x.shape[2:]), x.dtype).at[:, :, index].set(x)
     return spread.reshape(x.shape[0], x.shape[1] * count, *x.shape[2:])
+
+
+def normalized_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    state: dict[str, jax.Array],
+    context: Context,
+    scale: float | None = None,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Run `linear_attention` and its normalizer, the same recurrence on values of 1.
+
+        S_t = decay_t S_{t-1} + k_t v_t^T,    n_t = decay_t n_{t-1} + k_t
+
+    Args:
+      q, k: [B, T, H, K].
+      v: [B, T, H, V].
+      log_decay: as in `linear_attention`.
+      state: {"memory": [B, H, K, V], "normalizer": [B, H, K]}.
+      context: resets and the sequence axis.
+      scale: factor of the queries, by default K**-0.5.
+
+    Returns:
+      (S_t^T q_t [B, T, H, V], n_t^T q_t [B, T, H], new state), all in the state's dtype.
+    """
+    wide = state["memory"].dtype
+    ones = jnp.ones((*v.shape[:-1], 1), wide)
+    o, memory = linear_attention(
+        q,
+        k,
+        jnp.concatenate([v.astype(wide), ones], axis=-1),
+        log_decay,
+        jnp.concatenate([state["memory"], state["normalizer"][..., None]], axis=-1),
+        scale=scale,
+        reset=context.reset,
+        sequence_axis=context.sequence_axis,
+    )
+    state = {"memory": memory[..., :-1], "normalizer": memory[..., -1]}
+    return o[..., :-1], o[..., -1], state

@@ -12,17 +12,21 @@ from typing import Any
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
 from seqjax.layers.attention import SlidingWindowAttention
+from seqjax.layers.based import Based
 from seqjax.layers.comba import Comba
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.hgrn2 import HGRN2
 from seqjax.layers.kda import KDA
 from seqjax.layers.lightning import LightningAttention
+from seqjax.layers.linear_attention import LinearAttention
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.mamba3 import Mamba3
+from seqjax.layers.plstm import PLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
 from seqjax.layers.rwkv6 import RWKV6
@@ -115,6 +119,14 @@ def _comba(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
 
 
+def _performer(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"map_order": 4}
+
+
+def _based(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"head_dim": 16}
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -137,6 +149,31 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "lightning": Entry(
             LightningAttention, "Lightning attention", "2307.14995", "linear_attention", _heads
         ),
+        "hgrn2": Entry(HGRN2, "HGRN2", "2404.07904", "linear_attention", _heads),
+        "linear_attention": Entry(
+            LinearAttention, "Linear attention", "2006.16236", "linear_attention", _heads
+        ),
+        "performer": Entry(
+            LinearAttention,
+            "Performer",
+            "2009.14794",
+            "linear_attention",
+            _performer,
+            {"feature_map": "performer"},
+        ),
+        "transnormer": Entry(
+            LinearAttention,
+            "TransNormer",
+            "2210.10340",
+            "linear_attention",
+            _heads,
+            {"normalizer": "rms"},
+        ),
+        "based": Entry(Based, "Based", "2402.18668", "linear_attention", _based),
+        "rebased": Entry(
+            Based, "ReBased", "2402.10644", "linear_attention", _based, {"rebased": True}
+        ),
+        "plstm": Entry(PLSTM, "pLSTM", "2506.11997", "linear_attention", _heads),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
         "gated_deltanet": Entry(
             DeltaNet, "Gated DeltaNet", "2412.06464", "delta_rule", _deltanet, {"gated": True}

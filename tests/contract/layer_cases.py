@@ -11,6 +11,7 @@ import seqjax
 from tests.contract.cases import Arrays, Case, normal
 from tests.oracles import (
     attention_oracles,
+    feature_oracles,
     gated_oracles,
     layer_oracles,
     rnn_oracles,
@@ -168,6 +169,27 @@ LAYERS = [
         attention_oracles.lightning_attention,
         "LightningAttention-linear",
     ),
+    _layer(seqjax.layers.HGRN2(dim=4, heads=2, head_dim=3), feature_oracles.hgrn2),
+    _layer(seqjax.layers.LinearAttention(dim=4, heads=2), feature_oracles.linear_attention),
+    _layer(
+        seqjax.layers.LinearAttention(dim=4, heads=2, feature_map="performer", map_order=2),
+        feature_oracles.linear_attention,
+        "LinearAttention-performer",
+    ),
+    _layer(
+        seqjax.layers.LinearAttention(dim=4, heads=2, expand_v=2, normalizer="rms"),
+        feature_oracles.linear_attention,
+        "LinearAttention-rms",
+    ),
+    _layer(seqjax.layers.Based(dim=4, heads=2, head_dim=3), feature_oracles.based),
+    # Where q . k is near 0, its square is a sum of products that cancel. Relative to the default
+    # `eps` of 1e-5 few digits are left of it in float32.
+    _layer(
+        seqjax.layers.Based(dim=4, heads=2, head_dim=4, rebased=True, eps=0.1),
+        feature_oracles.based,
+        "Based-rebased",
+    ),
+    _layer(seqjax.layers.PLSTM(dim=8, heads=2), feature_oracles.plstm),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.sliding_window_attention,
