@@ -6,10 +6,12 @@ from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.aaren import Aaren as Aaren
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.based import Based as Based
+from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
+from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.hgrn2 import HGRN2 as HGRN2
@@ -66,12 +68,14 @@ __all__ = [
     "SRWM",
     "Aaren",
     "Based",
+    "Comba",
     "Context",
     "DeltaNet",
     "DeltaProduct",
     "Elman",
     "Entry",
     "GateLoop",
+    "GatedDeltaNet2",
     "GatedMLP",
     "Layer",
     "LayerNorm",

@@ -14,7 +14,9 @@ from seqjax.layers._rnn import RNN
 from seqjax.layers.aaren import Aaren
 from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
+from seqjax.layers.comba import Comba
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
+from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
 from seqjax.layers.hgrn2 import HGRN2
@@ -119,6 +121,10 @@ def _deltaproduct(dim: int, heads: int) -> Options:
     return _deltanet(dim, heads) | {"updates": 2, "negative_eigenvalues": True}
 
 
+def _comba(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
+
+
 def _performer(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"map_order": 4}
 
@@ -196,6 +202,10 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
             DeltaProduct, "DeltaProduct", "2502.10297", "delta_rule", _deltaproduct
         ),
         "kda": Entry(KDA, "Kimi Delta Attention", "2510.26692", "delta_rule", _deltanet),
+        "comba": Entry(Comba, "Comba", "2506.02475", "generalized_delta_rule", _comba),
+        "gated_deltanet2": Entry(
+            GatedDeltaNet2, "Gated DeltaNet-2", "2605.22791", "generalized_delta_rule", _deltanet
+        ),
         "rwkv5": Entry(
             RWKV6, "RWKV-5", "2404.05892", "linear_attention", _heads, {"data_dependent": False}
         ),

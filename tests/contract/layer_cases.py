@@ -104,6 +104,8 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    _layer(seqjax.layers.Comba(dim=4, heads=2, expand_v=2), rwkv_oracles.comba),
+    _layer(seqjax.layers.GatedDeltaNet2(dim=4, heads=2, expand_v=2), rwkv_oracles.gated_deltanet2),
     # Four features per head: with two, a layer norm is nearly a sign.
     _layer(
         seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),

@@ -6,7 +6,15 @@ comes from seqjax.
 
 import numpy as np
 
-from tests.oracles.layer_oracles import _f64, _resets, _sigmoid, _silu, _softplus
+from tests.oracles.layer_oracles import (
+    _Conv,
+    _f64,
+    _resets,
+    _sigmoid,
+    _silu,
+    _softplus,
+    short_conv,
+)
 
 
 def _shifted(x, reset):
@@ -168,3 +176,54 @@ def mamba3(layer, params, x, reset=None):
                     o = o * _silu(z[b, t, own])
                 y[b, t, own] += o
     return y @ p["out_proj"]
+
+
+def comba(layer, params, x, reset=None):
+    """S = alpha S + beta k (v - s S^T k)^T, read by q - D s k (arXiv 2506.02475)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size, values = layer.heads, layer.key_dim, layer.value_dim
+    conv = _Conv(layer.conv_size, bias=False)
+    q, k, v = (short_conv(conv, p[f"{n}_conv"], x @ p[f"{n}_proj"], reset) for n in "qkv")
+    beta, gate = _sigmoid(x @ p["beta_proj"]), _sigmoid(x @ p["gate_proj"])
+    alpha = np.exp(-np.exp(p["A_log"]) * _softplus(x @ p["a_proj"] + p["dt_bias"]))
+    s = _sigmoid(p["decay"])
+    y = np.zeros((*x.shape[:2], heads * values))
+    for b, h in np.ndindex(x.shape[0], heads):
+        keys, vals = slice(h * size, (h + 1) * size), slice(h * values, (h + 1) * values)
+        memory = np.zeros((size, values))
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                memory = np.zeros((size, values))
+            q_h = q[b, t, keys] - p["D"][h] * s[h] * k[b, t, keys]
+            q_h, k_h = (z / np.sqrt(z @ z + 1e-6) for z in (q_h, k[b, t, keys]))
+            missing = v[b, t, vals] - s[h] * memory.T @ k_h
+            memory = alpha[b, t, h] * memory + beta[b, t, h] * np.outer(k_h, missing)
+            o = memory.T @ q_h / np.sqrt(size)
+            y[b, t, vals] = o / np.sqrt(np.mean(o**2) + layer.norm_eps) * p["norm"]
+    return (y * gate) @ p["out_proj"]
+
+
+def gated_deltanet2(layer, params, x, reset=None):
+    """S = (I - k (b k)^T) diag(alpha) S + k (w v)^T, gates per channel (arXiv 2605.22791)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size, values = layer.heads, layer.key_dim, layer.value_dim
+    conv = _Conv(layer.conv_size, bias=False)
+    q, k, v = (short_conv(conv, p[f"{n}_conv"], x @ p[f"{n}_proj"], reset) for n in "qkv")
+    erase, write = _sigmoid(x @ p["erase_proj"]), _sigmoid(x @ p["write_proj"])
+    erase = erase * (2 if layer.negative_eigenvalues else 1)
+    gate = _sigmoid(x @ p["gate_down"] @ p["gate_up"] + p["gate_bias"])
+    dt = _softplus(x @ p["decay_down"] @ p["decay_up"] + p["dt_bias"])
+    y = np.zeros((*x.shape[:2], heads * values))
+    for b, h in np.ndindex(x.shape[0], heads):
+        keys, vals = slice(h * size, (h + 1) * size), slice(h * values, (h + 1) * values)
+        memory = np.zeros((size, values))
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                memory = np.zeros((size, values))
+            q_h, k_h = (z / np.sqrt(z @ z + 1e-6) for z in (q[b, t, keys], k[b, t, keys]))
+            memory = np.exp(-np.exp(p["A_log"][h]) * dt[b, t, keys])[:, None] * memory
+            memory = memory - np.outer(k_h, (erase[b, t, keys] * k_h) @ memory)
+            memory = memory + np.outer(k_h, write[b, t, vals] * v[b, t, vals])
+            o = memory.T @ q_h / np.sqrt(size)
+            y[b, t, vals] = o / np.sqrt(np.mean(o**2) + layer.norm_eps) * p["norm"]
+    return (y * gate) @ p["out_proj"]
