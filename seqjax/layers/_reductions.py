@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Rotation:
     """
 
     def __init__(
-        self, frequencies: Sequence[float], x: jax.Array, sequence_axis: str | None
+        self, frequencies: Iterable[float], x: jax.Array, sequence_axis: str | None
     ) -> None:
         """Compute the angles of one call.
 

@@ -154,6 +154,8 @@ def _cornn(dim: int, heads: int) -> Options:
 
 def _unicornn(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"dt": 1.0, "alpha": 1.0}
+def _comba(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
 
 
 def _performer(dim: int, heads: int) -> Options:

@@ -22,6 +22,7 @@ NONE = {  # other values of fields that are None
     "output_gate": True,
     "constrain": lambda x, axes: x,
     "decay_bound": -5.0,
+    "eps": 1e-3,
     "feature_map": "elu",
     "value_heads": 4,
     "solver": seqjax.Newton(window=8),
@@ -35,6 +36,7 @@ NAMES = {
     "norm_position": "post",
     "pool": "last",
     "feature_map": "elu",
+    "normalizer": "rms",
     "slopes": "linear",
 }
 SPECIAL = {  # values by class and field, for layers whose fields depend on each other
