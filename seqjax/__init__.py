@@ -2,6 +2,8 @@
 
 Ops are pure functions of arrays, and return their outputs and the final state:
 - `linear_scan`: elementwise linear recurrences, real or complex (LRU, S5).
+- `block_scan`: linear recurrences with block-diagonal or dense transitions (LinOSS, LMU).
+- `ssm_scan`: diagonal state-space models that are constant in time (S4D, MEGA).
 - `selective_scan`: diagonal state-space models with input-dependent transitions (Mamba).
 - `linear_attention`: matrix states with decays (GateLoop, RetNet, GLA, Mamba-2).
 - `delta_rule`: matrix states with a correction along the key (DeltaNet).
@@ -30,6 +32,7 @@ from seqjax import sharding as sharding
 from seqjax import types as types
 from seqjax.ops import Newton as Newton
 from seqjax.ops import SolveInfo as SolveInfo
+from seqjax.ops import block_scan as block_scan
 from seqjax.ops import delta_rule as delta_rule
 from seqjax.ops import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops import linear_attention as linear_attention
@@ -39,6 +42,7 @@ from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
 from seqjax.ops import segment_starts as segment_starts
 from seqjax.ops import selective_scan as selective_scan
+from seqjax.ops import ssm_scan as ssm_scan
 
 __version__ = "0.1.0"  # the only definition; pyproject.toml reads it
 
@@ -46,6 +50,7 @@ __all__ = [
     "Newton",
     "SolveInfo",
     "__version__",
+    "block_scan",
     "cells",
     "delta_rule",
     "generalized_delta_rule",
@@ -60,5 +65,6 @@ __all__ = [
     "segment_starts",
     "selective_scan",
     "sharding",
+    "ssm_scan",
     "types",
 ]
