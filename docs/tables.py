@@ -1,6 +1,6 @@
 """Prints the tables of the documentation that the code determines: python docs/tables.py."""
 
-from seqjax.layers import REGISTRY, RNN, Entry, GateLoop
+from seqjax.layers import REGISTRY, RNN, Entry, GateLoop, Longhorn
 from seqjax.ops.core.backends import BACKENDS
 
 PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
@@ -10,8 +10,9 @@ def kernels(entry: Entry) -> str:
     """Return the platforms with a Pallas kernel that supports the layer; see `BACKENDS`."""
     found = BACKENDS.get(entry.op)
     layer = entry.make(64, **entry.defaults(64, 4))
-    # The kernels of `linear_attention` are real, and that of `nonlinear_scan` is elementwise.
-    if found is None or isinstance(layer, GateLoop):
+    # The kernels of `linear_attention` are real, those of `selective_scan` have exponential decays,
+    # and that of `nonlinear_scan` is elementwise.
+    if found is None or isinstance(layer, GateLoop | Longhorn):
         return ""
     if isinstance(layer, RNN) and layer.cell.structure == "dense":
         return ""

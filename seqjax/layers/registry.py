@@ -12,13 +12,21 @@ from typing import Any
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
 from seqjax.layers.attention import SlidingWindowAttention
+from seqjax.layers.block_linear import BlockLinear
 from seqjax.layers.deltanet import DeltaNet
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.legs import LegS
+from seqjax.layers.linoss import LinOSS
+from seqjax.layers.lmu import LMU
+from seqjax.layers.longhorn import Longhorn
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
+from seqjax.layers.mega import DampedEMA
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.s4d import GSS, S4D
 from seqjax.layers.s5 import S5
+from seqjax.layers.unitary import UnitaryRNN
 
 Options = dict[str, Any]
 
@@ -95,6 +103,41 @@ def _attention(dim: int, heads: int) -> Options:
     return {"heads": max(heads // 2, 1), "window": 64}
 
 
+def _averages(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"state_dim": 16}
+
+
+def _s4d(dim: int, heads: int) -> Options:
+    del dim, heads
+    # Steps of 1e-3 to 1e-1, the paper's, suit slowly changing signals and not text.
+    return {"state_dim": 32, "dt_min": 1e-2, "dt_max": 2.0}
+
+
+def _longhorn(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"state_dim": 16, "expand": 2, "conv_size": 4}
+
+
+def _memory(dim: int, heads: int) -> Options:
+    del dim
+    return {"state_dim": 16, "channels": 2 * heads}
+
+
+def _lmu(dim: int, heads: int) -> Options:
+    return _memory(dim, heads) | {"window": 64.0}
+
+
+def _blocks(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"block_size": 4}
+
+
+def _rotations(dim: int, heads: int) -> Options:
+    # Heads of 8 states: the exponential of a matrix costs the cube of its size.
+    return {"heads": max(dim // 8, 1), "head_dim": 8}
+
+
 def _rnn(layer: type[RNN], title: str, paper: str, defaults: Any = _states) -> Entry:
     return Entry(layer, title, paper, "nonlinear_scan", defaults)
 
@@ -104,6 +147,18 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "lru": Entry(LRU, "LRU", "2303.06349", "linear_scan", _lru),
         "s5": Entry(S5, "S5", "2208.04933", "linear_scan", _s5),
         "mamba": Entry(Mamba, "Mamba", "2312.00752", "selective_scan", _mamba),
+        "longhorn": Entry(Longhorn, "Longhorn", "2407.14207", "selective_scan", _longhorn),
+        "s4d": Entry(S4D, "S4D", "2206.11893", "ssm_scan", _s4d),
+        "dss": Entry(S4D, "DSS", "2203.14343", "ssm_scan", _s4d, {"spectrum": "dss"}),
+        "gss": Entry(GSS, "GSS", "2206.13947", "ssm_scan", _s4d),
+        "damped_ema": Entry(DampedEMA, "Damped EMA of MEGA", "2209.10655", "ssm_scan", _averages),
+        "linoss": Entry(LinOSS, "LinOSS", "2410.03943", "block_scan", _states),
+        "lmu": Entry(LMU, "LMU", "2102.11417", "block_scan", _lmu),
+        "legs": Entry(LegS, "HiPPO-LegS", "2008.07669", "block_scan", _memory),
+        "block_linear": Entry(
+            BlockLinear, "Block-diagonal linear RNN", "2309.07412", "block_scan", _blocks
+        ),
+        "unitary": Entry(UnitaryRNN, "URN", "2208.05719", "block_scan", _rotations),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
         "deltanet": Entry(DeltaNet, "DeltaNet", "2406.06484", "delta_rule", _deltanet),
