@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from seqjax.layers import REGISTRY, RNN, Entry, GateLoop
+from seqjax.layers import REGISTRY, RNN, Entry, GateLoop, Longhorn
 from seqjax.ops.core.backends import BACKENDS
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
@@ -14,8 +14,9 @@ def kernels(entry: Entry) -> str:
     """Return the platforms with a Pallas kernel that supports the layer; see `BACKENDS`."""
     found = BACKENDS.get(entry.op)
     layer = entry.make(64, **entry.defaults(64, 4))
-    # The kernels of `linear_attention` are real, and that of `nonlinear_scan` is elementwise.
-    if found is None or isinstance(layer, GateLoop):
+    # The kernels of `linear_attention` are real, those of `selective_scan` have exponential decays,
+    # and that of `nonlinear_scan` is elementwise.
+    if found is None or isinstance(layer, GateLoop | Longhorn):
         return ""
     if isinstance(layer, RNN) and layer.cell.structure == "dense":
         return ""

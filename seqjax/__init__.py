@@ -3,6 +3,8 @@
 Ops are pure functions of arrays, and return their outputs and the final state:
 - `linear_scan`: elementwise linear recurrences, real or complex (LRU, S5).
 - `log_scan`: running maximum or logsumexp with decay (stabilizers, normalizers).
+- `block_scan`: linear recurrences with block-diagonal or dense transitions (LinOSS, LMU).
+- `ssm_scan`: diagonal state-space models that are constant in time (S4D, MEGA).
 - `selective_scan`: diagonal state-space models with input-dependent transitions (Mamba).
 - `linear_attention`: matrix states with decays (GateLoop, RetNet, GLA, Mamba-2).
 - `delta_rule`: matrix states with a correction along the key (DeltaNet).
@@ -46,6 +48,7 @@ from seqjax.generation import speculate as speculate
 from seqjax.generation import stream as stream
 from seqjax.ops import Newton as Newton
 from seqjax.ops import SolveInfo as SolveInfo
+from seqjax.ops import block_scan as block_scan
 from seqjax.ops import delta_rule as delta_rule
 from seqjax.ops import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops import linear_attention as linear_attention
@@ -56,6 +59,7 @@ from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
 from seqjax.ops import segment_starts as segment_starts
 from seqjax.ops import selective_scan as selective_scan
+from seqjax.ops import ssm_scan as ssm_scan
 from seqjax.ops import step_scan as step_scan
 
 __version__ = "0.1.0"  # the only definition; pyproject.toml reads it
@@ -66,6 +70,7 @@ __all__ = [
     "SolveInfo",
     "__version__",
     "beam_search",
+    "block_scan",
     "cells",
     "delta_rule",
     "generalized_delta_rule",
@@ -88,6 +93,7 @@ __all__ = [
     "selective_scan",
     "sharding",
     "speculate",
+    "ssm_scan",
     "step_scan",
     "stream",
     "types",

@@ -93,8 +93,10 @@ def bench_scan(rounds: int) -> None:
 
 def bench_ops(rounds: int) -> None:
     """Time the chunked and the default algorithm against `lax.scan` differentiated by JAX."""
-    table = Table("Matrix and selective states, float32, against plain `lax.scan`")
+    table = Table("Ops, float32, against plain `lax.scan`")
     for name, length, batch in itertools.product(cases.NAMES, (2048, 8192), (1, 4)):
+        if not f"{name}, B={batch}, T={length}".startswith(ONLY.value):
+            continue
         arrays = cases.arrays(name, batch, length)
         runs = {
             "plain": cases.plain(name),
@@ -129,9 +131,9 @@ def bench_choice(rounds: int) -> None:
     table = Table("Time of each algorithm over that of `algorithm=None`, with gradients")
     grid = itertools.product(cases.NAMES, (16, 64), (4, 64, 512), (1, 8))
     for name, width, length, batch in grid:
-        if name == "selective_scan" and width != 64:
-            continue  # selective_scan has no width K
-        shape = f"B={batch}, T={length}" + ("" if name == "selective_scan" else f", K={width}")
+        if name in cases.WIDTHLESS and width != 64:
+            continue  # these have no width K
+        shape = f"B={batch}, T={length}" + ("" if name in cases.WIDTHLESS else f", K={width}")
         if not f"{name}, {shape}".startswith(ONLY.value):
             continue
         arrays = cases.arrays(name, batch, length, width)

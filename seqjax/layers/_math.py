@@ -49,6 +49,12 @@ def real_of_dense(h: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Arra
     return h.real.astype(dtype) @ weight[0] - h.imag.astype(dtype) @ weight[1]
 
 
+def gelu_glu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return a * sigmoid(b) with (a, b) = gelu(x) W, x [..., I] and W [I, 2 O]."""
+    value, gate = jnp.split(dense(jax.nn.gelu(x), weight), 2, axis=-1)
+    return value * jax.nn.sigmoid(gate)
+
+
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """Reshape [B, T, H * K] to [B, T, H, K]."""
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)

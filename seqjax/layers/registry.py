@@ -14,6 +14,7 @@ from seqjax.layers._rnn import RNN
 from seqjax.layers.aaren import Aaren
 from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
+from seqjax.layers.block_linear import BlockLinear
 from seqjax.layers.comba import Comba
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
@@ -23,14 +24,19 @@ from seqjax.layers.gla import GLA
 from seqjax.layers.hgrn import HGRN
 from seqjax.layers.hgrn2 import HGRN2
 from seqjax.layers.kda import KDA
+from seqjax.layers.legs import LegS
 from seqjax.layers.lightnet import LightNet
 from seqjax.layers.lightning import LightningAttention
 from seqjax.layers.linear_attention import LinearAttention
+from seqjax.layers.linoss import LinOSS
+from seqjax.layers.lmu import LMU
 from seqjax.layers.loglinear import LogLinearAttention
+from seqjax.layers.longhorn import Longhorn
 from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.mamba3 import Mamba3
+from seqjax.layers.mega import DampedEMA
 from seqjax.layers.mesanet import MesaNet
 from seqjax.layers.minrnn import MinGRU, MinLSTM
 from seqjax.layers.mlstm import MLSTM
@@ -43,9 +49,11 @@ from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
 from seqjax.layers.rwkv4 import RWKV4
 from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
+from seqjax.layers.s4d import GSS, S4D
 from seqjax.layers.s5 import S5
 from seqjax.layers.sru import SRU
 from seqjax.layers.srwm import SRWM
+from seqjax.layers.unitary import UnitaryRNN
 
 Options = dict[str, Any]
 
@@ -154,6 +162,8 @@ def _cornn(dim: int, heads: int) -> Options:
 
 def _unicornn(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"dt": 1.0, "alpha": 1.0}
+
+
 def _comba(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
 
@@ -166,13 +176,44 @@ def _based(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"head_dim": 16}
 
 
-def _comba(dim: int, heads: int) -> Options:
-    return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
-
-
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
+
+
+def _averages(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"state_dim": 16}
+
+
+def _s4d(dim: int, heads: int) -> Options:
+    del dim, heads
+    # Steps of 1e-3 to 1e-1, the paper's, suit slowly changing signals and not text.
+    return {"state_dim": 32, "dt_min": 1e-2, "dt_max": 2.0}
+
+
+def _longhorn(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"state_dim": 16, "expand": 2, "conv_size": 4}
+
+
+def _memory(dim: int, heads: int) -> Options:
+    del dim
+    return {"state_dim": 16, "channels": 2 * heads}
+
+
+def _lmu(dim: int, heads: int) -> Options:
+    return _memory(dim, heads) | {"window": 64.0}
+
+
+def _blocks(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"block_size": 4}
+
+
+def _rotations(dim: int, heads: int) -> Options:
+    # Heads of 8 states: the exponential of a matrix costs the cube of its size.
+    return {"heads": max(dim // 8, 1), "head_dim": 8}
 
 
 def _rnn(layer: type[RNN], title: str, paper: str, defaults: Any = _states) -> Entry:
@@ -186,6 +227,18 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "mamba": Entry(Mamba, "Mamba", "2312.00752", "selective_scan", _mamba),
         "mamba2": Entry(Mamba2, "Mamba-2", "2405.21060", "linear_attention", _mamba2),
         "mamba3": Entry(Mamba3, "Mamba-3", "2603.15569", "linear_attention", _mamba3),
+        "longhorn": Entry(Longhorn, "Longhorn", "2407.14207", "selective_scan", _longhorn),
+        "s4d": Entry(S4D, "S4D", "2206.11893", "ssm_scan", _s4d),
+        "dss": Entry(S4D, "DSS", "2203.14343", "ssm_scan", _s4d, {"spectrum": "dss"}),
+        "gss": Entry(GSS, "GSS", "2206.13947", "ssm_scan", _s4d),
+        "damped_ema": Entry(DampedEMA, "Damped EMA of MEGA", "2209.10655", "ssm_scan", _averages),
+        "linoss": Entry(LinOSS, "LinOSS", "2410.03943", "block_scan", _states),
+        "lmu": Entry(LMU, "LMU", "2102.11417", "block_scan", _lmu),
+        "legs": Entry(LegS, "HiPPO-LegS", "2008.07669", "block_scan", _memory),
+        "block_linear": Entry(
+            BlockLinear, "Block-diagonal linear RNN", "2309.07412", "block_scan", _blocks
+        ),
+        "unitary": Entry(UnitaryRNN, "URN", "2208.05719", "block_scan", _rotations),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
         "lightnet": Entry(LightNet, "LightNet", "2405.21022", "linear_attention", _heads),

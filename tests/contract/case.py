@@ -73,3 +73,18 @@ class Case:
 def normal(rng: np.random.Generator, *shape: int, complex_: bool = False) -> np.ndarray:
     real = rng.standard_normal(shape)
     return real + 1j * rng.standard_normal(shape) if complex_ else real
+
+
+H, K, V, D, N = 2, 3, 4, 3, 2
+
+
+def unit(array: np.ndarray) -> np.ndarray:
+    return array / np.linalg.norm(array, axis=-1, keepdims=True)
+
+
+def op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> Callable[..., Any]:
+    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+        arrays = {name: inputs[name] for name in names if name in inputs}
+        return function(**arrays, initial_state=state, reset=reset, **fixed, **keywords)
+
+    return run

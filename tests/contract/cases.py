@@ -1,4 +1,4 @@
-"""Rows of the contract tests: one row for each op. `tests.contract.case` defines rows."""
+"""Rows of the contract tests: one row for each op."""
 
 import functools
 from collections.abc import Callable
@@ -9,23 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import seqjax
-from tests.contract.case import Arrays, Case, normal
+from tests.contract.case import Arrays, Case, D, H, K, N, V, normal, unit
+from tests.contract.case import op as _op
 from tests.contract.scan_cases import SCANS
+from tests.contract.ssm_cases import SSM_OPS
 from tests.oracles import op_oracles, rnn_oracles
-
-H, K, V, D, N = 2, 3, 4, 3, 2
-
-
-def unit(array: np.ndarray) -> np.ndarray:
-    return array / np.linalg.norm(array, axis=-1, keepdims=True)
-
-
-def _op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> Callable[..., Any]:
-    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
-        arrays = {name: inputs[name] for name in names if name in inputs}
-        return function(**arrays, initial_state=state, reset=reset, **fixed, **keywords)
-
-    return run
 
 
 def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
@@ -83,17 +71,38 @@ def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False)
     )
 
 
-def _selective(name: str, *algorithms: str, **fixed: bool) -> Case:
+def _selective(name: str, *algorithms: str, decay: str = "exp") -> Case:
+    def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
+        hard = _hard_steps(rng, inputs)
+        return _online(hard) if decay == "online" else hard
+
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        inputs = _selective_inputs(rng, batch, length)
+        return _online(inputs) if decay == "online" else inputs
+
+    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+        without = {"A": None} if decay == "online" else {}
+        return seqjax.selective_scan(
+            **inputs, **without, initial_state=state, reset=reset, decay=decay, **keywords
+        )
+
     return Case(
         name=name,
-        inputs=_selective_inputs,
-        run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D"), **fixed),
-        oracle=functools.partial(op_oracles.selective_scan, **fixed),
+        inputs=make,
+        run=run,
+        oracle=functools.partial(op_oracles.selective_scan, decay=decay),
         state=lambda rng, batch: normal(rng, batch, D, N),
         algorithms=algorithms,
         timed=("x", "dt", "B", "C"),
-        hard=_hard_steps,
+        hard=harden,
     )
+
+
+def _online(inputs: Arrays) -> Arrays:
+    """Return Longhorn's arguments: no A, and steps dt / (1 + dt |B|^2), for decays in [0, 1]."""
+    square = np.sum(inputs["B"] ** 2, axis=-1, keepdims=True)
+    dt = inputs["dt"] / (1 + inputs["dt"] * square)
+    return {name: value for name, value in inputs.items() if name != "A"} | {"dt": dt}
 
 
 def _selective_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
@@ -254,8 +263,10 @@ OPS = [
     _linear("linear_scan-complex", "BTD", complex_=True),
     _linear("linear_scan-reverse", "BTD", reverse=True),
     *SCANS,
+    *SSM_OPS,
     _selective("selective_scan", "sequential", "chunked", "pallas"),
-    _selective("selective_scan-negative", "sequential", "chunked", negative_eigenvalues=True),
+    _selective("selective_scan-signed", "sequential", "chunked", decay="signed"),
+    _selective("selective_scan-online", "sequential", "chunked", decay="online"),
     _attention("linear_attention", None),
     _attention("linear_attention-scalar", "scalar"),
     _attention("linear_attention-channel", "channel"),

@@ -10,6 +10,7 @@ from tests.oracles import (
     layer_oracles,
     rnn_oracles,
     rwkv_oracles,
+    ssm_oracles,
 )
 
 LAYERS = [
@@ -69,6 +70,26 @@ LAYERS = [
         rwkv_oracles.mamba3,
         "Mamba3-mimo",
     ),
+    _layer(seqjax.layers.Longhorn(dim=4, state_dim=3), ssm_oracles.longhorn),
+    _layer(seqjax.layers.S4D(dim=4, state_dim=6), ssm_oracles.s4d),
+    _layer(
+        seqjax.layers.S4D(dim=4, state_dim=6, spectrum="legs", output_glu=True),
+        ssm_oracles.s4d,
+        "S4D-legs",
+    ),
+    _layer(seqjax.layers.S4D(dim=4, state_dim=3, spectrum="real"), ssm_oracles.s4d, "S4D-real"),
+    _layer(seqjax.layers.GSS(dim=4, state_dim=4, inner=3, expand=2), ssm_oracles.gss),
+    _layer(seqjax.layers.DampedEMA(dim=4, state_dim=3), ssm_oracles.damped_ema),
+    _layer(seqjax.layers.LinOSS(dim=4, state_dim=3), ssm_oracles.linoss),
+    _layer(
+        seqjax.layers.LinOSS(dim=4, state_dim=3, discretization="imex", output_glu=True),
+        ssm_oracles.linoss,
+        "LinOSS-imex",
+    ),
+    _layer(seqjax.layers.LMU(dim=4, state_dim=5, channels=2, window=8.0), ssm_oracles.lmu),
+    _layer(seqjax.layers.LegS(dim=4, state_dim=5, channels=2), ssm_oracles.legs),
+    _layer(seqjax.layers.BlockLinear(dim=6, block_size=3), ssm_oracles.block_linear),
+    _layer(seqjax.layers.UnitaryRNN(dim=4, heads=2, head_dim=3), ssm_oracles.unitary),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,

@@ -62,15 +62,10 @@ def reference(text, tmp_path_factory):
 
 
 QUICK = {"attention", "gated_deltanet", "gru", "hybrid", "lru", "mamba"}
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in sorted(common.MIXERS.keys() - QUICK))
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
-        for name in sorted(common.MIXERS)
-    ],
-)
+@pytest.mark.parametrize("layer", [*sorted(QUICK), *SLOW])
 def test_two_steps_of_every_config(layer, text):
     config = lm.get_config(f"{layer},quicktest")
     config.data.path = str(text)

@@ -38,6 +38,7 @@ class Kernels(NamedTuple):
 
 
 BACKENDS: dict[str, Kernels | None] = {
+    "block_scan": None,
     "delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "generalized_delta_rule": None,  # XLA only
     "linear_attention": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
@@ -47,6 +48,7 @@ BACKENDS: dict[str, Kernels | None] = {
     "nonlinear_scan": Kernels("sequential", {"cuda": "gpu"}, ()),
     "selective_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
     "step_scan": None,
+    "ssm_scan": None,
 }
 
 
