@@ -165,6 +165,8 @@ def test_annotations_are_true(case, compiled_quickly):
     function = getattr(seqjax, str(case).split("-")[0])
     if function in (seqjax.monoid_scan, seqjax.nonlinear_scan, seqjax.step_scan):
         pytest.skip("its arrays are trees of any shape")
+    if str(case) == "selective_scan-online":
+        pytest.skip("the arrays of the other rows, without A")
     typed = jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
     arrays = cast(inputs, "float32")
     typed(**arrays, initial_state=cast(state, "float32"), reset=jnp.asarray(reset))
