@@ -20,7 +20,7 @@ from seqjax.ops.core import (
 from seqjax.ops.core.checkpointed_scan import chunk_scan, time_scan
 from seqjax.ops.core.linalg import down_columns, everywhere
 from seqjax.ops.elementwise.linear_recurrence import recurrence
-from seqjax.ops.elementwise.xla_algorithms import Form
+from seqjax.ops.elementwise.xla_algorithms import ScanOptions
 from seqjax.types import Array, Float, Reset
 
 Decay = Literal["exp", "signed", "online"]
@@ -203,7 +203,7 @@ def _scan(
         x, dt, *rest, reset = args
         A, B, C, D, h0 = _for_kernel(*rest)
         y, final, borders = kernels.forward(
-            x, dt, A, B, C, D, h0, reset, save=save, interpret=backend.interpret
+            x, dt, A, B, C, D, h0, reset, save_states=save, interpret=backend.interpret
         )
         return (y, final.mT), borders if save else ()
 
@@ -300,7 +300,7 @@ def _xla(
             write.reshape(flat),
             h.reshape(h.shape[0], -1),
             cut,
-            Form(state),
+            ScanOptions(state),
         )
         y = outputs(hs.reshape(write.shape), x, C, D_t)
         return last.reshape(h.shape), jnp.moveaxis(y, 1, 0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from seqjax.ops.core import backends, jax_compat, sequence_parallel
 from seqjax.ops.elementwise.block_recurrence import apply_blocks, states
 from seqjax.ops.elementwise.linear_recurrence import recurrence
-from seqjax.ops.elementwise.xla_algorithms import Form
+from seqjax.ops.elementwise.xla_algorithms import ScanOptions
 
 
 def affine_scan(
@@ -30,7 +30,7 @@ def affine_scan(
         zero = jnp.zeros_like(r[:, 0])
 
         def diagonal(h0: jax.Array, r: jax.Array = r) -> tuple[jax.Array, jax.Array]:
-            return recurrence(J, r, h0, reset, Form(r.dtype))
+            return recurrence(J, r, h0, reset, ScanOptions(r.dtype))
 
         if sequence_axis is None:
             return diagonal(zero)[0]
