@@ -11,9 +11,11 @@ from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
+from seqjax.layers.ffm import FFM as FFM
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.hgrn import HGRN as HGRN
 from seqjax.layers.hgrn2 import HGRN2 as HGRN2
 from seqjax.layers.kda import KDA as KDA
 from seqjax.layers.lightnet import LightNet as LightNet
@@ -25,14 +27,19 @@ from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mamba3 import Mamba3 as Mamba3
 from seqjax.layers.mesanet import MesaNet as MesaNet
+from seqjax.layers.minrnn import MinGRU as MinGRU
+from seqjax.layers.minrnn import MinLSTM as MinLSTM
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.plstm import PLSTM as PLSTM
+from seqjax.layers.qrnn import QRNN as QRNN
+from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
+from seqjax.layers.rglru import RGLRU as RGLRU
 from seqjax.layers.rnn import GRU as GRU
 from seqjax.layers.rnn import LEM as LEM
 from seqjax.layers.rnn import LSTM as LSTM
@@ -41,33 +48,46 @@ from seqjax.layers.rnn import SLSTM as SLSTM
 from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
+from seqjax.layers.rnn_variants import MGU as MGU
+from seqjax.layers.rnn_variants import CoRNN as CoRNN
+from seqjax.layers.rnn_variants import IndRNN as IndRNN
+from seqjax.layers.rnn_variants import LeakyRNN as LeakyRNN
+from seqjax.layers.rnn_variants import UnICORNN as UnICORNN
 from seqjax.layers.rwkv6 import RWKV6 as RWKV6
 from seqjax.layers.rwkv7 import RWKV7 as RWKV7
 from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
+from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.srwm import SRWM as SRWM
 from seqjax.layers.token_shift import TokenShift as TokenShift
 
 __all__ = [
+    "FFM",
     "GLA",
     "GRU",
+    "HGRN",
     "HGRN2",
     "KDA",
     "LEM",
     "LRU",
     "LSTM",
     "LTC",
+    "MGU",
     "MLSTM",
     "PLSTM",
+    "QRNN",
     "REGISTRY",
+    "RGLRU",
     "RNN",
     "RWKV6",
     "RWKV7",
     "S5",
     "SLSTM",
+    "SRU",
     "SRWM",
     "Aaren",
     "Based",
+    "CoRNN",
     "Comba",
     "Context",
     "DeltaNet",
@@ -77,8 +97,10 @@ __all__ = [
     "GateLoop",
     "GatedDeltaNet2",
     "GatedMLP",
+    "IndRNN",
     "Layer",
     "LayerNorm",
+    "LeakyRNN",
     "LightNet",
     "LightningAttention",
     "LinearAttention",
@@ -87,13 +109,17 @@ __all__ = [
     "Mamba2",
     "Mamba3",
     "MesaNet",
+    "MinGRU",
+    "MinLSTM",
     "ParaGRU",
     "ParaLSTM",
     "Param",
+    "QuasiLSTM",
     "RMSNorm",
     "RWKVChannelMix",
     "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
     "TokenShift",
+    "UnICORNN",
 ]

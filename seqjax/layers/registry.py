@@ -16,9 +16,11 @@ from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
 from seqjax.layers.comba import Comba
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
+from seqjax.layers.ffm import FFM
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.hgrn import HGRN
 from seqjax.layers.hgrn2 import HGRN2
 from seqjax.layers.kda import KDA
 from seqjax.layers.lightnet import LightNet
@@ -30,13 +32,18 @@ from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.mamba3 import Mamba3
 from seqjax.layers.mesanet import MesaNet
+from seqjax.layers.minrnn import MinGRU, MinLSTM
 from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.plstm import PLSTM
+from seqjax.layers.qrnn import QRNN, QuasiLSTM
 from seqjax.layers.retnet import RetNet
+from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
+from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
 from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
 from seqjax.layers.s5 import S5
+from seqjax.layers.sru import SRU
 from seqjax.layers.srwm import SRWM
 
 Options = dict[str, Any]
@@ -133,6 +140,28 @@ def _based(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"head_dim": 16}
 
 
+def _rglru(dim: int, heads: int) -> Options:
+    return _states(dim, heads) | _heads(dim, heads)
+
+
+def _ffm(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"memory_dim": 32, "contexts": 4}
+
+
+def _sru(dim: int, heads: int) -> Options:
+    return _states(dim, heads) | {"highway_bias": 0.0}
+
+
+def _cornn(dim: int, heads: int) -> Options:
+    # The authors' steps suit signals of hundreds of steps. On text a step must change the state.
+    return _states(dim, heads) | {"dt": 0.5, "gamma": 1.0, "epsilon": 1.0}
+
+
+def _unicornn(dim: int, heads: int) -> Options:
+    return _states(dim, heads) | {"dt": 1.0, "alpha": 1.0}
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -213,6 +242,14 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
             RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
         ),
         "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
+        "rglru": Entry(RGLRU, "Hawk (RG-LRU)", "2402.19427", "linear_scan", _rglru),
+        "mingru": Entry(MinGRU, "minGRU", "2410.01201", "linear_scan", _states),
+        "minlstm": Entry(MinLSTM, "minLSTM", "2410.01201", "linear_scan", _states),
+        "hgrn": Entry(HGRN, "HGRN", "2311.04823", "linear_scan", _states),
+        "qrnn": Entry(QRNN, "QRNN", "1611.01576", "linear_scan", _states),
+        "sru": _rnn(SRU, "SRU", "1709.02755", _sru),
+        "quasi_lstm": Entry(QuasiLSTM, "Quasi-LSTM", "2309.11197", "linear_scan", _states),
+        "ffm": Entry(FFM, "FFM", "2310.04128", "linear_scan", _ffm),
         "attention": Entry(
             SlidingWindowAttention, "Sliding-window attention", "2004.05150", "", _attention
         ),
@@ -224,6 +261,11 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "slstm": _rnn(SLSTM, "sLSTM", "2405.04517"),
         "lem": _rnn(LEM, "LEM", "2110.04744", _states_and_dt),
         "ltc": _rnn(LTC, "LTC", "2006.04439", _states_and_dt),
+        "indrnn": _rnn(IndRNN, "IndRNN", "1803.04831"),
+        "mgu": _rnn(MGU, "MGU", "1603.09420"),
+        "leaky": _rnn(LeakyRNN, "Leaky RNN", "1804.11188"),
+        "cornn": _rnn(CoRNN, "coRNN", "2010.00951", _cornn),
+        "unicornn": _rnn(UnICORNN, "UnICORNN", "2103.05487", _unicornn),
     }
 )
 """All architectures by the name that configurations use."""
