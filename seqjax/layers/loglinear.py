@@ -42,9 +42,9 @@ class LogLinearAttention(Layer):
     in the second half, and starts anew with the next block. The cost is `levels` times that of one
     memory. Steps before the block of 2^(levels - 1) are forgotten.
 
-    Departures: the authors build on whole Mamba-2 and Gated DeltaNet blocks, and merge the memories
-    of smaller blocks into larger ones; here every level keeps its own memory, which gives the same
-    values. The "decay" form has q, k and v per head, without Mamba-2's shared keys and its skip
+    Departures: the authors merge the memories of smaller blocks into larger ones; here every level
+    keeps its own memory, which gives the same values. The authors build on whole Mamba-2 and Gated
+    DeltaNet blocks. Here "decay" has q, k and v per head, without Mamba-2's shared keys and skip
     connection. Projections start normal with variance 1/fan_in.
 
     Initialization: L one. exp(A_log) from 1 to H over the heads, and softplus of dt_bias

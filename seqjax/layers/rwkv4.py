@@ -28,10 +28,10 @@ class RWKV4(Layer):
         a_t = exp(w) a_{t-1} + exp(k_t) v_t,   b_t = exp(w) b_{t-1} + exp(k_t),   w = -exp(omega)
         y_t = (sigmoid(r_t) * wkv_t) W_o
 
-    Where `reset` is true, x_{t-1}, a_{t-1} and b_{t-1} are zero. a and b are stored times exp(-m_t)
-    with m_t = max(m_{t-1} + w, k_t), so that keys of any size are safe. The initial values of the
-    shares, of omega and of u depend on the place of the block in the model: pass `layer` and
-    `depth`.
+    Where `reset` is true, x_{t-1}, a_{t-1} and b_{t-1} are zero. The state holds the sums times
+    exp(-m_t) with m_t = max(m_{t-1} + w, k_t), so that keys of any size are safe. The initial
+    values of the shares, of omega and of u depend on the place of the block in the model: pass
+    `layer` and `depth`.
 
     Departures: weights start normal with variance 1/fan_in, or with `zero_init` as in the authors'
     code, W_k, W_r and W_o at 0 and W_v orthogonal. Checkpoints store the share of the present
@@ -119,7 +119,7 @@ class RWKV4(Layer):
             sequence_axis=sequence_axis,
         )
         before, _ = previous(sums, state["sums"], reset, sequence_axis)
-        # The read weighs the present input by exp(u + k), so that it needs a maximum of its own.
+        # The read weighs the present input by exp(u + k), which may exceed exp(m_t).
         now = params["bonus"].astype(k.dtype) + k
         top = jax.lax.stop_gradient(jnp.maximum(stable.before, now))
         old, new = jnp.exp(stable.before - top), jnp.exp(now - top)

@@ -3,7 +3,9 @@
     h_t = max(h_{t-1} + d_t, x_t)              semiring="max"
     h_t = log(e^{h_{t-1} + d_t} + e^{x_t})     semiring="log"
 
-`monoid_scan` computes the values. Their tangents obey a linear recurrence,
+`monoid_scan` computes the maximum m. The logsumexp is m_t + log u_t, where u_t is the sum times
+exp(-m_t): a `linear_scan` with decays and inputs of at most 1. The tangents of both obey a linear
+recurrence,
 
     dh_t = p_t (dh_{t-1} + dd_t) + q_t dx_t,
 
@@ -24,7 +26,8 @@ from seqjax.ops.monoid_scan import monoid_scan
 from seqjax.types import Array, Float, Reset
 
 PATTERNS = {"x": "B T D", "log_decay": "B T D | T D | D", "initial_state": "B D"}
-SEMIRINGS = {"log": jnp.logaddexp, "max": jnp.maximum}
+SEMIRINGS = ("log", "max")
+Pair = tuple[Array, Array]
 
 
 @explicit_mesh.auto_inside(explicit_mesh.by_axes(PATTERNS, "B T D", "B D"))
@@ -59,10 +62,11 @@ def log_scan(
       semiring: "log" or "max". Where both arguments of the maximum are equal, each gets half of the
         gradient.
       reset: [B, T] bool.
-      algorithm: "sequential", "associative", or "chunked", the default (log depth inside chunks,
-        which run one after the other). The derivatives use the `linear_scan` of that name.
+      algorithm: "sequential", "associative", or "chunked" (log depth inside chunks, which run one
+        after the other). By default the maximum is sequential when compiled for CPU and chunked
+        elsewhere, and the sums and derivatives have the default of `linear_scan`.
       implementation: "xla" or None.
-      chunk_size: steps in a chunk; by default 128, and in the derivatives 256.
+      chunk_size: steps in a chunk; by default 128 for the maximum, 256 for sums and derivatives.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -143,34 +147,65 @@ def _with_tangents(
 ) -> Callable[..., tuple[Array, Array]]:
     """Return (log_decay, x, initial state, reset) -> (h, final state), with the tangents above."""
 
+    def maximum(d: Array | None, x: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
+        def by(algorithm: str | None, *arrays: Array) -> tuple[Array, Array]:
+            h0, x, *decay = arrays
+            elems, start = (x, h0) if d is None else ((decay[0], x), (jnp.zeros_like(h0), h0))
+            combine = jnp.maximum if d is None else _decayed_maximum
+            scanned = monoid_scan(
+                combine,
+                elems,
+                start,
+                reset=reset,
+                algorithm=algorithm,
+                chunk_size=options["chunk_size"],
+                sequence_axis=sequence_axis,
+            )
+            return scanned if d is None else (scanned[0][1], scanned[1][1])
+
+        operands = (h0, x) if d is None else (h0, x, d)
+        algorithm = options["algorithm"]
+        if algorithm is not None or not isinstance(x.shape[1], int):
+            return by(algorithm, *operands)
+        # On CPU a loop over time reads each array once, and is ten times faster.
+        return backends.by_platform(by, "sequential", "chunked", *operands)
+
+    def with_previous(d: Array | None, h0: Array, h: Array, reset: Array | None) -> Array:
+        """Return h_{t-1} + d_t, -inf at a reset."""
+        before = sequence_parallel.previous(h0, h, reset, sequence_axis, fill=-jnp.inf)
+        return before if d is None else before + d
+
     @jax.custom_jvp
     def run(d: Array | None, x: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
-        combine = SEMIRINGS[semiring]
-        if d is None:
-            return monoid_scan(combine, x, h0, reset=reset, sequence_axis=sequence_axis, **options)
-
-        def decayed(early: tuple[Array, Array], late: tuple[Array, Array]) -> tuple[Array, Array]:
-            return early[0] + late[0], combine(early[1] + late[0], late[1])
-
-        start = jnp.zeros_like(h0), h0
-        (_, h), (_, final) = monoid_scan(
-            decayed, (d, x), start, reset=reset, sequence_axis=sequence_axis, **options
+        top, last_top = maximum(d, x, h0, reset)
+        if semiring == "max":
+            return top, last_top
+        level = jnp.where(top == -jnp.inf, 0, top)
+        sums, last = linear_scan(
+            jnp.exp(with_previous(d, h0, top, reset) - level),
+            jnp.exp(x - level),
+            jnp.ones_like(h0),
+            reset=reset,
+            sequence_axis=sequence_axis,
+            **options,
         )
-        return h, final
+        return top + jnp.log(sums), last_top + jnp.log(last)
 
     @run.defjvp
     def _jvp(primals: Any, tangents: Any) -> Any:
         d, x, h0, reset = primals
         dd, dx, dh0, _ = tangents
         h, final = run(*primals)
-        old = sequence_parallel.previous(h0, h, reset, sequence_axis, fill=-jnp.inf)
-        old = old if d is None else old + d
-        p, q = _shares(semiring, old, x)
+        p, q = _shares(semiring, with_previous(d, h0, h, reset), x)
         added = q * dx if dd is None else p * dd + q * dx
         changes = linear_scan(p, added, dh0, reset=reset, sequence_axis=sequence_axis, **options)
         return (h, final), changes
 
     return run
+
+
+def _decayed_maximum(early: Pair, late: Pair) -> Pair:
+    return early[0] + late[0], jnp.maximum(early[1] + late[0], late[1])
 
 
 def _shares(semiring: str, old: Array, new: Array) -> tuple[Array, Array]:
