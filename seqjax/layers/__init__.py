@@ -9,6 +9,7 @@ from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
+from seqjax.layers.gated_conv import GatedConv as GatedConv
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.kda import KDA as KDA
@@ -62,6 +63,7 @@ __all__ = [
     "Elman",
     "Entry",
     "GateLoop",
+    "GatedConv",
     "GatedMLP",
     "Layer",
     "LayerNorm",
