@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from seqjax.pretrained.model import (
     nested,
     parameter_parts,
 )
-from seqjax.pretrained.table import Cut, Shape
+from seqjax.pretrained.table import Cut, Shape, Tensor
 
 
 def load(
@@ -84,7 +84,9 @@ def load(
     tensors = Tensors(folder)
     source = Source(json.dumps(config), family.prefix(tensors.names))
     architecture = source.architecture(capacity)
-    stored = _stored_names(architecture, source, tensors)
+    bare = [name.removeprefix(source.prefix) for name in tensors.names]
+    table = architecture.table(bare)
+    stored = _stored_names(table, architecture, source, tensors)
     if dtype is None:
         dtype = DTYPES.get(tensors.names[stored[architecture.embedding]][1], np.float32)
     model = PretrainedModel(
@@ -97,7 +99,7 @@ def load(
     )
     if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
-    parts = parameter_parts(model, architecture)
+    parts = parameter_parts(model, table, architecture.unused)
     entries = (entry for leaf in parts.values() for entry in leaf if entry is not None)
     for cut in {cut.tensor.name: cut for cut, _ in entries}.values():
         _check_tensor(tensors, stored[cut.tensor.name], cut)
@@ -134,10 +136,12 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[str(kind)]
 
 
-def _stored_names(architecture: Architecture, source: Source, tensors: Tensors) -> dict[str, str]:
+def _stored_names(
+    table: Sequence[Tensor], architecture: Architecture, source: Source, tensors: Tensors
+) -> dict[str, str]:
     """Return the stored name of each tensor of the table; check that nothing is missing or left."""
     stored: dict[str, str] = {}
-    for tensor in architecture.table():
+    for tensor in table:
         names = [name.replace("@", source.prefix) for name in (tensor.name, *tensor.aliases)]
         found = [name for name in names if name in tensors.names]
         if not found:

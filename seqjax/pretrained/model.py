@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax
 from seqjax.models import LanguageModel
 from seqjax.pretrained.families import FAMILIES
 from seqjax.pretrained.family import Architecture, Family
-from seqjax.pretrained.table import Cut, cuts
+from seqjax.pretrained.table import Cut, Tensor, cuts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +63,17 @@ def is_stacked(name: str) -> bool:
     return name.startswith("backbone.group_")
 
 
-def parameter_parts(model: LanguageModel, architecture: Architecture) -> dict[str, Leaf]:
+def parameter_parts(
+    model: LanguageModel, table: Sequence[Tensor], unused: Sequence[str]
+) -> dict[str, Leaf]:
     """Return for each parameter the stored tensor and the part of it, one per stacked layer.
 
     Parameters without a stored tensor have None.
     """
     plain = dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, scan=False))
     shapes = flat(plain.param_shapes(), tuple)
-    made = cuts(architecture.table(), shapes, architecture.unused)
-    single: dict[str, tuple[Cut, int] | None] = dict.fromkeys(architecture.unused)
+    made = cuts(table, shapes, unused)
+    single: dict[str, tuple[Cut, int] | None] = dict.fromkeys(unused)
     single |= {param: (cut, part) for cut in made for part, param in enumerate(cut.tensor.params)}
     if not model.backbone.scan:
         return {name: [found] for name, found in single.items()}

@@ -71,7 +71,8 @@ def save(
                 " jax.experimental.multihost_utils.process_allgather."
             )
     # The capacity of caches does not change the table.
-    parts = parameter_parts(model, model.source.architecture(capacity=1))
+    architecture = model.source.architecture(capacity=1)
+    parts = parameter_parts(model, architecture.table(), architecture.unused)
     arrays: dict[str, tuple[Cut, dict[int, Any]]] = {}
     for name, leaf in parts.items():
         for layer, found in enumerate(leaf):

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from seqjax import pretrained, sharding
 
@@ -222,6 +224,34 @@ def test_the_text_model_of_a_vision_language_checkpoint(tmp_path):
     pretrained.save(model, params, tmp_path / "copy")
     assert safetensors.load_file(tmp_path / "copy" / "model.safetensors").keys() == outer.keys()
     assert json.loads((tmp_path / "copy" / "config.json").read_text()) == config
+
+
+def test_the_fused_shifts_of_older_rwkv_files(tmp_path):
+    _, expected, *_ = load("rwkv7")
+    arrays = safetensors.load_file(FOLDER / "rwkv7" / "model.safetensors")
+    fused = {
+        f"model.layers.{i}.attn.x_x": np.concatenate(
+            [arrays[f"model.layers.{i}.attn.x_{name}"][0] for name in "rwkvag"]
+        )
+        for i in range(3)
+    }
+    old = [name for name in arrays if ".attn.x_" in name]
+    _, params = pretrained.load(edited(tmp_path, "rwkv7", drop=old, **fused))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "rwkv7", "recurrent_gemma"])
+def test_time_over_a_mesh(name):
+    model, params, tokens, logits = load(name)
+    mesh = jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(
+        lambda params, tokens: model.apply(params, tokens, sequence_axis="time")[0],
+        mesh=mesh,
+        in_specs=(P(), P(None, "time")),
+        out_specs=P(None, "time"),
+    )
+    got = jax.jit(split)(params, tokens[:, :36])
+    np.testing.assert_allclose(got, logits[:, :36], **TOLERANCE)
 
 
 YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}

@@ -137,7 +137,7 @@ def layer_types(config: Config, default: list[str], *names: str, **others: str) 
       config: the config.
       default: the published kinds if the config has none.
       names: the field's new and old names.
-      others: kinds by their published name, besides those of linear layers and attention.
+      others: further kinds by their published name.
     """
     known = _TYPES | others
     name = next((name for name in names if config.has(name)), names[0])
