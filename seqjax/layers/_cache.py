@@ -45,7 +45,7 @@ class Cache:
         time = jnp.arange(total, dtype=jnp.int32)
         # Time of the last reset up to each step; -1 where there is none in this call.
         last_reset = lax.cummax(jnp.where(reset, time, -1), axis=1)
-        carried = state["length"][:, None]
+        carried = jnp.sum(state["valid"], axis=1, dtype=jnp.int32)[:, None]
         position = time - last_reset + jnp.where(last_reset < 0, carried - 1, 0)
         wide = state_dtype(q.dtype)
         cos, sin = self.rotary.at(position, self.capacity, wide)
@@ -55,14 +55,13 @@ class Cache:
             return z if axis is None else lax.dynamic_slice_in_dim(z, first, length, axis=1)
 
         q = self.rotary.rotate(q, here(cos)[:, :, None, None], here(sin)[:, :, None, None])
-        new_state = self._write(k, v, state, last_reset[:, -1], position[:, -1])
+        new_state = self._write(k, v, state, carried, last_reset[:, -1:], position[:, -1:])
         if axis is not None:
             new_state = _halo.leaving(new_state, axis)
 
         # Keys: the cache, then this call. A cached key has the time -1 and belongs to the document
         # that no reset of this call has ended.
-        slot = jnp.arange(self.capacity, dtype=jnp.int32)
-        cached = slot < carried
+        cached = state["valid"]
         k, v = (
             jnp.concatenate(
                 [jnp.where(cached[..., None, None], state[n], 0).astype(z.dtype), z], axis=1
@@ -86,28 +85,40 @@ class Cache:
             weights = masked_softmax(scores * self.scale, seen[:, None, None]).astype(v.dtype)
             o = jnp.einsum("bgrqk,bkgd->bqgrd", weights, v)
             poisoned = poisoned | jnp.any(seen & bad[:, None], axis=-1)
-            return o + jnp.where(poisoned, jnp.nan, 0).astype(o.dtype)[..., None, None, None]
+            # A selection, whose derivative keeps non-finite cotangents of these outputs away from
+            # the other positions.
+            return jnp.where(poisoned[..., None, None, None], jnp.nan, o)
 
         queries = (q, here(last_reset), first + jnp.arange(length, dtype=jnp.int32), poisoned)
         return _in_blocks(block, queries, length), new_state
 
     def _write(
-        self, k: jax.Array, v: jax.Array, state: State, last_reset: jax.Array, position: jax.Array
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        state: State,
+        carried: jax.Array,
+        last_reset: jax.Array,
+        position: jax.Array,
     ) -> State:
-        """Write the last document's keys and values behind those of the cache."""
-        first = jnp.where(last_reset < 0, state["length"], -last_reset)
-        slots = first[:, None] + jnp.arange(k.shape[1], dtype=jnp.int32)
+        """Write the last document's keys and values behind those of the cache.
+
+        The numbers [B, 1] are the cached positions, the time of the last reset, and the last
+        position.
+        """
+        first = jnp.where(last_reset < 0, carried, -last_reset)
+        slots = first + jnp.arange(k.shape[1], dtype=jnp.int32)
         slots = jnp.where(slots < 0, self.capacity, slots)  # out of bounds: not written
 
         def write(cache: jax.Array, new: jax.Array) -> jax.Array:
-            cache = jnp.where((last_reset < 0)[:, None, None, None], cache, 0)
+            cache = jnp.where((last_reset < 0)[..., None, None], cache, 0)
             put = jax.vmap(lambda cache, slots, new: cache.at[slots].set(new, mode="drop"))
             return put(cache, slots, new.astype(cache.dtype))
 
         return {
             "k": write(state["k"], k),
             "v": write(state["v"], v),
-            "length": position + 1,
+            "valid": jnp.arange(self.capacity, dtype=jnp.int32) <= position,
         }
 
 

@@ -108,4 +108,6 @@ class Window:
         weights = masked_softmax(scores * self.scale, seen[:, :, None, None]).astype(v.dtype)
         o = jnp.einsum("bngrqk,bnkgd->bnqgrd", weights, v)
         poisoned = jnp.any(seen & bad[:, :, None, :], axis=-1)
-        return o + jnp.where(poisoned, jnp.nan, 0).astype(o.dtype)[..., None, None, None]
+        # A selection, whose derivative keeps non-finite cotangents of these outputs away from the
+        # other positions.
+        return jnp.where(poisoned[..., None, None, None], jnp.nan, o)

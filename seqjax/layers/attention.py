@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._attention import Rotary
-from seqjax.layers._base import Layer, Param, Params, State
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._cache import Cache
 from seqjax.layers._math import dense, rms_normalize, split_heads
 from seqjax.layers._window import Window
@@ -44,9 +44,9 @@ class Attention(Layer):
     Parameters: q_proj [dim, H * K], k_proj, v_proj [dim, kv_heads * K], out_proj [H * K, dim]; with
     `bias` q_bias, k_bias, v_bias, with `out_bias` out_bias [dim]; with `qk_norm` q_norm, k_norm
     [K]; with `output_gate` gate_proj [dim, H * K].
-    State: without a window {"k", "v": [B, capacity, kv_heads, K], "length": [B] int32}, the keys
-    after rotation; with one {"k", "v": [B, window - 1, kv_heads, K], "valid": [B, window - 1]
-    bool}, oldest first and before rotation.
+    State: {"k", "v": [B, S, kv_heads, K], "valid": [B, S] bool}. Without a window S = `capacity`,
+    with the oldest position first and keys after rotation. With one S = window - 1, with the newest
+    position last and keys before rotation.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -54,7 +54,7 @@ class Attention(Layer):
       >>> params = layer.init(jax.random.key(0))
       >>> y, state = layer.apply(params, jnp.ones((2, 5, 8)))
       >>> y_next, state = layer.step(params, jnp.ones((2, 8)), state)
-      >>> y.shape, y_next.shape, state["k"].shape, state["length"].tolist()
+      >>> y.shape, y_next.shape, state["k"].shape, state["valid"].sum(axis=1).tolist()
       ((2, 5, 8), (2, 8), (2, 16, 2, 2), [6, 6])
 
     Attributes:
@@ -169,10 +169,11 @@ class Attention(Layer):
     def make_state(self, batch_size: int, dtype: Any) -> State:
         length = self.capacity if self.window is None else self.window - 1
         shape = (batch_size, length, self.groups, self.key_dim)
-        state = {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
-        if self.window is None:
-            return state | {"length": jnp.zeros((batch_size,), jnp.int32)}
-        return state | {"valid": jnp.zeros(shape[:2], jnp.bool_)}
+        return {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "valid": jnp.zeros(shape[:2], jnp.bool_),
+        }
 
     def state_flops(self) -> int:
         seen = self.capacity if self.window is None else self.window
@@ -205,7 +206,7 @@ class Attention(Layer):
         return dense(o, params["out_proj"], params.get("out_bias")), state
 
     def _normed(self, z: jax.Array, scale: jax.Array) -> jax.Array:
-        scale = scale.astype(jnp.promote_types(z.dtype, jnp.float32))
+        scale = scale.astype(state_dtype(z.dtype))
         return rms_normalize(z, 1 + scale if self.qk_norm == "rms_offset" else scale, self.norm_eps)
 
 

@@ -3,9 +3,9 @@
 Requires the extra `pretrained`: `pip install -e ".[pretrained]"`.
 """
 
-from seqjax.pretrained.checkpoint import PretrainedModel as PretrainedModel
-from seqjax.pretrained.checkpoint import load as load
-from seqjax.pretrained.checkpoint import save as save
 from seqjax.pretrained.families import FAMILIES as FAMILIES
+from seqjax.pretrained.loading import load as load
+from seqjax.pretrained.model import PretrainedModel as PretrainedModel
+from seqjax.pretrained.saving import save as save
 
 __all__ = ["FAMILIES", "PretrainedModel", "load", "save"]

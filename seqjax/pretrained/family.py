@@ -25,6 +25,7 @@ class Architecture:
       model: further fields of `LanguageModel`.
       extra: further tensors.
       unused: parameters that no tensor stores. They are zeros, and the model does not read them.
+      variants: tensors of older files, each in place of all tensors that have its parameters.
       head: the name of the output weights.
       embedding_aliases: other names of the embedding that are accepted.
     """
@@ -41,6 +42,7 @@ class Architecture:
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     extra: Sequence[Tensor] = ()
     unused: Sequence[str] = ()
+    variants: Sequence[Tensor] = ()
     head: str = "lm_head.weight"
     embedding_aliases: tuple[str, ...] = ()
 
@@ -59,8 +61,21 @@ class Architecture:
             remat=remat,
         )
 
-    def table(self) -> list[Tensor]:
-        """Return all tensors, with paths of parameters in a backbone that is not stacked."""
+    def table(self, stored: Iterable[str] | None = None) -> list[Tensor]:
+        """Return all tensors, with paths of parameters in a backbone that is not stacked.
+
+        Args:
+          stored: the names of a checkpoint's tensors without their prefix, which choose between the
+            tensors of `variants` and those that they replace; by default none is replaced.
+        """
+        table = self._published()
+        for variant in self.variants if stored is not None else ():
+            if variant.name.removeprefix("@") in set(stored or ()):
+                table = [row for row in table if not set(row.params) & set(variant.params)]
+                table.append(variant)
+        return table
+
+    def _published(self) -> list[Tensor]:
         table = [rows(self.embedding, "embedding", aliases=self.embedding_aliases)]
         for i, block in enumerate(self.tables):
             prefix = self.layers.format(i)

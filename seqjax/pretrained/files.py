@@ -12,7 +12,7 @@ DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # The bytes of one read, and the bytes after which a file is mapped again. The pages of a mapped
 # file that were read count as memory of the process until the file is unmapped.
-_CHUNK = 1 << 26
+_CHUNK = 1 << 24
 
 
 class Tensors:
@@ -58,7 +58,7 @@ class Tensors:
     def blocks(
         self, name: str, rows: tuple[int, int], rest: tuple[slice, ...]
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Read stored[rows[0] : rows[1], *rest], in pieces of at most 64 MB or one row.
+        """Read stored[rows[0] : rows[1], *rest], in pieces of at most 16 MB or one row.
 
         Yields:
           The first row of a piece, counted from rows[0], and the piece.

@@ -123,7 +123,9 @@ class Cut:
             pieces = [
                 piece for _, piece in tensors.blocks(name, (0, self.tensor.shape[0]), everything)
             ]
-            out[...] = np.concatenate(pieces).reshape(self.rows, *self._rest_shape())[index]
+            whole = np.concatenate(pieces).reshape(self.rows, *self._rest_shape())
+            kept = [whole[start : start + count] for start, _, count in self.runs(part)]
+            out[...] = np.concatenate(kept)[index]
             return
         rest = index[:-1] if layout == "linear" else index[1:] if layout == "rows" else ()
         if layout == "conv":

@@ -290,6 +290,12 @@ LAYERS = [
         layer_oracles.gated_mlp,
         "GatedMLP-gelu",
     ),
+    _layer(seqjax.layers.GatedConv(dim=4), layer_oracles.gated_conv),
+    _layer(
+        seqjax.layers.GatedConv(dim=4, size=2, bias=True),
+        layer_oracles.gated_conv,
+        "GatedConv-bias",
+    ),
     _layer(seqjax.layers.MLP(dim=4), layer_oracles.mlp),
     _layer(seqjax.layers.MLP(dim=4, activation="gelu", bias=True), layer_oracles.mlp, "MLP-gelu"),
     _layer(

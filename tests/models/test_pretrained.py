@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from seqjax import pretrained, sharding
 
@@ -115,8 +117,9 @@ def test_stacked_blocks_and_exports_are_the_same(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_again, plain_params)
 
 
-@pytest.mark.parametrize("name", ["mamba"])
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+    ("name", "scan"), [("mamba", True), ("qwen3_5_text", False), ("recurrent_gemma", False)]
+)
 def test_a_mesh_holds_the_shards(name, scan):
     plain, expected, tokens, logits = load(name, scan=scan)
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
@@ -200,6 +203,106 @@ def test_other_names_and_tied_heads_are_accepted(tmp_path):
     )
     _, params = pretrained.load(other)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_the_text_model_of_a_vision_language_checkpoint(tmp_path):
+    _, expected, tokens, logits = load("qwen3_5_text")
+    arrays = safetensors.load_file(FOLDER / "qwen3_5_text" / "model.safetensors")
+    outer = {
+        name.replace("model.", "model.language_model.", 1): value for name, value in arrays.items()
+    }
+    text = json.loads((FOLDER / "qwen3_5_text" / "config.json").read_text())
+    others = {"model.visual.x.weight": np.ones(3, "f4"), "mtp.layers.0.x": np.ones(3, "i4")}
+    folder = tmp_path / "outer"
+    folder.mkdir()
+    safetensors.save_file(outer | others, folder / "model.safetensors")
+    config = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, params = pretrained.load(folder, capacity=CAPACITY)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    np.testing.assert_allclose(jax.jit(model.apply)(params, tokens)[0], logits, **TOLERANCE)
+    pretrained.save(model, params, tmp_path / "copy")
+    assert safetensors.load_file(tmp_path / "copy" / "model.safetensors").keys() == outer.keys()
+    assert json.loads((tmp_path / "copy" / "config.json").read_text()) == config
+
+
+def test_the_fused_shifts_of_older_rwkv_files(tmp_path):
+    _, expected, *_ = load("rwkv7")
+    arrays = safetensors.load_file(FOLDER / "rwkv7" / "model.safetensors")
+    fused = {
+        f"model.layers.{i}.attn.x_x": np.concatenate(
+            [arrays[f"model.layers.{i}.attn.x_{name}"][0] for name in "rwkvag"]
+        )
+        for i in range(3)
+    }
+    old = [name for name in arrays if ".attn.x_" in name]
+    _, params = pretrained.load(edited(tmp_path, "rwkv7", drop=old, **fused))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", "rwkv7", "recurrent_gemma"])
+def test_time_over_a_mesh(name):
+    model, params, tokens, logits = load(name)
+    mesh = jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,))
+    split = jax.shard_map(
+        lambda params, tokens: model.apply(params, tokens, sequence_axis="time")[0],
+        mesh=mesh,
+        in_specs=(P(), P(None, "time")),
+        out_specs=P(None, "time"),
+    )
+    got = jax.jit(split)(params, tokens[:, :36])
+    np.testing.assert_allclose(got, logits[:, :36], **TOLERANCE)
+
+
+YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("qwen3_5_text", YARN, "`rope_type` must be 'default', got 'yarn'"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "`attn_output_gate` must be True, got False"),
+        ("qwen3_5_text", {"num_hidden_layers": 5}, "must have num_hidden_layers = 5 entries"),
+        ("qwen3_5_text", {"layer_types": ["x"] * 4}, "must have entries of .*, got 'x'"),
+        ("qwen3_5_text", {"num_attention_heads": 2}, r"q_proj.weight` must have shape \[64, 24\]"),
+        ("granite", {"num_local_experts": 8}, "`num_local_experts` must be 0, got 8"),
+        ("granite", {"mamba_d_head": 7}, "`mamba_d_head` must be the inner width over .*, got 7"),
+        ("bamba", {"attention_bias": True}, "`attention_bias` must be False, got True"),
+        ("nemotron_h", {"layers_block_type": ["moe"]}, "got 'moe'; mixtures of experts are not"),
+        ("falcon_h1", {"mlp_multipliers": [1.0]}, "`mlp_multipliers` must have 2 numbers"),
+        ("rwkv7", {"norm_bias": False}, "`norm_bias` must be True, got False"),
+        ("rwkv7", {"decay_low_rank_dim": 6}, r"w_lora.lora.0.weight` must have shape \[6, 24\]"),
+        ("recurrent_gemma", {"block_types": ["x"]}, "entries of 'recurrent' and 'attention'"),
+    ],
+)
+def test_errors_of_families_name_the_field_or_the_tensor(name, config, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as caught:
+        pretrained.load(edited(tmp_path, name, config))
+    assert "\n" not in str(caught.value)
+
+
+def test_older_names_of_config_fields_are_accepted(tmp_path):
+    """Check `layers_block_type`, top-level `rope_theta`, and infinity as an object."""
+    new, _ = pretrained.load(FOLDER / "qwen3_5_text")
+    config = json.loads((FOLDER / "qwen3_5_text" / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    old = {
+        "rope_parameters": None,
+        "rope_theta": rope["rope_theta"],
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "layer_types": None,
+        "layers_block_type": config["layer_types"],
+    }
+    again, _ = pretrained.load(edited(tmp_path / "qwen", "qwen3_5_text", old))
+    assert again.backbone == new.backbone
+    pattern = {"layers_block_type": None, "hybrid_override_pattern": "M-*-"}
+    (tmp_path / "nemotron").mkdir()
+    again, _ = pretrained.load(edited(tmp_path / "nemotron", "nemotron_h", pattern))
+    assert again.backbone == pretrained.load(FOLDER / "nemotron_h")[0].backbone
+    limit = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    (tmp_path / "mamba2").mkdir()
+    again, _ = pretrained.load(edited(tmp_path / "mamba2", "mamba2", limit))
+    assert again.backbone == pretrained.load(FOLDER / "mamba2")[0].backbone
 
 
 def test_broken_folders_are_refused(tmp_path):

@@ -123,6 +123,15 @@ def short_conv(layer, params, x, reset=None):
     return _silu(y) if layer.activation == "silu" else y
 
 
+def gated_conv(layer, params, x, reset=None):
+    """(x W_C * conv(x W_B * x W_in)) W_out (arXiv 2511.23404)."""
+    p, x = _f64(params), _f64(x)
+    B, C, u = (x @ p[f"{name}_proj"] + p.get(f"{name}_bias", 0) for name in ("B", "C", "in"))
+    inner = _Conv(layer.size, layer.bias)
+    inner.activation = None
+    return (C * short_conv(inner, p["conv"], B * u, reset)) @ p["out_proj"] + p.get("out_bias", 0)
+
+
 class _Conv:
     """The hyperparameters of a short convolution inside another layer."""
 

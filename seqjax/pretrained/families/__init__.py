@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from seqjax.pretrained.families.falcon_h1 import FALCON_H1
 from seqjax.pretrained.families.granite import BAMBA, GRANITE
+from seqjax.pretrained.families.lfm2 import LFM2
 from seqjax.pretrained.families.mamba import FALCON_MAMBA, MAMBA
 from seqjax.pretrained.families.mamba2 import MAMBA2
 from seqjax.pretrained.families.nemotron_h import NEMOTRON_H
@@ -19,6 +20,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "falcon_h1": FALCON_H1,
         "falcon_mamba": FALCON_MAMBA,
         "granitemoehybrid": GRANITE,
+        "lfm2": LFM2,
         "mamba": MAMBA,
         "mamba2": MAMBA2,
         "nemotron_h": NEMOTRON_H,

@@ -25,17 +25,15 @@ def _build(config: Config, capacity: int) -> Architecture:
         ("mlp_hidden_act", "relu2"),
         ("mamba_hidden_act", "silu"),
         ("sliding_window", None),
+        ("attention_bias", False),
     ):
         config.expect(name, only, default=only)
-    attention_bias = config.boolean("attention_bias", False)
     attention = Attention(
         dim,
         **parts.heads(config, 32, 8),
         head_dim=config.integer("head_dim", 128),
         capacity=capacity,
         rotary_dim=0,
-        bias=attention_bias,
-        out_bias=attention_bias,
     )
     bias = config.boolean("use_bias", False)
     mamba = Mamba2(

@@ -1,7 +1,7 @@
 """Parts that several families share: attention, MLPs and the Mamba-2 mixer, with their tensors."""
 
 import math
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from seqjax.layers import Attention, GatedMLP, Mamba2
 from seqjax.pretrained.config import Config
@@ -122,8 +122,7 @@ def inside(table: list[Tensor], stored: str, ours: str) -> list[Tensor]:
     return [tensor.inside(stored, ours) for tensor in table]
 
 
-LayerType = Literal["linear", "attention"]
-_TYPES: dict[str, LayerType] = {
+_TYPES = {
     "linear_attention": "linear",
     "mamba": "linear",
     "full_attention": "attention",
@@ -131,8 +130,16 @@ _TYPES: dict[str, LayerType] = {
 }
 
 
-def layer_types(config: Config, default: list[str], *names: str) -> list[LayerType]:
-    """Return the kind of each layer, under the new or the old names of field and kinds."""
+def layer_types(config: Config, default: list[str], *names: str, **others: str) -> list[str]:
+    """Return the kind of each layer: "linear", "attention", or that of another published name.
+
+    Args:
+      config: the config.
+      default: the published kinds if the config has none.
+      names: the field's new and old names.
+      others: further kinds by their published name.
+    """
+    known = _TYPES | others
     name = next((name for name in names if config.has(name)), names[0])
     kinds = config.list_of(name, str, default)
     depth = config.integer("num_hidden_layers", len(default))
@@ -142,9 +149,9 @@ def layer_types(config: Config, default: list[str], *names: str) -> list[LayerTy
             f" {len(kinds)}."
         )
     for kind in kinds:
-        if kind not in _TYPES:
+        if kind not in known:
             raise ValueError(
-                f"load: config field `{name}` must have entries of {', '.join(map(repr, _TYPES))},"
+                f"load: config field `{name}` must have entries of {', '.join(map(repr, known))},"
                 f" got {kind!r}."
             )
-    return [_TYPES[kind] for kind in kinds]
+    return [known[kind] for kind in kinds]

@@ -59,6 +59,14 @@ def _build(config: Config, capacity: int) -> Architecture:
         norm_eps=eps,
         model={"embedding_scale": 1.0, "embedding_norm": "layer"},
         extra=norm("@layers.0.pre_norm", "embedding_norm", "layer"),
+        variants=[
+            rows(
+                f"@layers.{i}.attn.x_x",
+                *(f"backbone.block_{i}.mixer.x_{name}" for name in "rwkvag"),
+                shape=(6, dim),
+            )
+            for i in range(depth)
+        ],
         unused=tuple(f"backbone.block_0.{name}" for name in _UNUSED),
     )
 

@@ -172,6 +172,17 @@ CASES = {
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     },
+    "lfm2": {
+        "model_type": "lfm2",
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 60,
+        "block_multiple_of": 16,
+        "conv_bias": True,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
     "recurrent_gemma": {
         "model_type": "recurrent_gemma",
         "num_hidden_layers": 4,
@@ -206,7 +217,7 @@ def draw(name, parameter, generator):
         return torch.log(log_uniform(0.5, 16))
     if name.endswith(".D") or "norm" in name.split(".")[-2]:
         return (0 if name.endswith("bias") else 1) + 0.3 * normal()
-    if name.endswith(("conv1d.weight", "conv_1d.weight")):
+    if parameter.ndim == 3 and parameter.shape[1] == 1:  # a convolution
         return 0.5 * normal()
     if parameter.ndim < 2:
         return 0.3 * normal()
