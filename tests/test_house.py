@@ -130,7 +130,22 @@ def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-@pytest.mark.parametrize("name", MODULES)
+# The examples of layers look alike: the quick tests run those of five files.
+FEW_LAYERS = {f"seqjax.layers.{name}" for name in ("_base", "deltanet", "lru", "mamba", "rnn")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow]
+            if name.startswith("seqjax.layers.") and name not in FEW_LAYERS
+            else [],
+        )
+        for name in MODULES
+    ],
+)
 def test_docstring_examples(name, compiled_quickly):
     module = importlib.import_module(name)
     assert doctest.testmod(module).failed == 0

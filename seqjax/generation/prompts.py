@@ -105,9 +105,12 @@ def check_prompt(
 def by_batch(arguments: Any, out: Any) -> PyTree:
     """Return specs that split every result along the batch, as the prompt is."""
     batch = explicit_mesh.spec_of(arguments["tokens"])[0]
-    return jax.tree.map(
-        lambda x: explicit_mesh.joined(batch, *(None,) * (x.ndim - 1)) if x.ndim else (), out
-    )
+
+    def of_result(x: jax.Array) -> Any:
+        entries = (batch, *(None,) * (x.ndim - 1)) if x.ndim else ()
+        return explicit_mesh.joined(*entries)
+
+    return jax.tree.map(of_result, out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

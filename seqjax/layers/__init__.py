@@ -14,8 +14,8 @@ from seqjax.layers.conv import ShortConv as ShortConv
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
 from seqjax.layers.ffm import FFM as FFM
-from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gated_conv import GatedConv as GatedConv
+from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
 from seqjax.layers.hgrn import HGRN as HGRN
@@ -117,8 +117,8 @@ __all__ = [
     "Elman",
     "Entry",
     "GateLoop",
-    "GatedDeltaNet2",
     "GatedConv",
+    "GatedDeltaNet2",
     "GatedMLP",
     "IndRNN",
     "Layer",

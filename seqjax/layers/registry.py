@@ -158,10 +158,6 @@ def _rglru(dim: int, heads: int) -> Options:
     return _states(dim, heads) | _heads(dim, heads)
 
 
-def _deltaproduct(dim: int, heads: int) -> Options:
-    return _deltanet(dim, heads) | {"updates": 2, "negative_eigenvalues": True}
-
-
 def _ffm(dim: int, heads: int) -> Options:
     del dim, heads
     return {"memory_dim": 32, "contexts": 4}
@@ -178,18 +174,6 @@ def _cornn(dim: int, heads: int) -> Options:
 
 def _unicornn(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"dt": 1.0, "alpha": 1.0}
-
-
-def _comba(dim: int, heads: int) -> Options:
-    return _heads(dim, heads) | {"conv_size": 4, "correction": 1.0}
-
-
-def _performer(dim: int, heads: int) -> Options:
-    return _heads(dim, heads) | {"map_order": 4}
-
-
-def _based(dim: int, heads: int) -> Options:
-    return _heads(dim, heads) | {"head_dim": 16}
 
 
 def _attention(dim: int, heads: int) -> Options:
@@ -321,7 +305,6 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
             RWKV6, "RWKV-6", "2404.05892", "linear_attention", _heads, {"data_dependent": True}
         ),
         "rwkv7": Entry(RWKV7, "RWKV-7", "2503.14456", "generalized_delta_rule", _heads),
-        "rglru": Entry(RGLRU, "Hawk (RG-LRU)", "2402.19427", "linear_scan", _rglru),
         "mingru": Entry(MinGRU, "minGRU", "2410.01201", "linear_scan", _states),
         "minlstm": Entry(MinLSTM, "minLSTM", "2410.01201", "linear_scan", _states),
         "hgrn": Entry(HGRN, "HGRN", "2311.04823", "linear_scan", _states),

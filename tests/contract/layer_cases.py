@@ -207,28 +207,6 @@ LAYERS = [
         "Based-rebased",
     ),
     _layer(seqjax.layers.PLSTM(dim=8, heads=2), feature_oracles.plstm),
-    _layer(seqjax.layers.RGLRU(dim=4, state_dim=6, heads=2), gated_oracles.rglru),
-    _layer(
-        seqjax.layers.RGLRU(dim=4, unit_first_step=True),
-        gated_oracles.rglru,
-        "RGLRU-unit-first-step",
-    ),
-    _layer(seqjax.layers.MinGRU(dim=4, state_dim=6), gated_oracles.mingru),
-    _layer(seqjax.layers.MinGRU(dim=4, positive=False), gated_oracles.mingru, "MinGRU-signed"),
-    _layer(seqjax.layers.MinLSTM(dim=4), gated_oracles.minlstm),
-    _layer(
-        seqjax.layers.MinLSTM(dim=4, state_dim=6, positive=False),
-        gated_oracles.minlstm,
-        "MinLSTM-signed",
-    ),
-    _layer(seqjax.layers.HGRN(dim=4, state_dim=6), gated_oracles.hgrn),
-    _layer(seqjax.layers.QRNN(dim=4, state_dim=6), gated_oracles.qrnn),
-    _layer(seqjax.layers.SRU(dim=4), gated_oracles.sru),
-    _layer(
-        seqjax.layers.SRU(dim=4, state_dim=6, highway_bias=-1.0), gated_oracles.sru, "SRU-projected"
-    ),
-    _layer(seqjax.layers.QuasiLSTM(dim=4, state_dim=6), gated_oracles.quasi_lstm),
-    _layer(seqjax.layers.FFM(dim=4, memory_dim=3, contexts=2), gated_oracles.ffm),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.attention,

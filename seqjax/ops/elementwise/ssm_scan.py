@@ -12,7 +12,7 @@ from seqjax.ops.core.checkpointed_scan import time_scan
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.linalg import everywhere
 from seqjax.ops.elementwise.linear_recurrence import recurrence
-from seqjax.ops.elementwise.xla_algorithms import Form
+from seqjax.ops.elementwise.xla_algorithms import ScanOptions
 from seqjax.types import Array, Float, Inexact, Reset
 
 PATTERNS = {"u": "B T D", "A": "D N", "B": "D N", "C": "D N", "initial_state": "B D N"}
@@ -211,7 +211,7 @@ def _chunks(
         added.reshape(flat),
         h0.reshape(shape[0], -1),
         any_reset,
-        Form(h0.dtype),
+        ScanOptions(h0.dtype),
     )
     entering = jnp.concatenate([h0[:, None], states.reshape(added.shape)[:, :-1]], axis=1)
     if alive is not None:  # a state that is cleared at once may not be finite
