@@ -28,6 +28,11 @@ def _require_extras() -> None:
         raise SystemExit(2)
 
 
+def _is_device_check() -> bool:
+    """Return whether the command is `python -m experiments.bench device`, which needs no extra."""
+    return "experiments.bench" in sys.orig_argv and sys.argv[1:2] == ["device"]
+
+
 # Python sets argv[0] to "-m" while it looks for the module of `python -m experiments.train`.
-if sys.argv[0] == "-m":
+if sys.argv[0] == "-m" and not _is_device_check():
     _require_extras()

@@ -7,7 +7,8 @@
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
     python -m experiments.bench generate   # tokens per second of generation
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
-    python -m experiments.bench gpu        # kernels compiled for H100, not run
+    python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
+    python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
 
 Each row is one shape. Each round times every candidate once. The table prints the median over
 rounds of the candidate's time divided by the reference's time in the same round. Ratios within one
@@ -31,7 +32,7 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, generate, gpu, newton, tpu
+from experiments.bench import cases, device, generate, gpu, newton, tpu
 from experiments.bench.tools import ONLY, Candidates, Table, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -179,6 +180,7 @@ SUITES = {
     "generate": generate.bench_generate,
     "tpu": tpu.bench_tpu,
     "gpu": gpu.bench_gpu,
+    "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
 }
 
 
@@ -193,7 +195,7 @@ def main(values: flags.FlagValues, words: Sequence[str]) -> int:
     """Run the suites named on the command line; by default all timed suites."""
     del values
     flags.FLAGS.mark_as_parsed()
-    names = words or [name for name in SUITES if name not in ("generate", "tpu", "gpu")]
+    names = words or [n for n in SUITES if n not in ("generate", "tpu", "gpu", "device")]
     for name in names:
         if name not in SUITES:
             raise UserError(f"unknown suite {name!r}: {nearest(name, SUITES)}")

@@ -270,11 +270,11 @@ def pays_off(length: Any) -> bool:
     return isinstance(length, int) and length >= 8
 
 
-def by_platform(run: Callable[..., Any], on_cpu: str, elsewhere: str, *operands: jax.Array) -> Any:
-    """Return `run(algorithm, *operands)` with the algorithm for the platform of the program.
+def by_platform(run: Callable[..., Any], on_cpu: Any, elsewhere: Any, *operands: Any) -> Any:
+    """Return `run(choice, *operands)` with the choice for the platform of the program.
 
     The platform is known when the program is lowered, so both branches are traced here if the
-    algorithms differ.
+    choices differ.
     """
     if on_cpu == elsewhere:
         return run(on_cpu, *operands)

@@ -1,4 +1,7 @@
-"""Small matrices, their products and broadcasts, with float32 accuracy on every backend.
+"""Small matrices, their products and broadcasts.
+
+`matmul` has float32 accuracy on every backend. `product` has the accuracy of its inputs' dtype, and
+runs on the matrix units of GPUs and TPUs.
 
 Transposing a broadcast gives a sum. On CPU, XLA's sum over a minor axis is sequential and ten
 times slower than a product with a vector of ones. Its sum over a major axis is hardly faster. On
@@ -23,9 +26,53 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def matmul_nt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return a b^T."""
-    return jnp.einsum("...tk,...jk->...tj", a, b, precision=lax.Precision.HIGHEST)
+def product(
+    a: jax.Array,
+    b: jax.Array,
+    subscripts: str = "tk,kj->tj",
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """Return a b, computed by the matrix units of accelerators.
+
+    Two factors in bfloat16 stay as they are and are accumulated in float32, which is the dtype of
+    the result. Other factors are widened to the same dtype, and `jax.default_matmul_precision`
+    decides: by default, GPUs round float32 factors to 10 bits (TF32), and TPUs to bfloat16. The
+    same holds for the products of the adjoint.
+
+    Args:
+      a: [..., t, k].
+      b: [..., k, j].
+      subscripts: other axes, such as "tk,jk->tj" for a b^T.
+      rows: [..., t, 1] bool, True for rows that are not zero, by default all. Non-finite elements
+        of b then turn these rows into NaN and no cotangent: zero times NaN is NaN.
+    """
+    left, right, result = subscripts.replace("->", ",").split(",")
+    if rows is None and a.dtype == b.dtype != jnp.bfloat16:
+        return jnp.einsum(f"...{left},...{right}->...{result}", a, b)  # derivatives of JAX
+
+    def forward(a: jax.Array, b: jax.Array, rows: jax.Array | None) -> jax.Array:
+        made = _einsum(a, b, left, right, result)
+        return made if rows is None else jnp.where(rows, made, jnp.zeros_like(made))
+
+    def adjoint(args: Any, ct: jax.Array) -> list[jax.Array]:
+        a, b, rows = args
+        if rows is not None:
+            ct = jnp.where(rows, ct, jnp.zeros_like(ct))
+            b = jnp.where(jnp.isfinite(b), b, jnp.zeros_like(b))
+        return [
+            _einsum(ct, b, result, right, left).astype(a.dtype),
+            _einsum(a, ct, left, result, right).astype(b.dtype),
+        ]
+
+    return custom_adjoint(forward, adjoint)(a, b, rows)
+
+
+def _einsum(x: jax.Array, y: jax.Array, *axes: str) -> jax.Array:
+    subscripts = "...{},...{}->...{}".format(*axes)
+    if x.dtype == y.dtype == jnp.bfloat16:
+        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+    wide = x.dtype if x.dtype.itemsize >= y.dtype.itemsize else y.dtype
+    return jnp.einsum(subscripts, x.astype(wide), y.astype(wide))
 
 
 def outer(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -64,7 +111,8 @@ def inverse_unit_lower(n: jax.Array) -> jax.Array:
             rows // width > columns // width
         )
         links = jnp.where(joined, n, jnp.zeros_like(n))
-        inverse = inverse - matmul(matmul(inverse, links), inverse)
+        change = links if width == 1 else matmul(matmul(inverse, links), inverse)
+        inverse = inverse - change
         width *= 2
     return inverse
 

@@ -9,26 +9,99 @@ and O_c, R_c, X_c, M_c do not depend on S. So the maps of several chunks are com
 only the second line runs from chunk to chunk, in order or in log depth.
 
 Zero times NaN is NaN, so a mask alone does not keep a NaN out of a matmul. Steps with non-finite
-input, and non-finite numbers of a state, are therefore set to zero before the matmuls. Every output
-and state that depends on them, and no other, is NaN.
+input are therefore set to zero before the matmuls, and non-finite numbers of a state before those
+of the derivatives. Every output and state that depends on them, and no other, is NaN.
 
-Derivatives are those of JAX. Chunks are recomputed in the backward pass, which stores the inputs
-and one state per chunk.
+Derivatives are those of JAX, except for the loop over the states (`_states`). Chunks are recomputed
+in the backward pass, which stores the inputs and one state per chunk.
+
+A block of chunks is computed at once: first their maps, then a loop over the states, then the
+outputs. `CPU` has small blocks, for the caches. `ACCELERATOR` has blocks of a thousand matmuls, so
+that few kernels do the work, and keeps bfloat16 inputs for the matrix units.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from seqjax.ops.core.linalg import matmul
+from seqjax.ops.core.custom_adjoint import custom_adjoint
+from seqjax.ops.core.linalg import diagonal, matmul, product
 from seqjax.ops.matrix_state.decays import same_segment
 
-# Number of matmuls of a kind that run at once: enough for two cores, few enough for their caches.
-PRODUCTS = 16
+
+class Form(NamedTuple):
+    """Sizes of the chunked algorithm for a kind of platform.
+
+    Attributes:
+      products: number of matmuls of a kind that run at once.
+      steps: the default number of steps in a chunk.
+      factored: whether the loop over chunks uses the factors of their maps, and matmuls have
+        factors in bfloat16 if all inputs do.
+    """
+
+    products: int
+    steps: int
+    factored: bool
+
+
+# Enough matmuls for two cores, and few enough for their caches.
+CPU = Form(products=16, steps=64, factored=False)
+# Enough matmuls for the 132 multiprocessors of an H100; more take more memory for little speed.
+ACCELERATOR = Form(products=1024, steps=64, factored=True)
+UNROLL = 16  # turns of a loop on accelerators between two tests of its counter
+
+
+class Plan(NamedTuple):
+    """Division of T steps into blocks of chunks.
+
+    Attributes:
+      size: C, the steps in a chunk.
+      blocks: number of blocks, one after the other.
+      at_once: chunks in a block.
+      log_depth: whether the chunks are combined in log depth.
+      factored: whether the loop over chunks uses the factors of their maps.
+      mixed: whether the factors of matmuls stay in bfloat16.
+    """
+
+    size: int
+    blocks: int
+    at_once: int
+    log_depth: bool
+    factored: bool
+    mixed: bool
+
+
+def plan(
+    algorithm: str, form: Form, shape: tuple[int, ...], chunk_size: int | None, narrow: bool
+) -> Plan | None:
+    """Return the division for inputs [B, T, H, ...], or None for the sequential algorithm.
+
+    "associative" computes all chunks at once. Otherwise `form.products` bounds the number of chunks
+    that are computed at once, and so the memory. `narrow` is true if the inputs are in bfloat16.
+    """
+    if algorithm == "sequential":
+        return None
+    batch, length, heads = shape[:3]
+    # Treat symbolic sizes, under `jax.export`, as large ones.
+    known, log_depth = isinstance(length, int), algorithm == "associative"
+    steps = chunk_size or form.steps
+    size = 1 << ((min(steps, length) if known else steps) - 1).bit_length()
+    count = -(-length // size)
+    products = batch * heads if isinstance(batch, int) else form.products
+    # A single chunk has no loop: the forms are equal, and are traced once.
+    factored = form.factored and not log_depth and not (known and count == 1)
+    mixed = form.factored and narrow
+    if log_depth or (known and products * count <= 2 * form.products):
+        return Plan(size, 1, count, log_depth, factored, mixed)
+    at_once = max(1, form.products // products)
+    blocks = -(-count // at_once)
+    return Plan(size, blocks, -(-count // blocks) if known else at_once, log_depth, factored, mixed)
+
 
 Arrays = Mapping[str, jax.Array]
 
@@ -50,7 +123,46 @@ class ChunkMap(NamedTuple):
     transition: jax.Array
 
 
-Chunk = Callable[[Arrays], ChunkMap]
+class FactoredMap(NamedTuple):
+    """A chunk of C steps as an affine map of the state S before it, with its factors.
+
+        O  = O_c + R_c S
+        S' = decay S + write (values + erase S) + offset
+
+    So the loop over chunks on accelerators reads fewer bytes than those of a `ChunkMap`.
+
+    Attributes:
+      outputs: O_c [..., C, V].
+      reads: R_c [..., C, K].
+      decay: [..., K, 1] or [..., 1, 1].
+      write: [..., K, C].
+      values: [..., C, V], or None for zero.
+      erase: [..., C, K], or None for zero.
+      offset: [..., K, V], or None for zero.
+    """
+
+    outputs: jax.Array
+    reads: jax.Array
+    decay: jax.Array
+    write: jax.Array
+    values: jax.Array | None = None
+    erase: jax.Array | None = None
+    offset: jax.Array | None = None
+
+
+Chunk = Callable[[Arrays], ChunkMap | FactoredMap]
+STATES = "seqjax_chunk_states"
+
+
+def multiply_out(factors: FactoredMap) -> ChunkMap:
+    """Return the map of a chunk without factors."""
+    outputs, reads, transition, write, values, erase, offset = factors
+    terms = [] if values is None else [product(write, values)]
+    terms += [] if offset is None else [offset]
+    if erase is not None:
+        rows = jnp.broadcast_to(transition[..., 0], (*write.shape[:-2], write.shape[-2]))
+        transition = diagonal(rows) + product(write, erase)
+    return ChunkMap(outputs, reads, functools.reduce(jnp.add, terms), transition)
 
 
 def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> jax.Array:
@@ -76,9 +188,10 @@ def scan_chunks(
     state: jax.Array,
     reset: jax.Array | None,
     *,
+    plan: Plan,
     out_dtype: Any,
-    chunk_size: int,
-    log_depth: bool,
+    vectors: Collection[str] = (),
+    scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Run a recurrence chunk by chunk.
 
@@ -89,65 +202,68 @@ def scan_chunks(
         the state by its decay only.
       state: [B, H, K, V].
       reset: [B, T] or None.
+      plan: the division into blocks of chunks.
       out_dtype: dtype of the outputs.
-      chunk_size: C, rounded up to a power of two.
-      log_depth: compute all chunks at once and combine them in log depth. Otherwise the number of
-        chunks computed at once is bounded to `PRODUCTS` matmuls of a kind, which bounds the memory.
+      vectors: names of the arrays that stay in their dtype if `plan.mixed`. The other arrays get
+        the dtype of the state.
+      scale: a factor of the outputs, by default one.
 
     Returns:
       (outputs [B, T, H, V], final state).
     """
-    batch, length, heads = arrays["q"].shape[:3]
+    batch, length = arrays["q"].shape[:2]
     dtype = state.dtype
-    # Treat symbolic sizes, under `jax.export`, as large ones.
-    known = isinstance(length, int)
-    size = 1 << ((min(chunk_size, length) if known else chunk_size) - 1).bit_length()
-    count = -(-length // size)
-    products = batch * heads if isinstance(batch, int) else PRODUCTS
-    if log_depth or (known and products * count <= 2 * PRODUCTS):
-        blocks, at_once = 1, count
-    else:
-        at_once = max(1, PRODUCTS // products)
-        blocks = -(-count // at_once)
-        at_once = -(-count // blocks) if known else at_once
+    size, blocks, at_once, log_depth, factored, mixed = plan
+    narrow = set(vectors) if mixed else set()
 
     def chunks(x: jax.Array) -> jax.Array:  # [B, T, H, F] -> [blocks, at_once, B, H, C, F]
         x = jnp.pad(x, [(0, 0), (0, blocks * at_once * size - length), (0, 0), (0, 0)])
         x = x.reshape(x.shape[0], blocks, at_once, size, *x.shape[2:])
         return jnp.transpose(x, (1, 2, 0, 4, 3, 5))
 
-    if reset is None:
-        reset = jnp.zeros((batch, length), bool)
-    resets = chunks(reset[:, :, None, None])[..., 0]  # [blocks, at_once, B, 1, C]
+    # [blocks, at_once, B, 1, C]
+    resets = None if reset is None else chunks(reset[:, :, None, None])[..., 0]
 
-    def advance(state: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+    def advance(state: jax.Array, block: Any, scale: jax.Array | None) -> Any:
         arrays, reset = block
-        since_reset = same_segment(reset)
-        values = {name: x.astype(dtype) for name, x in arrays.items()}
-        values, spoiled, bad_query = _zero_non_finite(values, since_reset)
-        clear = reset[..., None]
-        if "log_decay" in values:
-            g = values["log_decay"]
-            clear = jnp.where(clear, jnp.full_like(g, -jnp.inf), g)
-        values["log_decay"] = clear
-        maps = chunk(values)
-        alive = ~_occurred(reset, jnp.tril(jnp.ones_like(since_reset)))[..., None]
-        nan = jnp.full((), jnp.nan, dtype)
-        offset = jnp.where(spoiled[..., -1:, None], nan, maps.offset)
-        states, final = _carry(maps._replace(offset=offset), alive[..., -1:, :], state, log_depth)
-        reads = apply_alive(alive, maps.reads, states)
-        spoiled = (spoiled | bad_query)[..., None]
-        return final, jnp.where(spoiled, nan, maps.outputs + reads).astype(out_dtype)
+        values = {name: x if name in narrow else x.astype(dtype) for name, x in arrays.items()}
+        values, spoiled, bad_query = _zero_non_finite(values, reset)
+        if reset is None:
+            values.setdefault("log_decay", jnp.zeros((*spoiled.shape, 1), bool))
+            alive = jnp.ones((1, 1, 1, 1, 1), bool)
+        else:
+            clear, g = reset[..., None], values.get("log_decay")
+            values["log_decay"] = (
+                clear if g is None else jnp.where(clear, jnp.full_like(g, -jnp.inf), g)
+            )
+            alive = jnp.cumsum(reset, axis=-1, dtype=int)[..., None] == 0
+        maps, input_dtype = chunk(values), values["q"].dtype
+        nan, zero = (jnp.asarray(value, dtype) for value in (jnp.nan, 0))
+        poison = jnp.where(spoiled[..., -1:, None], nan, zero)
+        if factored and isinstance(maps, FactoredMap):
+            states, final = _factored_states(maps, alive[..., -1:, :], state, poison, input_dtype)
+        else:
+            if isinstance(maps, FactoredMap):
+                maps = multiply_out(maps)
+            compute = _states_in_log_depth if log_depth else _states
+            offset = maps.offset + poison
+            states, final = compute(maps.transition, offset, alive[..., -1:, :], state)
+        reads = product(maps.reads, states, rows=alive)
+        out = maps.outputs + reads
+        out = out if scale is None else scale * out
+        return final, jnp.where((spoiled | bad_query)[..., None], nan, out).astype(out_dtype)
 
-    advance = jax.checkpoint(advance, prevent_cse=False)
+    # The states are saved; all else that does not depend on them is computed again.
+    keep = jax.checkpoint_policies.save_only_these_names(STATES)
+    advance = jax.checkpoint(advance, prevent_cse=False, policy=keep)
     blocked = {name: chunks(x) for name, x in arrays.items()}
-    final, out = lax.scan(advance, state, (blocked, resets))
+    final, out = lax.scan(lambda S, block: advance(S, block, scale), state, (blocked, resets))
     out = jnp.transpose(out, (2, 0, 1, 4, 3, 5))  # [B, blocks, at_once, C, H, V]
     return out.reshape(batch, -1, *out.shape[4:])[:, :length], final
 
 
 def _zero_non_finite(
-    values: dict[str, jax.Array], since_reset: jax.Array
+    values: dict[str, jax.Array], reset: jax.Array | None
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """Zero the steps with non-finite inputs, and mark the steps that depend on them.
 
@@ -165,35 +281,120 @@ def _zero_non_finite(
         name: jnp.where((query if name == "q" else write)[..., None], x, jnp.zeros_like(x))
         for name, x in values.items()
     }
-    return zeroed, _occurred(~write, since_reset), ~query
+    return zeroed, _occurred(~write, reset), ~query
 
 
-def _occurred(events: jax.Array, steps: jax.Array) -> jax.Array:
-    """Return for each step t whether an event [..., C] occurred in its `steps` [..., t, :]."""
-    return jnp.any(events[..., None, :] & steps, axis=-1)
+def _occurred(events: jax.Array, reset: jax.Array | None) -> jax.Array:
+    """Return for each step whether an event occurred at or before it, since the last reset."""
+    if reset is None:
+        return jnp.cumsum(events, axis=-1, dtype=int) > 0
+    return jnp.any(events[..., None, :] & same_segment(reset), axis=-1)
 
 
-def _carry(
-    maps: ChunkMap, alive: jax.Array, state: jax.Array, log_depth: bool
+def _states(
+    transition: jax.Array, offset: jax.Array, alive: jax.Array, state: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the states before the chunks [count, B, H, K, V], and the state after the last."""
-    if log_depth:
-
-        def combine(early: Any, late: Any) -> Any:
-            transition, offset, alive = late
-            return (
-                apply_alive(alive, transition, early[0]),
-                apply_alive(alive, transition, early[1]) + offset,
-                early[2] & alive,
-            )
-
-        prefix = lax.associative_scan(combine, (maps.transition, maps.offset, alive), axis=0)
-        leaving = apply_alive(prefix[2], prefix[0], state) + prefix[1]
-        return jnp.concatenate([state[None], leaving[:-1]]), leaving[-1]
 
     def step(state: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
         transition, offset, alive = chunk
         return apply_alive(alive, transition, state) + offset, state
 
-    final, states = lax.scan(step, state, (maps.transition, maps.offset, alive))
+    alive = jnp.broadcast_to(alive, (transition.shape[0], *alive.shape[1:]))
+    final, states = lax.scan(step, state, (transition, offset, alive))
     return states, final
+
+
+def _factored_states(
+    maps: FactoredMap, alive: jax.Array, state: jax.Array, poison: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return the states before the chunks [count, B, H, K, V], and the state after the last.
+
+    The loops have two matmuls per chunk, in both directions. Gradients of the factors are products
+    of all chunks after the backward loop. States are stored in bfloat16 if the inputs are.
+
+    Args:
+      maps: maps of the chunks, [count, B, H, ...].
+      alive: [count or 1, B or 1, 1, 1, 1], False where the chunk has a reset.
+      state: [B, H, K, V].
+      poison: [count, B, H, 1, 1], NaN where the state after the chunk is NaN, and zero elsewhere.
+      dtype: dtype of the inputs.
+    """
+    stored = dtype if jnp.dtype(dtype) == jnp.bfloat16 else state.dtype
+    count = maps.write.shape[0]
+    alive = jnp.broadcast_to(alive, (count, *alive.shape[1:]))
+    unroll = min(count, UNROLL)
+
+    def forward(factors: Any, state: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
+        def step(state: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
+            (decay, write, values, erase, offset), (alive, poison) = chunk
+            kept = jnp.where(alive, state, jnp.zeros_like(state))
+            after = decay * kept + product(write, _written(values, erase, kept)) + poison
+            return after if offset is None else after + offset, state.astype(stored)
+
+        final, states = lax.scan(step, state, (factors, rest), unroll=unroll)
+        return states, final
+
+    def adjoint(args: Any, outputs: Any, _: Any, cts: Any) -> list[jax.Array]:
+        (factors, _, (alive, poison)), (states, _), (d_states, d_final) = args, outputs, cts
+        decay, write, values, erase, offset = factors
+
+        def step(d_after: jax.Array, chunk: Any) -> tuple[jax.Array, Any]:
+            decay, write, erase, d_state, alive = chunk
+            back, d_written = decay * d_after, None
+            if erase is not None:
+                d_written = product(write, d_after, "kc,kv->cv")
+                back += product(erase, d_written, "ck,cv->kv")
+                d_written = d_written.astype(stored)
+            back = jnp.where(alive, back, jnp.zeros_like(back))
+            return back + d_state.astype(back.dtype), (d_after.astype(stored), d_written)
+
+        chunks = (decay, write, erase, d_states, alive)
+        d_first, (d_after, d_written) = lax.scan(step, d_final, chunks, reverse=True, unroll=unroll)
+        states = jnp.where(jnp.isfinite(states) & alive, states, jnp.zeros_like(states))
+        if erase is None:
+            d_written = product(write, d_after, "kc,kv->cv")
+        both = d_after.astype(decay.dtype) * states.astype(decay.dtype)
+        axes = tuple(n for n in (-2, -1) if decay.shape[n] == 1)
+        found = (
+            jnp.sum(both, axis=axes, keepdims=True),
+            product(d_after, _written(values, erase, states), "kv,cv->kc"),
+            None if values is None else d_written,
+            None if erase is None else product(d_written, states, "cv,kv->ck"),
+            None if offset is None else d_after,
+        )
+        d_factors = jax.tree.map(lambda x, d: d.astype(x.dtype), factors, found)
+        return [*jax.tree.leaves(d_factors), d_first, jnp.zeros_like(poison)]
+
+    compute = custom_adjoint(forward, adjoint, with_residuals=lambda *args: (forward(*args), ()))
+    factors = (maps.decay, maps.write, maps.values, maps.erase, maps.offset)
+    states, final = compute(factors, state, (alive, poison))
+    return checkpoint_name(states, STATES), final
+
+
+def _written(values: jax.Array | None, erase: jax.Array | None, state: jax.Array) -> jax.Array:
+    """Return values + erase S."""
+    if erase is None:
+        assert values is not None
+        return values
+    made = product(erase, state)
+    return made if values is None else made + values.astype(made.dtype)
+
+
+def _states_in_log_depth(
+    transition: jax.Array, offset: jax.Array, alive: jax.Array, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the results of `_states`, from the maps of all chunks combined in log depth."""
+
+    def combine(early: Any, late: Any) -> Any:
+        transition, offset, alive = late
+        return (
+            apply_alive(alive, transition, early[0]),
+            apply_alive(alive, transition, early[1]) + offset,
+            early[2] & alive,
+        )
+
+    alive = jnp.broadcast_to(alive, (transition.shape[0], *alive.shape[1:]))
+    prefix = lax.associative_scan(combine, (transition, offset, alive), axis=0)
+    leaving = apply_alive(prefix[2], prefix[0], state) + prefix[1]
+    return jnp.concatenate([state[None], leaving[:-1]]), leaving[-1]

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint
-from seqjax.ops.core.linalg import along_rows, down_columns, matmul, matmul_nt
+from seqjax.ops.core.linalg import along_rows, down_columns, matmul, product
 
 SUB = 16  # steps in the blocks inside which a mask selects the pairs
+NT = "tk,jk->tj"
 
 
 def by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
@@ -53,15 +54,26 @@ def _products(g: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
 
     C is a power of two. The two lists hold arrays [..., C, K]. upto[n][t] is the product from the
     start of t's block of 2^n steps to t. after[n][j] is the product from j + 1 to the end of j's
-    block. Each step and channel takes one exponential.
+    block. Each step and channel takes one exponential. The factor that a level adds is the product
+    of the other half of a pair of blocks, repeated for the steps of a half: GPUs multiply it where
+    it is needed instead of storing all levels.
     """
     upto, after = [decay_of(g)], [jnp.ones_like(g)]
+    whole = upto[0]  # products of whole blocks
     for width in _widths(1, g.shape[-2]):
-        first, second = _halves(upto[-1], width)
-        left, right = _halves(after[-1], width)
-        upto.append(_join(first, first[..., -1:, :] * second, g.shape))
-        after.append(_join(left * second[..., -1:, :], right, g.shape))
+        pairs = whole.reshape(*whole.shape[:-2], -1, 2, whole.shape[-1])
+        other, second = jnp.flip(pairs, axis=-2), jnp.array([[False], [True]])
+        one = jnp.ones_like(other)
+        upto.append(upto[-1] * _repeat(jnp.where(second, other, one), width, g.shape))
+        after.append(after[-1] * _repeat(jnp.where(second, one, other), width, g.shape))
+        whole = pairs[..., 0, :] * pairs[..., 1, :]
     return upto, after
+
+
+def _repeat(x: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
+    """Repeat the elements of pairs of blocks [..., 2, K] for all steps: [..., C, K]."""
+    x = x[..., None, :]
+    return jnp.broadcast_to(x, (*x.shape[:-2], width, x.shape[-1])).reshape(shape)
 
 
 def cumulative_decays(
@@ -127,8 +139,9 @@ def _halves(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     return blocks[..., 0, :, :], blocks[..., 1, :, :]
 
 
-def _join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.concatenate([first, second], axis=-2).reshape(shape)
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Return x times a factor, computed in the dtype of the factor and rounded to that of x."""
+    return (x.astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def widen(x: jax.Array, channels: int) -> jax.Array:
@@ -182,13 +195,19 @@ def decayed_products(
         the state is reset, for chunks without decays.
 
     Returns:
-      P [..., C, C] of every left and right, as a list of lists. One call with several of them
-      shares the decays.
+      P [..., C, C] of every left and right, as a list of lists, in float32 for bfloat16 arrays. One
+      call with several of them shares the decays.
     """
     if log_decay.shape[-1] == rights[0].shape[-1] and log_decay.dtype != bool:
         return _by_channel(lefts, rights, log_decay)
     # One decay for all channels factors out of the sum.
-    products = [matmul_nt(left, right) for left in lefts for right in rights]
+    left, right = (jnp.concatenate(xs, axis=-2) for xs in (lefts, rights))
+    all_pairs = product(left, right, NT)
+    products = [
+        part
+        for rows in jnp.split(all_pairs, len(lefts), axis=-2)
+        for part in jnp.split(rows, len(rights), axis=-1)
+    ]
     if log_decay.dtype == bool:
         same = same_segment(log_decay[..., 0])
         products = [jnp.where(same, p, jnp.zeros_like(p)) for p in products]
@@ -214,8 +233,8 @@ def _by_channel(
     return _pairs(
         lefts,
         rights,
-        [[x * decay for x in lefts] for decay in upto[:-1]],
-        [[x * decay for x in rights] for decay in after[:-1]],
+        [[scaled(x, decay) for x in lefts] for decay in upto[:-1]],
+        [[scaled(x, decay) for x in rights] for decay in after[:-1]],
     )
 
 
@@ -238,20 +257,21 @@ def _pairs(
     def blocks(x: jax.Array) -> jax.Array:
         return x.reshape(*x.shape[:-2], size // base, base, channels)
 
-    def product(lefts: list[jax.Array], rights: list[jax.Array]) -> jax.Array:
+    def pairwise(lefts: list[jax.Array], rights: list[jax.Array]) -> jax.Array:
         """Return [..., n, L, width, R, width] from lists of [..., n, width, K]."""
         shape = (*lefts[0].shape[:-1], len(rights), lefts[0].shape[-2])
-        both = matmul_nt(jnp.concatenate(lefts, axis=-2), jnp.concatenate(rights, axis=-2))
+        left, right = jnp.concatenate(lefts, axis=-2), jnp.concatenate(rights, axis=-2)
+        both = product(left, right, NT)
         return both.reshape(*shape[:-3], len(lefts), *shape[-3:])
 
     # Inside blocks of SUB steps, compute matmuls of the whole block and select each width's pairs.
     steps = jnp.arange(base)
     rows, columns = steps[:, None, None], steps
-    made = product([blocks(x) for x in lefts], [blocks(x) for x in rights])
+    made = pairwise([blocks(x) for x in lefts], [blocks(x) for x in rights])
     made = jnp.where(rows == columns, made, jnp.zeros_like(made))
     for level, width in enumerate(_widths(1, base)):
         met = (rows // (2 * width) == columns // (2 * width)) & (rows // width > columns // width)
-        pairs = product(
+        pairs = pairwise(
             [blocks(x) for x in decayed_lefts[level]], [blocks(x) for x in decayed_rights[level]]
         )
         made = jnp.where(met, pairs, made)
@@ -259,7 +279,7 @@ def _pairs(
     for width in _widths(base, size):
         level = width.bit_length() - 1
         second = [_halves(x, width)[1] for x in decayed_lefts[level]]
-        corner = product(second, [_halves(x, width)[0] for x in decayed_rights[level]])
+        corner = pairwise(second, [_halves(x, width)[0] for x in decayed_rights[level]])
         own = made.reshape(*corner.shape[:-4], 2, *corner.shape[-4:])
         first, last = own[..., 0, :, :, :, :], own[..., 1, :, :, :, :]
         top = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
@@ -280,21 +300,26 @@ def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
     upto, after = (decays[:-1] for decays in _products(g))
     made = _by_channel(lefts, rights, g)
     sums = _sums_to_middle(dg)
+
+    def change(x: jax.Array, dx: jax.Array, dc: jax.Array, decay: jax.Array) -> jax.Array:
+        wide = decay.dtype
+        return ((dx.astype(wide) + x.astype(wide) * dc) * decay).astype(x.dtype)
+
     by_left = _pairs(
         d_lefts,
         rights,
         [
-            [(dx + x * dc) * decay for x, dx in zip(lefts, d_lefts, strict=True)]
+            [change(x, dx, dc, decay) for x, dx in zip(lefts, d_lefts, strict=True)]
             for dc, decay in zip(sums, upto, strict=True)
         ],
-        [[x * decay for x in rights] for decay in after],
+        [[scaled(x, decay) for x in rights] for decay in after],
     )
     by_right = _pairs(
         lefts,
         d_rights,
-        [[x * decay for x in lefts] for decay in upto],
+        [[scaled(x, decay) for x in lefts] for decay in upto],
         [
-            [(dx + x * dc) * decay for x, dx in zip(rights, d_rights, strict=True)]
+            [change(x, dx, dc, decay) for x, dx in zip(rights, d_rights, strict=True)]
             for dc, decay in zip(sums, after, strict=True)
         ],
     )

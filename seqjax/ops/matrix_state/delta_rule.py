@@ -39,7 +39,7 @@ kernels have backward kernels.
 import jax.numpy as jnp
 
 from seqjax.ops.core import linalg
-from seqjax.ops.core.linalg import along_rows
+from seqjax.ops.core.linalg import along_rows, down_columns
 from seqjax.ops.matrix_state import chunked, decays
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Float, Reset
@@ -130,23 +130,24 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["k"], x["beta"] * error)
 
 
-def _chunk(x: chunked.Arrays) -> chunked.ChunkMap:
+def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     q, k, v, beta, g = x["q"], x["k"], x["v"], x["beta"][..., 0], x["log_decay"]
-    matmul = linalg.matmul
     [[scores], [overlaps]] = decays.decayed_products((q, k), (k,), g)
-    from_start, to_end = decays.cumulative_decays(g, k.dtype, k.shape[-1])
-    decayed_k = k * from_start
-    system = along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1)
-    beta_v = along_rows(beta, v.shape[-1]) * v
-    beta_k = along_rows(beta, k.shape[-1]) * decayed_k
-    inverse = linalg.inverse_unit_lower(system)
-    written, w = matmul(inverse, beta_v), matmul(inverse, beta_k)
-    keys_at_end = (k * to_end).mT
-    return chunked.ChunkMap(
-        outputs=matmul(scores, written),
-        reads=q * from_start - matmul(scores, w),
-        offset=matmul(keys_at_end, written),
-        transition=linalg.diagonal(from_start[..., -1, :]) - matmul(keys_at_end, w),
+    from_start, to_end = decays.cumulative_decays(g, beta.dtype, k.shape[-1])
+    inverse = linalg.inverse_unit_lower(along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1))
+
+    # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.
+    wide = k.astype(to_end.dtype)
+    by_step = linalg.matmul(scores, inverse) * down_columns(beta, k.shape[-2])
+    at_end = linalg.matmul((wide * to_end).mT, inverse) * down_columns(beta, k.shape[-1])
+    erase = (-wide * from_start).astype(k.dtype)
+    return chunked.FactoredMap(
+        outputs=linalg.product(by_step, v),
+        reads=q.astype(from_start.dtype) * from_start + linalg.product(by_step, erase),
+        decay=from_start[..., -1, :, None],
+        write=at_end.astype(k.dtype),
+        values=v,
+        erase=erase,
     )
 
 
@@ -156,4 +157,5 @@ _DELTA_RULE = MatrixRecurrence(
     _chunk,
     {"k": "B T H K", "beta": "B T H"},
     has_kernels=True,
+    mixed=True,
 )

@@ -102,25 +102,32 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["b"], z) + linalg.outer(x["k"], x["v"])
 
 
-def _chunk(x: chunked.Arrays) -> chunked.ChunkMap:
+def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     q, k, v, a, b, g = (x[name] for name in ("q", "k", "v", "a", "b", "log_decay"))
-    matmul = linalg.matmul
     # a_t reads the state before step t: put it in row t - 1, and move the products back.
     next_a = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
     products = decays.decayed_products((q, next_a), (b, k), g)
     (scores_b, scores_k), (reads_b, reads_k) = products
-    from_start, to_end = decays.cumulative_decays(g, k.dtype, k.shape[-1])
+    from_start, to_end = decays.cumulative_decays(g, scores_b.dtype, k.shape[-1])
     first = jnp.ones_like(from_start[..., :1, :])
     before_step = jnp.concatenate([first, from_start[..., :-1, :]], axis=-2)
     inverse = linalg.inverse_unit_lower(-_next_row(reads_b))
-    z = matmul(inverse, matmul(_next_row(reads_k), v))
-    w = matmul(inverse, a * before_step)
-    b_at_end, k_at_end = (b * to_end).mT, (k * to_end).mT
-    return chunked.ChunkMap(
-        outputs=matmul(scores_b, z) + matmul(scores_k, v),
-        reads=q * from_start + matmul(scores_b, w),
-        offset=matmul(b_at_end, z) + matmul(k_at_end, v),
-        transition=linalg.diagonal(from_start[..., -1, :]) + matmul(b_at_end, w),
+    reads_k, erase = _next_row(reads_k), decays.scaled(a, before_step)
+
+    def solved(rows: Array) -> Array:
+        return linalg.matmul(rows, inverse)
+
+    product = linalg.product
+    # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.
+    b_at_end, k_at_end = ((x.astype(to_end.dtype) * to_end).mT for x in (b, k))
+    by_step, at_end = solved(scores_b), solved(b_at_end)
+    return chunked.FactoredMap(
+        outputs=product(linalg.matmul(by_step, reads_k) + scores_k, v),
+        reads=q.astype(from_start.dtype) * from_start + product(by_step, erase),
+        decay=from_start[..., -1, :, None],
+        write=at_end.astype(k.dtype),
+        erase=erase,
+        offset=product(linalg.matmul(at_end, reads_k) + k_at_end, v),
     )
 
 
@@ -135,5 +142,6 @@ _GENERALIZED_DELTA_RULE = MatrixRecurrence(
     _chunk,
     {"k": "B T H K", "a": "B T H K", "b": "B T H K"},
     reads_before_decay=("a",),
+    mixed=True,
     cpu_chunks_from=(96 * 96,) * 3,
 )

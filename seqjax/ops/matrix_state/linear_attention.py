@@ -102,15 +102,16 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["k"], x["v"])
 
 
-def _chunk(x: chunked.Arrays) -> chunked.ChunkMap:
+def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     q, k, v, g = (x[name] for name in ("q", "k", "v", "log_decay"))
     [[scores]] = decays.decayed_products((q,), (k,), g)
-    from_start, to_end = decays.cumulative_decays(g, q.dtype)
-    return chunked.ChunkMap(
-        outputs=linalg.matmul(scores, v),
-        reads=q * decays.widen(from_start, q.shape[-1]),
-        offset=linalg.matmul((k * decays.widen(to_end, k.shape[-1])).mT, v),
-        transition=from_start[..., -1, :, None],
+    from_start, to_end = decays.cumulative_decays(g, scores.dtype)
+    return chunked.FactoredMap(
+        outputs=linalg.product(scores, v),
+        reads=decays.scaled(q, decays.widen(from_start, q.shape[-1])),
+        decay=from_start[..., -1, :, None],
+        write=decays.scaled(k, decays.widen(to_end, k.shape[-1])).mT,
+        values=v,
     )
 
 
@@ -120,6 +121,7 @@ _LINEAR_ATTENTION = MatrixRecurrence(
     _chunk,
     complex_ok=True,
     has_kernels=True,
+    mixed=True,
     diagonal=True,
     cpu_chunks_from=(1, 32 * 32, 32 * 32),
 )

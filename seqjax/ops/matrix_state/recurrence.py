@@ -77,6 +77,9 @@ class MatrixRecurrence:
       reads_before_decay: inputs that read S_{t-1} and not D_t S_{t-1}. They are set to zero where
         the state is reset.
       has_kernels: whether `pallas_kernels` has kernels under this name; for ops of the library.
+      mixed: whether `chunk` accepts vectors in bfloat16 beside decays in float32. On accelerators
+        it then gets "q", "v" and the inputs with a fourth axis in bfloat16 if all of them are, and
+        "q" is not scaled. By default all inputs of `chunk` have the dtype of the state.
       cpu_chunks_from: number of elements K * V from which chunks are the default on CPU: without
         decays, with one per head, and with decays per channel.
 
@@ -114,6 +117,7 @@ class MatrixRecurrence:
     diagonal: bool = False
     reads_before_decay: tuple[str, ...] = ()
     has_kernels: bool = False
+    mixed: bool = False
     cpu_chunks_from: tuple[int, int, int] = (48 * 48,) * 3
 
     def __post_init__(self) -> None:
@@ -275,7 +279,6 @@ def _recur(
     ) -> tuple[jax.Array, jax.Array]:
         arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
         factor = jnp.asarray(options.scale if scale is None else scale, state)
-        arrays["q"] = arrays["q"].astype(state) * factor
         if reset is not None:  # decays of -inf do not clear the state before the decay
             for name in recurrence.reads_before_decay:
                 x = arrays[name]
@@ -290,8 +293,14 @@ def _recur(
             S = recurrence.step(S, decayed, x)
             return S, linalg.read(S, x["q"]).astype(out)
 
-        def run(algorithm: str, S0: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-            if algorithm == "sequential":
+        vectors = [name for name in arrays if len(recurrence.patterns[name].split()) == 4]
+        narrow = recurrence.mixed and all(arrays[n].dtype == jnp.bfloat16 for n in vectors)
+
+        def run(plan: chunked.Plan | None, S0: jax.Array, inputs: Any) -> Any:
+            mixed = plan is not None and plan.mixed
+            if not mixed:
+                inputs = inputs | {"q": inputs["q"].astype(state) * factor}
+            if plan is None:
                 decay = decays.by_step(log_decay, inputs["q"])
                 # The adjoint stores the states of one chunk: few enough for a cache.
                 return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
@@ -304,12 +313,16 @@ def _recur(
                 inputs,
                 S0,
                 reset,
+                plan=plan,
                 out_dtype=out,
-                chunk_size=options.chunk_size or 64,
-                log_depth=algorithm == "associative",
+                vectors=vectors,
+                scale=factor if mixed else None,
             )
 
-        return backends.by_platform(run, options.on_cpu, options.elsewhere, S0, arrays)
+        sizes = (arrays["q"].shape, options.chunk_size, narrow)
+        on_cpu = chunked.plan(options.on_cpu, chunked.CPU, *sizes)
+        elsewhere = chunked.plan(options.elsewhere, chunked.ACCELERATOR, *sizes)
+        return backends.by_platform(run, on_cpu, elsewhere, S0, arrays)
 
     kernels = matrix_kernels.functions(
         options.scale, options.chunk_size, options.backend.mode is backends.Mode.INTERPRET
