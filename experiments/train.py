@@ -9,11 +9,11 @@ python -m experiments.train --config=experiments/configs/state_tracking.py:parit
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from experiments.data import pipeline
 from experiments.objectives import protocol, sampling
 from experiments.training import checkpoints, newton_report, optimizer
 from experiments.training.interrupt import Interrupt
+from experiments.training.metrics import StepMetrics
 from experiments.training.step import all_finite, make_init, make_train_step
 
 
@@ -69,278 +70,157 @@ def default_workdir(config: ConfigDict) -> str:
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Train, evaluate and sample; return the content of summary.json."""
+    """Train, evaluate and sample; return the content of summary.json.
+
+    After a signal, save a checkpoint and return the exit code and the step.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {workdir}: {error.strerror}") from error
-    with Run(config, workdir) as run:
-        say(run.describe())
-        stopped_by = run.loop()
-        if stopped_by:
-            run.save_curves()
-            say(
-                f"stopped at step {run.step}; saved in {workdir}: "
-                "start the same command again to resume"
-            )
-            return {"exit_code": stopped_by, "step": run.step}
-        return run.finish()
+    check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
+    check_positive(config.data, "batch_size")
+    if config.stop_at < 0:
+        raise UserError(f"the config field stop_at={config.stop_at} must not be negative")
 
+    # The model, its data, its optimizer and its training step.
+    objective = protocol.make(config)
+    model, shape = objective.model, objective.batch_shape
+    transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())
+    schedule = optimizer.make_schedule(config.optimizer, config.steps)
+    init, axis_types = make_init(model, transform), config.get("mesh_axis_types", "auto")
+    mesh = devices.DeviceMesh(config.mesh, model, shape, init, axis_types)
+    train_step = make_train_step(objective, transform, schedule, mesh.shardings)
+    evaluate = objective.make_evaluate(mesh)
+    solver_report = newton_report.make_report(model)
+    batches = objective.batches(mesh.rows(shape[0]))
+    state, step = mesh.make_state(config.seed), 0
+    score: float | None = None  # of the current parameters, if evaluated; smaller is better
+    best_score, timed = math.inf, {"steps": 0, "seconds": 0.0}
+    target = config.stop_at if objective.lower_is_better else -config.stop_at
 
-def say(text: str) -> None:
-    """Print a line in the main process."""
-    if devices.is_main():
-        print(text, flush=True)
-
-
-class Run:
-    """A training run in a workdir: build, restore, loop, log, evaluate, save, finish."""
-
-    def __init__(self, config: ConfigDict, workdir: Path) -> None:
-        """Build the model, its data and its training step, and restore the newest checkpoint."""
-        check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
-        check_positive(config.data, "batch_size")
-        if config.stop_at < 0:
-            raise UserError(f"the config field stop_at={config.stop_at} must not be negative")
-        self.config, self.workdir = config, workdir
-        self.objective = protocol.make(config)
-        self.model = self.objective.model
-        shape = self.objective.batch_shape
-        self._tokens_per_step = math.prod(shape)
-        roles = self.model.param_roles()
-        transform = optimizer.make_optimizer(config.optimizer, config.steps, roles)
-        schedule = optimizer.make_schedule(config.optimizer, config.steps)
-        axis_types = config.get("mesh_axis_types", "auto")
-        init = make_init(self.model, transform)
-        self._mesh = devices.DeviceMesh(config.mesh, self.model, shape, init, axis_types)
-        self._train_step = make_train_step(
-            self.objective, transform, schedule, self._mesh.shardings
-        )
-        self._evaluate = self.objective.make_evaluate(self._mesh)
-        self._solver_report = newton_report.make_report(self.model)
-        self._batches = self.objective.batches(self._mesh.rows(shape[0]))
-        self.state = self._mesh.make_state(config.seed)
-        self.step = 0
-        self._score: float | None = None  # score of the current parameters, if evaluated
-        self._best_score = math.inf
-        self._timed = {"steps": 0, "seconds": 0.0}
-        self._pending: list[tuple[int, dict[str, jax.Array]]] = []  # metrics still on the device
-        self._checkpoints = checkpoints.Checkpoints(workdir, config.keep)
-        with contextlib.ExitStack() as stack:
-            # Otherwise the threads of checkpoints report the same error again at exit.
-            stack.callback(self._checkpoints.close)
-            self._restore()
-            self._log = logs.RunLog(workdir, self.step) if devices.is_main() else logs.NoLog()
-            stack.pop_all()
-        self._saved_step = self.step
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        try:
-            self._log.close()
-        finally:
-            self._checkpoints.close()
-
-    def _restore(self) -> None:
-        restored = self._checkpoints.resume(self.config, self.objective.fingerprint, self.state)
-        if restored is None:
-            return
-        self.step, self.state, meta = restored
-        pipeline.resume(self._batches, meta["data"])
-        self._best_score = math.inf if meta["best"] is None else meta["best"]
-        self._score = meta.get("score")
-        self._timed = meta.get("timed", self._timed)
-
-    def describe(self) -> str:
-        """Return a one-line description of the run."""
-        config, count = self.config, sum(map(np.size, jax.tree.leaves(self.state["params"])))
-        start = f"resumed at step {self.step} of" if self.step else "training for"
-        if self.good_enough():
-            start = f"reached config.stop_at={config.stop_at:g} at step {self.step} of"
-        return (
-            f"{config.name}: {count:,} parameters, {start} {config.steps} steps of "
-            f"{' x '.join(map(str, self.objective.batch_shape))} {self.objective.unit} on "
-            f"{self.objective.name} in {self.workdir}"
-            + (f" on {jax.device_count()} devices, {config.mesh}" if config.mesh else "")
-        )
-
-    def loop(self) -> int:
-        """Train to the last step, or until the model reaches `config.stop_at`.
-
-        Returns 0, or the exit code of the signal that stopped the loop.
-        """
-        config = self.config
-        self._progress = logs.Progress(self.step, config.steps, quiet=not devices.is_main())
-        self._clock = time.perf_counter()
-        first = self.step + 1
-        stop = False
-        with Interrupt(
-            f"stopping after this step and saving a checkpoint in {self.workdir}; "
-            "a second signal stops at once, without saving"
-        ) as interrupt:
-            while self.step < config.steps and not self.good_enough():
-                self._batch = self._mesh.put(next(self._batches))
-                self.state, metrics = self._train_step(self.state, self._batch, np.int32(self.step))
-                self.step += 1
-                self._score = None
-                self._pending.append((self.step, metrics))
-                self._progress.step()
-                last = self.step == config.steps
-                # Metrics are fetched rarely, so that the device does not wait for the host.
-                if self.step == first or self.step % config.log_every == 0:
-                    # The first step compiles, so its time does not count.
-                    self.write_metrics(timed=self.step != first)
-                best = False
-                if self.step % config.eval_every == 0 or last:
-                    best = self.evaluate()
-                    last = last or self.good_enough()
-                stop = self._stop_requested(interrupt, last)
-                if stop:
-                    self._progress.note(f"step {self.step}: saving a checkpoint")
-                if best or last or stop or self.step % config.save_every == 0:
-                    self.save(best)
-                if stop:
-                    break
-            self._progress.close()
-            self._checkpoints.wait()
-            return interrupt.exit_code if stop else 0
-
-    def good_enough(self) -> bool:
+    def good_enough() -> bool:
         """Return whether the current parameters were evaluated and reach `config.stop_at`."""
-        target = self.config.stop_at
-        if not target or self._score is None:
-            return False
-        return self._score <= (target if self.objective.lower_is_better else -target)
+        return bool(config.stop_at) and score is not None and score <= target
 
-    def _stop_requested(self, interrupt: Interrupt, last: bool) -> bool:
-        """Return whether any process has received a signal; processes agree when they log."""
-        if jax.process_count() > 1:
-            if self.step % self.config.log_every and not last:
-                return False
-            interrupt.signal = devices.agree(interrupt.signal or 0) or None
-        return interrupt.signal is not None
-
-    def write_metrics(self, timed: bool = True) -> None:
-        """Fetch, check and write the metrics of the steps since the last call."""
-        if not self._pending:
-            return
-        pending, self._pending = self._pending, []
-        fetched = jax.device_get([metrics for _, metrics in pending])
-        seconds = time.perf_counter() - self._clock
-        logged_step = self.step % self.config.log_every == 0
-        rows: list[dict[str, Any]] = []
-        for (step, _), metrics in zip(pending, fetched, strict=True):
-            row = {"step": step} | {name: float(value) for name, value in metrics.items()}
-            for name in ("loss", "gradient_norm"):
-                if not math.isfinite(row[name]):
-                    self._log.write(rows)
-                    self._diverged(name.replace("_", " "), row[name], step)
-            rows.append(row | self.objective.log(row["loss"]))
-        if logged_step:
-            rows[-1] |= self._solver_metrics()
-        if timed:
-            self._timed["steps"] += len(rows)
-            self._timed["seconds"] += seconds
-            speed = len(rows) * self._tokens_per_step / seconds
-            rows[-1]["tokens_per_second"] = speed
-            if logged_step:
-                mean = sum(row["loss"] for row in rows) / len(rows)
-                self._progress.show(self.step, {"loss": mean, **self.objective.log(mean)}, speed)
-        self._log.write(rows)
-        self._log.board(
-            self.step, {f"train/{name}": x for name, x in rows[-1].items() if name != "step"}
-        )
-        self._clock = time.perf_counter()
-
-    def _solver_metrics(self) -> dict[str, int]:
-        """Return Newton's numbers on the last batch, with the parameters after its step."""
-        batch = self._batch
-        if self._solver_report is None or "segment_ids" not in batch:
-            return {}
-        numbers = self._solver_report(
-            self.state["params"],
-            batch["inputs"].astype(jnp.int32),
-            seqjax.segment_starts(batch["segment_ids"]),
-        )
-        return {name: int(value) for name, value in jax.device_get(numbers).items()}
-
-    def evaluate(self) -> bool:
-        """Evaluate on held-out data; return whether the result is the best so far."""
-        self.write_metrics()
-        metric = self.objective.metric
-        result = self._evaluate(self.state["params"], False)
-        value = result[metric]
-        if not math.isfinite(value):
-            self._diverged(metric.replace("_", " "), value, self.step)
-        self._log.write([{"step": self.step} | result])
-        self._log.board(
-            self.step, {f"heldout/{name.removeprefix('heldout_')}": x for name, x in result.items()}
-        )
-        self._progress.note(f"step {self.step}: {self.objective.describe(result)}")
-        self._clock = time.perf_counter()
-        self._score = value if self.objective.lower_is_better else -value
-        better = self._score < self._best_score
-        self._best_score = min(self._score, self._best_score)
-        if self.good_enough():
-            self._progress.note(f"reached config.stop_at={self.config.stop_at:g}: done")
-        return better
-
-    def save(self, best: bool) -> None:
-        """Save a checkpoint, and a copy of it if the evaluation is the best so far."""
-        self.write_metrics()
-        # The loss checked above belongs to the parameters before the step.
-        if not all_finite(self.state["params"]):
-            self._diverged("parameters", math.nan, self.step)
-        meta = {
-            "config": build.to_json(self.config),
-            "data": devices.gather_json(self._batches.get_state()),
-            "fingerprint": self.objective.fingerprint,
-            "best": self._best_score if math.isfinite(self._best_score) else None,
-            "score": self._score,
-            "timed": dict(self._timed),  # a copy, because checkpoints are written later
-        }
-        self._checkpoints.save(self.step, self.state, meta, best=best)
-        self._saved_step = self.step
-        self._clock = time.perf_counter()
-
-    def _diverged(self, name: str, value: float, step: int) -> None:
-        self._progress.close()
+    def diverged(name: str, value: float, step: int) -> DivergedError:
         saved = (
-            f"the checkpoint of step {self._saved_step} in {self.workdir} is kept"
-            if self._saved_step
+            f"the checkpoint of step {saved_step} in {workdir} is kept"
+            if saved_step
             else "no checkpoint was saved yet"
         )
-        rate = self.config.optimizer.learning_rate
-        raise DivergedError(
+        return DivergedError(
             f"the {name} became {value} at step {step} and training stopped; {saved}: start again "
-            f"with a smaller --config.optimizer.learning_rate (now {rate:g})"
+            "with a smaller --config.optimizer.learning_rate "
+            f"(now {config.optimizer.learning_rate:g})"
         )
 
-    def timing(self) -> dict[str, float]:
-        """Return the tokens of all steps, the training seconds and the tokens per second.
+    with contextlib.ExitStack() as stack:
+        saver = stack.enter_context(
+            contextlib.closing(checkpoints.Checkpoints(workdir, config.keep))
+        )
+        restored = saver.resume(config, objective.fingerprint, state)
+        if restored is not None:
+            step, state, meta = restored
+            pipeline.resume(batches, meta["data"])
+            best_score = math.inf if meta["best"] is None else meta["best"]
+            score, timed = meta.get("score"), meta.get("timed", timed)
+        saved_step = step
+        log = stack.enter_context(
+            contextlib.closing(logs.RunLog(workdir, step) if devices.is_main() else logs.NoLog())
+        )
+        start = f"resumed at step {step} of" if step else "training for"
+        if good_enough():
+            start = f"reached config.stop_at={config.stop_at:g} at step {step} of"
+        say(
+            f"{config.name}: {sum(map(np.size, jax.tree.leaves(state['params']))):,} parameters, "
+            f"{start} {config.steps} steps of {' x '.join(map(str, shape))} {objective.unit} on "
+            f"{objective.name} in {workdir}"
+            + (f" on {jax.device_count()} devices, {config.mesh}" if config.mesh else "")
+        )
+        progress = stack.enter_context(
+            contextlib.closing(logs.Progress(step, config.steps, quiet=not devices.is_main()))
+        )
+        metrics = StepMetrics(objective, log, progress, timed, diverged)
+        first, stop = step + 1, False
+        with Interrupt(
+            f"stopping after this step and saving a checkpoint in {workdir}; "
+            "a second signal stops at once, without saving"
+        ) as interrupt:
+            while step < config.steps and not good_enough() and not stop:
+                batch = mesh.put(next(batches))
+                state, step_metrics = train_step(state, batch, np.int32(step))
+                step, score = step + 1, None
+                metrics.add(step, step_metrics)
+                progress.step()
+                best, last = False, step == config.steps
 
-        The numbers include the steps before a resume and exclude evaluation. The first step after
-        each start compiles, so it counts with the mean time of the other steps. Without a measured
-        step, the result has only `tokens`.
-        """
-        tokens = self.step * self._tokens_per_step
-        if not self._timed["seconds"]:
-            return {"tokens": tokens}
-        speed = self._timed["steps"] * self._tokens_per_step / self._timed["seconds"]
-        return {"tokens": tokens, "train_seconds": tokens / speed, "tokens_per_second": speed}
+                if step % config.log_every == 0:
+                    solver = functools.partial(solve_numbers, solver_report, state, batch)
+                    metrics.write(timed=step != first, solver=solver)
+                elif step == first:
+                    metrics.write(timed=False)  # this step compiles
 
-    def finish(self) -> dict[str, Any]:
-        """Run the final evaluation and write a sample, the curves and summary.json."""
-        config, workdir = self.config, self.workdir
-        result = self._evaluate(self.state["params"], True)
-        say(self.objective.describe(result))
-        result |= {"exit_code": 0, "step": self.step, **self.timing()}
-        self.save_curves(result)
+                if step % config.eval_every == 0 or last:
+                    metrics.write()
+                    result = evaluate(state["params"], False)
+                    value = result[objective.metric]
+                    if not math.isfinite(value):
+                        raise diverged(objective.metric.replace("_", " "), value, step)
+                    log.write([{"step": step} | result])
+                    shown = {name.removeprefix("heldout_"): x for name, x in result.items()}
+                    log.board(step, {f"heldout/{name}": x for name, x in shown.items()})
+                    progress.note(f"step {step}: {objective.describe(result)}")
+                    score = value if objective.lower_is_better else -value
+                    best, best_score = score < best_score, min(score, best_score)
+                    if good_enough():
+                        progress.note(f"reached config.stop_at={config.stop_at:g}: done")
+                    last = last or good_enough()
+                    metrics.restart_clock()
+
+                if jax.process_count() == 1:
+                    stop = interrupt.signal is not None
+                elif step % config.log_every == 0 or last:
+                    # Processes agree when they log: a signal to any of them stops all.
+                    interrupt.signal = devices.agree(interrupt.signal or 0) or None
+                    stop = interrupt.signal is not None
+                if stop:
+                    progress.note(f"step {step}: saving a checkpoint")
+
+                if best or last or stop or step % config.save_every == 0:
+                    metrics.write()
+                    # The loss checked above belongs to the parameters before the step.
+                    if not all_finite(state["params"]):
+                        raise diverged("parameters", math.nan, step)
+                    meta = {
+                        "config": build.to_json(config),
+                        "data": devices.gather_json(batches.get_state()),
+                        "fingerprint": objective.fingerprint,
+                        "best": best_score if math.isfinite(best_score) else None,
+                        "score": score,
+                        "timed": dict(metrics.timed),  # a copy: checkpoints are written later
+                    }
+                    saver.save(step, state, meta, best=best)
+                    saved_step = step
+                    metrics.restart_clock()
+            progress.close()
+            saver.wait()
+        if stop:
+            save_curves(config, objective, workdir)
+            say(
+                f"stopped at step {step}; saved in {workdir}: "
+                "start the same command again to resume"
+            )
+            return {"exit_code": interrupt.exit_code, "step": step}
+
+        # The final evaluation, the curves, a sample and summary.json.
+        result = evaluate(state["params"], True)
+        say(objective.describe(result))
+        result |= {"exit_code": 0, "step": step, **metrics.timing(step)}
+        save_curves(config, objective, workdir, result)
         files = "metrics.jsonl, curves.png, checkpoints, best"
         if "sample" in config and jax.process_count() == 1:
-            self.save_sample()
+            save_sample(config, model, state["params"], workdir)
             files += ", sample.txt"
         elif "sample" in config:
             say(
@@ -352,27 +232,50 @@ class Run:
         say(f"in {workdir}: {files}")
         return result
 
-    def save_curves(self, final: dict[str, Any] | None = None) -> None:
-        """Plot the rows of the log and the result of the final evaluation."""
-        if not devices.is_main():
-            return
-        rows = logs.read_rows(self.workdir)
-        if any("loss" in row for row in rows):
-            path = self.workdir / "curves.png"
-            plots.save_curves(path, rows, self.config.name, self.objective, final)
 
-    def save_sample(self) -> None:
-        """Draw a sample from the model, print it and write it to sample.txt."""
-        sample = self.config.sample
-        prompt = sampling.encode(sample.prompt)
-        settings = sampling.Settings(
-            sample.num_bytes, sample.temperature, sample.top_p, seed=self.config.seed
-        )
-        stream = sampling.stream(self.model, self.state["params"], prompt, settings)
-        text = "".join(sampling.decode(itertools.chain(prompt, stream)))
-        (self.workdir / "sample.txt").write_text(text, encoding="utf-8")
-        shown = sampling.printable(text, sys.stdout)
-        print(f"--- sample ({sample.num_bytes} bytes) ---\n{shown}\n---", flush=True)
+def say(text: str) -> None:
+    """Print a line in the main process."""
+    if devices.is_main():
+        print(text, flush=True)
+
+
+def solve_numbers(
+    report: newton_report.Report | None, state: Any, batch: dict[str, Any]
+) -> dict[str, int]:
+    """Return Newton's numbers on a batch, with the parameters after its step."""
+    if report is None or "segment_ids" not in batch:
+        return {}
+    numbers = report(
+        state["params"],
+        batch["inputs"].astype(jnp.int32),
+        seqjax.segment_starts(batch["segment_ids"]),
+    )
+    return {name: int(value) for name, value in jax.device_get(numbers).items()}
+
+
+def save_curves(
+    config: ConfigDict, objective: Any, workdir: Path, final: dict[str, Any] | None = None
+) -> None:
+    """Plot the rows of the log and the result of the final evaluation."""
+    if not devices.is_main():
+        return
+    rows = logs.read_rows(workdir)
+    if any("loss" in row for row in rows):
+        plots.save_curves(workdir / "curves.png", rows, config.name, objective, final)
+
+
+def save_sample(config: ConfigDict, model: Any, params: Any, workdir: Path) -> None:
+    """Draw a sample from the model, print it and write it to sample.txt."""
+    sample = config.sample
+    prompt = sampling.encode(sample.prompt)
+    settings = sampling.Settings(
+        sample.num_bytes, sample.temperature, sample.top_p, seed=config.seed
+    )
+    stream = sampling.stream(model, params, prompt, settings)
+    text = "".join(sampling.decode(itertools.chain(prompt, stream)))
+    (workdir / "sample.txt").write_text(text, encoding="utf-8")
+    shown = sampling.printable(text, sys.stdout)
+    print(f"--- sample ({sample.num_bytes} bytes) ---\n{shown}\n---", flush=True)
 
 
 if __name__ == "__main__":

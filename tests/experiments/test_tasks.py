@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_packing_loses_nothing():
         protocol.make(config).batches(range(4))
 
 
-def test_a_run_resumed_is_the_run(tmp_path):
+def test_a_run_resumed_is_the_run(tmp_path, monkeypatch):
     def config(steps):
         made = quick(recall, "induction_heads")
         made.update({"steps": steps, "eval_every": 4, "save_every": 2, "log_every": 2})
@@ -124,10 +125,21 @@ def test_a_run_resumed_is_the_run(tmp_path):
 
     train.train(config(4), tmp_path / "whole")
     whole = [r["loss"] for r in logs.read_rows(tmp_path / "whole") if "loss" in r]
-    run = train.Run(config(4), tmp_path / "cut")
-    with run:
-        run.config.steps = 2
-        run.loop()
+    make = train.make_train_step
+
+    def stopping(*args):
+        step = make(*args)
+
+        def stopped(state, batch, index):
+            if index == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return step(state, batch, index)
+
+        return stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_train_step", stopping)
+        assert train.train(config(4), tmp_path / "cut")["step"] == 2
     train.train(config(4), tmp_path / "cut")
     assert [r["loss"] for r in logs.read_rows(tmp_path / "cut") if "loss" in r] == whole
 
