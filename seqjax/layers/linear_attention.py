@@ -45,8 +45,10 @@ class LinearAttention(MatrixLayer):
     normalizer="rms" is TransNormer's NormAttention (arXiv 2210.10340): a norm over all heads takes
     the place of the quotient. Without a normalizer, o_t = S_t^T phi(q_t).
 
-    Departures: the Performer draws new directions during training. TransNormer's code has a layer
-    norm by default. Projections start normal with variance 1/fan_in.
+    Departures: the Performer draws new directions during training, and subtracts a maximum over all
+    keys. Here none is subtracted, and features of very long keys underflow. TransNormer has local
+    attention in its first blocks: pass a list of layers to `Backbone`. Projections start normal
+    with variance 1/fan_in.
 
     Parameters: q_proj, k_proj [dim, H * K], v_proj [dim, H * V], out_proj [H * V, dim]; with
     normalizer="rms" norm [H * V]. State: {"memory": [B, H, M, V]}, with normalizer="sum" also

@@ -37,8 +37,8 @@ class Mamba2(Layer):
     A starts uniform in [1, 16], softplus(dt_bias) log-uniform in [dt_min, dt_max], D as ones.
 
     Departures: published checkpoints store the projections in one array, in the order z, u, B, C,
-    dt, and the convolutions of u, B, C in one; here each is a parameter, so that heads can be split
-    over devices. Projections start normal with variance 1/fan_in.
+    dt, and the convolutions of u, B, C in another. Here each is a parameter, so that heads can be
+    split over devices. Projections start normal with variance 1/fan_in.
 
     Parameters: in_proj, gate_proj [dim, H * P]; B_proj, C_proj [dim, G * N]; dt_proj [dim, H];
     u_conv, B_conv, C_conv (`ShortConv`); dt_bias, A_log, D [H]; norm [H * P] unless `norm` is None;
