@@ -278,4 +278,4 @@ def _constant(value: float) -> Any:
 def _three_to_six(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Return biases of the forget gate from 3 to 6, by head."""
     del key
-    return jnp.linspace(3.0, 6.0, *shape, dtype=dtype)
+    return jnp.linspace(3.0, 6.0, shape[0], dtype=dtype)

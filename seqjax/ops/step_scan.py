@@ -269,9 +269,9 @@ def _check_new_state(op: str, step: Step, params: PyTree, state: PyTree, xs: PyT
     text = f"{op}: `step` must return (state, y)"
     if not isinstance(out, tuple) or len(out) != 2:
         raise ValueError(f"{text}, got {checks.describe_tree(out)}.")
-    new_leaves, new_tree = jax.tree.flatten(out[0])
-    old_leaves, old_tree = jax.tree.flatten(old)
-    if new_tree != old_tree:
+    new_leaves, old_leaves = jax.tree.leaves(out[0]), jax.tree.leaves(old)
+    new_tree: PyTree = jax.tree.structure(out[0])
+    if new_tree != jax.tree.structure(old):
         raise ValueError(
             f"{text} with the state's structure, {checks.describe_tree(old)}, got"
             f" {checks.describe_tree(out[0])}."
