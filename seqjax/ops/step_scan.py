@@ -270,11 +270,7 @@ def _check_new_state(op: str, step: Step, params: PyTree, state: PyTree, xs: PyT
     if not isinstance(out, tuple) or len(out) != 2:
         raise ValueError(f"{text}, got {checks.describe_tree(out)}.")
     new_leaves, old_leaves = jax.tree.leaves(out[0]), jax.tree.leaves(old)
-<<<<<<< HEAD
-    new_tree: Any = jax.tree.structure(out[0])
-=======
     new_tree: PyTree = jax.tree.structure(out[0])
->>>>>>> w/expgate
     if new_tree != jax.tree.structure(old):
         raise ValueError(
             f"{text} with the state's structure, {checks.describe_tree(old)}, got"
