@@ -159,8 +159,8 @@ def _missing(grid: Grid, rows: Rows) -> int:
 
 def _made_with(rows: Rows) -> str:
     """Return the versions and numbers of cores of all runs as text."""
-    parts = {name: {row["versions"][name] for row in rows} for name in rows[-1]["versions"]}
-    versions = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in parts.items())
+    versions_of = {name: {row["versions"][name] for row in rows} for name in rows[-1]["versions"]}
+    versions = ", ".join(f"{name} {' and '.join(sorted(v))}" for name, v in versions_of.items())
     cores = {row["cores"] for row in rows}
     return f"{versions}, CPU cores: {' and '.join(map(str, sorted(cores)))}"
 

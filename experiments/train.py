@@ -365,14 +365,10 @@ class Run:
         """Draw a sample from the model, print it and write it to sample.txt."""
         sample = self.config.sample
         prompt = sampling.encode(sample.prompt)
-        stream = sampling.make_sampler(self.model)(
-            self.state["params"],
-            prompt,
-            sample.num_bytes,
-            self.config.seed,
-            sample.temperature,
-            sample.top_p,
+        settings = sampling.Settings(
+            sample.num_bytes, sample.temperature, sample.top_p, seed=self.config.seed
         )
+        stream = sampling.stream(self.model, self.state["params"], prompt, settings)
         text = "".join(sampling.decode(itertools.chain(prompt, stream)))
         (self.workdir / "sample.txt").write_text(text, encoding="utf-8")
         shown = sampling.printable(text, sys.stdout)

@@ -93,8 +93,8 @@ class Source:
         block, row = divmod(int(index), BLOCK)
         examples, lengths = self._block(block)
         length = lengths[row]
-        found = {name: x[row, :length] for name, x in examples._asdict().items()}
-        return last_alone(found) if self._task.last_only else found
+        example = {name: x[row, :length] for name, x in examples._asdict().items()}
+        return last_alone(example) if self._task.last_only else example
 
     def __repr__(self) -> str:
         return f"Source({self._task.name}, seed={self._seed})"

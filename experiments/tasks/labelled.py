@@ -58,11 +58,11 @@ class LabelledSet:
 
 def list_operations(train: int, test: int, seed: int, **options: int) -> LabelledSet:
     """Generate ListOps; `options` are those of `listops.generate`."""
-    made, held = (
+    train_split, test_split = (
         Split(*listops.generate(np.random.default_rng([seed, split]), count, **options))
         for split, count in ((0, train), (1, test))
     )
-    return LabelledSet("ListOps", 10, made, held, vocab_size=listops.VOCAB_SIZE)
+    return LabelledSet("ListOps", 10, train_split, test_split, vocab_size=listops.VOCAB_SIZE)
 
 
 def digits(seed: int) -> LabelledSet:
@@ -74,8 +74,10 @@ def digits(seed: int) -> LabelledSet:
     data = load_digits()
     pixels = (data.images.reshape(-1, 64, 1) / 16).astype(np.float32)
     order = np.random.default_rng(seed).permutation(len(pixels))
-    held, kept = np.split(order, [len(order) // 5])
-    train, test = (Split(pixels[i], data.target[i].astype(np.int32)) for i in (kept, held))
+    test, train = (
+        Split(pixels[i], data.target[i].astype(np.int32))
+        for i in np.split(order, [len(order) // 5])
+    )
     return LabelledSet("digits", 10, train, test, input_dim=1)
 
 
@@ -127,17 +129,17 @@ def packages(length: int, classes: int, seed: int) -> LabelledSet:
         cuts = [text[i : i + length] for i in range(0, len(text) - length // 2, length)]
         side = windows[corpus.position(name) < HELD_OUT]
         side.setdefault(name.split("/")[0], []).extend(cuts)
-    train, held = windows
+    train, test = windows
     seen = {cut.tobytes() for cuts in train.values() for cut in cuts}
-    held = {name: [cut for cut in held[name] if cut.tobytes() not in seen] for name in held}
-    sizes = {name: len(held[name]) for name in held if name in train}
+    test = {name: [cut for cut in test[name] if cut.tobytes() not in seen] for name in test}
+    sizes = {name: len(test[name]) for name in test if name in train}
     names = sorted(sorted(sizes, key=lambda name: -sizes[name])[:classes])
     rng = np.random.default_rng(seed)
     splits = []
-    for found in (train, held):
-        least = min(len(found[name]) for name in names)
+    for cuts_of in (train, test):
+        least = min(len(cuts_of[name]) for name in names)
         chosen = [
-            found[name][i] for name in names for i in rng.permutation(len(found[name]))[:least]
+            cuts_of[name][i] for name in names for i in rng.permutation(len(cuts_of[name]))[:least]
         ]
         splits.append(Split(chosen, np.repeat(np.arange(len(names), dtype=np.int32), least)))
     return LabelledSet("packages", len(names), splits[0], splits[1], vocab_size=256)
@@ -199,7 +201,7 @@ def time_series(path: str) -> LabelledSet:
     files = [sorted(folder.glob(f"*_{split}.ts")) for split in ("TRAIN", "TEST")]
     if not all(files):
         raise UserError(f"config.task.path={path!r} must hold NAME_TRAIN.ts and NAME_TEST.ts")
-    (train, names), (test, test_names) = (read_ts(found[0]) for found in files)
+    (train, names), (test, test_names) = (read_ts(paths[0]) for paths in files)
     classes = sorted(set(names))
     if unknown := set(test_names) - set(classes):
         raise UserError(f"{files[1][0]} has labels that the training set lacks: {unknown}")

@@ -61,26 +61,26 @@ def _fold(level: _Level, values: np.ndarray, lengths: np.ndarray) -> tuple[np.nd
 
 
 def _write(levels: list[_Level], lengths: list[np.ndarray], chosen: np.ndarray) -> list[np.ndarray]:
-    """Write the token sequences of the trees `chosen`; parents determine the places of nodes."""
+    """Write the token sequences of the trees `chosen`; parents determine the positions of nodes."""
     sizes = lengths[0][chosen]
     starts = np.cumsum(sizes) - sizes
     text = np.empty(sizes.sum(), np.int32)
     # First token of each node; -1 in trees that are not chosen.
-    place = np.full(len(lengths[0]), -1)
-    place[chosen] = starts
+    position = np.full(len(lengths[0]), -1)
+    position[chosen] = starts
     for level, length, below in zip(levels, lengths, [*lengths[1:], None], strict=True):
-        shown = place >= 0
+        shown = position >= 0
         inner = shown & (level.arguments > 0)
         digits = shown & ~inner
-        text[place[digits]] = level.value[digits]
-        text[place[inner]] = FIRST_OPERATOR + level.operator[inner]
-        text[place[inner] + length[inner] - 1] = END
+        text[position[digits]] = level.value[digits]
+        text[position[inner]] = FIRST_OPERATOR + level.operator[inner]
+        text[position[inner] + length[inner] - 1] = END
         if below is None or not len(below):
             break
         before = np.cumsum(below) - below
-        parent = np.repeat(np.arange(len(place)), level.arguments)
+        parent = np.repeat(np.arange(len(position)), level.arguments)
         offset = before - before[level.first[parent]]
-        place = np.where(place[parent] >= 0, place[parent] + 1 + offset, -1)
+        position = np.where(position[parent] >= 0, position[parent] + 1 + offset, -1)
     return np.split(text, starts[1:])
 
 

@@ -48,12 +48,12 @@ def induction_heads(
     """
     special = vocab_size - 1
     inputs = rng.integers(0, special, (count, length), dtype=np.int32)
-    place = rng.integers(0, length - 2, count)
+    first = rng.integers(0, length - 2, count)
     rows = np.arange(count)
-    inputs[rows, place] = special
+    inputs[rows, first] = special
     inputs[:, -1] = special
     targets = np.zeros_like(inputs)
-    targets[:, -1] = inputs[rows, place + 1]
+    targets[:, -1] = inputs[rows, first + 1]
     counted = np.zeros(inputs.shape, bool)
     counted[:, -1] = True
     return Examples(inputs, targets, counted)

@@ -229,9 +229,11 @@ def run(
 
     def kernel(*refs: Any, fixed_barrier: Any, smem: SharedMemory, timed_barrier: Any) -> None:
         by_kind = jax.tree.unflatten(tree, refs[: len(leaves)])
+        if edge is not None:
+            by_kind["timed"]["edge"] = by_kind["timed"][edge]
         stored = jax.tree.unflatten(out_tree, refs[len(leaves) :])
         gmem = GlobalMemory(by_kind["timed"], by_kind["fixed"], stored)
-        _kernel(layout, program, edge, gmem, smem, fixed_barrier, timed_barrier)
+        _kernel(layout, program, gmem, smem, fixed_barrier, timed_barrier)
 
     arrivals = sum(map(len, smem.timed_inputs.values()))
     out = tma.launch(
@@ -253,7 +255,6 @@ def run(
 def _kernel(
     layout: BlockLayout,
     program: BlockProgram,
-    edge: str | None,
     gmem: GlobalMemory,
     smem: SharedMemory,
     fixed_barrier: Any,
@@ -281,8 +282,7 @@ def _kernel(
         # In a reverse pass the edge is the row before the block, else the row after the block.
         edge_row = jnp.maximum(start - 1, 0) if layout.reverse else start + layout.block_length
         for name, refs in smem.timed_inputs.items():
-            sources = gmem.timed_inputs[edge if name == "edge" else name]  # type: ignore[index]
-            for source, buffer in zip(sources, refs, strict=True):
+            for source, buffer in zip(gmem.timed_inputs[name], refs, strict=True):
                 index: tuple[Any, ...] = (
                     shared_sequence(source),
                     pl.ds(start, layout.block_length),

@@ -88,7 +88,7 @@ def scan(
     post: bool,
     reverse: bool,
     out_dtype: Any,
-    blocks: tuple[int, int] | None = None,
+    block_sizes: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[Numbers, Numbers]:
     """Run one of the two forms.
@@ -102,7 +102,7 @@ def scan(
       post: whether to run the `post` form.
       reverse: whether time runs from the last row to the first.
       out_dtype: dtype of the outputs.
-      blocks: rows (a multiple of 16) and columns (a multiple of 128, or all) of a block.
+      block_sizes: rows (a multiple of 16) and columns (a multiple of 128, or all) of a block.
       interpret: run in interpret mode, without the hardware. This is slow.
 
     Returns:
@@ -111,7 +111,7 @@ def scan(
     Raises:
       NotImplementedError: if the platform's kernel does not support the arguments.
     """
-    result = run_pass(Pass(a, x, h0, reset, None, post, reverse, out_dtype, blocks, interpret))
+    result = run_pass(Pass(a, x, h0, reset, None, post, reverse, out_dtype, block_sizes, interpret))
     return result.y, result.final
 
 
@@ -126,7 +126,7 @@ def adjoint(
     *,
     reverse: bool,
     out_dtype: Any,
-    blocks: tuple[int, int] | None = None,
+    block_sizes: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[Numbers, Numbers, Numbers]:
     """Compute the cotangents of (a, x, h0) of the `pre` form from its outputs and their cotangents.
@@ -135,7 +135,7 @@ def adjoint(
     """
     states = States(y, h0)
     result = run_pass(
-        Pass(a, dy, d_final, reset, states, True, not reverse, out_dtype, blocks, interpret)
+        Pass(a, dy, d_final, reset, states, True, not reverse, out_dtype, block_sizes, interpret)
     )
     axes = tuple(i for i in range(3) if a[0].shape[i] == 1)
     da = tuple(jnp.sum(p, axis=axes, keepdims=True).astype(a[0].dtype) for p in result.da)

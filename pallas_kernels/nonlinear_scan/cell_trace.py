@@ -19,15 +19,13 @@ import numpy as np
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
+from pallas_kernels.jaxpr_interpreter import interpret, primitive_names
+
 OP = "nonlinear_scan"
 
 
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 # Operations that Mosaic GPU lowers.
-_NATIVE = _names(
+_NATIVE = primitive_names(
     "abs add and convert_element_type cos div eq erf exp exp2 ge gt le log logistic lt max min mul "
     "ne neg not or rsqrt select_n sign sin sub tanh xor"
 )
@@ -70,7 +68,7 @@ _REDUCTIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-_DATA_MOVEMENT = _names(
+_DATA_MOVEMENT = primitive_names(
     "broadcast_in_dim concatenate expand_dims reshape rev slice split squeeze stack transpose"
 )
 
@@ -202,7 +200,7 @@ def by_channel(
         return [s.from_rows(list(itertools.islice(rest, s.size))) for s in layouts]
 
     def evaluate(closed: Any, args: list[RowArray]) -> list[Any]:
-        [out] = _evaluate(closed.jaxpr, closed.consts, args, sizes)
+        [out] = _evaluate(closed, args, sizes)
         [var] = closed.jaxpr.outvars
         if out.axis not in (0, None):
             raise _unsupported("a result whose channels are not its first axis")
@@ -238,7 +236,7 @@ def _with_native_ops(function: Callable[..., Any], like: Sequence[Any], width: i
 
     def rewritten(*rows: Any) -> list[Any]:
         args = [ArrayLayout((width,), 0).from_rows([row]) for row in rows]
-        out = _evaluate(closed.jaxpr, closed.consts, args, Sizes(width, width))
+        out = _evaluate(closed, args, Sizes(width, width))
         dtypes = [v.aval.dtype for v in closed.jaxpr.outvars]
         return [_row(x.elements.item(), width, d) for x, d in zip(out, dtypes, strict=True)]
 
@@ -256,37 +254,18 @@ def _row(element: Any, width: int, dtype: Any) -> jax.Array:
     return element if getattr(element, "ndim", 0) else jnp.full((width,), element, dtype)
 
 
-_CALLS = _names(
-    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call remat remat2 checkpoint"
-)
+def _evaluate(closed: Any, args: Sequence[RowArray], sizes: Sizes) -> list[RowArray]:
+    def apply(eqn: Any, ins: Sequence[RowArray]) -> list[RowArray]:
+        name = eqn.primitive.name
+        if name in _NATIVE or name in _COMPOSED:
+            return [_elementwise(eqn, ins, sizes.width)]
+        if name in _REDUCTIONS:
+            return [_reduced(eqn, ins[0], sizes.width)]
+        if name in _DATA_MOVEMENT:
+            return _permuted(eqn, ins, sizes.channels)
+        raise _unsupported(f"the operation {name!r}")
 
-
-def _evaluate(
-    jaxpr: Any, consts: Sequence[Any], args: Sequence[RowArray], sizes: Sizes
-) -> list[RowArray]:
-    known: dict[Any, RowArray] = dict(zip(jaxpr.invars, args, strict=True))
-    known |= {v: _constant(c) for v, c in zip(jaxpr.constvars, consts, strict=True)}
-
-    def read(v: Any) -> RowArray:
-        return _constant(v.val) if hasattr(v, "val") else known[v]
-
-    for eqn in jaxpr.eqns:
-        name, ins = eqn.primitive.name, [read(v) for v in eqn.invars]
-        if name in _CALLS:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            outs = _evaluate(
-                getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), ins, sizes
-            )
-        elif name in _NATIVE or name in _COMPOSED:
-            outs = [_elementwise(eqn, ins, sizes.width)]
-        elif name in _REDUCTIONS:
-            outs = [_reduced(eqn, ins[0], sizes.width)]
-        elif name in _DATA_MOVEMENT:
-            outs = _permuted(eqn, ins, sizes.channels)
-        else:
-            raise _unsupported(f"the operation {name!r}")
-        known.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return interpret(closed, args, _constant, apply)
 
 
 def _constant(value: Any) -> RowArray:

@@ -77,7 +77,7 @@ def scan(
     reset: jax.Array | None,
     *,
     out_dtype: Any,
-    keep: bool = False,
+    save_states: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Compute all states, step by step.
@@ -90,7 +90,7 @@ def scan(
       h0: [B, D] or [B, D, k], float32.
       reset: [B, T] bool or None.
       out_dtype: dtype of the states.
-      keep: whether to return the residuals of `adjoint`.
+      save_states: whether to return the residuals of `adjoint`.
       interpret: run in interpret mode, without a GPU. This is slow.
 
     Returns:
@@ -112,7 +112,7 @@ def scan(
     fixed_inputs = {"params": program.param_arrays, "h0": (initial,)}
     timed_outputs = {"y": like(length, dtype=out_dtype)}
     final_outputs = {"final": like(dtype=state_dtype)}
-    if keep and jnp.dtype(out_dtype) != state_dtype:
+    if save_states and jnp.dtype(out_dtype) != state_dtype:
         timed_outputs["states"] = like(length, dtype=state_dtype)
     layout = _block_layout(
         timed_inputs, timed_outputs, (fixed_inputs, final_outputs), False, interpret
@@ -145,7 +145,7 @@ def scan(
         reset=reset,
     )
     y, final = (program.state.original_axes(outputs[name][0]) for name in ("y", "final"))
-    return y, final, outputs.get("states", outputs["y"])[0] if keep else None
+    return y, final, outputs.get("states", outputs["y"])[0] if save_states else None
 
 
 def adjoint(

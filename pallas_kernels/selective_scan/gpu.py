@@ -92,10 +92,10 @@ def forward(
     h0: jax.Array,
     reset: jax.Array | None,
     *,
-    save: bool,
+    save_states: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Compute outputs, final state, and with `save` the states before each block of 64 steps.
+    """Compute outputs, final state, and with `save_states` the states before blocks of 64 steps.
 
     Arguments and results are those of the TPU kernel. `interpret` runs the kernel without a GPU.
 
@@ -107,7 +107,7 @@ def forward(
     timed = timed_arrays({"x": x, "dt": dt, "B": B, "C": C}, reset)
     fixed = {"A": binary_exponents(A), "D": D[0], "h0": h0}
     outputs = {"y": array_like(x, x.shape, x.dtype), "final": array_like(x, h0.shape, state_dtype)}
-    if save:
+    if save_states:
         shape = border_shape((batch, length, width, states))
         outputs["borders"] = array_like(x, shape, state_dtype)
 
@@ -146,7 +146,7 @@ def forward(
         interpret=interpret,
         approximate_math=True,  # errors of 2 units in the last place, and no subnormal numbers
     )
-    return out[0], out[1], out[2] if save else None
+    return out[0], out[1], out[2] if save_states else None
 
 
 def _forward(layout: BlockLayout, gmem: GlobalMemory, smem: SharedMemory) -> None:

@@ -15,30 +15,11 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from pallas_kernels import vmem_rows
 from pallas_kernels.jax_compat import pl
-from pallas_kernels.selective_scan import BORDER_STEPS, border_shape
+from pallas_kernels.selective_scan import BORDER_STEPS, border_shape, tpu_step
 from pallas_kernels.selective_scan.tpu_backward import backward
-from pallas_kernels.selective_scan.tpu_step import (
-    Scratch,
-    Specs,
-    State,
-    Variant,
-    binary_exponents,
-    block_columns,
-    call_kernel,
-    if_valid,
-    next_state,
-    read_state,
-    wide_rows,
-)
-from pallas_kernels.vmem_rows import (
-    flush_group,
-    fold_rows,
-    groups_in_block,
-    reset_blocks,
-    row_reader,
-    write_row,
-)
+from pallas_kernels.selective_scan.tpu_step import Scratch, Specs, State, Variant
 
 __all__ = ["backward", "forward"]
 
@@ -80,10 +61,10 @@ def forward(
     h0: jax.Array,
     reset: jax.Array | None,
     *,
-    save: bool,
+    save_states: bool,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Compute outputs, final state, and with `save` the states before each block of time.
+    """Compute outputs, final state, and with `save_states` the states before blocks of 64 steps.
 
     Args:
       x: [B, T, D].
@@ -94,7 +75,7 @@ def forward(
       D: [1, D] in the dtype of the state.
       h0: [B, N, D], which determines the dtype of the state.
       reset: [B, T] bool or None.
-      save: whether to return the residuals of `backward`.
+      save_states: whether to return the residuals of `backward`.
       interpret: run in interpret mode, without a TPU. This is slow.
 
     Returns:
@@ -103,34 +84,36 @@ def forward(
     state_dtype, (batch, length, width) = h0.dtype, x.shape
     group_length = 8 if x.dtype == dt.dtype == state_dtype else 16
     states = A.shape[0]
-    columns = block_columns(width, states, registers=32)
+    columns = tpu_step.block_columns(width, states, registers=32)
     variant = Variant(length, width, states, columns, group_length, interpret)
     specs = Specs(variant, backwards=False)
     inputs = [
         ("x", x, specs.timed),
         ("dt", dt, specs.timed),
-        ("A", binary_exponents(A), specs.exponents),
+        ("A", tpu_step.binary_exponents(A), specs.exponents),
         ("B", B, specs.scalars),
         ("C", C, specs.scalars),
         ("D", D, specs.skip),
         ("h0", h0, specs.state),
     ]
     if reset is not None:
-        inputs.append(("reset", reset_blocks(reset, BORDER_STEPS), specs.reset))
+        inputs.append(("reset", vmem_rows.reset_blocks(reset, BORDER_STEPS), specs.reset))
     outputs = [
         ("y", x.shape, x.dtype, specs.timed),
         ("final", h0.shape, state_dtype, specs.state),
     ]
-    if save:
+    if save_states:
         shape = border_shape((batch, length, width, states))
         outputs.append(("borders", shape, state_dtype, specs.borders))
     scratch: Scratch = [("h", (states, columns), state_dtype)]
-    scratch += wide_rows(variant, state_dtype, {"x": x.dtype, "dt": dt.dtype, "y": x.dtype})
+    scratch += tpu_step.wide_rows(
+        variant, state_dtype, {"x": x.dtype, "dt": dt.dtype, "y": x.dtype}
+    )
 
     def kernel(refs: dict[str, Any]) -> None:
         _forward(variant, Refs(**refs))
 
-    out = call_kernel(kernel, variant, inputs, outputs, scratch, "selective_scan")
+    out = tpu_step.call_kernel(kernel, variant, inputs, outputs, scratch, "selective_scan")
     return out["y"], out["final"], out.get("borders")
 
 
@@ -143,13 +126,15 @@ def _forward(variant: Variant, refs: Refs) -> None:
 
     if refs.borders is not None:
         refs.borders[...] = refs.h[...]
-    group_count, valid_rows = groups_in_block(block, BORDER_STEPS, variant.length, group_length)
-    step = functools.partial(next_state, refs.A, refs.B, refs.reset)
+    group_count, valid_rows = vmem_rows.groups_in_block(
+        block, BORDER_STEPS, variant.length, group_length
+    )
+    step = functools.partial(tpu_step.next_state, refs.A, refs.B, refs.reset)
 
     def group(i: jax.Array, h: State) -> State:
         base = pl.multiple_of(i * group_length, group_length)
-        x_row = row_reader(refs.x, refs.wide_x, base, group_length)
-        dt_row = row_reader(refs.dt, refs.wide_dt, base, group_length)
+        x_row = vmem_rows.row_reader(refs.x, refs.wide_x, base, group_length)
+        dt_row = vmem_rows.row_reader(refs.dt, refs.wide_dt, base, group_length)
 
         def row(r: Any, h: State) -> State:
             x = x_row(r)
@@ -157,14 +142,14 @@ def _forward(variant: Variant, refs: Refs) -> None:
             y = refs.D[...] * x
             for n, state in enumerate(after):
                 y = y + refs.C[base + r, n] * state
-            write_row(refs.y, refs.wide_y, base, r, y)
-            return if_valid(variant, base + r < valid_rows, after, h)
+            vmem_rows.write_row(refs.y, refs.wide_y, base, r, y)
+            return tpu_step.if_valid(variant, base + r < valid_rows, after, h)
 
-        h = fold_rows(group_length, row, h, reverse=False, unroll=not variant.interpret)
-        flush_group(refs.y, refs.wide_y, base, group_length)
+        h = vmem_rows.fold_rows(group_length, row, h, reverse=False, unroll=not variant.interpret)
+        vmem_rows.flush_group(refs.y, refs.wide_y, base, group_length)
         return h
 
-    h = lax.fori_loop(0, group_count, group, read_state(refs.h, variant.states))
+    h = lax.fori_loop(0, group_count, group, tpu_step.read_state(refs.h, variant.states))
     for n, state in enumerate(h):
         refs.h[n : n + 1, :] = state
     refs.final[...] = refs.h[...]

@@ -14,29 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import vmem_rows
 from pallas_kernels.jax_compat import pl
-from pallas_kernels.selective_scan import BORDER_STEPS
-from pallas_kernels.selective_scan.tpu_step import (
-    Scratch,
-    Specs,
-    State,
-    Variant,
-    binary_exponents,
-    block_columns,
-    call_kernel,
-    if_valid,
-    next_state,
-    read_state,
-    wide_rows,
-)
-from pallas_kernels.vmem_rows import (
-    flush_group,
-    fold_rows,
-    groups_in_block,
-    reset_blocks,
-    row_reader,
-    write_row,
-)
+from pallas_kernels.selective_scan import BORDER_STEPS, tpu_step
+from pallas_kernels.selective_scan.tpu_step import Scratch, Specs, State, Variant
 
 
 class Refs(NamedTuple):
@@ -98,14 +79,14 @@ def backward(
     state_dtype, (batch, length, width) = borders.dtype, x.shape
     group_length = 8 if x.dtype == dt.dtype == dy.dtype == state_dtype else 16
     states = A.shape[0]
-    columns = block_columns(width, states, registers=16)
+    columns = tpu_step.block_columns(width, states, registers=16)
     variant = Variant(length, width, states, columns, group_length, interpret)
     specs = Specs(variant, backwards=True)
     inputs = [
         ("x", x, specs.timed),
         ("dt", dt, specs.timed),
         ("dy", dy, specs.timed),
-        ("A", binary_exponents(A), specs.exponents),
+        ("A", tpu_step.binary_exponents(A), specs.exponents),
         ("B", B, specs.scalars),
         ("C", C, specs.scalars),
         ("D", D, specs.skip),
@@ -113,7 +94,7 @@ def backward(
         ("d_final", d_final, specs.state),
     ]
     if reset is not None:
-        inputs.append(("reset", reset_blocks(reset, BORDER_STEPS), specs.reset))
+        inputs.append(("reset", vmem_rows.reset_blocks(reset, BORDER_STEPS), specs.reset))
     sums = (batch, variant.column_blocks, length, states)
     outputs = [
         ("dx", x.shape, x.dtype, specs.timed),
@@ -130,12 +111,12 @@ def backward(
         ("carry", (states, columns), state_dtype),
     ]
     dtypes = {"x": x.dtype, "dt": dt.dtype, "dy": dy.dtype, "dx": x.dtype, "ddt": dt.dtype}
-    scratch += wide_rows(variant, state_dtype, dtypes)
+    scratch += tpu_step.wide_rows(variant, state_dtype, dtypes)
 
     def kernel(refs: dict[str, Any]) -> None:
         _backward(variant, Refs(**refs))
 
-    out = call_kernel(kernel, variant, inputs, outputs, scratch, "selective_scan_backward")
+    out = tpu_step.call_kernel(kernel, variant, inputs, outputs, scratch, "selective_scan_backward")
     return (
         out["dx"],
         out["ddt"],
@@ -151,9 +132,11 @@ def _backward(variant: Variant, refs: Refs) -> None:
     time = pl.program_id(2)
     block, group_length = variant.time_blocks - 1 - time, variant.group_length
     valid_columns = variant.width - pl.program_id(1) * variant.columns
-    group_count, valid_rows = groups_in_block(block, BORDER_STEPS, variant.length, group_length)
-    step = functools.partial(next_state, refs.A, refs.B, refs.reset)
-    reader = functools.partial(row_reader, group_length=group_length)
+    group_count, valid_rows = vmem_rows.groups_in_block(
+        block, BORDER_STEPS, variant.length, group_length
+    )
+    step = functools.partial(tpu_step.next_state, refs.A, refs.B, refs.reset)
+    reader = functools.partial(vmem_rows.row_reader, group_length=group_length)
 
     @pl.when(time == 0)
     def _start() -> None:
@@ -173,9 +156,11 @@ def _backward(variant: Variant, refs: Refs) -> None:
                 refs.h[n, pl.ds(base + r + 8, 1), :] = state
             return h
 
-        return fold_rows(group_length, row, h, reverse=False, unroll=not variant.interpret)
+        return vmem_rows.fold_rows(
+            group_length, row, h, reverse=False, unroll=not variant.interpret
+        )
 
-    border = read_state(refs.borders, variant.states)
+    border = tpu_step.read_state(refs.borders, variant.states)
     for n, state in enumerate(border):
         refs.h[n, 7:8, :] = state
     lax.fori_loop(0, group_count, recompute, border)
@@ -208,18 +193,23 @@ def _backward(variant: Variant, refs: Refs) -> None:
                 dA_after.append(dA[n] + change * dt)
                 d_previous.append(decayed)
             ddt = ddt * math.log(2) + d_write * x
-            write_row(refs.ddt, refs.wide_ddt, base, r, ddt)
-            write_row(refs.dx, refs.wide_dx, base, r, d_write * dt + refs.D[...] * dy)
+            vmem_rows.write_row(refs.ddt, refs.wide_ddt, base, r, ddt)
+            vmem_rows.write_row(refs.dx, refs.wide_dx, base, r, d_write * dt + refs.D[...] * dy)
             new = (*d_previous, *dA_after, dD + dy * x)
-            flat = if_valid(variant, t < valid_rows, new, (*d_state, *dA, dD))
+            flat = tpu_step.if_valid(variant, t < valid_rows, new, (*d_state, *dA, dD))
             return flat[: variant.states], flat[variant.states : -1], flat[-1]
 
-        carry = fold_rows(group_length, row, carry, reverse=True, unroll=not variant.interpret)
-        flush_group(refs.dx, refs.wide_dx, base, group_length)
-        flush_group(refs.ddt, refs.wide_ddt, base, group_length)
+        carry = vmem_rows.fold_rows(
+            group_length, row, carry, reverse=True, unroll=not variant.interpret
+        )
+        vmem_rows.flush_group(refs.dx, refs.wide_dx, base, group_length)
+        vmem_rows.flush_group(refs.ddt, refs.wide_ddt, base, group_length)
         return carry
 
-    carry = read_state(refs.carry, variant.states), read_state(refs.d_a, variant.states)
+    carry = (
+        tpu_step.read_state(refs.carry, variant.states),
+        tpu_step.read_state(refs.d_a, variant.states),
+    )
     d_state, dA, dD = lax.fori_loop(0, group_count, adjoint, (*carry, refs.d_d[...]))
     for n in range(variant.states):
         refs.carry[n : n + 1, :] = d_state[n]

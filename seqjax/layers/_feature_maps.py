@@ -90,5 +90,8 @@ def random_directions(keys: int, order: int, seed: int) -> np.ndarray:
     blocks = []
     for _ in range(order):
         normals = rng.standard_normal((2, keys, keys))
-        blocks.append(np.linalg.qr(normals[0])[0] * np.linalg.norm(normals[1], axis=0))
+        q, r = np.linalg.qr(normals[0])
+        # With a positive diagonal of r, the columns of q are uniform on the sphere. LAPACK's signs
+        # would put them on one side of it.
+        blocks.append(q * np.sign(np.diag(r)) * np.linalg.norm(normals[1], axis=0))
     return np.concatenate(blocks, axis=1)

@@ -1,10 +1,12 @@
 """Initializers: functions of (key, shape, dtype)."""
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.layers._base import Initializer
 
@@ -71,3 +73,17 @@ def inverse_softplus_log_uniform(low: float, high: float) -> Initializer:
         return dt + jnp.log(-jnp.expm1(-dt))
 
     return init
+
+
+@functools.lru_cache(maxsize=32)
+def hippo_eigen(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the spectrum of the normal part of HiPPO-LegS: imaginary parts and eigenvectors.
+
+    The shapes are [size/2] and [size, size/2]. The matrix is -1/2 plus a skew-symmetric one, so all
+    real parts are -1/2 and eigenvalues come in conjugate pairs. The half with negative imaginary
+    part is returned.
+    """
+    root = np.sqrt(2 * np.arange(size) + 1)
+    lower = np.tril(np.outer(root, root) / 2, -1)
+    imag, vectors = np.linalg.eigh(-1j * (lower.T - lower))
+    return imag[: size // 2], vectors[:, : size // 2]

@@ -20,6 +20,15 @@ def block_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
     return merge_heads(y)
 
 
+def wide_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiply x [..., I] by weight [I, O] in the dtype of `x`; return sums in the state dtype.
+
+    Use it for logarithms: an exponential turns their rounding error into a relative error.
+    """
+    weight = weight.astype(x.dtype)
+    return jnp.matmul(x, weight, preferred_element_type=state_dtype(x.dtype))
+
+
 def complex_dense(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Multiply real x [..., I] by a complex weight [2, I, O]; return the parts in the state dtype.
 
@@ -38,6 +47,12 @@ def real_of_dense(h: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Arra
     """Return Re(h W) for complex h [..., N] and a complex weight [2, N, O], in the real `dtype`."""
     weight = weight.astype(dtype)
     return h.real.astype(dtype) @ weight[0] - h.imag.astype(dtype) @ weight[1]
+
+
+def gelu_glu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return a * sigmoid(b) with (a, b) = gelu(x) W, x [..., I] and W [I, 2 O]."""
+    value, gate = jnp.split(dense(jax.nn.gelu(x), weight), 2, axis=-1)
+    return value * jax.nn.sigmoid(gate)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Rotation:
     """
 
     def __init__(
-        self, frequencies: Sequence[float], x: jax.Array, sequence_axis: str | None
+        self, frequencies: Iterable[float], x: jax.Array, sequence_axis: str | None
     ) -> None:
         """Compute the angles of one call.
 
@@ -58,14 +58,14 @@ class Rotation:
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Rotate x [B, T, H, K]: feature i turns with feature i + K / 2."""
-        return _turn(x, self._angles[:, None, :])
+        return turn(x, self._angles[:, None, :])
 
     def end(self, memory: jax.Array) -> jax.Array:
         """Rotate the rows of a final state [B, H, K, V] back by the length of the call."""
-        return _turn(memory.mT, -self._total[0]).mT
+        return turn(memory.mT, -self._total[0]).mT
 
 
-def _turn(x: jax.Array, angles: jax.Array) -> jax.Array:
+def turn(x: jax.Array, angles: jax.Array) -> jax.Array:
     """Rotate the pairs (i, i + K / 2) of x [..., K] by the angles [..., K / 2]."""
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(angles.dtype), 2, axis=-1)

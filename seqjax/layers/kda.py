@@ -150,22 +150,34 @@ class KDA(MatrixLayer):
             rate * (dt.astype(wide) + params["dt_bias"].astype(wide))
         )
 
+    def _update(
+        self,
+        params: Params,
+        x: jax.Array,
+        qkv: tuple[jax.Array, jax.Array, jax.Array],
+        log_decay: jax.Array,
+        memory: jax.Array,
+        context: Context,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Run the memory on normalized q and k, all by head; return its outputs and last state."""
+        beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(state_dtype(x.dtype)))
+        return delta_rule(
+            *qkv,
+            2 * beta if self.negative_eigenvalues else beta,
+            log_decay,
+            memory,
+            reset=context.reset,
+            sequence_axis=context.sequence_axis,
+        )
+
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         heads = self.memory_heads
         q, k, v, new_state = self._project(params, x, state, context)
-        beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(state_dtype(x.dtype)))
-        o, new_state["memory"] = delta_rule(
-            repeat_heads(l2_normalize(q), heads),
-            repeat_heads(l2_normalize(k), heads),
-            v,
-            2 * beta if self.negative_eigenvalues else beta,
-            split_heads(self._log_decay(params, self._map("decay", params, x)), heads),
-            state["memory"],
-            reset=context.reset,
-            sequence_axis=context.sequence_axis,
-        )
+        q, k = (repeat_heads(l2_normalize(z), heads) for z in (q, k))
+        decay = split_heads(self._log_decay(params, self._map("decay", params, x)), heads)
+        o, new_state["memory"] = self._update(params, x, (q, k, v), decay, state["memory"], context)
         gate = self._map("gate", params, x)
         if self.gate_bias:
             gate = gate + params["gate_bias"].astype(gate.dtype)

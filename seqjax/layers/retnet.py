@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import Param, Params, State, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, rms_normalize
 from seqjax.layers._matrix import MatrixLayer
 from seqjax.layers._reductions import Rotation
@@ -78,7 +78,7 @@ class RetNet(MatrixLayer):
         """Value features per head V."""
         return int(self.expand_v * self.key_dim)
 
-    def declare_params(self) -> Mapping[str, Param]:
+    def declare_params(self) -> Mapping[str, Param | Layer]:
         inward = _init.xavier_uniform(2**-2.5)
         return {
             **self._qkv(inward),
@@ -93,7 +93,7 @@ class RetNet(MatrixLayer):
         q, k, v, new_state = self._project(params, x, state, context)
         pairs = np.arange(self.key_dim // 2)
         frequencies = self.rope_base ** (-2.0 * pairs / self.key_dim)
-        rotation = Rotation(frequencies, x, context.sequence_axis)
+        rotation = Rotation(frequencies.tolist(), x, context.sequence_axis)
         log_decay = np.log1p(-(2.0 ** (-5.0 - np.arange(self.heads))))
         o, memory = linear_attention(
             rotation(q),

@@ -78,7 +78,7 @@ def monoid_scan(
     """
     op = "monoid_scan"
     elems = jax.tree.map(jnp.asarray, elems)
-    batch, length = _check_elems(op, elems)
+    batch, length = checks.check_time_axes(op, "elems", elems)
     reset = checks.check_reset(op, reset, batch, length)
     checks.check_sequence_axis(op, sequence_axis)
     if not callable(combine):
@@ -92,7 +92,8 @@ def monoid_scan(
     # The op has no kernel, so an explicit choice of one raises.
     backends.select_backend(op, algorithm, implementation, length=length)
     if initial_state is not None:
-        initial_state = _check_state(op, initial_state, elems)
+        state = checks.check_state_tree(op, initial_state, "elems", elems)
+        initial_state = jax.tree.map(lambda s, e: s.astype(_state_dtype(e.dtype)), state, elems)
     return _scan(
         elems,
         initial_state,
@@ -188,31 +189,3 @@ def _state_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Return the dtype of states: at least float32."""
     narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
     return jnp.dtype(jnp.float32) if narrow else dtype
-
-
-def _check_elems(op: str, elems: PyTree) -> tuple[int, int]:
-    leaves = jax.tree.leaves(elems)
-    if not leaves:
-        raise ValueError(f"{op}: `elems` must hold at least one [B, T, ...] array, got {elems!r}.")
-    shapes = [list(leaf.shape) for leaf in leaves]
-    if any(len(s) < 2 or s[:2] != shapes[0][:2] or 0 in s for s in shapes):
-        raise ValueError(
-            f"{op}: every leaf of `elems` must have shape [B, T, ...] with the same B and T >= 1, "
-            f"got {', '.join(map(str, shapes))}."
-        )
-    return leaves[0].shape[0], leaves[0].shape[1]
-
-
-def _check_state(op: str, state: PyTree, elems: PyTree) -> PyTree:
-    state = jax.tree.map(jnp.asarray, state)
-    wanted_tree: PyTree = jax.tree.structure(elems)
-    if wanted_tree != jax.tree.structure(state):
-        raise ValueError(
-            f"{op}: `initial_state` must have the structure of `elems`,"
-            f" {checks.describe_tree(elems)}, got {checks.describe_tree(state)}."
-        )
-    wanted = [[e.shape[0], *e.shape[2:]] for e in jax.tree.leaves(elems)]
-    got = [list(s.shape) for s in jax.tree.leaves(state)]
-    if wanted != got:
-        raise ValueError(f"{op}: `initial_state` must have shapes {wanted}, got {got}.")
-    return jax.tree.map(lambda s, e: s.astype(_state_dtype(e.dtype)), state, elems)

@@ -64,28 +64,14 @@ def previous(
     """
     op = "previous"
     x = jax.tree.map(jnp.asarray, x)
+    batch, length = checks.check_time_axes(op, "x", x)
     leaves, tree = jax.tree.flatten(x)
-    shapes = [list(leaf.shape) for leaf in leaves]
-    if not shapes or any(len(s) < 2 or s[:2] != shapes[0][:2] or 0 in s for s in shapes):
-        raise ValueError(
-            f"{op}: `x` must hold arrays of shape [B, T, ...] with the same B and T >= 1, got"
-            f" {', '.join(map(str, shapes)) or repr(x)}."
-        )
-    batch, length = leaves[0].shape[:2]
     reset = checks.check_reset(op, reset, batch, length)
     checks.check_sequence_axis(op, sequence_axis)
     if initial_state is None:
         first = [jnp.full_like(leaf[:, 0], fill) for leaf in leaves]
     else:
-        state_tree: PyTree = jax.tree.structure(initial_state)
-        first = [jnp.asarray(leaf) for leaf in jax.tree.leaves(initial_state)]
-        wanted = [[batch, *leaf.shape[2:]] for leaf in leaves]
-        got = [list(leaf.shape) for leaf in first]
-        if state_tree != tree or wanted != got:
-            raise ValueError(
-                f"{op}: `initial_state` must have the structure of `x` and shapes {wanted}, got"
-                f" {checks.describe_tree(initial_state)} with shapes {got}."
-            )
+        first = jax.tree.leaves(checks.check_state_tree(op, initial_state, "x", x))
         for start, leaf in zip(first, leaves, strict=True):
             if jnp.promote_types(start.dtype, leaf.dtype) != leaf.dtype and not (
                 jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,6 +1,6 @@
 """Published checkpoints: load them into a `LanguageModel`, and write them back.
 
-Requires the extra `pretrained`: `pip install "seqjax[pretrained]"`.
+Requires the extra `pretrained`: `pip install -e ".[pretrained]"`.
 """
 
 from seqjax.pretrained.families import FAMILIES as FAMILIES

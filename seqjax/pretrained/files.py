@@ -113,7 +113,7 @@ def _safe_open(path: pathlib.Path) -> Any:
         import safetensors
     except ImportError:
         raise ImportError(
-            'load: the package safetensors must be installed; run pip install "seqjax[pretrained]".'
+            'load: the package safetensors must be installed; run pip install -e ".[pretrained]".'
         ) from None
     try:
         return safetensors.safe_open(path, framework="np")

@@ -28,6 +28,6 @@ def find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     except ImportError:
         raise ImportError(
             f"load: {text!r} is not a folder, and the package huggingface_hub must be installed to"
-            ' download it; run pip install "seqjax[pretrained]".'
+            ' download it; run pip install -e ".[pretrained]".'
         ) from None
     return pathlib.Path(huggingface_hub.snapshot_download(text, allow_patterns=_FILES))

@@ -35,7 +35,11 @@ VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]
 B, T = 2, 13
 
 
-def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
+def by_variant(
+    keep: Any = lambda case: True,
+    every_kernel: bool = True,
+    variant: Any = lambda case, algorithm: True,
+) -> Any:
     """Parametrize a test by (case, algorithm); the first algorithm of quick rows is not slow.
 
     A row's tests run in one worker, and share compiled functions and the oracle's results.
@@ -51,7 +55,9 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
                 + [pytest.mark.slow] * (case.name not in QUICK or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
-            if keep(case) and (every_kernel or with_kernel_once(case, algorithm))
+            if keep(case)
+            and variant(case, algorithm)
+            and (every_kernel or with_kernel_once(case, algorithm))
         ],
     )
 
@@ -59,6 +65,32 @@ def by_variant(keep: Any = lambda case: True, every_kernel: bool = True) -> Any:
 def with_kernel_once(case: Case, algorithm: str | None) -> bool:
     """Return False for all kernels except the first, if the property comes from the XLA form."""
     return algorithm != "pallas" or case.name == "linear_scan"
+
+
+def by_row(keep: Any = lambda case: True) -> Any:
+    """Parametrize a test by row; the quick rows are not slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case,
+                id=str(case),
+                marks=[pytest.mark.xdist_group(str(case))]
+                + [pytest.mark.slow] * (case.name not in QUICK),
+            )
+            for case in ROWS
+            if keep(case)
+        ],
+    )
+
+
+def wrapped(case: Case, algorithm: str | None) -> bool:
+    """Return True if a test of a wrapper (vmap, sharding, `lax.scan`) runs the variant.
+
+    A wrapper depends on the arguments of an op and on the code of its algorithms. Every row runs
+    with its first algorithm, and the quick rows, one or two of each op, with all algorithms.
+    """
+    return case.name in QUICK or algorithm == case.algorithms[0]
 
 
 def one_layer_of_each_kind(case: Case) -> bool:

@@ -1,49 +1,17 @@
 """One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import seqjax
-from tests.contract.cases import Arrays, Case, normal
+from tests.contract.exponential_cases import EXPONENTIAL
+from tests.contract.layer_case import layer_case as _layer
 from tests.oracles import (
     attention_oracles,
+    feature_oracles,
     gated_oracles,
     layer_oracles,
     rnn_oracles,
     rwkv_oracles,
+    ssm_oracles,
 )
-
-
-def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
-    init = jax.jit(lambda key: layer.init(key, jnp.float64))
-
-    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        with jax.enable_x64(True):
-            params = init(jax.random.key(rng.integers(2**31)))
-        params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape), params)
-        return {"params": params, "x": normal(rng, batch, length, layer.dim)}
-
-    def run(inputs: Arrays, state: Any, reset: Any) -> Any:
-        return layer.apply(inputs["params"], inputs["x"], state, reset)
-
-    def judge(inputs: Arrays, state: None, reset: Any) -> tuple[Any, None]:
-        return oracle(layer, inputs["params"], inputs["x"], reset), None
-
-    return Case(
-        name=name or type(layer).__name__,
-        inputs=make,
-        run=run,
-        oracle=judge,
-        algorithms=(None,),
-        timed=("x",),
-        split_axis=False,
-        layer=layer,
-    )
-
 
 LAYERS = [
     _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
@@ -60,6 +28,7 @@ LAYERS = [
         layer_oracles.mamba,
         "Mamba-negative",
     ),
+    *EXPONENTIAL,
     _layer(
         seqjax.layers.Mamba(
             dim=4, state_dim=3, dt_rank=3, bias=True, conv_bias=False, inner_norm_eps=1e-3
@@ -86,6 +55,41 @@ LAYERS = [
         "Mamba2-norm-first",
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
+    _layer(seqjax.layers.Mamba3(dim=4, state_dim=4, head_dim=4), rwkv_oracles.mamba3),
+    _layer(
+        seqjax.layers.Mamba3(
+            dim=4,
+            state_dim=4,
+            head_dim=4,
+            groups=2,
+            mimo_rank=2,
+            rope_fraction=1,
+            decay="softplus",
+            norm=True,
+        ),
+        rwkv_oracles.mamba3,
+        "Mamba3-mimo",
+    ),
+    _layer(seqjax.layers.Longhorn(dim=4, state_dim=3), ssm_oracles.longhorn),
+    _layer(seqjax.layers.S4D(dim=4, state_dim=6), ssm_oracles.s4d),
+    _layer(
+        seqjax.layers.S4D(dim=4, state_dim=6, spectrum="legs", output_glu=True),
+        ssm_oracles.s4d,
+        "S4D-legs",
+    ),
+    _layer(seqjax.layers.S4D(dim=4, state_dim=3, spectrum="real"), ssm_oracles.s4d, "S4D-real"),
+    _layer(seqjax.layers.GSS(dim=4, state_dim=4, inner=3, expand=2), ssm_oracles.gss),
+    _layer(seqjax.layers.DampedEMA(dim=4, state_dim=3), ssm_oracles.damped_ema),
+    _layer(seqjax.layers.LinOSS(dim=4, state_dim=3), ssm_oracles.linoss),
+    _layer(
+        seqjax.layers.LinOSS(dim=4, state_dim=3, discretization="imex", output_glu=True),
+        ssm_oracles.linoss,
+        "LinOSS-imex",
+    ),
+    _layer(seqjax.layers.LMU(dim=4, state_dim=5, channels=2, window=8.0), ssm_oracles.lmu),
+    _layer(seqjax.layers.LegS(dim=4, state_dim=5, channels=2), ssm_oracles.legs),
+    _layer(seqjax.layers.BlockLinear(dim=6, block_size=3), ssm_oracles.block_linear),
+    _layer(seqjax.layers.UnitaryRNN(dim=4, heads=2, head_dim=3), ssm_oracles.unitary),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,
@@ -128,6 +132,8 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    _layer(seqjax.layers.Comba(dim=4, heads=2, expand_v=2), rwkv_oracles.comba),
+    _layer(seqjax.layers.GatedDeltaNet2(dim=4, heads=2, expand_v=2), rwkv_oracles.gated_deltanet2),
     # Four features per head: with two, a layer norm is nearly a sign.
     _layer(
         seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),
@@ -164,6 +170,65 @@ LAYERS = [
         gated_oracles.rglru,
         "RGLRU-unit-first-step",
     ),
+    _layer(seqjax.layers.MinGRU(dim=4, state_dim=6), gated_oracles.mingru),
+    _layer(seqjax.layers.MinGRU(dim=4, positive=False), gated_oracles.mingru, "MinGRU-signed"),
+    _layer(seqjax.layers.MinLSTM(dim=4), gated_oracles.minlstm),
+    _layer(
+        seqjax.layers.MinLSTM(dim=4, state_dim=6, positive=False),
+        gated_oracles.minlstm,
+        "MinLSTM-signed",
+    ),
+    _layer(seqjax.layers.HGRN(dim=4, state_dim=6), gated_oracles.hgrn),
+    _layer(seqjax.layers.QRNN(dim=4, state_dim=6), gated_oracles.qrnn),
+    _layer(seqjax.layers.SRU(dim=4), gated_oracles.sru),
+    _layer(
+        seqjax.layers.SRU(dim=4, state_dim=6, highway_bias=-1.0), gated_oracles.sru, "SRU-projected"
+    ),
+    _layer(seqjax.layers.QuasiLSTM(dim=4, state_dim=6), gated_oracles.quasi_lstm),
+    _layer(seqjax.layers.FFM(dim=4, memory_dim=3, contexts=2), gated_oracles.ffm),
+    _layer(seqjax.layers.HGRN2(dim=4, heads=2, head_dim=3), feature_oracles.hgrn2),
+    _layer(seqjax.layers.LinearAttention(dim=4, heads=2), feature_oracles.linear_attention),
+    _layer(
+        seqjax.layers.LinearAttention(dim=4, heads=2, feature_map="performer", map_order=2),
+        feature_oracles.linear_attention,
+        "LinearAttention-performer",
+    ),
+    _layer(
+        seqjax.layers.LinearAttention(dim=4, heads=2, expand_v=2, normalizer="rms"),
+        feature_oracles.linear_attention,
+        "LinearAttention-rms",
+    ),
+    _layer(seqjax.layers.Based(dim=4, heads=2, head_dim=3), feature_oracles.based),
+    # Where q . k is near 0, its square is a sum of products that cancel. Relative to the default
+    # `eps` of 1e-5 few digits are left of it in float32.
+    _layer(
+        seqjax.layers.Based(dim=4, heads=2, head_dim=4, rebased=True, eps=0.1),
+        feature_oracles.based,
+        "Based-rebased",
+    ),
+    _layer(seqjax.layers.PLSTM(dim=8, heads=2), feature_oracles.plstm),
+    _layer(seqjax.layers.RGLRU(dim=4, state_dim=6, heads=2), gated_oracles.rglru),
+    _layer(
+        seqjax.layers.RGLRU(dim=4, unit_first_step=True),
+        gated_oracles.rglru,
+        "RGLRU-unit-first-step",
+    ),
+    _layer(seqjax.layers.MinGRU(dim=4, state_dim=6), gated_oracles.mingru),
+    _layer(seqjax.layers.MinGRU(dim=4, positive=False), gated_oracles.mingru, "MinGRU-signed"),
+    _layer(seqjax.layers.MinLSTM(dim=4), gated_oracles.minlstm),
+    _layer(
+        seqjax.layers.MinLSTM(dim=4, state_dim=6, positive=False),
+        gated_oracles.minlstm,
+        "MinLSTM-signed",
+    ),
+    _layer(seqjax.layers.HGRN(dim=4, state_dim=6), gated_oracles.hgrn),
+    _layer(seqjax.layers.QRNN(dim=4, state_dim=6), gated_oracles.qrnn),
+    _layer(seqjax.layers.SRU(dim=4), gated_oracles.sru),
+    _layer(
+        seqjax.layers.SRU(dim=4, state_dim=6, highway_bias=-1.0), gated_oracles.sru, "SRU-projected"
+    ),
+    _layer(seqjax.layers.QuasiLSTM(dim=4, state_dim=6), gated_oracles.quasi_lstm),
+    _layer(seqjax.layers.FFM(dim=4, memory_dim=3, contexts=2), gated_oracles.ffm),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
         layer_oracles.attention,
@@ -204,6 +269,16 @@ LAYERS = [
     _layer(seqjax.layers.SLSTM(dim=4, state_dim=3), rnn_oracles.slstm),
     _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
     _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
+    _layer(seqjax.layers.IndRNN(dim=4, state_dim=3), rnn_oracles.indrnn),
+    _layer(
+        seqjax.layers.IndRNN(dim=4, state_dim=3, activation="tanh"),
+        rnn_oracles.indrnn,
+        "IndRNN-tanh",
+    ),
+    _layer(seqjax.layers.MGU(dim=4, state_dim=3), rnn_oracles.mgu),
+    _layer(seqjax.layers.LeakyRNN(dim=4, state_dim=3), rnn_oracles.leakyrnn),
+    _layer(seqjax.layers.CoRNN(dim=4, state_dim=3, dt=0.3), rnn_oracles.cornn),
+    _layer(seqjax.layers.UnICORNN(dim=4, state_dim=3, alpha=2.0), rnn_oracles.unicornn),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
     _layer(seqjax.layers.TokenShift(dim=4), gated_oracles.token_shift),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),

@@ -26,10 +26,11 @@ from tests.contract.harness import (
     state_weights,
     weights,
     with_kernel_once,
+    wrapped,
 )
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-EACH = by_variant()
+EACH = by_variant(variant=wrapped)
 
 
 def stack(*trees):
@@ -58,7 +59,7 @@ def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
 
 
 @pytest.mark.slow
-@by_variant(one_layer_of_each_kind, every_kernel=False)
+@by_variant(one_layer_of_each_kind, every_kernel=False, variant=wrapped)
 def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
     """Run the op in a rematerialized `lax.scan` body and differentiate through the carry."""
     inputs, state, reset = make(case)
@@ -88,21 +89,25 @@ def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
     assert_close(got, np.float64(expected), 1e-10)
 
 
-EACH_MESH = pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def rows_with_meshes(quick, kind):
+    """Parametrize by row and kind of mesh axes; the rows named in `quick` are not slow.
 
-
-def rows_with_quick(*names):
-    """Parametrize by row; the named rows are not slow."""
+    One or two rows of each op, and one layer of each kind, run on both kinds of mesh. The other
+    rows run on `kind`: what differs between the kinds is code that all rows of an op share.
+    """
     return pytest.mark.parametrize(
-        "case",
+        ("case", "kind"),
         [
             pytest.param(
                 case,
-                id=str(case),
+                axis_type,
+                id=f"{case}-{axis_type.name}",
                 marks=[pytest.mark.xdist_group(str(case))]
-                + [pytest.mark.slow] * (case.name not in names),
+                + [pytest.mark.slow] * (case.name not in quick),
             )
             for case in ROWS
+            for axis_type in (AxisType.Auto, AxisType.Explicit)
+            if case.name in QUICK or case.name in quick or axis_type == kind
         ],
     )
 
@@ -132,8 +137,7 @@ def on_one_device(case):
     return arguments, jax.tree.map(np.asarray, values_and_gradients(case)(*arguments))
 
 
-@EACH_MESH
-@rows_with_quick(*QUICK)
+@rows_with_meshes(QUICK, AxisType.Auto)
 def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
     """Compare with one device, and check that there is no collective, without `jax.set_mesh`.
 
@@ -204,8 +208,7 @@ def heads_split(case, inputs, sizes):
     return found
 
 
-@EACH_MESH
-@rows_with_quick("linear_scan", "delta_rule-channel", "RMSNorm", "LRU")
+@rows_with_meshes({"linear_scan", "delta_rule-channel", "RMSNorm", "LRU"}, AxisType.Explicit)
 def test_batch_and_heads_sharded(case, kind, x64, strict):
     """Compare with one device under `jax.set_mesh`: values, gradients, and vmap of both."""
     (inputs, state, reset, w), expected = on_one_device(case)
@@ -288,7 +291,7 @@ def on_one_part_of_time(case):
     return values_with_gradients(functools.partial(case.run, **keywords("sequential")))
 
 
-@by_variant(lambda case: case.split_axis)
+@by_variant(lambda case: case.split_axis, variant=wrapped)
 @pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, strict):
     """Check values, final state and gradients per shard, with states that cross shards."""
@@ -311,7 +314,7 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
             assert_close(got[0][name][:, steps], np.asarray(expected[0][name])[:, steps], 1e-8)
 
 
-@by_variant(lambda case: case.split_axis)
+@by_variant(lambda case: case.split_axis, variant=wrapped)
 @pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64, strict):
     """Check values and gradients after a reset, of sequences with a non-finite past."""

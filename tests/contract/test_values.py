@@ -14,9 +14,9 @@ import pytest
 
 from tests.contract.harness import (
     QUICK,
-    ROWS,
     T,
     assert_close,
+    by_row,
     by_variant,
     cast,
     cast_inputs,
@@ -101,7 +101,7 @@ def test_bfloat16_keeps_its_state_in_float32(case, algorithm, strict, compiled_q
     )
 
 
-@pytest.mark.parametrize("case", ROWS, ids=str)
+@by_row()
 def test_output_and_state_dtypes(case, x64, strict):
     inputs, state, reset = make(case)
     for dtype, real, complex_ in (
@@ -136,8 +136,11 @@ def hard_arrays(case, length, dtype):
 @by_variant(lambda case: case.hard is not None)
 def test_hard_inputs(case, algorithm, length, dtype, strict, request):
     """Check finite values near the float64 loop, at any decay, key and length."""
-    if dtype == "bfloat16" and length > 1000 and algorithm != case.algorithms[0]:
-        pytest.skip("in float32 the algorithms agree at this length; in bfloat16 at a shorter one")
+    if length > 1000 and algorithm != case.algorithms[0]:
+        if dtype == "bfloat16":
+            pytest.skip("in float32 the algorithms agree at this length, in bfloat16 at 100")
+        if case.name not in QUICK:
+            pytest.skip("at this length one or two rows of each op run with every algorithm")
     if dtype == "bfloat16" and any(map(np.iscomplexobj, make(case)[0].values())):
         pytest.skip("no complex bfloat16")
     if length < 1000:  # 65,536 steps take longer to run than to optimize

@@ -58,7 +58,15 @@ def arrays(cell, batch, length, seed=0):
     return cell_params(rng, cell), xs, state, rng.random((batch, length)) < 0.2, *cts
 
 
-CELLS = [seqjax.cells.ParaGRU(128), seqjax.cells.ParaLSTM(128), seqjax.cells.SLSTM(128), mine]
+CELLS = [
+    seqjax.cells.ParaGRU(128),
+    seqjax.cells.ParaLSTM(128),
+    seqjax.cells.SLSTM(128),
+    seqjax.cells.SRU(128),
+    seqjax.cells.IndRNN(128),
+    seqjax.cells.UnICORNN(128),
+    mine,
+]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: getattr(cell, "__name__", repr(cell)))
@@ -199,7 +207,7 @@ def test_values(cell, dtype, shape):
     given = [jax.tree.map(narrow, params), narrow(xs, dtype), narrow(state), jnp.asarray(reset)]
     params, xs, state = jax.tree.map(lambda a: whole([a]), tuple(given[:3]))
     cts = [whole([narrow(cts[0], dtype)]), whole([narrow(cts[1])])]
-    hs, final, kept = gpu.scan(cell, *given, out_dtype=dtype, keep=True, interpret=True)
+    hs, final, kept = gpu.scan(cell, *given, out_dtype=dtype, save_states=True, interpret=True)
     assert hs.dtype == dtype
     expected = rnn_oracles.nonlinear_scan(cell, {"params": params, "x": xs}, state, reset)
     assert_close((hs, final), expected, TOLERANCE[dtype])
@@ -219,7 +227,7 @@ def test_nothing_crosses_a_reset():
     reset[:], reset[0, 7] = False, True
     xs[0, 5], state[:] = np.nan, np.nan
     given = [*jax.tree.map(narrow, (params, xs, state)), reset]
-    hs, final, kept = gpu.scan(cell, *given, out_dtype="float32", keep=True, interpret=True)
+    hs, final, kept = gpu.scan(cell, *given, out_dtype="float32", save_states=True, interpret=True)
     assert np.isnan(hs[0, :7]).all()
     expected = rnn_oracles.nonlinear_scan(cell, {"params": params, "x": xs}, state, reset)
     assert_close((hs[:, 7:], final), (expected[0][:, 7:], expected[1]), TOLERANCE["float32"])

@@ -66,7 +66,7 @@ def kernel(given, reset, dy, d_final, dtype="float32"):
         jnp.asarray(z, "float32") for z in (*(given[k] for k in NAMES[2:]), d_final)
     )
     args = (x, dt, A.T, B, C, D[None])
-    y, final, borders = gpu.forward(*args, h0.mT, reset, save=True, interpret=True)
+    y, final, borders = gpu.forward(*args, h0.mT, reset, save_states=True, interpret=True)
     dx, d_dt, dA, dB, dC, dD, dh0 = gpu.backward(
         *args, reset, borders, dy, d_final.mT, interpret=True
     )

@@ -58,10 +58,14 @@ def test_read_before_write(channels, sizes, x64, strict):
 
 
 @pytest.mark.parametrize("sizes", [(T,), (4, 1, 4), (1,) * T])
-def test_two_point(sizes, x64, strict):
-    rng, q, k, v, decay, memory, reset = arrays(channels=False)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_two_point(rank, sizes, x64, strict):
+    rng, *_, decay, memory, reset = arrays(channels=False)
+    q, k = rng.standard_normal((2, B, T, rank, H, K))
+    v = rng.standard_normal((B, T, rank, H, V))
     before, now = rng.random((2, B, T, H))
-    state = {"memory": memory, "k": rng.standard_normal((B, H, K)), "v": v[:, 0] + 1}
+    last_k, last_v = k[:, 3] + 1, v[:, 3] + 1
+    state = {"memory": memory, "k": last_k, "v": last_v}
 
     @jax.jit
     def call(q, k, v, decay, before, now, state, reset):
@@ -73,13 +77,13 @@ def test_two_point(sizes, x64, strict):
         sizes,
     )
     S, expected = memory.copy(), np.zeros_like(v)
-    last_k, last_v = state["k"].copy(), state["v"].copy()
+    last_k, last_v = last_k.copy(), last_v.copy()
     for b, t, h in np.ndindex(B, T, H):
         if reset[b, t]:
-            S[b, h], last_k[b, h], last_v[b, h] = 0, 0, 0
-        S[b, h] += before[b, t, h] * np.outer(last_k[b, h], last_v[b, h])
+            S[b, h], last_k[b, :, h], last_v[b, :, h] = 0, 0, 0
+        S[b, h] += before[b, t, h] * last_k[b, :, h].T @ last_v[b, :, h]
         S[b, h] *= np.exp(decay[b, t, h])
-        S[b, h] += now[b, t, h] * np.outer(k[b, t, h], v[b, t, h])
-        last_k[b, h], last_v[b, h] = k[b, t, h], v[b, t, h]
-        expected[b, t, h] = S[b, h].T @ q[b, t, h]
+        S[b, h] += now[b, t, h] * k[b, t, :, h].T @ v[b, t, :, h]
+        last_k[b, :, h], last_v[b, :, h] = k[b, t, :, h], v[b, t, :, h]
+        expected[b, t, :, h] = q[b, t, :, h] @ S[b, h]
     assert_close((o, final), (expected, {"memory": S, "k": last_k, "v": last_v}), 1e-12)

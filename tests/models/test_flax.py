@@ -101,7 +101,7 @@ def test_every_layer_can_be_wrapped(name):
         or inspect.isabstract(kind)
     ):
         pytest.skip("not a layer by itself")
-    sizes = {"dim": 4, "heads": 2, "window": 3}
+    sizes = {"dim": 32, "heads": 2, "window": 3}
     needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
     layer = kind(**{field: sizes[field] for field in needed})
     wanted = jax.tree.map(tuple, layer.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -109,7 +109,7 @@ def test_every_layer_can_be_wrapped(name):
     axes = {path[1:]: leaf.out_sharding for path, leaf in nnx.to_flat_state(state)}
     assert axes == dict(nnx.traversals.flatten_mapping(wanted))
     twin = seqjax.linen.Recurrent(layer)
-    variables = jax.eval_shape(twin.init, jax.random.key(0), jnp.ones((B, T, 4)))
+    variables = jax.eval_shape(twin.init, jax.random.key(0), jnp.ones((B, T, layer.dim)))
     names = jax.tree.map(
         lambda box: box.names,
         variables["params"],
@@ -347,7 +347,7 @@ def test_a_classifier_takes_its_mask():
 def test_what_is_no_layer_is_refused():
     for make in (
         lambda: seqjax.nnx.Recurrent(4, rngs=nnx.Rngs(0)),
-        lambda: seqjax.linen.Recurrent(4).init(jax.random.key(0), jnp.ones((B, T, 4))),
+        lambda: seqjax.linen.Recurrent(4).init(jax.random.key(0), jnp.ones((B, T, layer.dim))),
     ):
         with pytest.raises(ValueError, match=r"^Recurrent: `layer` must be a seqjax layer"):
             make()

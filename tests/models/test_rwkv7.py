@@ -111,3 +111,83 @@ def test_the_first_values_are_those_of_the_first_rwkv_layer(x64, strict):
         for i in range(DEPTH)
     }
     assert float(jnp.abs(jax.jit(model.apply)(given, x)[0] - y).max()) > 1e-2
+
+
+def authors_names(params):
+    """Return the model's parameters with the names and layouts of the authors' files."""
+    files = {}
+    for i in range(DEPTH):
+        p, name = jax.tree.map(np.asarray, params[f"block_{i}"]), f"blocks.{i}."
+        att, ffn = p["mixer"], p["mlp"]
+        for ours, theirs in (("mixer_norm", "ln1"), ("mlp_norm", "ln2")):
+            files[f"{name}{theirs}.weight"] = p[ours]["scale"]
+            files[f"{name}{theirs}.bias"] = p[ours]["bias"]
+        squares = {"r": "receptance", "k": "key", "v": "value", "out": "output"}
+        for ours, theirs in squares.items():
+            files[f"{name}att.{theirs}.weight"] = att[f"{ours}_proj"].T
+        files[f"{name}att.ln_x.weight"] = att["norm_scale"]
+        files[f"{name}att.ln_x.bias"] = att["norm_bias"]
+        same = [n for n in att if not n.endswith("_proj") and not n.startswith("norm")]
+        files |= {f"{name}att.{n}": att[n] for n in same}
+        files[f"{name}ffn.x_k"] = ffn["x_k"]
+        files[f"{name}ffn.key.weight"] = ffn["key_proj"].T
+        files[f"{name}ffn.value.weight"] = ffn["value_proj"].T
+    files["ln_out.weight"] = np.asarray(params["final_norm"]["scale"])
+    files["ln_out.bias"] = np.asarray(params["final_norm"]["bias"])
+    return files
+
+
+def authors_step(p, x, state):
+    """Compute one token of one sequence in the form of the authors' code, state [V, K] per head."""
+
+    def norm(x, name):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-5) * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    first = None
+    for i in range(DEPTH):
+        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        last, S, last_ffn = state[i]
+        now = norm(x, f"blocks.{i}.ln1")
+        xr, xw, xk, xv, xa, xg = (now + p[f"{att}x_{c}"] * (last - now) for c in "rwkvag")
+        r, k, v = (
+            p[f"{att}{n}.weight"] @ z for n, z in (("receptance", xr), ("key", xk), ("value", xv))
+        )
+        w = np.tanh(xw @ p[f"{att}w1"]) @ p[f"{att}w2"] + p[f"{att}w0"]
+        w = np.exp(-sigmoid(w) / np.exp(0.5))
+        a = sigmoid(p[f"{att}a0"] + xa @ p[f"{att}a1"] @ p[f"{att}a2"])
+        g = sigmoid(xg @ p[f"{att}g1"]) @ p[f"{att}g2"]
+        kk = (k * p[f"{att}k_k"]).reshape(2, -1)
+        kk = kk / np.maximum(np.linalg.norm(kk, axis=1, keepdims=True), 1e-12)
+        k = k * (1 + (a - 1) * p[f"{att}k_a"])
+        if first is None:
+            first = v
+        else:
+            v = v + (first - v) * sigmoid(p[f"{att}v0"] + xv @ p[f"{att}v1"] @ p[f"{att}v2"])
+        r, w, k, v, a = (z.reshape(2, -1, 1) for z in (r, w, k, v, a))
+        kk = kk[..., None]
+        S = S * w.mT - S @ kk @ (kk * a).mT + v @ k.mT
+        o = S @ r
+        o = (o - o.mean(1, keepdims=True)) / np.sqrt(o.var(1, keepdims=True) + 1e-5 * D / 2)
+        o = o.reshape(-1) * p[f"{att}ln_x.weight"] + p[f"{att}ln_x.bias"]
+        o = o + ((r * k * p[f"{att}r_k"][..., None]).sum(1, keepdims=True) * v).reshape(-1)
+        x = x + p[f"{att}output.weight"] @ (o * g)
+        now_ffn = norm(x, f"blocks.{i}.ln2")
+        k = p[f"{ffn}key.weight"] @ (now_ffn + p[f"{ffn}x_k"] * (last_ffn - now_ffn))
+        x = x + p[f"{ffn}value.weight"] @ np.maximum(k, 0) ** 2
+        state[i] = now, S, now_ffn
+    return norm(x, "ln_out"), state
+
+
+def test_the_model_agrees_with_the_form_of_the_authors_code(x64, strict):
+    """Compare with steps over parameters named and laid out as in the authors' checkpoints."""
+    params, x, _ = arguments()
+    y = jax.jit(MODEL.apply)(params, x)[0]
+    files, expected = authors_names(params), np.zeros_like(x)
+    for b in range(B):
+        state = [(np.zeros(D), np.zeros((2, D // 2, D // 2)), np.zeros(D))] * DEPTH
+        for t in range(T):
+            expected[b, t], state = authors_step(files, x[b, t], state)
+    assert_close(y, expected, 1e-10)

@@ -137,7 +137,7 @@ def test_mlstm_equals_the_papers_loop(form, x64):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), out, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("form", ["chunked", "steps only"])
+@pytest.mark.parametrize("form", ["chunked", pytest.param("steps only", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_mlstm_on_several_devices(form, explicit, x64):
     """Split T over eight devices, or the batch over two of an Explicit mesh, with gradients."""

@@ -9,7 +9,7 @@ import seqjax
 from seqjax.layers import LRU
 from seqjax.models import Backbone, Classifier, LanguageModel
 from tests.contract.cases import OPS
-from tests.contract.harness import ROWS, cast, make
+from tests.contract.harness import by_row, cast, make
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BY_OP = {str(case).split("-")[0]: case for case in reversed(OPS)}
@@ -20,7 +20,8 @@ def op_arguments(case):
     return cast(inputs, "float32"), cast(state, "float32"), reset
 
 
-TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have separate tests
+# These take trees of arrays, and have separate tests.
+TREES = {"monoid_scan", "nonlinear_scan", "step_scan"}
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_OP) - TREES))
@@ -85,7 +86,7 @@ def test_real_ops_refuse_complex_input(name):
 
 def test_monoid_scan_checks_its_trees():
     ones = jnp.ones((2, 5, 3))
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="got none"):
         seqjax.monoid_scan(jnp.add, {})
     with pytest.raises(ValueError, match="same B and T"):
         seqjax.monoid_scan(jnp.add, (ones, ones[:, :4]))
@@ -131,7 +132,7 @@ def test_segment_starts():
             seqjax.segment_starts(wrong)
 
 
-@pytest.mark.parametrize("case", [c for c in ROWS if c.layer is not None], ids=str)
+@by_row(lambda case: case.layer is not None)
 def test_layers_check_their_arguments(case):
     layer, name = case.layer, type(case.layer).__name__
     inputs, _, reset = make(case)
@@ -157,7 +158,7 @@ def test_layers_check_their_arguments(case):
         )
 
 
-@pytest.mark.parametrize("case", [c for c in ROWS if c.layer is not None], ids=str)
+@by_row(lambda case: case.layer is not None)
 def test_param_trees_agree(case):
     layer = case.layer
     params = layer.init(jax.random.key(0))

@@ -10,20 +10,33 @@ import pytest
 
 import seqjax
 from seqjax import cells
+from seqjax.ops.nonlinear import jacobian_structure
 from tests.contract.cases import cell_params
 from tests.contract.harness import assert_close, error
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 D = 4
+# The quick tests run one cell with a state per channel, one with several, and one with a matrix.
 CELLS = [
-    cells.Elman(D),
-    cells.GRU(D),
-    cells.LSTM(D),
     cells.ParaGRU(D),
-    cells.ParaLSTM(D),
     cells.SLSTM(D),
-    cells.LEM(D),
-    cells.LTC(D),
+    cells.GRU(D),
+    *(
+        pytest.param(cell, marks=pytest.mark.slow)
+        for cell in (
+            cells.Elman(D),
+            cells.LSTM(D),
+            cells.ParaLSTM(D),
+            cells.LEM(D),
+            cells.LTC(D),
+            cells.IndRNN(D, activation="tanh"),  # relu overflows at these weight scales
+            cells.MGU(D),
+            cells.LeakyRNN(D),
+            cells.CoRNN(D),
+            cells.UnICORNN(D),
+            cells.SRU(D),
+        )
+    ),
 ]
 
 
@@ -269,6 +282,18 @@ def test_structures_are_found_and_checked():
         run(mixing, params, x, h0, jacobian="block")
     with pytest.raises(ValueError, match="must not close over arrays"):
         jax.jit(lambda a: run(lambda p, h, x: jnp.tanh(a * h + x), params, x, h0)[0])(params)
+
+
+def test_structures_of_the_results_of_a_call():
+    """Check that a call may return one value that mixes channels and one that does not."""
+
+    @jax.jit
+    def both(h, total):
+        return 2 * h, h + total
+
+    for i, apart in enumerate((True, False)):
+        program = jax.make_jaxpr(lambda h, i=i: both(h, jnp.sum(h))[i])(jnp.ones(D))
+        assert jacobian_structure.keeps_channels_apart(program, 0) == apart
 
 
 def test_the_exponent_is_that_of_a_known_map():

@@ -70,7 +70,7 @@ def test_derivatives_and_vmap():
 
 def test_errors():
     x, _, _ = draw()
-    with pytest.raises(ValueError, match=r"previous: `x` must hold arrays of shape \[B, T, ...\]"):
+    with pytest.raises(ValueError, match=r"previous: every leaf of `x` must have shape \[B, T"):
         seqjax.ops.previous({"a": x["a"], "b": jnp.ones((B, T + 1))})
     with pytest.raises(ValueError, match="previous: `initial_state` must have the structure of"):
         seqjax.ops.previous(x, {"a": jnp.ones((B, 3))})

@@ -1,6 +1,8 @@
 """The `scale` of the matrix-state ops: an operand, and not a constant of the compiled program."""
 
+import contextlib
 import functools
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,22 @@ def made(case, dtype):
     return cast(inputs, dtype), cast(state, dtype), jnp.asarray(reset)
 
 
+@contextlib.contextmanager
+def checking_leaks():
+    """Run `jax.checking_leaks` with the existing objects hidden from the garbage collector.
+
+    The check collects garbage after every trace. In a process with many compiled programs that
+    takes minutes.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        with jax.checking_leaks():
+            yield
+    finally:
+        gc.unfreeze()
+
+
 @pytest.mark.parametrize("case", OPS, ids=str)
 def test_no_traced_value_is_left_in_a_gradient(case):
     """Check that the functions inside a primitive close over no traced value."""
@@ -31,7 +49,7 @@ def test_no_traced_value_is_left_in_a_gradient(case):
         leaves = jax.tree.leaves(case.run(inputs, state, reset)[0])
         return sum(jnp.sum(jnp.real(leaf)) for leaf in leaves)
 
-    with jax.checking_leaks():
+    with checking_leaks():
         jax.jit(jax.grad(total)).trace(inputs)
 
 
@@ -42,7 +60,7 @@ def test_no_traced_value_is_left_in_a_primitive(case, strict, compiled_quickly):
     def total(inputs, scale):
         return jnp.sum(case.run(inputs, state, reset, scale=scale)[0])
 
-    with jax.checking_leaks():
+    with checking_leaks():
         # Traced only: under this check nothing is cached, and compiling would trace many times.
         jax.jit(jax.grad(total, argnums=(0, 1))).trace(inputs, 0.3)
         case.run(inputs, state, reset, scale=0.3)

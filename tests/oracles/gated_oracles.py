@@ -6,7 +6,7 @@ comes from seqjax.
 
 import numpy as np
 
-from tests.oracles.layer_oracles import _f64, _resets, _sigmoid
+from tests.oracles.layer_oracles import _f64, _resets, _sigmoid, _silu
 
 
 def token_shift(layer, params, x, reset=None):
@@ -56,4 +56,103 @@ def _conv(taps, x, reset):
             start = t if reset[b, t] else start
             for j in range(min(len(taps), t - start + 1)):
                 y[b, t] += taps[j] * x[b, t - j]
+    return y
+
+
+def _scan(decay, u, reset):
+    """Return h_t = decay_t h_{t-1} + u_t for [B, T, ...] arrays."""
+    h = np.zeros_like(u)
+    for b, t in np.ndindex(u.shape[:2]):
+        before = 0 if t == 0 or reset[b, t] else h[b, t - 1]
+        h[b, t] = decay[b, t] * before + u[b, t]
+    return h
+
+
+def _out(p, h):
+    return h @ p["out_proj"] if "out_proj" in p else h
+
+
+def _positive(layer, u):
+    return np.where(u >= 0, u + 0.5, _sigmoid(u)) if layer.positive else u
+
+
+def mingru(layer, params, x, reset=None):
+    """h = (1 - z) h + z g(x W_h) (arXiv 2410.01201)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    z = _sigmoid(x @ p["gate_proj"])
+    return _out(p, _scan(1 - z, z * _positive(layer, x @ p["hidden_proj"]), reset))
+
+
+def minlstm(layer, params, x, reset=None):
+    """h = f / (f + i) h + i / (f + i) g(x W_h) (arXiv 2410.01201)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    f, i = _sigmoid(x @ p["forget_proj"]), _sigmoid(x @ p["input_proj"])
+    candidate = _positive(layer, x @ p["hidden_proj"])
+    return _out(p, _scan(f / (f + i), i / (f + i) * candidate, reset))
+
+
+def hgrn(layer, params, x, reset=None, bound=0.0):
+    """h = f h + (1 - f) silu(x W_i) with f in [bound, 1] (arXiv 2311.04823)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    f = bound + (1 - bound) * _sigmoid(x @ p["forget_proj"])
+    h = _scan(f, (1 - f) * _silu(x @ p["input_proj"]), reset)
+    h = h / np.sqrt(np.mean(h * h, axis=-1, keepdims=True) + layer.norm_eps) * p["norm"]
+    return (h * _silu(x @ p["gate_proj"])) @ p["out_proj"]
+
+
+def qrnn(layer, params, x, reset=None):
+    """c = f c + (1 - f) z; h = o c, gates from two inputs (arXiv 1611.01576)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    previous = np.zeros_like(x)
+    previous[:, 1:] = x[:, :-1]
+    previous[reset] = 0
+    u = np.concatenate([x, previous], axis=-1) @ np.concatenate([p["in_proj"], p["previous_proj"]])
+    z, f, o = np.split(u + p["bias"], 3, axis=-1)
+    f = _sigmoid(f)
+    return _out(p, _sigmoid(o) * _scan(f, (1 - f) * np.tanh(z), reset))
+
+
+def quasi_lstm(layer, params, x, reset=None):
+    """c = f c + i z; h = o tanh(c) (arXiv 2309.11197)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    f, i, z, o = np.split(x @ p["in_proj"] + p["bias"], 4, axis=-1)
+    c = _scan(_sigmoid(f), _sigmoid(i) * np.tanh(z), reset)
+    return (_sigmoid(o) * np.tanh(c)) @ p["out_proj"] + p["out_bias"]
+
+
+def ffm(layer, params, x, reset=None):
+    """S = exp(-a + i omega) S + p for every decay and frequency (arXiv 2310.04128)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+
+    def linear(name):
+        return x @ p[f"{name}_proj"] + p[f"{name}_bias"]
+
+    decay = np.exp(-np.exp(p["log_decay"])[:, None] + 1j * p["omega"][None, :])
+    u = linear("memory") * _sigmoid(linear("input_gate"))
+    shape = (*x.shape[:2], layer.memory_dim, layer.contexts)
+    memory = _scan(
+        np.broadcast_to(decay, shape), np.broadcast_to(u[..., None], shape).astype(complex), reset
+    ).reshape(*x.shape[:2], -1)
+    z = (memory @ (p["mix_proj"][0] + 1j * p["mix_proj"][1])).real + p["mix_bias"]
+    z = z - z.mean(-1, keepdims=True)
+    z = z / np.sqrt((z**2).mean(-1, keepdims=True) + layer.norm_eps)
+    g = _sigmoid(linear("gate"))
+    return g * z + (1 - g) * linear("skip")
+
+
+def sru(layer, params, x, reset=None):
+    """c = f c + (1 - f) x W; h = r c + (1 - r) s x, gates that see c (arXiv 1709.02755)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    scale = np.sqrt(1 + 2 * np.exp(layer.highway_bias))
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            if t == 0 or reset[b, t]:
+                c = np.zeros(layer.states)
+            x_t = x[b, t]
+            f = _sigmoid(x_t @ p["forget_proj"] + p["v_f"] * c + p["forget_bias"])
+            r = _sigmoid(x_t @ p["reset_proj"] + p["v_r"] * c + p["reset_bias"])
+            c = f * c + (1 - f) * (x_t @ p["in_proj"])
+            skip = x_t @ p["skip_proj"] if "skip_proj" in p else scale * x_t
+            y[b, t] = _out(p, r * c + (1 - r) * skip)
     return y

@@ -36,9 +36,10 @@ def chunk_scan(
     length = jax.tree.leaves(xs)[0].shape[1]
     # A symbolic T, under `jax.export`, is known to be a multiple of 1 only.
     chunk_size = min(chunk_size, length) if isinstance(length, int) else 1
-    whole = length // chunk_size * chunk_size
+    count = length // chunk_size
+    whole = count * chunk_size
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
-    blocks = jax.tree.map(lambda x: x[:whole].reshape(-1, chunk_size, *x.shape[1:]), xs)
+    blocks = jax.tree.map(lambda x: x[:whole].reshape(count, chunk_size, *x.shape[1:]), xs)
     advance = jax.checkpoint(advance, prevent_cse=False)
     state, ys = lax.scan(advance, state, blocks)
     ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)

@@ -63,6 +63,33 @@ def check_dtypes(op: str, given: Arrays, *, complex_ok: bool) -> None:
             )
 
 
+def check_time_axes(op: str, name: str, tree: Any) -> tuple[int, int]:
+    """Return (B, T) of a pytree of [B, T, ...] arrays; raise unless all leaves have the same."""
+    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(tree)]
+    if not shapes or any(len(s) < 2 or s[:2] != shapes[0][:2] or 0 in s[:2] for s in shapes):
+        raise ValueError(
+            f"{op}: every leaf of `{name}` must have shape [B, T, ...] with the same B and T >= 1,"
+            f" got {', '.join(map(str, shapes)) or 'none'}."
+        )
+    return shapes[0][0], shapes[0][1]
+
+
+def check_state_tree(op: str, state: Any, name: str, tree: Any) -> Any:
+    """Return the initial state as arrays; raise unless it has `tree`'s structure and [B, ...]."""
+    state = jax.tree.map(jnp.asarray, state)
+    wanted_tree: Any = jax.tree.structure(tree)
+    if wanted_tree != jax.tree.structure(state):
+        raise ValueError(
+            f"{op}: `initial_state` must have the structure of `{name}`, {describe_tree(tree)}, got"
+            f" {describe_tree(state)}."
+        )
+    wanted = [[x.shape[0], *x.shape[2:]] for x in jax.tree.leaves(tree)]
+    shapes = [list(leaf.shape) for leaf in jax.tree.leaves(state)]
+    if wanted != shapes:
+        raise ValueError(f"{op}: `initial_state` must have shapes {wanted}, got {shapes}.")
+    return state
+
+
 def check_reset(op: str, reset: Any, batch: int, length: int) -> jax.Array | None:
     """Return the reset as an array; raise unless it is boolean [B, T]."""
     if reset is None:

@@ -29,15 +29,17 @@ import jax.numpy as jnp
 from seqjax.ops.core import backends, jax_compat
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.kernel_op import kernel_call
-from seqjax.ops.elementwise.xla_algorithms import Form, run, unless_reset
+from seqjax.ops.elementwise.xla_algorithms import ScanOptions, run, unless_reset
 from seqjax.types import Array
 
 XLA = backends.Backend("linear_scan")
 BlockSizes = tuple[int, int] | None
 
 
-def _abstract(a: Any, x: Any, h0: Any, *reset: Any, form: Form, **_: Any) -> tuple[Any, Any]:
-    return x.update(dtype=form.out_dtype, weak_type=False), h0.update(weak_type=False)
+def _abstract(
+    a: Any, x: Any, h0: Any, *reset: Any, options: ScanOptions, **_: Any
+) -> tuple[Any, Any]:
+    return x.update(dtype=options.out_dtype, weak_type=False), h0.update(weak_type=False)
 
 
 def _implementation(
@@ -46,23 +48,23 @@ def _implementation(
     x: jax.Array,
     h0: jax.Array,
     *rest: jax.Array,
-    form: Form,
+    options: ScanOptions,
     backend: backends.Backend,
     block_sizes: BlockSizes,
 ) -> tuple[jax.Array, jax.Array]:
     reset = rest[0] if rest else None
     if not backends.runs_kernel(backend, target, a, x, h0):
-        return run(a, x, h0, reset, form, platform=target.platform)
+        return run(a, x, h0, reset, options, platform=target.platform)
     a_parts, x_parts, state = _parts(h0.dtype, a, x, h0)
     y, final = backend.kernels(target).scan(
         a_parts,
         x_parts,
         state,
         reset,
-        post=form.post,
-        reverse=form.reverse,
-        out_dtype=jnp.finfo(form.out_dtype).dtype,
-        blocks=block_sizes,
+        post=options.post,
+        reverse=options.reverse,
+        out_dtype=jnp.finfo(options.out_dtype).dtype,
+        block_sizes=block_sizes,
         interpret=backend.interpret,
     )
     return _whole(y), _whole(final)
@@ -89,7 +91,7 @@ def recurrence(
     x: jax.Array,
     h0: jax.Array,
     reset: jax.Array | None,
-    form: Form,
+    options: ScanOptions,
     backend: backends.Backend = XLA,
     block_sizes: BlockSizes = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -100,7 +102,10 @@ def recurrence(
     """
     operands = (a, x, h0) if reset is None else (a, x, h0, reset)
     y, final = recurrence_p.bind(
-        *jax_compat.match_varying(*operands), form=form, backend=backend, block_sizes=block_sizes
+        *jax_compat.match_varying(*operands),
+        options=options,
+        backend=backend,
+        block_sizes=block_sizes,
     )
     return y, final
 
@@ -110,7 +115,7 @@ def scan(
     x: Array,
     h0: Array,
     reset: Array | None,
-    form: Form,
+    options: ScanOptions,
     backend: backends.Backend,
     block_sizes: BlockSizes,
 ) -> tuple[Array, Array]:
@@ -120,10 +125,10 @@ def scan(
     in forward mode.
     """
     if backend.mode is backends.Mode.OFF:
-        return recurrence(a, x, h0, reset, form)
+        return recurrence(a, x, h0, reset, options)
 
     def forward(a: Array, x: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
-        return recurrence(a, x, h0, reset, form, backend, block_sizes)
+        return recurrence(a, x, h0, reset, options, backend, block_sizes)
 
     def adjoint(args: Any, outputs: Any, _: Any, cotangents: Any) -> list[Array]:
         a, x, h0, reset = args
@@ -132,9 +137,9 @@ def scan(
         def by_xla(
             a: Array, y: Array, h0: Array, reset: Any, dy: Array, d_final: Array
         ) -> list[Array]:
-            backwards = form._replace(post=True, reverse=not form.reverse, out_dtype=h0.dtype)
+            backwards = options._replace(post=True, reverse=not options.reverse, out_dtype=h0.dtype)
             dx, dh0 = recurrence(a, dy, d_final, reset, backwards, backend, block_sizes)
-            da = dx * unless_reset(reset, shift(h0, y.astype(h0.dtype), form.reverse))
+            da = dx * unless_reset(reset, shift(h0, y.astype(h0.dtype), options.reverse))
             shared = tuple(axis for axis in (0, 1) if a.shape[axis] == 1)
             da = jnp.sum(da, axis=shared, keepdims=True) if shared else da
             return [_cast(ct, value) for ct, value in zip((da, dx, dh0), like, strict=True)]
@@ -149,9 +154,9 @@ def scan(
                 reset,
                 dy,
                 d_final,
-                reverse=form.reverse,
+                reverse=options.reverse,
                 out_dtype=jnp.finfo(like[1].dtype).dtype,
-                blocks=block_sizes,
+                block_sizes=block_sizes,
                 interpret=backend.interpret,
             )
             return [_cast(_whole(ct), value) for ct, value in zip(found, like, strict=True)]
@@ -190,18 +195,18 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> tuple[Any, Any]:
     dx = None if type(dx) is zero else dx
     dh0 = jnp.zeros_like(h0) if type(dh0) is zero else dh0
     dfinal = None
-    form = params["form"]
+    options = params["options"]
     # A discarded state may be NaN. Select before multiplying: the cotangent of `a` would otherwise
     # be zero times NaN.
     if type(da) is not zero:
         cleared = reset[0] if reset else None
-        if form.post:  # c_{t+1} = a_t y_t: the term enters one step later
+        if options.post:  # c_{t+1} = a_t y_t: the term enters one step later
             extra = da.astype(dtype) * unless_reset(cleared, y.astype(dtype))
-            last = 0 if form.reverse else -1
+            last = 0 if options.reverse else -1
             dfinal = extra[:, last]
-            extra = shift(jnp.zeros_like(h0), extra, form.reverse)
+            extra = shift(jnp.zeros_like(h0), extra, options.reverse)
         else:
-            before = shift(h0, y.astype(dtype), form.reverse)
+            before = shift(h0, y.astype(dtype), options.reverse)
             extra = da.astype(dtype) * unless_reset(cleared, before)
         dx = extra if dx is None else extra + dx.astype(dtype)
     if dx is None:
@@ -215,11 +220,11 @@ def _transpose(cotangents: Any, a: Any, x: Any, h0: Any, *reset: Any, **params: 
     zero = jax_compat.Zero
     x_aval = x.aval if jax_compat.ad.is_undefined_primal(x) else jax.typeof(x)
     h_aval = h0.aval if jax_compat.ad.is_undefined_primal(h0) else jax.typeof(h0)
-    form = params["form"]
-    ct_y = jnp.zeros(x_aval.shape, form.out_dtype) if type(ct_y) is zero else ct_y
+    options = params["options"]
+    ct_y = jnp.zeros(x_aval.shape, options.out_dtype) if type(ct_y) is zero else ct_y
     ct_final = jnp.zeros(h_aval.shape, h_aval.dtype) if type(ct_final) is zero else ct_final
-    params["form"] = form._replace(
-        post=not form.post, reverse=not form.reverse, out_dtype=x_aval.dtype
+    params["options"] = options._replace(
+        post=not options.post, reverse=not options.reverse, out_dtype=x_aval.dtype
     )
     ct_x, ct_h0 = recurrence_p.bind(*jax_compat.match_varying(a, ct_y, ct_final, *reset), **params)
     return (

@@ -11,7 +11,7 @@ from pallas_kernels.gpu import whole_rows
 from pallas_kernels.linear_scan import faster_on_gpu
 from seqjax.ops.core import backends, checks, explicit_mesh, jax_compat, sequence_parallel
 from seqjax.ops.elementwise.linear_recurrence import scan
-from seqjax.ops.elementwise.xla_algorithms import Form
+from seqjax.ops.elementwise.xla_algorithms import ScanOptions
 from seqjax.types import Array, Inexact, Reset
 
 PATTERNS = {"x": "B T D", "decay": "B T D | T D | D", "initial_state": "B D"}
@@ -119,13 +119,15 @@ def linear_scan(
         # Block sizes for a TPU raise on GPU, so there a call with `block_sizes` must name "pallas".
         excluded=() if block_sizes is None and _pays_off_on_gpu(sizes, dtypes) else ("hopper",),
     )
-    form = Form(out, reverse=reverse, algorithm=algorithm, chunk_size=chunk_size, unroll=unroll)
+    options = ScanOptions(
+        out, reverse=reverse, algorithm=algorithm, chunk_size=chunk_size, unroll=unroll
+    )
     return _scan(
         decay,
         given["x"],
         h0,
         reset,
-        form=form,
+        options=options,
         backend=backend,
         block_sizes=block_sizes,
         sequence_axis=sequence_axis,
@@ -158,26 +160,26 @@ def _check_block_sizes(block_sizes: tuple[int, int] | None, features: int) -> No
         )
 
 
-@functools.partial(jax.jit, static_argnames=("form", "backend", "block_sizes", "sequence_axis"))
+@functools.partial(jax.jit, static_argnames=("options", "backend", "block_sizes", "sequence_axis"))
 def _scan(
     a: Array,
     x: Array,
     h0: Array,
     reset: Array | None,
     *,
-    form: Form,
+    options: ScanOptions,
     backend: backends.Backend,
     block_sizes: tuple[int, int] | None,
     sequence_axis: str | None,
 ) -> tuple[Array, Array]:
     if sequence_axis is None:
-        return scan(a, x, h0, reset, form, backend, block_sizes)
+        return scan(a, x, h0, reset, options, backend, block_sizes)
     a, x, h0, reset = jax_compat.match_varying(a, x, h0, reset)
 
     def shard(h0: Array, x: Array = x) -> tuple[Array, Array]:
-        return scan(a, x, h0, reset, form, backend, block_sizes)
+        return scan(a, x, h0, reset, options, backend, block_sizes)
 
     _, transition = shard(jnp.ones_like(h0), jnp.zeros_like(x))
     return sequence_parallel.run_split(
-        shard, transition, h0, reset, sequence_axis, reverse=form.reverse
+        shard, transition, h0, reset, sequence_axis, reverse=options.reverse
     )

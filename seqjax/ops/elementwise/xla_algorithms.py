@@ -14,8 +14,8 @@ from jax import lax
 ASSOCIATIVE_BYTES = 2 * 2**30  # of states, at most, for the associative algorithm on GPU
 
 
-class Form(NamedTuple):
-    """The form of the recurrence and how XLA runs it.
+class ScanOptions(NamedTuple):
+    """The form and direction of a recurrence, and the algorithm that XLA runs.
 
     Attributes:
       out_dtype: dtype of the outputs y.
@@ -39,16 +39,16 @@ def run(
     x: jax.Array,
     h0: jax.Array,
     reset: jax.Array | None,
-    form: Form,
+    options: ScanOptions,
     platform: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run the recurrence with the algorithm of the form, by default the platform's fastest."""
-    algorithm = form.algorithm or choose(x.shape, h0.dtype, platform)
+    """Run the recurrence with the algorithm of the options, by default the platform's fastest."""
+    algorithm = options.algorithm or choose(x.shape, h0.dtype, platform)
     if algorithm == "sequential":
-        return _sequential(a, x, h0, reset, form)
+        return _sequential(a, x, h0, reset, options)
     if algorithm == "associative":
-        return _associative(a, x, h0, reset, form)
-    return _chunked(a, x, h0, reset, form)
+        return _associative(a, x, h0, reset, options)
+    return _chunked(a, x, h0, reset, options)
 
 
 def choose(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
@@ -69,7 +69,7 @@ def choose(shape: tuple[int, ...], dtype: Any, platform: str) -> str:
 
 
 def _sequential(
-    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
+    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, options: ScanOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Run a loop over time without transposes, `unroll` steps per iteration.
 
@@ -79,40 +79,40 @@ def _sequential(
     """
     length = x.shape[1]
     # A symbolic T is known to be divisible by 1 only.
-    unroll = form.unroll or (1 if form.post else 4)
+    unroll = options.unroll or (1 if options.post else 4)
     unroll = min(unroll, length) if isinstance(length, int) else 1
 
     def advance(start: Any, rows: int, h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first = jnp.uint32(length - rows) - start if form.reverse else start
+        first = jnp.uint32(length - rows) - start if options.reverse else start
         outs: list[jax.Array] = [h] * rows
-        for i in range(rows)[:: -1 if form.reverse else 1]:
+        for i in range(rows)[:: -1 if options.reverse else 1]:
             # Slice row by row: XLA would copy a slice of the whole block.
             decay, value = (
                 _rows(v, first + jnp.uint32(i), 1)[:, 0].astype(h0.dtype) for v in (a, x)
             )
             cut = None if reset is None else _rows(reset, first + jnp.uint32(i), 1)[:, 0]
-            out, h = _step(decay, value, h, cut, form.post)
-            outs[i] = out.astype(form.out_dtype)
+            out, h = _step(decay, value, h, cut, options.post)
+            outs[i] = out.astype(options.out_dtype)
         return h, _write_rows(y, jnp.stack(outs, axis=1), first)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # An unsigned index saves a kernel call per step: XLA need not handle negative indices.
         return advance(i.astype(jnp.uint32) * jnp.uint32(unroll), unroll, *carry)
 
-    h, y = lax.fori_loop(0, length // unroll, body, (h0, _buffer(x, form)))
+    h, y = lax.fori_loop(0, length // unroll, body, (h0, _buffer(x, options)))
     rest = length % unroll
     if rest:
         h, y = advance(jnp.uint32(length - rest), rest, h, y)
     return y, h
 
 
-def _buffer(x: jax.Array, form: Form) -> jax.Array:
+def _buffer(x: jax.Array, options: ScanOptions) -> jax.Array:
     """Return the array that the loop overwrites with its outputs.
 
     The initial value differs between the forward and the backward loop. XLA would merge two equal
     buffers into one and copy it for each loop.
     """
-    return jnp.full_like(x, 1 if form.post else 0, form.out_dtype)
+    return jnp.full_like(x, 1 if options.post else 0, options.out_dtype)
 
 
 def _step(
@@ -147,17 +147,17 @@ def _write_rows(array: jax.Array, rows: jax.Array, first: Any) -> jax.Array:
 
 
 def _associative(
-    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
+    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, options: ScanOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Run `lax.associative_scan` over the maps h -> where(reset, 0, decay h) + x."""
     length = x.shape[1]
     a = jnp.broadcast_to(a.astype(h0.dtype), (a.shape[0], length, a.shape[2]))
     x = x.astype(h0.dtype)
-    first, last = (length - 1, 0) if form.reverse else (0, length - 1)
+    first, last = (length - 1, 0) if options.reverse else (0, length - 1)
     end_decay, end_cut = a[:, last], None if reset is None else reset[:, last]
-    if form.post:  # the decay follows the output: y_t = a_{t-1} y_{t-1} + x_t
+    if options.post:  # the decay follows the output: y_t = a_{t-1} y_{t-1} + x_t
         entering = h0
-        back = -1 if form.reverse else 1
+        back = -1 if options.reverse else 1
         a = jnp.roll(a, back, axis=1)
         if reset is not None:
             reset = jnp.roll(reset, back, axis=1).at[:, first].set(False)
@@ -177,30 +177,30 @@ def _associative(
             return early[0] * late[0], carried + late[1], early[2] | late[2]
 
         elements = (a, x, reset[..., None])
-    y = lax.associative_scan(combine, elements, axis=1, reverse=form.reverse)[1]
+    y = lax.associative_scan(combine, elements, axis=1, reverse=options.reverse)[1]
     final = y[:, last]
-    if form.post:
+    if options.post:
         final = unless_reset(end_cut, end_decay * final)
-    return y.astype(form.out_dtype), final
+    return y.astype(options.out_dtype), final
 
 
 def _chunked(
-    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, form: Form
+    a: jax.Array, x: jax.Array, h0: jax.Array, reset: jax.Array | None, options: ScanOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Run chunk after chunk, with log depth inside a chunk and temporaries of a chunk's size."""
     length = x.shape[1]
-    chunk_size = min(form.chunk_size or 256, length)
+    chunk_size = min(options.chunk_size or 256, length)
 
     def advance(start: Any, rows: int, h: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first = length - rows - start if form.reverse else start
+        first = length - rows - start if options.reverse else start
         block = (_rows(a, first, rows), _rows(x, first, rows), h, _rows(reset, first, rows))
-        out, h = _associative(*block, form)
+        out, h = _associative(*block, options)
         return h, _write_rows(y, out, first)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return advance(i.astype(jnp.uint32) * jnp.uint32(chunk_size), chunk_size, *carry)
 
-    h, y = lax.fori_loop(0, length // chunk_size, body, (h0, _buffer(x, form)))
+    h, y = lax.fori_loop(0, length // chunk_size, body, (h0, _buffer(x, options)))
     rest = length % chunk_size
     if rest:
         h, y = advance(jnp.uint32(length - rest), rest, h, y)

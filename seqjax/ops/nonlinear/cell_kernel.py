@@ -44,7 +44,7 @@ def by_kernel(
 
     def forward(kernels: Any, *args: Any, save: bool) -> Any:
         *outputs, states = kernels.scan(
-            cell, *args, out_dtype=out_dtype, keep=save, interpret=backend.interpret
+            cell, *args, out_dtype=out_dtype, save_states=save, interpret=backend.interpret
         )
         return tuple(outputs), states if save else ()
 

@@ -15,12 +15,13 @@ exact or "dense".
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.jaxpr_interpreter import interpret, primitive_names
 from seqjax.ops.core import checks
 from seqjax.types import PyTree
 
@@ -29,126 +30,33 @@ Step = Callable[[jax.Array], jax.Array]
 MIXED = -1  # the mark of a value that mixes channels; None marks independence of the state
 
 # Operations that act elementwise, on operands of one shape or scalars.
-_ELEMENTWISE = frozenset(
-    [
-        "abs",
-        "acos",
-        "acosh",
-        "add",
-        "add_any",
-        "and",
-        "asin",
-        "asinh",
-        "atan",
-        "atan2",
-        "atanh",
-        "cbrt",
-        "ceil",
-        "clamp",
-        "convert_element_type",
-        "copy",
-        "cos",
-        "cosh",
-        "digamma",
-        "div",
-        "eq",
-        "erf",
-        "erf_inv",
-        "erfc",
-        "exp",
-        "exp2",
-        "expm1",
-        "floor",
-        "ge",
-        "gt",
-        "integer_pow",
-        "is_finite",
-        "le",
-        "lgamma",
-        "log",
-        "log1p",
-        "logistic",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "nextafter",
-        "not",
-        "or",
-        "pow",
-        "real",
-        "reduce_precision",
-        "rem",
-        "round",
-        "rsqrt",
-        "select_n",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "sub",
-        "tan",
-        "tanh",
-        "xor",
-    ]
-)
-_CALLS = frozenset(
-    [
-        "jit",
-        "pjit",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "remat",
-        "checkpoint",
-        "remat2",
-    ]
+_ELEMENTWISE = primitive_names(
+    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp "
+    "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge "
+    "gt integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or "
+    "pow real reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient "
+    "sub tan tanh xor"
 )
 _REDUCTIONS = ("reduce_", "argmax", "argmin")
 
 
-def keeps_channels_apart(jaxpr: Any, state: int) -> bool:
+def keeps_channels_apart(program: Any, state: int) -> bool:
     """Return whether channel i of the only output depends on channel i of input `state` alone."""
-    marks: list[int | None] = [None] * len(jaxpr.invars)
+    marks: list[int | None] = [None] * len(program.jaxpr.invars)
     marks[state] = 0
-    return _follow(jaxpr, marks)[0] in (0, None)
+    [out] = interpret(program, marks, lambda _: None, _through)
+    return out in (0, None)
 
 
-def _follow(jaxpr: Any, marks: list[int | None]) -> list[int | None]:
-    known: dict[Any, int | None] = dict(zip(jaxpr.invars, marks, strict=True))
-
-    def mark(value: Any) -> int | None:
-        return known.get(value) if not hasattr(value, "val") else None
-
-    for eqn in jaxpr.eqns:
-        ins = [mark(v) for v in eqn.invars]
-        if all(m is None for m in ins):
-            outs: list[int | None] = [None] * len(eqn.outvars)
-        elif MIXED in ins:
-            outs = [MIXED] * len(eqn.outvars)
-        else:
-            outs = _through(eqn, ins)
-        known.update(zip(eqn.outvars, outs, strict=True))
-    return [mark(v) for v in jaxpr.outvars]
-
-
-def _through(eqn: Any, ins: list[int | None]) -> list[int | None]:
+def _through(eqn: Any, ins: Sequence[int | None]) -> list[int | None]:
     """Return the marks of an operation's results; MIXED for unsupported operations."""
-    name, params = eqn.primitive.name, eqn.params
-    if name in _CALLS:
-        inner = params.get("jaxpr", params.get("call_jaxpr"))
-        if inner is not None:
-            return _follow(getattr(inner, "jaxpr", inner), ins)
+    name, params, count = eqn.primitive.name, eqn.params, len(eqn.outvars)
     axes = {m for m in ins if m is not None}
-    position = next((i for i, m in enumerate(ins) if m is not None), 0)
-    count = len(eqn.outvars)
-    if len(axes) > 1:
+    if not axes:
+        return [None] * count
+    if MIXED in axes or len(axes) > 1:
         return [MIXED] * count
+    position = next(i for i, m in enumerate(ins) if m is not None)
     axis, shape = axes.pop(), eqn.invars[position].aval.shape
     alone = sum(m is not None for m in ins) == 1
     out = MIXED
@@ -273,7 +181,7 @@ def resolve(
             " `params`."
         )
     position = len(jax.tree.leaves(args[0]))
-    apart = keeps_channels_apart(closed.jaxpr, position)
+    apart = keeps_channels_apart(closed, position)
     structured = "diagonal" if h0.ndim == 2 else "block"
     if declared == "auto":
         declared = getattr(cell, "structure", structured if apart else "dense")

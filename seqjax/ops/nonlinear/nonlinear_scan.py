@@ -374,21 +374,14 @@ def _widened(x: Array, dtype: Any) -> Array:
 
 
 def _check_arrays(op: str, params: PyTree, xs: PyTree, h0: Array) -> tuple[int, int, Any]:
-    leaves = jax.tree.leaves(xs)
     if h0.ndim not in (2, 3) or 0 in h0.shape:
         raise ValueError(
             f"{op}: `initial_state` must have shape [B, D] or [B, D, k], got {list(h0.shape)}."
         )
-    lead: tuple[int, ...] = leaves[0].shape[:2] if leaves else ()
-    if any(x.ndim < 2 or x.shape[:2] != lead or 0 in x.shape[:2] for x in leaves) or len(lead) < 2:
-        shapes = ", ".join(str(list(x.shape)) for x in leaves)
+    batch, length = checks.check_time_axes(op, "xs", xs)
+    if batch != h0.shape[0]:
         raise ValueError(
-            f"{op}: every leaf of `xs` must have shape [B, T, ...] with the same B and T >= 1,"
-            f" got {shapes or 'none'}."
-        )
-    if lead[0] != h0.shape[0]:
-        raise ValueError(
-            f"{op}: `initial_state` must have shape [B={lead[0]}, ...], got {list(h0.shape)}."
+            f"{op}: `initial_state` must have shape [B={batch}, ...], got {list(h0.shape)}."
         )
     floats = {"initial_state": h0} | {
         f"xs[{i}]": x for i, x in enumerate(jacobian_structure.float_leaves(xs))
@@ -397,4 +390,4 @@ def _check_arrays(op: str, params: PyTree, xs: PyTree, h0: Array) -> tuple[int, 
     checks.check_dtypes(op, floats, complex_ok=False)
     if not jacobian_structure.float_leaves(xs):
         raise ValueError(f"{op}: `xs` must hold at least one floating-point array.")
-    return lead[0], lead[1], checks.state_dtype(*floats.values())
+    return batch, length, checks.state_dtype(*floats.values())
