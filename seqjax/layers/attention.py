@@ -21,7 +21,7 @@ class Attention(Layer):
     """Causal softmax attention (arXiv 1706.03762) with grouped keys and values (2305.13245).
 
         q_t, k_t, v_t = x_t W_q, x_t W_k, x_t W_v       H heads of q; `kv_heads` heads of k and v
-        q_t, k_t = rms(q_t) * g_q, rms(k_t) * g_k       per head, with `qk_norm`
+        q_t, k_t = rms(q_t) * g_q, rms(k_t) * g_k       with `qk_norm`
         p_ts = softmax_s(scale * <R_t q_t, R_s k_s>)    s <= t, no reset in (s, t]
         o_t = sum_s p_ts v_s
         y_t = (o_t * sigmoid(x_t W_g)) W_o              gate with `output_gate`
@@ -43,7 +43,7 @@ class Attention(Layer):
 
     Parameters: q_proj [dim, H * K], k_proj, v_proj [dim, kv_heads * K], out_proj [H * K, dim]; with
     `bias` q_bias, k_bias, v_bias, with `out_bias` out_bias [dim]; with `qk_norm` q_norm, k_norm
-    [K]; with `output_gate` gate_proj [dim, H * K].
+    [K], or for all heads [H * K] and [kv_heads * K]; with `output_gate` gate_proj [dim, H * K].
     State: {"k", "v": [B, S, kv_heads, K], "valid": [B, S] bool}. Without a window S = `capacity`,
     with the oldest position first and keys after rotation. With one S = window - 1, with the newest
     position last and keys before rotation.
@@ -67,7 +67,8 @@ class Attention(Layer):
       rotary_dim: number of rotated features R, even; by default all of a head, 0 for none.
       rope_base: base of the rotary frequencies.
       scale: factor of the scores; by default 1 / sqrt(K).
-      qk_norm: 'rms' or 'rms_offset' (a scale of 1 + g) for RMS norms of q and k, or None.
+      qk_norm: RMS norms of q and k: 'rms' or 'rms_offset' (a scale of 1 + g) for each head,
+        'rms_all_heads' for all heads together; None for no norms.
       norm_eps: constant added to the mean squares in these norms.
       output_gate: whether to multiply the output by a sigmoid gate.
       bias: whether the projections to q, k and v have biases.
@@ -83,7 +84,7 @@ class Attention(Layer):
     rotary_dim: int | None = None
     rope_base: float = 10000.0
     scale: float | None = None
-    qk_norm: Literal["rms", "rms_offset"] | None = None
+    qk_norm: Literal["rms", "rms_offset", "rms_all_heads"] | None = None
     norm_eps: float = 1e-6
     output_gate: bool = False
     bias: bool = False
@@ -115,7 +116,7 @@ class Attention(Layer):
             )
         _checks.require(self, self.rope_base > 1, f"`rope_base` must be > 1, got {self.rope_base}.")
         if self.qk_norm is not None:
-            _checks.one_of(self, "qk_norm", self.qk_norm, ("rms", "rms_offset"))
+            _checks.one_of(self, "qk_norm", self.qk_norm, ("rms", "rms_offset", "rms_all_heads"))
         _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
 
     @property
@@ -161,9 +162,12 @@ class Attention(Layer):
         if self.out_bias:
             params["out_bias"] = Param((self.dim,), ("embed",), "bias", _init.zeros)
         if self.qk_norm is not None:
-            start = _init.ones if self.qk_norm == "rms" else _init.zeros
-            norm = Param((self.key_dim,), ("head_dim",), "norm", start)
-            params |= {"q_norm": norm, "k_norm": norm}
+            start = _init.zeros if self.qk_norm == "rms_offset" else _init.ones
+            for name in ("q", "k"):
+                width, axis = (
+                    widths[name] if self.qk_norm == "rms_all_heads" else (self.key_dim, "head_dim")
+                )
+                params[f"{name}_norm"] = Param((width,), (axis,), "norm", start)
         return params
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
@@ -207,6 +211,8 @@ class Attention(Layer):
 
     def _normed(self, z: jax.Array, scale: jax.Array) -> jax.Array:
         scale = scale.astype(state_dtype(z.dtype))
+        if self.qk_norm == "rms_all_heads":
+            return rms_normalize(z.reshape(*z.shape[:2], -1), scale, self.norm_eps).reshape(z.shape)
         return rms_normalize(z, 1 + scale if self.qk_norm == "rms_offset" else scale, self.norm_eps)
 
 

@@ -70,7 +70,8 @@ class Architecture:
         """
         table = self._published()
         for variant in self.variants if stored is not None else ():
-            if variant.name.removeprefix("@") in set(stored or ()):
+            first = (*variant.pieces, variant.name)[0]
+            if first.removeprefix("@") in set(stored or ()):
                 table = [row for row in table if not set(row.params) & set(variant.params)]
                 table.append(variant)
         return table

@@ -26,6 +26,7 @@ class Tensors:
         self.folder = folder
         self._opened: tuple[pathlib.Path, Any] | None = None
         self._read = 0
+        self._joined: dict[str, list[str]] = {}
         self.names: dict[str, tuple[pathlib.Path, str, tuple[int, ...]]] = {}
         for path, listed in _files(folder):
             found = self._header(path)
@@ -55,6 +56,29 @@ class Tensors:
             found[name] = (path, stored.get_dtype(), tuple(stored.get_shape()))
         return found
 
+    def join(self, names: list[str]) -> str:
+        """Return the name of a tensor with the rows of several tensors, one after the other.
+
+        Raises:
+          ValueError: if a tensor is missing, or they differ in dtype or the shape of a row.
+        """
+        for name in names:
+            if name not in self.names:
+                raise ValueError(f"load: checkpoint must have the tensor `{name}`, got none.")
+        path, dtype, first = self.names[names[0]]
+        for name in names:
+            _, other, shape = self.names[name]
+            if (other, shape[1:]) != (dtype, first[1:]):
+                raise ValueError(
+                    f"load: tensor `{name}` must have the dtype and the rows of `{names[0]}`, got"
+                    f" {other} of shape {list(shape)}."
+                )
+        joined = ", ".join(names)
+        count = sum(self.names[name][2][0] for name in names)
+        self._joined[joined] = names
+        self.names[joined] = (path, dtype, (count, *first[1:]))
+        return joined
+
     def blocks(
         self, name: str, rows: tuple[int, int], rest: tuple[slice, ...]
     ) -> Iterator[tuple[int, np.ndarray]]:
@@ -63,6 +87,17 @@ class Tensors:
         Yields:
           The first row of a piece, counted from rows[0], and the piece.
         """
+        if name in self._joined:
+            start = 0
+            for piece_name in self._joined[name]:
+                count = self.names[piece_name][2][0]
+                low, high = max(rows[0], start), min(rows[1], start + count)
+                if low < high:
+                    inner = (low - start, high - start)
+                    for offset, piece in self.blocks(piece_name, inner, rest):
+                        yield low - rows[0] + offset, piece
+                start += count
+            return
         path, dtype, shape = self.names[name]
         row_bytes = np.dtype(DTYPES[dtype]).itemsize * int(np.prod(shape[1:], dtype=np.int64))
         count = max(_CHUNK // max(row_bytes, 1), 1)

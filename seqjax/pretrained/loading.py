@@ -141,7 +141,13 @@ def _stored_names(
 ) -> dict[str, str]:
     """Return the stored name of each tensor of the table; check that nothing is missing or left."""
     stored: dict[str, str] = {}
+    pieces: set[str] = set()
     for tensor in table:
+        if tensor.pieces:
+            names = [name.replace("@", source.prefix) for name in tensor.pieces]
+            stored[tensor.name] = tensors.join(names)
+            pieces |= set(names)
+            continue
         names = [name.replace("@", source.prefix) for name in (tensor.name, *tensor.aliases)]
         found = [name for name in names if name in tensors.names]
         if not found:
@@ -150,7 +156,7 @@ def _stored_names(
                 f" config.json describes a model of type {source!r} with it."
             )
         stored[tensor.name] = found[0]
-    left = set(tensors.names) - set(stored.values())
+    left = set(tensors.names) - set(stored.values()) - pieces
     if architecture.tie_embeddings:
         left.discard(architecture.head)  # the embedding has the same values
     left = {name for name in left if not source.family.ignores(name)}

@@ -32,6 +32,8 @@ class Tensor:
       groups: the number of runs.
       aliases: other names that are accepted when reading.
       shape: the stored shape, if the reference stores rows with extra axes of length 1.
+      pieces: the stored tensors whose rows, one after the other, are those of this tensor; by
+        default the tensor itself is stored.
       wide: whether the parameters are at least float32, as the reference requires.
     """
 
@@ -41,6 +43,7 @@ class Tensor:
     groups: int = 1
     aliases: tuple[str, ...] = ()
     shape: Shape | None = None
+    pieces: tuple[str, ...] = ()
     wide: bool = False
 
     def inside(self, stored: str, ours: str) -> "Tensor":
@@ -50,6 +53,7 @@ class Tensor:
             name=stored + self.name,
             params=tuple(ours + param for param in self.params),
             aliases=tuple(stored + alias for alias in self.aliases),
+            pieces=tuple(stored + piece for piece in self.pieces),
         )
 
 
@@ -67,7 +71,7 @@ def rows(
     groups: int = 1,
 ) -> Tensor:
     """Return the row of a tensor that is stored as our parameters are: vectors and tables."""
-    return Tensor(name, params, "rows", groups, tuple(aliases), shape, wide)
+    return Tensor(name, params, "rows", groups, tuple(aliases), shape, wide=wide)
 
 
 def conv(name: str, *params: str) -> Tensor:

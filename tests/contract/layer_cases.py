@@ -232,7 +232,7 @@ LAYERS = [
             window=5,
             rotary_dim=0,
             scale=0.7,
-            qk_norm="rms",
+            qk_norm="rms_all_heads",
             bias=True,
             out_bias=True,
         ),

@@ -83,7 +83,10 @@ def test_angles_at_large_positions_are_exact():
         ({"head_dim": 3}, "`head_dim` must be even for rotary positions, got 3"),
         ({"capacity": 0}, "`capacity` must be an integer >= 1, got 0"),
         ({"window": 0}, "`window` must be an integer >= 1, got 0"),
-        ({"qk_norm": "layer"}, "`qk_norm` must be one of 'rms', 'rms_offset', got 'layer'"),
+        (
+            {"qk_norm": "layer"},
+            "`qk_norm` must be one of 'rms', 'rms_offset', 'rms_all_heads', got 'layer'",
+        ),
         ({"rope_base": 1.0}, "`rope_base` must be > 1, got 1.0"),
     ],
 )

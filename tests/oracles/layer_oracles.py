@@ -230,7 +230,10 @@ def attention(layer, params, x, reset=None):
             return z
         if norm is not None:
             scale = p[f"{name}_norm"] + (1 if norm == "rms_offset" else 0)
+            if norm == "rms_all_heads":
+                z = z.reshape(len(x_b), 1, count * size)
             z = z / np.sqrt(np.mean(z * z, axis=-1, keepdims=True) + layer.norm_eps) * scale
+        z = z.reshape(len(x_b), count, size)
         return np.stack([rotate(z_t, t) for t, z_t in enumerate(z)])
 
     y = np.zeros_like(x)

@@ -9,6 +9,7 @@ from seqjax.pretrained.families.lfm2 import LFM2
 from seqjax.pretrained.families.mamba import FALCON_MAMBA, MAMBA
 from seqjax.pretrained.families.mamba2 import MAMBA2
 from seqjax.pretrained.families.nemotron_h import NEMOTRON_H
+from seqjax.pretrained.families.olmo_hybrid import OLMO_HYBRID
 from seqjax.pretrained.families.qwen3_5 import QWEN3_5
 from seqjax.pretrained.families.recurrent_gemma import RECURRENT_GEMMA
 from seqjax.pretrained.families.rwkv7 import RWKV7_FAMILY
@@ -24,6 +25,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mamba": MAMBA,
         "mamba2": MAMBA2,
         "nemotron_h": NEMOTRON_H,
+        "olmo_hybrid": OLMO_HYBRID,
         "qwen3_5": QWEN3_5,
         "qwen3_5_text": QWEN3_5,
         "recurrent_gemma": RECURRENT_GEMMA,

@@ -183,6 +183,19 @@ CASES = {
         "conv_bias": True,
         "layer_types": ["conv", "full_attention", "conv"],
     },
+    "olmo_hybrid": {
+        "model_type": "olmo_hybrid",
+        "pad_token_id": 0,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 20,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 4,
+    },
     "recurrent_gemma": {
         "model_type": "recurrent_gemma",
         "num_hidden_layers": 4,
@@ -315,8 +328,23 @@ def make(name):
     assert logits.dtype == torch.float32
     folder = FOLDER / name
     model.save_pretrained(folder)
+    if kind == "olmo_hybrid":
+        rename_as_published(folder / "model.safetensors", config.layer_types)
     (folder / "generation_config.json").unlink(missing_ok=True)
     finish(folder, tokens, logits)
+
+
+def rename_as_published(path, kinds):
+    """Give norms of attention layers the name that transformers reads, not the one it writes."""
+    from safetensors.torch import load_file, save_file
+
+    arrays = load_file(path)
+    for i, kind in enumerate(kinds):
+        prefix = f"model.layers.{i}."
+        if kind == "full_attention":
+            value = arrays.pop(prefix + "feedforward_layer_norm.weight")
+            arrays[prefix + "post_attention_layernorm.weight"] = value
+    save_file(arrays, path, metadata={"format": "pt"})
 
 
 def finish(folder, tokens, logits):
