@@ -95,7 +95,7 @@ class PrefixCache:
         Args:
           model, params, chunk_size: as in `seqjax.prefill`.
           tokens: [P] integers.
-          positions: numbers of tokens after which states are stored, besides the end.
+          positions: numbers of tokens after which states are stored, in addition to the end.
 
         Returns:
           `(logits, state)` [1, V] after the last token, for `generate` with a next prompt.

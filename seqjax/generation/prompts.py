@@ -179,7 +179,7 @@ def _read_ragged(
     lengths: jax.Array,
     chunk_size: int,
 ) -> Result:
-    """Read every row in pieces of its own; rows that need no piece of a size keep their state."""
+    """Read the rows in pieces; a row that needs no piece of a size keeps its state."""
     batch, length = tokens.shape
     spec = jax.eval_shape(lambda: model.apply(params, tokens[:, :1], state)[0])
     carry = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, spec.shape[-1]), spec.dtype), state

@@ -67,7 +67,7 @@ def choose(
     """Choose a token of each row.
 
     Args:
-      keys: [B] random keys; None takes the most likely token.
+      keys: [B] random keys; without keys the most likely token is chosen.
       logits: [B, V].
       seen: [B, V] bool, True for tokens that already occurred; used by the repetition penalty.
       sampling: the checked parameters.

@@ -93,7 +93,7 @@ def rows_with_meshes(quick, kind):
     """Parametrize by row and kind of mesh axes; the rows named in `quick` are not slow.
 
     One or two rows of each op, and one layer of each kind, run on both kinds of mesh. The other
-    rows run on `kind`: what differs between the kinds is code that all rows of an op share.
+    rows run on `kind`, because all rows of an op share the code that depends on the kind.
     """
     return pytest.mark.parametrize(
         ("case", "kind"),
