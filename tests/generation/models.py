@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqjax.layers import LRU, REGISTRY, DeltaNet, SlidingWindowAttention
+from seqjax.layers import LRU, REGISTRY, Attention, DeltaNet, SlidingWindowAttention
 from seqjax.models import Backbone, LanguageModel
 
 VOCAB = 11
@@ -31,8 +31,9 @@ def of_layer(name):
 
 @functools.cache
 def hybrid():
-    """Return a model with a matrix state and an attention cache, and its parameters."""
-    layers = DeltaNet(8, heads=2), SlidingWindowAttention(8, heads=2, window=4)
+    """Return a model with a matrix state and two attention caches, and its parameters."""
+    full = Attention(8, heads=2, kv_heads=1, capacity=64)
+    layers = DeltaNet(8, heads=2), SlidingWindowAttention(8, heads=2, window=4), full
     return with_params(LanguageModel(VOCAB, Backbone(layers)))
 
 
