@@ -1,8 +1,12 @@
-"""Prints the tables of the documentation that the code determines: python docs/tables.py."""
+"""Write the tables of README.md that the code determines: python docs/tables.py."""
 
-from seqjax.layers import REGISTRY, RNN, Entry, GateLoop
+import pathlib
+import re
+
+from seqjax.layers import REGISTRY, RNN, Entry, GateLoop, Longhorn
 from seqjax.ops.core.backends import BACKENDS
 
+README = pathlib.Path(__file__).parent.parent / "README.md"
 PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
 
 
@@ -10,13 +14,26 @@ def kernels(entry: Entry) -> str:
     """Return the platforms with a Pallas kernel that supports the layer; see `BACKENDS`."""
     found = BACKENDS.get(entry.op)
     layer = entry.make(64, **entry.defaults(64, 4))
-    # The kernels of `linear_attention` are real, and that of `nonlinear_scan` is elementwise.
-    if found is None or isinstance(layer, GateLoop):
+    # The kernels of `linear_attention` are real, those of `selective_scan` have exponential decays,
+    # and that of `nonlinear_scan` is elementwise.
+    if found is None or isinstance(layer, GateLoop | Longhorn):
         return ""
     if isinstance(layer, RNN) and layer.cell.structure == "dense":
         return ""
     named = "" if found.preferred else " (by name)"
     return ", ".join(PLATFORMS[platform] for platform in found.modules) + named
+
+
+def ops() -> str:
+    """Return the table of ops, with the architectures that each op computes."""
+    titles: dict[str, list[str]] = {}
+    for entry in REGISTRY.values():
+        titles.setdefault(entry.op, []).append(entry.title)
+    rows = ["| op | architectures |", "|---|---|"]
+    titles["none"] = titles.pop("", [])
+    for op, names in titles.items():
+        rows.append(f"| {op if op == 'none' else f'`{op}`'} | {', '.join(names)} |")
+    return "\n".join(rows)
 
 
 def architectures() -> str:
@@ -26,7 +43,7 @@ def architectures() -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, entry in REGISTRY.items():
-        fixed = ", ".join(f"{key}={value}" for key, value in entry.fixed.items())
+        fixed = ", ".join(f"{key}={value!r}" for key, value in entry.fixed.items())
         paper = entry.paper
         if paper[0].isdigit():
             paper = f"[{paper}](https://arxiv.org/abs/{paper})"
@@ -36,5 +53,16 @@ def architectures() -> str:
     return "\n".join(rows)
 
 
+def updated(text: str) -> str:
+    """Return the text of README.md with the tables of today."""
+    for name, table in (("ops", ops()), ("architectures", architectures())):
+        start, end = (f"<!-- --8<-- [{side}:{name}] -->" for side in ("start", "end"))
+        between = re.compile(re.escape(start) + ".*?" + re.escape(end), re.S)
+        text, count = between.subn(f"{start}\n{table}\n{end}", text)
+        if count != 1:
+            raise ValueError(f"README.md must contain {start} ... {end} once, got {count} times")
+    return text
+
+
 if __name__ == "__main__":
-    print(architectures())
+    README.write_text(updated(README.read_text()))

@@ -268,14 +268,10 @@ def save_sample(config: ConfigDict, model: Any, params: Any, workdir: Path) -> N
     """Draw a sample from the model, print it and write it to sample.txt."""
     sample = config.sample
     prompt = sampling.encode(sample.prompt)
-    stream = sampling.make_sampler(model)(
-        params,
-        prompt,
-        sample.num_bytes,
-        config.seed,
-        sample.temperature,
-        sample.top_p,
+    settings = sampling.Settings(
+        sample.num_bytes, sample.temperature, sample.top_p, seed=config.seed
     )
+    stream = sampling.stream(model, params, prompt, settings)
     text = "".join(sampling.decode(itertools.chain(prompt, stream)))
     (workdir / "sample.txt").write_text(text, encoding="utf-8")
     shown = sampling.printable(text, sys.stdout)

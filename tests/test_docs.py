@@ -1,6 +1,7 @@
 """Documentation: its code runs, and the reference has every public name."""
 
 import dataclasses
+import html
 import importlib.util
 import inspect
 import pathlib
@@ -50,6 +51,12 @@ def public_names():
     for module in (seqjax.layers, seqjax.models, seqjax.cells):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     names |= {f"seqjax.sharding.{name}" for name in defined(seqjax.sharding)}
+    for name in seqjax.generation.__all__:  # those that the package has too go by the short path
+        short = hasattr(seqjax, name)
+        names.add(f"seqjax.{name}" if short else f"seqjax.generation.{name}")
+    names |= {
+        f"seqjax.pretrained.{name}" for name in seqjax.pretrained.__all__ if name != "FAMILIES"
+    }
     return names | {"seqjax.nnx.Recurrent", "seqjax.linen.Recurrent"}
 
 
@@ -64,11 +71,16 @@ def test_the_reference_has_every_public_name():
 
 
 def test_every_page_can_be_found():
-    listed = re.findall(r"^ +- ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
-    assert sorted(f"docs/{page}" for page in listed) == sorted(set(PAGES) - {"README.md"})
+    """Check that the site lists all pages of docs/, all notebooks and existing pages only."""
+    nav = (ROOT / "mkdocs.yml").read_text().split("nav:")[-1]
+    listed = set(re.findall(r"^ +- (?:\w+: )?([\w/]+\.md)$", nav, re.M))
+    pages = {page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")}
+    notebooks = {f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/*.ipynb")}
+    assert pages | notebooks <= listed
+    assert all((ROOT / page).exists() for page in listed - pages - notebooks)
 
 
-@pytest.mark.parametrize("page", TEXTS)
+@pytest.mark.parametrize("page", sorted({*TEXTS, *PAGES}))
 def test_links_lead_somewhere(page):
     """Check the links to files of the repository, including figures."""
     links = re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text())
@@ -84,6 +96,13 @@ def test_lists_render_as_lists(page):
     assert not re.findall(r"^(?![-*#|>]|\s|\d+\. ).+\n[-*] .*", text, re.M)
 
 
+@pytest.mark.parametrize("page", sorted({*TEXTS, *PAGES}))
+def test_tables_end(page):
+    """Check for an empty line after each table; without it the next line becomes a row."""
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.S)
+    assert not re.findall(r"^\|.*\n(?!\||\n|<!--|\Z).*", text, re.M)
+
+
 def test_images_lead_somewhere_outside_github():
     """Check that images are files under docs/, which mkdocs copies to the site."""
     for page in PAGES:
@@ -96,9 +115,12 @@ def test_images_lead_somewhere_outside_github():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`")
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("material", "latex2mathml")),
+    reason="needs the extra `docs`",
+)
 def test_the_site_renders(tmp_path):
-    """Build the site and check that lists, examples and images render."""
+    """Build the site; check lists, examples, equations and images, and that it works offline."""
     command = [sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True)
     pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
@@ -109,11 +131,19 @@ def test_the_site_renders(tmp_path):
         prose = re.sub(r"<pre.*?</pre>", "", text, flags=re.S)
         assert "&gt;&gt;&gt;" not in prose, path
         assert "<blockquote>" not in prose, path  # what Markdown makes of ">>>"
+        assert not re.search(r'<(?:script|img|iframe)[^>]* src="http', text), path
+        assert not re.search(r'<link[^>]* href="http', text), path
         for source in re.findall(r'<img[^>]* src="([^"]+)"', text):
-            assert source.startswith(("data:", "http")) or (path.parent / source).exists(), path
-    reference = "".join(text for path, text in pages.items() if "reference" in path.parts)
+            assert source.startswith("data:") or (path.parent / source).exists(), path
+    reference = [text for path, text in pages.items() if "reference" in path.parts]
+    code = [pre for text in reference for pre in re.findall(r"<pre.*?</pre>", text, re.S)]
+    shown = html.unescape(re.sub(r"<[^>]+>", "", "".join(code)))
     for name in ("Leaky", "Param((8,)", "Newton(window=32", "info.sequential_steps"):
-        assert re.search(rf"<pre[^>]*>(?:(?!</pre>).)*{re.escape(name)}", reference, re.S), name
+        assert name in shown, name
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        page = pages[tmp_path / "notebooks" / f"{path.stem}.html"]
+        assert "<img" in page
+        assert "$$" not in page  # an equation that is not MathML
 
 
 def test_there_is_code():

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,9 +21,23 @@ def cells(path):
 def test_both_forms_agree(source):
     """Compare both forms. Update the second one: jupytext --to ipynb --update notebooks/*.py."""
     assert cells(source) == cells(source.with_suffix(".ipynb"))
-    for cell in jupytext.read(source.with_suffix(".ipynb")).cells:
-        assert not cell.get("outputs")
-        assert not cell.get("execution_count")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_outputs_are_those_of_a_fresh_kernel(source):
+    """Check the committed outputs. Run a changed notebook again: see CONTRIBUTING.md."""
+    notebook = source.with_suffix(".ipynb")
+    assert notebook.stat().st_size <= 1_000_000
+    code = [cell for cell in jupytext.read(notebook).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    kinds = {output.get("name", output.output_type) for output in outputs}
+    assert kinds <= {"stdout", "display_data", "execute_result"}  # no warnings, no errors
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    for output in outputs:
+        assert set(output.get("data", {})) <= {"image/png", "text/plain"}
+        text = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+        assert not re.search(r"/(home|root|tmp|usr|opt|work|Users)/|:\\\\|[Ww]arning", text)
 
 
 def test_every_notebook_has_a_source():

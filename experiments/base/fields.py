@@ -85,6 +85,19 @@ OPTIONS = {
     "dt": "largest time step, in (0, 1]",
     "dt_min": "smallest initial time step",
     "dt_max": "largest initial time step",
+    "alpha": "squared frequency of the oscillators without recurrent weights",
+    "block_size": "states in a block of the transition",
+    "channels": "number of memories",
+    "contexts": "number of frequencies",
+    "correction": "initial value of the parameter D",
+    "epsilon": "damping of the oscillators",
+    "gamma": "squared frequency of the oscillators",
+    "head_dim": "features of a head",
+    "highway_bias": "initial bias of the gates",
+    "map_order": "factor of the number of random features",
+    "memory_dim": "number of decays",
+    "mimo_rank": "keys, queries and values per token and head",
+    "updates": "updates of the state per token",
 }
 
 

@@ -5,6 +5,7 @@
     python -m experiments.bench ops        # chunked algorithms
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
+    python -m experiments.bench generate   # tokens per second of generation
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench gpu        # kernels compiled for H100, not run
 
@@ -30,7 +31,7 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, gpu, newton, tpu
+from experiments.bench import cases, generate, gpu, newton, tpu
 from experiments.bench.tools import ONLY, Candidates, Table, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -92,8 +93,10 @@ def bench_scan(rounds: int) -> None:
 
 def bench_ops(rounds: int) -> None:
     """Time the chunked and the default algorithm against `lax.scan` differentiated by JAX."""
-    table = Table("Matrix and selective states, float32, against plain `lax.scan`")
+    table = Table("Ops, float32, against plain `lax.scan`")
     for name, length, batch in itertools.product(cases.NAMES, (2048, 8192), (1, 4)):
+        if not f"{name}, B={batch}, T={length}".startswith(ONLY.value):
+            continue
         arrays = cases.arrays(name, batch, length)
         runs = {
             "plain": cases.plain(name),
@@ -128,9 +131,9 @@ def bench_choice(rounds: int) -> None:
     table = Table("Time of each algorithm over that of `algorithm=None`, with gradients")
     grid = itertools.product(cases.NAMES, (16, 64), (4, 64, 512), (1, 8))
     for name, width, length, batch in grid:
-        if name == "selective_scan" and width != 64:
-            continue  # selective_scan has no width K
-        shape = f"B={batch}, T={length}" + ("" if name == "selective_scan" else f", K={width}")
+        if name in cases.WIDTHLESS and width != 64:
+            continue  # these have no width K
+        shape = f"B={batch}, T={length}" + ("" if name in cases.WIDTHLESS else f", K={width}")
         if not f"{name}, {shape}".startswith(ONLY.value):
             continue
         arrays = cases.arrays(name, batch, length, width)
@@ -141,7 +144,7 @@ def bench_choice(rounds: int) -> None:
             found.append(_compare_choices(name, arrays, rounds))
         row = {key: statistics.median(times[key] for times, _ in found) for key in found[0][0]}
         best = min(row[algorithm] for algorithm in cases.ALGORITHMS[name])
-        table.row(f"{name}, {shape}", {"None over the best": 1 / best} | row)
+        table.row(f"{name}, {shape}", {"default over best": 1 / best} | row)
 
 
 def _compare_choices(name: str, arrays: Any, rounds: int) -> tuple[dict[str, float], float]:
@@ -173,6 +176,7 @@ SUITES = {
     "ops": bench_ops,
     "choice": bench_choice,
     "newton": newton.bench_newton,
+    "generate": generate.bench_generate,
     "tpu": tpu.bench_tpu,
     "gpu": gpu.bench_gpu,
 }
@@ -181,7 +185,7 @@ SUITES = {
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags of this script, which the suites read from absl's global flags."""
     del argv
-    for flag in (ROUNDS, ONLY, newton.FIGURE):
+    for flag in (ROUNDS, ONLY, newton.FIGURE, generate.LAYERS):
         values[flag.name] = flags.FLAGS[flag.name]
 
 
@@ -189,7 +193,7 @@ def main(values: flags.FlagValues, words: Sequence[str]) -> int:
     """Run the suites named on the command line; by default all timed suites."""
     del values
     flags.FLAGS.mark_as_parsed()
-    names = words or [name for name in SUITES if name not in ("tpu", "gpu")]
+    names = words or [name for name in SUITES if name not in ("generate", "tpu", "gpu")]
     for name in names:
         if name not in SUITES:
             raise UserError(f"unknown suite {name!r}: {nearest(name, SUITES)}")

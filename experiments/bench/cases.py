@@ -11,8 +11,12 @@ from jax import lax
 import seqjax
 
 H, K, D, N = 4, 64, 512, 16  # V equals K; `arrays` can override both
+SMALL = 8  # the size of a block of `block_scan`
 MATRIX = ("sequential", "chunked", "associative")
 ALGORITHMS = {
+    "block_scan": MATRIX,
+    "block_scan, constant": MATRIX,
+    "ssm_scan": ("sequential", "chunked"),
     "linear_attention": MATRIX,
     "linear_attention, scalar": MATRIX,
     "linear_attention, channel": MATRIX,
@@ -23,6 +27,7 @@ ALGORITHMS = {
     "selective_scan": ("sequential", "chunked"),
 }
 NAMES = tuple(ALGORITHMS)
+WIDTHLESS = ("block_scan", "block_scan, constant", "ssm_scan", "selective_scan")
 Run = Callable[..., jax.Array]
 
 
@@ -40,6 +45,15 @@ def arrays(name: str, batch: int, length: int, width: int = K) -> tuple[jax.Arra
     if name == "selective_scan":
         A = -jnp.exp(jax.random.normal(next(keys), (D, N)))
         return normal(D), jax.nn.softplus(normal(D)), A, normal(N), normal(N)
+    if name == "ssm_scan":
+        rate, phase, B, C = jax.random.normal(next(keys), (4, D, N))
+        A = jax.lax.complex(-jnp.exp(rate), phase)
+        return normal(D), A, jax.lax.complex(B, C), jax.lax.complex(C, B)
+    if name.startswith("block_scan"):
+        blocks = D // SMALL, SMALL, SMALL
+        lead = () if name.endswith("constant") else (batch, length)
+        A = jax.random.normal(next(keys), (*lead, *blocks)) * SMALL**-0.5 / 2
+        return A, normal(D // SMALL, SMALL)
     made = [normal(H, width), unit(H, width), normal(H, width)]
     if name.startswith("delta_rule"):
         made.append(jax.nn.sigmoid(normal(H)))
@@ -61,6 +75,10 @@ def by(algorithm: str | None, name: str) -> Run:
 
 def plain(name: str) -> Run:
     """Return the recurrence as a plain `lax.scan`, without rematerialization."""
+    if name == "ssm_scan":
+        return _ssm
+    if name.startswith("block_scan"):
+        return _blocks
     step = _selective if name == "selective_scan" else functools.partial(_matrix, name)
 
     def run(*args: jax.Array) -> jax.Array:
@@ -73,6 +91,25 @@ def plain(name: str) -> Run:
         return jnp.moveaxis(ys, 0, 1)
 
     return run
+
+
+def _ssm(u: jax.Array, A: jax.Array, B: jax.Array, C: jax.Array) -> jax.Array:
+    def step(h: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jnp.exp(A) * h + B * u[..., None]
+        return h, jnp.sum(C * h, axis=-1).real
+
+    state = jnp.zeros((u.shape[0], *A.shape), A.dtype)
+    return jnp.moveaxis(lax.scan(step, state, jnp.moveaxis(u, 1, 0))[1], 0, 1)
+
+
+def _blocks(A: jax.Array, x: jax.Array) -> jax.Array:
+    def step(h: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h = jnp.einsum("...ij,...j->...i", inputs[0], h) + inputs[1]
+        return h, h
+
+    length = x.shape[1]
+    A = jnp.broadcast_to(A, (length, *A.shape)) if A.ndim == 3 else jnp.moveaxis(A, 1, 0)
+    return jnp.moveaxis(lax.scan(step, x[:, 0] * 0, (A, jnp.moveaxis(x, 1, 0)))[1], 0, 1)
 
 
 def _selective(h: jax.Array, A: jax.Array, *x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,9 +1,12 @@
-"""Registers, spills and shared memory of GPU kernels, compiled without a GPU.
+"""Resources of GPU kernels and predicted times of XLA programs, compiled without a GPU.
 
     JAX_PLATFORMS=cpu python -m experiments.bench gpu        # pip install -e '.[aot-gpu]'
+    JAX_PLATFORMS=cpu python -m experiments.bench gpu --only="xla delta_rule"
 
-A separate process compiles each program ahead of time for an H100. The report shows whether a
-kernel compiles and fits. It does not measure speed.
+A separate process compiles each program ahead of time for an H100. The first table shows whether a
+kernel compiles and fits: registers, spills and shared memory. The second table predicts the time of
+the XLA forms of the matrix-state ops from their kernels (`experiments.compiled.gpu_program`). Its
+last columns compare the prediction with an H100, for the programs of an earlier commit.
 """
 
 import functools
@@ -22,6 +25,7 @@ import seqjax
 from experiments.base.errors import installed_version
 from experiments.bench import tpu
 from experiments.bench.tools import ONLY, Table, answer, run_apart
+from experiments.compiled import gpu_program
 
 # Description of an H100 SXM in XLA's format, with the fields that the compiler reads.
 H100 = """
@@ -97,6 +101,43 @@ ROWS = {
 ROWS |= _nonlinear_rows()
 
 
+class Xla(NamedTuple):
+    """A program of XLA whose time is predicted, for [4, 2048, 16, 128] in bfloat16.
+
+    Attributes:
+      op: name of an op of seqjax.
+
+      decay: None, "per head" or "per channel".
+
+      gradients: True for the gradients of all arguments, with the forward pass.
+
+      measured: milliseconds on an H100 at commit c7daf83, or None.
+
+      predicted: predicted milliseconds of the program of that commit, or None.
+    """
+
+    op: str
+    decay: str | None
+    gradients: bool
+    measured: float | None = None
+    predicted: float | None = None
+
+
+MATRIX_SIZES = (4, 2048, 16, 128)  # B, T, H, and K = V
+XLA_ROWS = (
+    Xla("linear_attention", "per head", False, 2.409, 2.07),
+    Xla("linear_attention", "per head", True, 7.636, 6.17),
+    Xla("linear_attention", "per channel", False, 3.856, 3.46),
+    Xla("linear_attention", "per channel", True, 14.95, 13.93),
+    Xla("delta_rule", "per head", False, 4.988, 5.38),
+    Xla("delta_rule", "per head", True, 16.10, 14.48),
+    Xla("delta_rule", "per channel", False, 6.859, 7.18),
+    Xla("delta_rule", "per channel", True, 24.34, 23.24),
+    Xla("generalized_delta_rule", "per channel", False),
+    Xla("generalized_delta_rule", "per channel", True),
+)
+
+
 class Report(NamedTuple):
     """Resources of a program's kernels.
 
@@ -136,6 +177,42 @@ def _compile(name: str, dtype: str) -> str:
         return jax.jit(run).lower(*args).compile().as_text() or ""
 
 
+def _compile_xla(op: str, decay: str | None, gradients: bool) -> str:
+    """Return the text and the temporaries of a compiled program; runs in the worker process."""
+    place = h100()
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+    row, gate = array(MATRIX_SIZES, jnp.bfloat16), array(MATRIX_SIZES[:3], jnp.float32)
+    given = {"q": row, "k": row, "v": row}
+    if op == "delta_rule":
+        given["beta"] = gate
+    if op == "generalized_delta_rule":
+        given |= {"a": row, "b": row}
+    if decay is not None:
+        given["log_decay"] = gate if decay == "per head" else array(MATRIX_SIZES, jnp.float32)
+
+    def run(given: dict[str, jax.Array]) -> jax.Array:
+        return getattr(seqjax, op)(**given, implementation="xla")[0]
+
+    def loss(given: dict[str, jax.Array]) -> jax.Array:
+        return 1e-3 * jnp.sum(run(given).astype(jnp.float32) ** 2)
+
+    with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
+        compiled = jax.jit(jax.grad(loss) if gradients else run).lower(given).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return f"{temporaries}\n{compiled.as_text() or ''}"
+
+
+def compile_xla_apart(row: Xla, folder: pathlib.Path) -> tuple[float, gpu_program.Cost]:
+    """Compile a program in a separate process; return the bytes of temporaries and the cost."""
+    env = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    temporaries, _, text = run_apart("experiments.bench.gpu", row[:3], folder, env).partition("\n")
+    return float(temporaries), gpu_program.cost(text)
+
+
+def _respond(*request: Any) -> str:
+    return _compile(*request) if len(request) == 2 else _compile_xla(*request)
+
+
 def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
     """Compile a program in a separate process and read the ptxas report of its kernels.
 
@@ -159,7 +236,7 @@ def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
 
 
 def bench_gpu(rounds: int) -> None:
-    """Print registers, spills and shared memory of each kernel."""
+    """Print registers, spills and shared memory of each kernel, and predicted times of XLA."""
     del rounds  # nothing is timed
     plugin = installed_version("jax-cuda13-plugin", "aot-gpu")
     print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
@@ -177,7 +254,32 @@ def bench_gpu(rounds: int) -> None:
             "blocks a multiprocessor": blocks,
         }
         table.row(f"{name}, {dtype}", values)
+    _bench_xla()
+
+
+def _bench_xla() -> None:
+    table = Table("Matrix-state ops by XLA on H100, [4, 2048, 16, 128] bf16; predicted, not run")
+    for row in XLA_ROWS:
+        form = "no decay" if row.decay is None else f"decay {row.decay}"
+        name = f"xla {row.op}, {form}" + (", with gradients" if row.gradients else "")
+        if not name.startswith(ONLY.value):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            temporaries, cost = compile_xla_apart(row, pathlib.Path(folder))
+        flops = ", ".join(f"{kind} {count / 1e9:.0f}" for kind, count in cost.flops.items())
+        values: dict[str, Any] = {
+            "kernels": cost.kernels,
+            "GB moved": cost.bytes / 1e9,
+            "GFLOP of matmuls": flops,
+            "predicted, ms": cost.seconds * 1e3,
+            "temporaries, MiB": f"{temporaries / 2**20:.0f}",
+        }
+        if row.measured is not None and row.predicted is not None:
+            values["c7daf83: predicted, ms"] = row.predicted
+            values["c7daf83: measured, ms"] = row.measured
+            values["c7daf83: ratio"] = row.predicted / row.measured
+        table.row(name, values)
 
 
 if __name__ == "__main__":
-    answer(_compile)
+    answer(_respond)

@@ -1,63 +1,136 @@
-"""Sampling of text from a model, one byte at a time, with a state of constant size."""
+"""Sampling of text from a byte-level model, with a state of constant size."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import seqjax
 from experiments.base.errors import UserError
 from experiments.data.pipeline import DOCUMENT_START
 
-# (params, prompt, num_bytes, seed, temperature, top_p) -> iterator of bytes
-Sampler = Callable[[Any, bytes, int, int, float, float], Iterator[int]]
+GROUP_SIZE = 16  # bytes that the device makes before the first of them is shown
 
 
-def choose(
-    key: jax.Array, logits: jax.Array, temperature: jax.Array | float, top_p: jax.Array | float
-) -> jax.Array:
-    """Draw from the smallest set of bytes [V] whose probability reaches `top_p`.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of a sample, checked at construction.
 
-    Temperature 0 takes the most likely byte.
+    Attributes:
+      num_bytes: largest number of bytes to generate.
+      temperature: sampling temperature; 0 takes the most likely byte.
+      top_p: draw from the most likely bytes with this total probability.
+      top_k: draw from this number of most likely bytes; 0 for all.
+      seed: seed of the random draws.
+      stop: end the text after this string; by default it ends after `num_bytes`.
     """
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    order = jnp.argsort(-scaled)
-    probabilities = jax.nn.softmax(scaled[order])
-    before = jnp.cumsum(probabilities) - probabilities
-    # The most likely byte is always allowed.
-    allowed = (before < top_p).at[0].set(True)
-    drawn = order[jax.random.categorical(key, jnp.where(allowed, scaled[order], -jnp.inf))]
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
+
+    num_bytes: int
+    temperature: float
+    top_p: float
+    top_k: int = 0
+    seed: int = 0
+    stop: bytes = b""
+
+    def __post_init__(self) -> None:
+        for name, valid, wanted in (
+            ("num_bytes", self.num_bytes >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+        ):
+            if not valid:
+                raise UserError(f"--{name}={getattr(self, name)}: must be {wanted}")
+
+    def options(self) -> dict[str, Any]:
+        """Return the keywords of `seqjax.generate` and `seqjax.stream`."""
+        return {
+            "max_new_tokens": self.num_bytes,
+            "temperature": self.temperature,
+            "top_p": self.top_p if self.top_p < 1 else None,
+            "top_k": self.top_k or None,
+            "key": jax.random.key(self.seed),
+        }
 
 
-def make_sampler(model: Any) -> Sampler:
-    """Return `sample(params, prompt, num_bytes, seed, temperature, top_p)`, compiled once."""
-    step = jax.jit(model.step)
-    draw = jax.jit(choose)
+def stream(model: Any, params: Any, prompt: bytes, settings: Settings) -> Iterator[int]:
+    """Yield the bytes of one text as the device makes them."""
+    tokens = jnp.asarray(np.frombuffer(bytes([DOCUMENT_START]) + prompt, np.uint8)[None])
+    groups = seqjax.stream(model, params, tokens, group_size=GROUP_SIZE, **settings.options())
+    yield from until(
+        settings.stop, (int(b) for group in groups for b in np.asarray(group.tokens)[0])
+    )
 
-    def sample(
-        params: Any, prompt: bytes, num_bytes: int, seed: int, temperature: float, top_p: float
-    ) -> Iterator[int]:
-        if temperature < 0:
-            raise UserError(f"--temperature={temperature}: must be 0 or more")
-        if not 0 < top_p <= 1:
-            raise UserError(f"--top_p={top_p}: must be above 0 and at most 1")
-        state = model.initial_state(1)
-        key = jax.random.key(seed)
-        logits: Any = None
-        for byte in bytes([DOCUMENT_START]) + prompt:
-            logits, state = step(params, np.array([byte], np.int32), state)
-        for index in range(num_bytes):
-            byte = draw(jax.random.fold_in(key, index), logits[0], temperature, top_p)
-            # Dispatch the next step before `int` blocks on this byte.
-            logits, state = step(params, byte[None].astype(jnp.int32), state)
-            yield int(byte)
 
-    return sample
+def batch(model: Any, params: Any, prompts: Sequence[bytes], settings: Settings) -> list[bytes]:
+    """Return one text for each prompt, made in one batch."""
+    rows = [bytes([DOCUMENT_START]) + prompt for prompt in prompts]
+    lengths = np.array([len(row) for row in rows])
+    tokens = np.zeros((len(rows), lengths.max()), np.int32)
+    for row, text in zip(tokens, rows, strict=True):
+        row[: len(text)] = np.frombuffer(text, np.uint8)
+    equal = (lengths == lengths[0]).all()
+    out = seqjax.generate(
+        model,
+        params,
+        jnp.asarray(tokens),
+        lengths=None if equal else jnp.asarray(lengths),
+        **settings.options(),
+    )
+    return [bytes(until(settings.stop, row.tolist())) for row in np.asarray(out.tokens)]
+
+
+class Conversation:
+    """A text that a user and the model write in turns; the state carries all earlier lines."""
+
+    def __init__(self, model: Any, params: Any, settings: Settings) -> None:
+        """Start an empty text."""
+        self._model, self._params, self._settings = model, params, settings
+        self._state: Any = None
+        self._unread = bytes([DOCUMENT_START])
+        self._turns = 0
+
+    def answer(self, line: bytes) -> Iterator[int]:
+        """Read a line, and yield the bytes that follow it, up to the stop string."""
+        text = self._unread + line
+        # Prompts are padded, so that lines of different lengths share a compiled program.
+        tokens = np.zeros((1, -(-len(text) // 64) * 64), np.int32)
+        tokens[0, : len(text)] = np.frombuffer(text, np.uint8)
+        settings = dataclasses.replace(self._settings, seed=self._settings.seed + self._turns)
+        groups = seqjax.stream(
+            self._model,
+            self._params,
+            jnp.asarray(tokens),
+            lengths=jnp.array([len(text)]),
+            state=self._state,
+            group_size=1,
+            **settings.options(),
+        )
+        self._turns += 1
+
+        def read() -> Iterator[int]:
+            for group in groups:
+                # The state is that before the group's token, which the next line begins with.
+                self._state, self._unread = group.state, bytes(np.asarray(group.tokens)[0].tolist())
+                yield self._unread[0]
+
+        yield from until(self._settings.stop, read())
+
+
+def until(stop: bytes, stream: Iterable[int]) -> Iterator[int]:
+    """Yield bytes up to and with the first occurrence of `stop`; all bytes if it is empty."""
+    last = b""
+    for byte in stream:
+        yield byte
+        last = (last + bytes([byte]))[-len(stop) :] if stop else b""
+        if stop and last == stop:
+            return
 
 
 def encode(prompt: str) -> bytes:

@@ -1,17 +1,213 @@
-"""SlidingWindowAttention: exact attention over the last few positions, in constant memory."""
+"""Attention: exact softmax attention over all earlier positions or the last few of them."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from seqjax.layers import _checks, _halo, _init
+from seqjax.layers import _checks, _init
+from seqjax.layers._attention import Rotary
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import dense, merge_heads, split_heads
+from seqjax.layers._cache import Cache
+from seqjax.layers._math import dense, rms_normalize, split_heads
+from seqjax.layers._window import Window
 from seqjax.layers.context import Context
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention(Layer):
+    """Causal softmax attention (arXiv 1706.03762) with grouped keys and values (2305.13245).
+
+        q_t, k_t, v_t = x_t W_q, x_t W_k, x_t W_v       H heads of q; `kv_heads` heads of k and v
+        q_t, k_t = rms(q_t) * g_q, rms(k_t) * g_k       per head, with `qk_norm`
+        p_ts = softmax_s(scale * <R_t q_t, R_s k_s>)    s <= t, no reset in (s, t]
+        o_t = sum_s p_ts v_s
+        y_t = (o_t * sigmoid(x_t W_g)) W_o              gate with `output_gate`
+
+    With a `window`, s > t - window as well. Head h of q attends to head h // (H / kv_heads) of k
+    and v. R_t rotates the features j and j + R/2 of the first R = `rotary_dim` features of a head
+    by the angle t * rope_base^(-2j/R) (arXiv 2104.09864), with t counted from the last reset.
+
+    Without a window the state has room for `capacity` positions of a document. A call with more
+    positions and without resets raises ValueError. Outputs at later positions are NaN, in `apply`
+    as in `step`. With a window the state holds the last window - 1 positions, and sequences may
+    have any length.
+
+    A position with a non-finite query, key or value turns every output that may attend to it into
+    NaN. No other output or gradient changes. With `sequence_axis` full attention gathers the keys
+    and values of all devices; with a window neighbours exchange the last positions.
+
+    Departures: the scores of 1,024 queries at a time are in memory, with all keys.
+
+    Parameters: q_proj [dim, H * K], k_proj, v_proj [dim, kv_heads * K], out_proj [H * K, dim]; with
+    `bias` q_bias, k_bias, v_bias, with `out_bias` out_bias [dim]; with `qk_norm` q_norm, k_norm
+    [K]; with `output_gate` gate_proj [dim, H * K].
+    State: {"k", "v": [B, S, kv_heads, K], "valid": [B, S] bool}. Without a window S = `capacity`,
+    with the oldest position first and keys after rotation. With one S = window - 1, with the newest
+    position last and keys before rotation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = Attention(dim=8, heads=4, kv_heads=2, capacity=16)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 8)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 8)), state)
+      >>> y.shape, y_next.shape, state["k"].shape, state["valid"].sum(axis=1).tolist()
+      ((2, 5, 8), (2, 8), (2, 16, 2, 2), [6, 6])
+
+    Attributes:
+      dim: features of input and output.
+      heads: number of heads of q, H.
+      kv_heads: number of heads of k and v, a divisor of H; by default H.
+      head_dim: features per head K; by default dim / heads.
+      window: number of positions that a query sees, including its own; by default all.
+      capacity: number of positions of a document that the state has room for, without a window.
+      rotary_dim: number of rotated features R, even; by default all of a head, 0 for none.
+      rope_base: base of the rotary frequencies.
+      scale: factor of the scores; by default 1 / sqrt(K).
+      qk_norm: 'rms' or 'rms_offset' (a scale of 1 + g) for RMS norms of q and k, or None.
+      norm_eps: constant added to the mean squares in these norms.
+      output_gate: whether to multiply the output by a sigmoid gate.
+      bias: whether the projections to q, k and v have biases.
+      out_bias: whether the projection of the output has a bias.
+    """
+
+    dim: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    window: int | None = None
+    capacity: int = 4096
+    rotary_dim: int | None = None
+    rope_base: float = 10000.0
+    scale: float | None = None
+    qk_norm: Literal["rms", "rms_offset"] | None = None
+    norm_eps: float = 1e-6
+    output_gate: bool = False
+    bias: bool = False
+    out_bias: bool = False
+
+    def __post_init__(self) -> None:
+        head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
+        _checks.positive(self, kv_heads=self.groups, capacity=self.capacity)
+        if self.window is not None:
+            _checks.positive(self, window=self.window)
+        _checks.require(
+            self,
+            self.heads % self.groups == 0,
+            f"`kv_heads` must divide heads={self.heads}, got {self.groups}.",
+        )
+        if self.rotary_dim is None:
+            _checks.require(
+                self,
+                head_dim % 2 == 0,
+                f"`head_dim` must be even for rotary positions, got {head_dim}; pass head_dim, or"
+                " rotary_dim.",
+            )
+        else:
+            _checks.require(
+                self,
+                0 <= self.rotary_dim <= head_dim and self.rotary_dim % 2 == 0,
+                f"`rotary_dim` must be even and from 0 to head_dim={head_dim}, got"
+                f" {self.rotary_dim}.",
+            )
+        _checks.require(self, self.rope_base > 1, f"`rope_base` must be > 1, got {self.rope_base}.")
+        if self.qk_norm is not None:
+            _checks.one_of(self, "qk_norm", self.qk_norm, ("rms", "rms_offset"))
+        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+
+    @property
+    def key_dim(self) -> int:
+        """Key features per head K: `head_dim`, by default dim / heads."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def groups(self) -> int:
+        """Number of heads of k and v: `kv_heads`, by default `heads`."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def _core(self) -> Cache | Window:
+        rotary = Rotary(
+            self.key_dim if self.rotary_dim is None else self.rotary_dim, self.rope_base
+        )
+        scale = self.key_dim**-0.5 if self.scale is None else self.scale
+        if self.window is None:
+            return Cache(self.capacity, rotary, scale)
+        return Window(self.window, rotary, scale)
+
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        kv_axis = "heads" if self.groups == self.heads else "kv_heads"
+        widths = {
+            "q": (self.heads * self.key_dim, "heads"),
+            "k": (self.groups * self.key_dim, kv_axis),
+            "v": (self.groups * self.key_dim, kv_axis),
+        }
+        if self.output_gate:
+            widths["gate"] = widths["q"]
+        params: dict[str, Param | Layer] = {
+            f"{name}_proj": Param((self.dim, width), ("embed", axis), "weight", _init.fan_in_normal)
+            for name, (width, axis) in widths.items()
+        }
+        params["out_proj"] = Param(
+            (self.heads * self.key_dim, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal
+        )
+        if self.bias:
+            for name in ("q", "k", "v"):
+                width, axis = widths[name]
+                params[f"{name}_bias"] = Param((width,), (axis,), "bias", _init.zeros)
+        if self.out_bias:
+            params["out_bias"] = Param((self.dim,), ("embed",), "bias", _init.zeros)
+        if self.qk_norm is not None:
+            start = _init.ones if self.qk_norm == "rms" else _init.zeros
+            norm = Param((self.key_dim,), ("head_dim",), "norm", start)
+            params |= {"q_norm": norm, "k_norm": norm}
+        return params
+
+    def make_state(self, batch_size: int, dtype: Any) -> State:
+        length = self.capacity if self.window is None else self.window - 1
+        shape = (batch_size, length, self.groups, self.key_dim)
+        return {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "valid": jnp.zeros(shape[:2], jnp.bool_),
+        }
+
+    def state_flops(self) -> int:
+        seen = self.capacity if self.window is None else self.window
+        return 4 * seen * self.heads * self.key_dim  # scores and the weighted sum
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
+    ) -> tuple[jax.Array, State]:
+        length = x.shape[1]
+        _checks.require(
+            self,
+            self.window is not None
+            or context.reset is not None
+            or not isinstance(length, int)
+            or length <= self.capacity,
+            f"`x` must have at most capacity={self.capacity} positions, got {length}; make the"
+            " layer with a larger capacity.",
+        )
+        q, k, v = (
+            split_heads(dense(x, params[f"{name}_proj"], params.get(f"{name}_bias")), heads)
+            for name, heads in (("q", self.heads), ("k", self.groups), ("v", self.groups))
+        )
+        if self.qk_norm is not None:
+            q, k = (self._normed(z, params[f"{name}_norm"]) for name, z in (("q", q), ("k", k)))
+        q = q.reshape(*q.shape[:2], self.groups, self.heads // self.groups, self.key_dim)
+        o, state = self._core.attend(q, k, v, state, context)
+        o = o.reshape(*o.shape[:2], self.heads * self.key_dim)
+        if self.output_gate:
+            o = o * jax.nn.sigmoid(dense(x, params["gate_proj"]))
+        return dense(o, params["out_proj"], params.get("out_bias")), state
+
+    def _normed(self, z: jax.Array, scale: jax.Array) -> jax.Array:
+        scale = scale.astype(state_dtype(z.dtype))
+        return rms_normalize(z, 1 + scale if self.qk_norm == "rms_offset" else scale, self.norm_eps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +218,10 @@ class SlidingWindowAttention(Layer):
         p_ts = softmax_s(<R_t q_t, R_s k_s> / sqrt(K)),   t - window < s <= t, no reset in (s, t]
         y_t = (sum_s p_ts v_s) W_o
 
-    R_t rotates features j and j + K/2 by the angle t * rope_base^(-2j/K). Scores depend on t - s
-    only. The state therefore holds keys before rotation, and positions are counted inside a block,
-    which keeps angles small and exact for sequences of any length.
+    This is `Attention` with a window and without options. R_t rotates features j and j + K/2 by the
+    angle t * rope_base^(-2j/K). Scores depend on t - s only. The state therefore holds keys before
+    rotation, and positions are counted inside a block, which keeps angles small and exact for
+    sequences of any length.
 
     Queries are processed in blocks of `window` against the keys that they can see, so memory grows
     as T * window. A position with a non-finite query, key or value turns every output that may
@@ -71,127 +268,28 @@ class SlidingWindowAttention(Layer):
     @property
     def key_dim(self) -> int:
         """Key features per head K: `head_dim`, by default dim / heads."""
-        return self.dim // self.heads if self.head_dim is None else self.head_dim
+        return self._attention.key_dim
+
+    @property
+    def _attention(self) -> Attention:
+        return Attention(
+            self.dim,
+            self.heads,
+            head_dim=self.head_dim,
+            window=self.window,
+            rope_base=self.rope_base,
+        )
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
-        width = self.heads * self.key_dim
-        inward = Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
-        return {
-            "q_proj": inward,
-            "k_proj": inward,
-            "v_proj": inward,
-            "out_proj": Param((width, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal),
-        }
+        return self._attention.declare_params()
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
-        shape = (batch_size, self.window - 1, self.heads, self.key_dim)
-        return {
-            "k": jnp.zeros(shape, dtype),
-            "v": jnp.zeros(shape, dtype),
-            "valid": jnp.zeros(shape[:2], jnp.bool_),
-        }
+        return self._attention.make_state(batch_size, dtype)
 
     def state_flops(self) -> int:
-        return 4 * self.window * self.heads * self.key_dim  # scores and the weighted sum
+        return self._attention.state_flops()
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        reset, sequence_axis = context.reset, context.sequence_axis
-        batch, length, _ = x.shape
-        past = self.window - 1
-        q, k, v = (
-            split_heads(dense(x, params[name]), self.heads)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        if sequence_axis is not None:
-            here = {"k": k, "v": v, "valid": jnp.ones((batch, length), jnp.bool_)}
-            state = _halo.entering(state, here, reset, sequence_axis)
-        # Segment number of each key: cached keys are segment 0, invalid ones -1.
-        if reset is None:
-            reset = jnp.zeros((batch, length), jnp.bool_)
-        segment = jnp.cumsum(reset, axis=1, dtype=jnp.int32)
-        key_segment = jnp.concatenate([jnp.where(state["valid"], 0, -1), segment], axis=1)
-        k, v = (
-            jnp.concatenate(
-                [jnp.where(state["valid"][..., None, None], state[n], 0).astype(z.dtype), z], axis=1
-            )
-            for n, z in (("k", k), ("v", v))
-        )
-        new_state = self._cache(k, v, key_segment, segment[:, -1:])
-        if sequence_axis is not None:
-            new_state = _halo.leaving(new_state, sequence_axis)
-
-        bad = ~(_finite(k) & _finite(v))
-        bad_q = ~_finite(q)
-        bad = bad.at[:, past:].set(bad[:, past:] | bad_q)
-        # Zeros instead of non-finite values keep 0 * NaN out of the products. `_attend` sets NaN in
-        # the outputs that see them.
-        q = jnp.where(bad_q[..., None, None], 0, q)
-        k, v = (jnp.where(bad[..., None, None], 0, z) for z in (k, v))
-
-        # Under `jax.export` T may be a symbol.
-        block = min(self.window, length) if isinstance(length, int) else self.window
-        count = -(-length // block)
-        padding = ((0, 0), (0, count * block - length))
-        rows = jnp.arange(count)[:, None] * block + np.arange(past + block)
-
-        def queries(z: jax.Array) -> jax.Array:
-            padded = jnp.pad(z, padding + ((0, 0),) * (z.ndim - 2))
-            return padded.reshape(batch, count, block, *z.shape[2:])
-
-        def keys(z: jax.Array) -> jax.Array:
-            return jnp.pad(z, padding + ((0, 0),) * (z.ndim - 2))[:, rows]
-
-        same_segment = queries(segment)[..., None] == keys(key_segment)[:, :, None, :]
-        o = self._attend(queries(q), keys(k), keys(v), same_segment, keys(bad))
-        o = o.reshape(batch, count * block, self.heads, self.key_dim)[:, :length]
-        return dense(merge_heads(o), params["out_proj"]), new_state
-
-    def _cache(self, k: jax.Array, v: jax.Array, key_segment: jax.Array, last: jax.Array) -> State:
-        """Return the last `window - 1` keys and values, zero in earlier segments."""
-        start = k.shape[1] - (self.window - 1)
-        valid = key_segment[:, start:] == last
-        wide = state_dtype(k.dtype)
-        return {
-            "k": jnp.where(valid[..., None, None], k[:, start:], 0).astype(wide),
-            "v": jnp.where(valid[..., None, None], v[:, start:], 0).astype(wide),
-            "valid": valid,
-        }
-
-    def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, same_segment: jax.Array, bad: jax.Array
-    ) -> jax.Array:
-        """Attend from q [B, n, C, H, K] to k, v [B, n, window - 1 + C, H, K], block by block."""
-        block, span = q.shape[2], k.shape[2]
-        past = span - block
-        ahead = np.arange(span)[None, :] - np.arange(block)[:, None]
-        seen = same_segment & ((ahead >= 0) & (ahead <= past))
-        wide = state_dtype(q.dtype)
-        scores = jnp.einsum(
-            "bnqhd,bnkhd->bnhqk",
-            self._rotate(q, np.arange(past, span)),
-            self._rotate(k, np.arange(span)),
-            preferred_element_type=wide,
-        )
-        scores = jnp.where(seen[:, :, None], scores * self.key_dim**-0.5, jnp.finfo(wide).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        o = jnp.einsum("bnhqk,bnkhd->bnqhd", weights, v)
-        poisoned = jnp.any(seen & bad[:, :, None, :], axis=-1)
-        return o + jnp.where(poisoned, jnp.nan, 0).astype(o.dtype)[..., None, None]
-
-    def _rotate(self, x: jax.Array, positions: np.ndarray) -> jax.Array:
-        """Apply the rotary embedding to x [B, n, L, H, K] at the positions [L]."""
-        wide = state_dtype(x.dtype)
-        half = self.key_dim // 2
-        angles = positions[:, None] * self.rope_base ** (-np.arange(half) / half)
-        cos = jnp.asarray(np.cos(angles), wide)[:, None, :]
-        sin = jnp.asarray(np.sin(angles), wide)[:, None, :]
-        first, second = jnp.split(x.astype(wide), 2, axis=-1)
-        rotated = [first * cos - second * sin, second * cos + first * sin]
-        return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def _finite(x: jax.Array) -> jax.Array:
-    """Return whether all numbers at a position are finite: [B, L, H, K] -> [B, L]."""
-    return jnp.all(jnp.isfinite(x), axis=(2, 3))
+        return self._attention.forward(params, x, state, context)

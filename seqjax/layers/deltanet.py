@@ -1,24 +1,24 @@
-"""DeltaNet, plain and gated: a matrix memory corrected by the delta rule."""
+"""DeltaNet, plain and gated, and DeltaProduct: a matrix memory corrected by the delta rule."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
-from seqjax.layers import _checks, _init
+from seqjax.layers import _checks, _feature_maps
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import dense, l2_normalize, merge_heads, rms_normalize, split_heads
+from seqjax.layers._math import dense, l2_normalize, merge_heads, repeat_heads, rms_normalize
+from seqjax.layers._matrix import MatrixLayer, decay_params, log_decay
+from seqjax.layers._reductions import place
 from seqjax.layers.context import Context
-from seqjax.layers.conv import ShortConv, qkv_convs
 from seqjax.ops.matrix_state.delta_rule import delta_rule
 
-_NORM_EPS = 1e-6
+_MAPS = ("elu", "relu", "softmax", "dpfp")
 
 
 @dataclasses.dataclass(frozen=True)
-class DeltaNet(Layer):
+class DeltaNet(MatrixLayer):
     """Delta rule memory, DeltaNet (2406.06484) or with `gated` Gated DeltaNet (2412.06464).
 
         q, k, v = silu(conv(x W_q)), silu(conv(x W_k)), silu(conv(x W_v))      per head
@@ -34,13 +34,22 @@ class DeltaNet(Layer):
     norm is per head, with one scale [V] for all heads. A starts uniform in [1, 16] and softplus of
     dt_bias log-uniform in [1e-3, 1e-1], as in Mamba-2; projections normal with variance 1/fan_in.
 
-    Departures: the authors' default expand_v for Gated DeltaNet is 2; here it is 1 for both.
+    With `value_heads` = M * H, as in Qwen3-Next, M matrices share the query and the key of a head:
+    v, beta, alpha and the gate have M * H heads, and matrix h uses the query of head h // M.
 
-    Parameters: q_proj, k_proj [dim, H * K], v_proj [dim, H * V], q_conv, k_conv, v_conv
-    (`ShortConv`), beta_proj [dim, H], norm [V], out_proj [H * V, dim]; if gated a_proj [dim, H],
-    A_log, dt_bias [H]; if output_gate gate_proj [dim, H * V].
-    State: {"q_conv", "k_conv", "v_conv": [B, conv_size - 1, H * K or H * V],
-    "memory": [B, H, K, V]}.
+    With a `feature_map` phi, the layer is a fast weight programmer (arXiv 2102.11174): q and k are
+    phi(conv(x W)) over the sum of its features plus 1e-6, and o_t = S_t^T q_t. The map "dpfp" makes
+    2 * dpfp_order * K features, r * roll(r, j) for j = 1 .. dpfp_order with r = relu([x, -x]). The
+    memory then has as many rows.
+
+    Departures: the authors' default expand_v for Gated DeltaNet is 2; here it is 1 for both. Fast
+    weight programmers have no convolutions; use `conv_size=1` for a factor per channel.
+
+    Parameters: q_proj, k_proj [dim, H * K], v_proj [dim, H' * V], q_conv, k_conv, v_conv
+    (`ShortConv`), beta_proj [dim, H'], norm [V], out_proj [H' * V, dim]; if gated a_proj [dim, H'],
+    A_log, dt_bias [H']; if output_gate gate_proj [dim, H' * V]. H' is `value_heads`.
+    State: {"q_conv", "k_conv", "v_conv": [B, conv_size - 1, H * K or H' * V],
+    "memory": [B, H', K, V]}.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -60,6 +69,11 @@ class DeltaNet(Layer):
       gated: whether the memory decays, by alpha.
       negative_eigenvalues: whether beta is in (0, 2) instead of (0, 1).
       output_gate: whether to gate the output; by default the value of `gated`, as in the papers.
+      value_heads: number of matrices H', a multiple of H; by default H.
+      feature_map: "elu", "relu", "softmax" or "dpfp", in place of silu and the division by |q| and
+        |k|; None for those.
+      dpfp_order: rotations of the map "dpfp".
+      norm_eps: constant added to the mean square in the norm of the output.
     """
 
     dim: int
@@ -70,10 +84,18 @@ class DeltaNet(Layer):
     gated: bool = False
     negative_eigenvalues: bool = False
     output_gate: bool | None = None
+    value_heads: int | None = None
+    feature_map: Literal["elu", "relu", "softmax", "dpfp"] | None = None
+    dpfp_order: int = 1
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
-        _checks.positive(self, conv_size=self.conv_size)
+        self._check_heads()
+        _checks.positive(self, conv_size=self.conv_size, dpfp_order=self.dpfp_order)
+        self._check_positive("norm_eps")
+        if self.feature_map is not None:
+            _checks.one_of(self, "feature_map", self.feature_map, _MAPS)
         value_dim = self.expand_v * head_dim
         _checks.require(
             self,
@@ -97,80 +119,121 @@ class DeltaNet(Layer):
         """Value features per head V."""
         return int(self.expand_v * self.key_dim)
 
-    def _convs(self) -> dict[str, ShortConv]:
-        return qkv_convs(self.heads, self.key_dim, self.value_dim, self.conv_size)
+    @property
+    def memory_shape(self) -> tuple[int, int, int]:
+        """Shape of the matrices of one sequence: heads, features of the keys, V."""
+        keys = self.key_dim
+        if self.feature_map is not None:
+            keys = _feature_maps.width(self.feature_map, keys, self.dpfp_order)
+        return self.memory_heads, keys, self.value_dim
+
+    def _activation(self, name: str) -> Literal["silu"] | None:
+        return "silu" if self.feature_map is None or name == "v" else None
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
-        def inward(width: int) -> Param:
-            return Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
-
-        key_width, value_width = self.heads * self.key_dim, self.heads * self.value_dim
+        heads = self.memory_heads
         params: dict[str, Param | Layer] = {
-            "q_proj": inward(key_width),
-            "k_proj": inward(key_width),
-            "v_proj": inward(value_width),
-            **self._convs(),
-            "beta_proj": inward(self.heads),
-            "norm": Param((self.value_dim,), ("head_dim",), "norm", _init.ones),
-            "out_proj": Param(
-                (value_width, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal
-            ),
+            **self._qkv(),
+            "beta_proj": self._inward(self.updates * heads),
+            "norm": self._head_norm(),
+            "out_proj": self._outward(),
         }
         if self.gated:
-            params |= {
-                "a_proj": inward(self.heads),
-                "A_log": Param(
-                    (self.heads,), ("heads",), "recurrence", _init.log_uniform_of(1.0, 16.0)
-                ),
-                "dt_bias": Param(
-                    (self.heads,),
-                    ("heads",),
-                    "recurrence",
-                    _init.inverse_softplus_log_uniform(1e-3, 1e-1),
-                ),
-            }
+            params |= {"a_proj": self._inward(heads), **decay_params(heads)}
         if self.gates_output:
-            params["gate_proj"] = inward(value_width)
+            params["gate_proj"] = self._inward(heads * self.value_dim)
         return params
 
-    def make_state(self, batch_size: int, dtype: Any) -> State:
-        state = {name: conv.make_state(batch_size, dtype) for name, conv in self._convs().items()}
-        shape = (batch_size, self.heads, self.key_dim, self.value_dim)
-        return state | {"memory": jnp.zeros(shape, dtype)}
-
     def state_flops(self) -> int:
-        size = self.heads * self.key_dim * self.value_dim
-        return (7 if self.gated else 6) * size  # read k, write, read q, and the decay
+        heads, keys, values = self.memory_shape
+        # Read k and write for each update, read q, and the decay.
+        return (4 * self.updates + (3 if self.gated else 2)) * heads * keys * values
+
+    def _mapped(self, x: jax.Array) -> jax.Array:
+        """Return queries or keys by head as the memory uses them."""
+        if self.feature_map is None:
+            x = l2_normalize(x)
+        else:
+            made = _feature_maps.features(self.feature_map, x, self.dpfp_order)
+            x = _feature_maps.sum_normalize(made).astype(x.dtype)
+        return repeat_heads(x, self.memory_heads)
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        reset, sequence_axis = context.reset, context.sequence_axis
-        wide = state_dtype(x.dtype)
-        new_state, mixed = {}, []
-        for name, conv in self._convs().items():
-            projected = dense(x, params[f"{name[0]}_proj"])
-            y, new_state[name] = conv.forward(params[name], projected, state[name], context)
-            mixed.append(split_heads(y, self.heads))
-        q, k, v = mixed
-        beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(wide))
+        batch, length = x.shape[:2]
+        count, reset = self.updates, context.reset
+        q, k, v, new_state = self._project(params, x, state, context)
+        beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(state_dtype(x.dtype)))
         if self.negative_eigenvalues:
             beta = 2 * beta
-        log_decay = None
-        if self.gated:
-            dt = dense(x, params["a_proj"]).astype(wide) + params["dt_bias"].astype(wide)
-            log_decay = -jnp.exp(params["A_log"].astype(wide)) * jax.nn.softplus(dt)
+        decay = log_decay(params, dense(x, params["a_proj"])) if self.gated else None
+        q = self._mapped(q)
+        if count > 1:  # one step of the op for each update
+            q = place(q, count, count - 1)
+            k, v, beta = (
+                z.reshape(batch, length * count, z.shape[2] // count, *z.shape[3:])
+                for z in (k, v, beta)
+            )
+            decay, reset = (None if z is None else place(z, count, 0) for z in (decay, reset))
         o, new_state["memory"] = delta_rule(
-            l2_normalize(q),
-            l2_normalize(k),
+            q,
+            self._mapped(k),
             v,
             beta,
-            log_decay,
+            decay,
             state["memory"],
+            scale=None if self.feature_map is None else 1.0,
             reset=reset,
-            sequence_axis=sequence_axis,
+            sequence_axis=context.sequence_axis,
         )
-        o = merge_heads(rms_normalize(o, params["norm"], _NORM_EPS))
+        o = o[:, count - 1 :: count]
+        o = merge_heads(rms_normalize(o, params["norm"], self.norm_eps))
         if self.gates_output:
             o = o * jax.nn.silu(dense(x, params["gate_proj"]))
         return dense(o, params["out_proj"]), new_state
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaProduct(DeltaNet):
+    """Delta rule memory with several updates for each token, DeltaProduct (arXiv 2502.10297).
+
+        S_t^0 = alpha_t S_{t-1}
+        S_t^j = (I - beta_t^j k_t^j (k_t^j)^T) S_t^(j-1) + beta_t^j k_t^j (v_t^j)^T
+        S_t = S_t^n,   j = 1 .. n                                              [K, V] per head
+        o_t = S_t^T q_t / sqrt(K)
+
+    and the rest as in `DeltaNet`. The product of n reflections can rotate, so the layer solves
+    state tracking tasks that one update cannot. beta is 2 sigmoid by default.
+
+    `delta_rule` runs on n * T steps, one for each update, so a token costs n times that of
+    `DeltaNet`.
+
+    Parameters: those of `DeltaNet`, with k_proj [dim, n * H * K], v_proj [dim, n * H' * V],
+    beta_proj [dim, n * H'] and the convolutions of k and v; the update j comes first. State: that
+    of `DeltaNet`, with these convolutions.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = DeltaProduct(dim=8, heads=2)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 8)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 8)), state)
+      >>> y.shape, y_next.shape, state["memory"].shape
+      ((2, 5, 8), (2, 8), (2, 2, 4, 4))
+
+    Attributes:
+      dim, heads, head_dim, expand_v, conv_size, output_gate: as in `DeltaNet`.
+      value_heads, feature_map, dpfp_order, norm_eps: as in `DeltaNet`.
+      gated: whether the memory decays, by alpha, before the first update of a token.
+      negative_eigenvalues: whether beta is in (0, 2) instead of (0, 1).
+      updates: number of updates n.
+    """
+
+    gated: bool = True
+    negative_eigenvalues: bool = True
+    updates: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.positive(self, updates=self.updates)

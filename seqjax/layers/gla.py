@@ -2,21 +2,19 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, rms_normalize, split_heads
+from seqjax.layers._matrix import MatrixLayer
 from seqjax.layers.context import Context
-from seqjax.layers.conv import ShortConv, qkv_convs
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 
 @dataclasses.dataclass(frozen=True)
-class GLA(Layer):
+class GLA(MatrixLayer):
     """Gated linear attention (arXiv 2312.06635).
 
         q_t, k_t, v_t = x_t W_q, x_t W_k, x_t W_v                        per head
@@ -68,22 +66,11 @@ class GLA(Layer):
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _checks.positive(self, dim=self.dim, heads=self.heads, gate_rank=self.gate_rank)
-        if self.conv_size is not None:
-            _checks.positive(self, conv_size=self.conv_size)
+        self._check_heads()
+        _checks.positive(self, gate_rank=self.gate_rank)
         for name in ("expand_k", "expand_v"):
-            size = getattr(self, name) * self.dim / self.heads
-            _checks.require(
-                self,
-                size >= 1 and size == int(size),
-                f"`{name}` * dim / heads must be an integer >= 1, got {size:g} for"
-                f" {name}={getattr(self, name)}, dim={self.dim}, heads={self.heads}.",
-            )
-        _checks.require(
-            self,
-            self.gate_temperature > 0,
-            f"`gate_temperature` must be > 0, got {self.gate_temperature}.",
-        )
+            self._check_width(name, getattr(self, name) * self.dim / self.heads)
+        self._check_positive("gate_temperature", "norm_eps")
 
     @property
     def key_dim(self) -> int:
@@ -95,55 +82,22 @@ class GLA(Layer):
         """Value features per head V."""
         return int(self.expand_v * self.dim / self.heads)
 
-    def _convs(self) -> dict[str, ShortConv]:
-        if self.conv_size is None:
-            return {}
-        return qkv_convs(self.heads, self.key_dim, self.value_dim, self.conv_size)
-
     def declare_params(self) -> Mapping[str, Param | Layer]:
-        def inward(width: int) -> Param:
-            return Param((self.dim, width), ("embed", "heads"), "weight", _init.fan_in_normal)
-
         keys, values = self.heads * self.key_dim, self.heads * self.value_dim
         return {
-            "q_proj": inward(keys),
-            "k_proj": inward(keys),
-            "v_proj": inward(values),
-            **self._convs(),
-            "decay_down": Param(
-                (self.dim, self.gate_rank), ("embed", None), "weight", _init.fan_in_normal
-            ),
-            "decay_up": Param(
-                (self.gate_rank, keys), (None, "heads"), "weight", _init.fan_in_normal
-            ),
+            **self._qkv(),
+            **self._low_rank("decay", self.gate_rank, keys),
             "decay_bias": Param((keys,), ("heads",), "recurrence", _init.zeros),
-            "norm": Param((self.value_dim,), ("head_dim",), "norm", _init.ones),
-            "gate_proj": inward(values),
-            "out_proj": Param(
-                (values, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal
-            ),
+            "norm": self._head_norm(),
+            "gate_proj": self._inward(values),
+            "out_proj": self._outward(),
         }
-
-    def make_state(self, batch_size: int, dtype: Any) -> State:
-        state = {name: conv.make_state(batch_size, dtype) for name, conv in self._convs().items()}
-        shape = (batch_size, self.heads, self.key_dim, self.value_dim)
-        return state | {"memory": jnp.zeros(shape, dtype)}
-
-    def state_flops(self) -> int:
-        size = self.heads * self.key_dim * self.value_dim
-        return 5 * size  # decay 1, write 2, read 2
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
-        convs, new_state, mixed = self._convs(), {}, []
-        for name in ("q", "k", "v"):
-            y, conv = dense(x, params[f"{name}_proj"]), f"{name}_conv"
-            if conv in convs:
-                y, new_state[conv] = convs[conv].forward(params[conv], y, state[conv], context)
-            mixed.append(split_heads(y, self.heads))
-        q, k, v = mixed
+        q, k, v, new_state = self._project(params, x, state, context)
         gate = dense(dense(x, params["decay_down"]), params["decay_up"]).astype(wide)
         log_decay = jax.nn.log_sigmoid(gate + params["decay_bias"].astype(wide))
         o, new_state["memory"] = linear_attention(

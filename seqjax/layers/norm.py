@@ -6,11 +6,10 @@ from types import MappingProxyType
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import rms_normalize
+from seqjax.layers._math import layer_normalize, rms_normalize
 from seqjax.layers.context import Context
 
 NormKind = Literal["rms", "rms_offset", "layer"]
@@ -101,13 +100,7 @@ class LayerNorm(Layer):
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        wide = x.astype(state_dtype(x.dtype))
-        centered = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        variance = jnp.mean(centered * centered, axis=-1, keepdims=True)
-        y = centered * jax.lax.rsqrt(variance + self.eps) * params["scale"].astype(wide.dtype)
-        if self.bias:
-            y = y + params["bias"].astype(wide.dtype)
-        return y.astype(x.dtype), state
+        return layer_normalize(x, params["scale"], params.get("bias"), self.eps), state
 
 
 def _rms_offset(dim: int, eps: float) -> Layer:

@@ -1,7 +1,6 @@
 """S5: a diagonal state space with many inputs and outputs."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,20 +14,6 @@ from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, stat
 from seqjax.layers._math import complex_dense, real_of_dense
 from seqjax.layers.context import Context
 from seqjax.ops.elementwise.linear_scan import linear_scan
-
-
-@functools.lru_cache(maxsize=32)
-def _hippo_eigen(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the spectrum of the normal part of HiPPO-LegS: imaginary parts and eigenvectors.
-
-    The shapes are [size/2] and [size, size/2]. The matrix is -1/2 plus a skew-symmetric one, so all
-    real parts are -1/2 and eigenvalues come in conjugate pairs. The half with negative imaginary
-    part is returned.
-    """
-    root = np.sqrt(2 * np.arange(size) + 1)
-    lower = np.tril(np.outer(root, root) / 2, -1)
-    imag, vectors = np.linalg.eigh(-1j * (lower.T - lower))
-    return imag[: size // 2], vectors[:, : size // 2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +113,12 @@ class S5(Layer):
         }
 
     def _draw_imag(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        imag, _ = _hippo_eigen(self.states // self.blocks)
+        imag, _ = _init.hippo_eigen(self.states // self.blocks)
         return jnp.asarray(np.tile(imag, self.blocks), dtype)
 
     def _draw_input(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Draw V^H B for a real B, as [2, dim, N]."""
-        _, vectors = _hippo_eigen(self.states // self.blocks)
+        _, vectors = _init.hippo_eigen(self.states // self.blocks)
         real = jax.random.normal(
             key, (self.blocks, self.states // self.blocks, self.dim), dtype
         ) * (self.dim**-0.5)
@@ -146,7 +131,7 @@ class S5(Layer):
 
     def _draw_output(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """Draw C V for a real C, as [2, N, dim], one direction after the other."""
-        _, vectors = _hippo_eigen(self.states // self.blocks)
+        _, vectors = _init.hippo_eigen(self.states // self.blocks)
         sets = self.blocks * (2 if self.bidirectional else 1)
         real = jax.random.normal(key, (sets, self.states // self.blocks, self.dim), dtype) * (
             self.states**-0.5

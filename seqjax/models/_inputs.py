@@ -26,10 +26,16 @@ def whole(weight: jax.Array, backbone: Backbone) -> jax.Array:
     return weight if backbone.constrain is None else backbone.constrain(weight, (None, None))
 
 
-def embed(table: jax.Array, tokens: jax.Array, dtype: Any, backbone: Backbone) -> jax.Array:
-    """Look up rows of the table, scaled to unit variance; NaN outside the vocabulary."""
+def embed(
+    table: jax.Array, tokens: jax.Array, dtype: Any, backbone: Backbone, scale: float | None = None
+) -> jax.Array:
+    """Look up rows of the table, times `scale`; NaN outside the vocabulary.
+
+    The default scale, sqrt(dim), gives the rows of an initial table unit variance.
+    """
     lookup = _rows if backbone.constrain is None else _rows_on_mesh
-    return lookup(table, tokens).astype(dtype) * table.shape[1] ** 0.5
+    rows = lookup(table, tokens).astype(dtype)
+    return rows * (table.shape[1] ** 0.5 if scale is None else scale)
 
 
 def _rows(table: jax.Array, tokens: jax.Array) -> jax.Array:

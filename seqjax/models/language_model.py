@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers.context import Context
+from seqjax.layers.norm import NORMS, NormKind
 from seqjax.models._inputs import check_model, embed, embedding, whole
 from seqjax.models.backbone import Backbone
 
@@ -18,7 +19,8 @@ from seqjax.models.backbone import Backbone
 class LanguageModel(Layer):
     """Language model: next-token logits from a causal backbone.
 
-        logits = backbone(E[tokens] * sqrt(dim)) W,     W = E^T if tie_embeddings
+        logits = backbone(E[tokens] * embedding_scale) W * logit_scale,    W = E^T if tie_embeddings
+        logits = logit_cap * tanh(logits / logit_cap)                      with a `logit_cap`
 
     The methods are those of a layer, except that inputs are integer tokens, [B, T] for `apply` and
     [B] for `step`. Outputs are logits, [B, T, vocab_size] and [B, vocab_size], in float32 or
@@ -44,6 +46,11 @@ class LanguageModel(Layer):
       vocab_size: number of tokens.
       backbone: the stack of blocks.
       tie_embeddings: whether the output weights are those of the embedding.
+      embedding_scale: factor of the embedded tokens; by default sqrt(dim).
+      embedding_norm: kind of norm of the embedded tokens, as in `Block`; by default there is none.
+        Its eps is the `norm_eps` of the backbone.
+      logit_scale: factor of the logits.
+      logit_cap: bound on the absolute value of the logits; by default there is none.
       dtype: dtype of the model's computation.
       dim: features of the backbone.
     """
@@ -51,6 +58,10 @@ class LanguageModel(Layer):
     vocab_size: int
     backbone: Backbone
     tie_embeddings: bool = True
+    embedding_scale: float | None = None
+    embedding_norm: NormKind | None = None
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
     dtype: str = "float32"
     dim: int = dataclasses.field(init=False)
 
@@ -62,6 +73,19 @@ class LanguageModel(Layer):
             self.backbone.causal,
             "`backbone` must be causal, got a bidirectional mixer.",
         )
+        if self.embedding_norm is not None:
+            _checks.one_of(self, "embedding_norm", self.embedding_norm, NORMS)
+        _checks.require(
+            self,
+            self.logit_cap is None or self.logit_cap > 0,
+            f"`logit_cap` must be > 0, got {self.logit_cap}.",
+        )
+
+    @property
+    def _input_norm(self) -> Layer | None:
+        if self.embedding_norm is None:
+            return None
+        return NORMS[self.embedding_norm](self.dim, self.backbone.norm_eps)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         params: dict[str, Param | Layer] = {
@@ -72,6 +96,8 @@ class LanguageModel(Layer):
             params["head"] = Param(
                 (self.dim, self.vocab_size), ("embed", "vocab"), "weight", _init.fan_in_normal
             )
+        if self._input_norm is not None:
+            params["embedding_norm"] = self._input_norm
         return params
 
     def initial_state(self, batch_size: int, dtype: Any = None) -> State:
@@ -95,7 +121,9 @@ class LanguageModel(Layer):
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         table = whole(params["embedding"], self.backbone)
-        inputs = embed(table, x, self.dtype, self.backbone)
+        inputs = embed(table, x, self.dtype, self.backbone, self.embedding_scale)
+        if self._input_norm is not None:
+            inputs, _ = self._input_norm.forward(params["embedding_norm"], inputs, (), context)
         hidden, state = self.backbone.forward(params["backbone"], inputs, state, context)
         weight = table.T if self.tie_embeddings else whole(params["head"], self.backbone)
         logits = jnp.matmul(
@@ -103,4 +131,8 @@ class LanguageModel(Layer):
             weight.astype(hidden.dtype),
             preferred_element_type=state_dtype(hidden.dtype),
         )
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        if self.logit_cap is not None:
+            logits = self.logit_cap * jnp.tanh(logits / self.logit_cap)
         return logits, state

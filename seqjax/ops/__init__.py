@@ -1,8 +1,11 @@
 """Recurrences as pure functions of arrays: no parameters, no modules."""
 
 from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
+from seqjax.ops.elementwise.block_scan import block_scan as block_scan
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
+from seqjax.ops.elementwise.log_scan import log_scan as log_scan
 from seqjax.ops.elementwise.selective_scan import selective_scan as selective_scan
+from seqjax.ops.elementwise.ssm_scan import ssm_scan as ssm_scan
 from seqjax.ops.matrix_state.chunked import ChunkMap as ChunkMap
 from seqjax.ops.matrix_state.decays import cumulative_decays as cumulative_decays
 from seqjax.ops.matrix_state.decays import decayed_products as decayed_products
@@ -19,12 +22,14 @@ from seqjax.ops.nonlinear.nonlinear_scan import SolveInfo as SolveInfo
 from seqjax.ops.nonlinear.nonlinear_scan import nonlinear_scan as nonlinear_scan
 from seqjax.ops.previous import previous as previous
 from seqjax.ops.segments import segment_starts as segment_starts
+from seqjax.ops.step_scan import step_scan as step_scan
 
 __all__ = [
     "ChunkMap",
     "MatrixRecurrence",
     "Newton",
     "SolveInfo",
+    "block_scan",
     "cumulative_decays",
     "custom_adjoint",
     "decayed_products",
@@ -32,10 +37,13 @@ __all__ = [
     "generalized_delta_rule",
     "linear_attention",
     "linear_scan",
+    "log_scan",
     "lyapunov",
     "monoid_scan",
     "nonlinear_scan",
     "previous",
     "segment_starts",
     "selective_scan",
+    "ssm_scan",
+    "step_scan",
 ]

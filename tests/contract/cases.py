@@ -1,10 +1,5 @@
-"""Rows of the contract tests: the class `Case`, and one row for each op.
+"""Rows of the contract tests: one row for each op."""
 
-A row defines random inputs, the call, and an oracle: a float64 loop written from the equations.
-To add a recurrence, add a row; every contract test then runs on it.
-"""
-
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,86 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import seqjax
+from tests.contract.case import Arrays, Case, D, H, K, N, V, normal, unit
+from tests.contract.case import op as _op
+from tests.contract.scan_cases import SCANS
+from tests.contract.ssm_cases import SSM_OPS
 from tests.oracles import op_oracles, rnn_oracles
-
-Arrays = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Case:
-    """A row.
-
-    Attributes:
-      name: name of the row.
-
-      inputs: (rng, B, T) -> named float64 arrays; "params" may be a tree of arrays.
-
-      run: (inputs, state, reset, **keywords) -> (outputs, final state).
-
-      oracle: (inputs, state, reset) -> (outputs, final state); None if the state is not compared.
-
-      state: (rng, B) -> random initial state; None for layers, which run to create a state.
-
-      algorithms: algorithms to compare with the oracle; the quick tests use the first one.
-        "pallas" is the interpreted kernel.
-
-      timed: names of the inputs [B, T, ...].
-
-      shared: names of the inputs [T, ...], shared by the whole batch.
-
-      hard: (rng, inputs) -> inputs with values at the limits of the op's contract.
-
-      tolerance: largest error by dtype, relative to the largest magnitude of the result.
-
-      split_axis: whether the op takes `sequence_axis`.
-    """
-
-    name: str
-    inputs: Callable[..., Arrays]
-    run: Callable[..., tuple[Any, Any]]
-    oracle: Callable[..., tuple[Any, Any]]
-    state: Callable[..., Any] | None = None
-    algorithms: tuple[Any, ...] = ("sequential",)
-    timed: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-    hard: Callable[..., Arrays] | None = None
-    reverse: bool = False
-    split_axis: bool = True
-    layer: Any = None
-    tolerance: dict[str, float] = dataclasses.field(
-        # float64: rounding over a few dozen steps. float32: the contract's 1e-4 at T = 1000, met
-        # with room. bfloat16: outputs are rounded to 8 bits, inputs arrive rounded.
-        default_factory=lambda: {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2}
-    )
-
-    def in_time(self, name: str, value: Any, steps: slice) -> Any:
-        """Return some steps of the input `name` as a view, or all of it if it has no time axis."""
-        if name in self.timed:
-            return value[:, steps]
-        return value[steps] if name in self.shared else value
-
-    def __str__(self) -> str:
-        return self.name
-
-
-def normal(rng: np.random.Generator, *shape: int, complex_: bool = False) -> np.ndarray:
-    real = rng.standard_normal(shape)
-    return real + 1j * rng.standard_normal(shape) if complex_ else real
-
-
-H, K, V, D, N = 2, 3, 4, 3, 2
-
-
-def unit(array: np.ndarray) -> np.ndarray:
-    return array / np.linalg.norm(array, axis=-1, keepdims=True)
-
-
-def _op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> Callable[..., Any]:
-    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
-        arrays = {name: inputs[name] for name in names if name in inputs}
-        return function(**arrays, initial_state=state, reset=reset, **fixed, **keywords)
-
-    return run
 
 
 def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
@@ -151,17 +71,38 @@ def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False)
     )
 
 
-def _selective(name: str, *algorithms: str, **fixed: bool) -> Case:
+def _selective(name: str, *algorithms: str, decay: str = "exp") -> Case:
+    def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
+        hard = _hard_steps(rng, inputs)
+        return _online(hard) if decay == "online" else hard
+
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        inputs = _selective_inputs(rng, batch, length)
+        return _online(inputs) if decay == "online" else inputs
+
+    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+        without = {"A": None} if decay == "online" else {}
+        return seqjax.selective_scan(
+            **inputs, **without, initial_state=state, reset=reset, decay=decay, **keywords
+        )
+
     return Case(
         name=name,
-        inputs=_selective_inputs,
-        run=_op(seqjax.selective_scan, ("x", "dt", "A", "B", "C", "D"), **fixed),
-        oracle=functools.partial(op_oracles.selective_scan, **fixed),
+        inputs=make,
+        run=run,
+        oracle=functools.partial(op_oracles.selective_scan, decay=decay),
         state=lambda rng, batch: normal(rng, batch, D, N),
         algorithms=algorithms,
         timed=("x", "dt", "B", "C"),
-        hard=_hard_steps,
+        hard=harden,
     )
+
+
+def _online(inputs: Arrays) -> Arrays:
+    """Return Longhorn's arguments: no A, and steps dt / (1 + dt |B|^2), for decays in [0, 1]."""
+    square = np.sum(inputs["B"] ** 2, axis=-1, keepdims=True)
+    dt = inputs["dt"] / (1 + inputs["dt"] * square)
+    return {name: value for name, value in inputs.items() if name != "A"} | {"dt": dt}
 
 
 def _selective_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
@@ -321,8 +262,11 @@ OPS = [
     _linear("linear_scan-time_invariant", "D"),
     _linear("linear_scan-complex", "BTD", complex_=True),
     _linear("linear_scan-reverse", "BTD", reverse=True),
+    *SCANS,
+    *SSM_OPS,
     _selective("selective_scan", "sequential", "chunked", "pallas"),
-    _selective("selective_scan-negative", "sequential", "chunked", negative_eigenvalues=True),
+    _selective("selective_scan-signed", "sequential", "chunked", decay="signed"),
+    _selective("selective_scan-online", "sequential", "chunked", decay="online"),
     _attention("linear_attention", None),
     _attention("linear_attention-scalar", "scalar"),
     _attention("linear_attention-channel", "channel"),

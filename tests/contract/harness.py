@@ -67,6 +67,23 @@ def with_kernel_once(case: Case, algorithm: str | None) -> bool:
     return algorithm != "pallas" or case.name == "linear_scan"
 
 
+def by_row(keep: Any = lambda case: True) -> Any:
+    """Parametrize a test by row; the quick rows are not slow."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(
+                case,
+                id=str(case),
+                marks=[pytest.mark.xdist_group(str(case))]
+                + [pytest.mark.slow] * (case.name not in QUICK),
+            )
+            for case in ROWS
+            if keep(case)
+        ],
+    )
+
+
 def wrapped(case: Case, algorithm: str | None) -> bool:
     """Return True if a test of a wrapper (vmap, sharding, `lax.scan`) runs the variant.
 

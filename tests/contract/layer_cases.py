@@ -1,43 +1,17 @@
 """One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 import seqjax
-from tests.contract.cases import Arrays, Case, normal
-from tests.oracles import layer_oracles, rnn_oracles
-
-
-def _layer(layer: Any, oracle: Callable[..., Any], name: str | None = None) -> Case:
-    init = jax.jit(lambda key: layer.init(key, jnp.float64))
-
-    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        with jax.enable_x64(True):
-            params = init(jax.random.key(rng.integers(2**31)))
-        params = jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.standard_normal(p.shape), params)
-        return {"params": params, "x": normal(rng, batch, length, layer.dim)}
-
-    def run(inputs: Arrays, state: Any, reset: Any) -> Any:
-        return layer.apply(inputs["params"], inputs["x"], state, reset)
-
-    def judge(inputs: Arrays, state: None, reset: Any) -> tuple[Any, None]:
-        return oracle(layer, inputs["params"], inputs["x"], reset), None
-
-    return Case(
-        name=name or type(layer).__name__,
-        inputs=make,
-        run=run,
-        oracle=judge,
-        algorithms=(None,),
-        timed=("x",),
-        split_axis=False,
-        layer=layer,
-    )
-
+from tests.contract.exponential_cases import EXPONENTIAL
+from tests.contract.layer_case import layer_case as _layer
+from tests.oracles import (
+    attention_oracles,
+    feature_oracles,
+    gated_oracles,
+    layer_oracles,
+    rnn_oracles,
+    rwkv_oracles,
+    ssm_oracles,
+)
 
 LAYERS = [
     _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
@@ -54,11 +28,99 @@ LAYERS = [
         layer_oracles.mamba,
         "Mamba-negative",
     ),
-    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), layer_oracles.deltanet),
+    *EXPONENTIAL,
+    _layer(
+        seqjax.layers.Mamba(
+            dim=4, state_dim=3, dt_rank=3, bias=True, conv_bias=False, inner_norm_eps=1e-3
+        ),
+        layer_oracles.mamba,
+        "Mamba-falcon",
+    ),
+    _layer(
+        seqjax.layers.Mamba2(dim=4, state_dim=3, head_dim=2, groups=2), attention_oracles.mamba2
+    ),
+    _layer(
+        seqjax.layers.Mamba2(
+            dim=4,
+            state_dim=3,
+            head_dim=4,
+            heads=3,
+            conv_bias=False,
+            in_bias=True,
+            out_bias=True,
+            norm="norm_first",
+            dt_limit=(0.01, 0.05),
+        ),
+        attention_oracles.mamba2,
+        "Mamba2-norm-first",
+    ),
+    _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
+    _layer(seqjax.layers.Mamba3(dim=4, state_dim=4, head_dim=4), rwkv_oracles.mamba3),
+    _layer(
+        seqjax.layers.Mamba3(
+            dim=4,
+            state_dim=4,
+            head_dim=4,
+            groups=2,
+            mimo_rank=2,
+            rope_fraction=1,
+            decay="softplus",
+            norm=True,
+        ),
+        rwkv_oracles.mamba3,
+        "Mamba3-mimo",
+    ),
+    _layer(seqjax.layers.Longhorn(dim=4, state_dim=3), ssm_oracles.longhorn),
+    _layer(seqjax.layers.S4D(dim=4, state_dim=6), ssm_oracles.s4d),
+    _layer(
+        seqjax.layers.S4D(dim=4, state_dim=6, spectrum="legs", output_glu=True),
+        ssm_oracles.s4d,
+        "S4D-legs",
+    ),
+    _layer(seqjax.layers.S4D(dim=4, state_dim=3, spectrum="real"), ssm_oracles.s4d, "S4D-real"),
+    _layer(seqjax.layers.GSS(dim=4, state_dim=4, inner=3, expand=2), ssm_oracles.gss),
+    _layer(seqjax.layers.DampedEMA(dim=4, state_dim=3), ssm_oracles.damped_ema),
+    _layer(seqjax.layers.LinOSS(dim=4, state_dim=3), ssm_oracles.linoss),
+    _layer(
+        seqjax.layers.LinOSS(dim=4, state_dim=3, discretization="imex", output_glu=True),
+        ssm_oracles.linoss,
+        "LinOSS-imex",
+    ),
+    _layer(seqjax.layers.LMU(dim=4, state_dim=5, channels=2, window=8.0), ssm_oracles.lmu),
+    _layer(seqjax.layers.LegS(dim=4, state_dim=5, channels=2), ssm_oracles.legs),
+    _layer(seqjax.layers.BlockLinear(dim=6, block_size=3), ssm_oracles.block_linear),
+    _layer(seqjax.layers.UnitaryRNN(dim=4, heads=2, head_dim=3), ssm_oracles.unitary),
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
-        layer_oracles.deltanet,
+        attention_oracles.deltanet,
         "DeltaNet-gated",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, gated=True, value_heads=2, conv_size=2),
+        attention_oracles.deltanet,
+        "DeltaNet-value-heads",
+    ),
+    _layer(
+        seqjax.layers.DeltaNet(dim=4, heads=1, conv_size=2, feature_map="dpfp", dpfp_order=2),
+        attention_oracles.deltanet,
+        "DeltaNet-dpfp",
+    ),
+    _layer(
+        seqjax.layers.DeltaProduct(dim=4, heads=1, value_heads=2, updates=3),
+        attention_oracles.deltanet,
+    ),
+    _layer(seqjax.layers.KDA(dim=4, heads=1, expand_v=0.5, value_heads=2), attention_oracles.kda),
+    _layer(
+        seqjax.layers.KDA(
+            dim=4,
+            heads=2,
+            head_dim=4,
+            negative_eigenvalues=True,
+            decay_bound=-5.0,
+            low_rank=False,
+        ),
+        attention_oracles.kda,
+        "KDA-bounded",
     ),
     # Several values per head: with two, the norm of an output near zero bends sharply, and
     # differences of gradients are no judge of second derivatives.
@@ -70,9 +132,112 @@ LAYERS = [
         layer_oracles.gla,
         "GLA-conv",
     ),
+    _layer(seqjax.layers.Comba(dim=4, heads=2, expand_v=2), rwkv_oracles.comba),
+    _layer(seqjax.layers.GatedDeltaNet2(dim=4, heads=2, expand_v=2), rwkv_oracles.gated_deltanet2),
+    # Four features per head: with two, a layer norm is nearly a sign.
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, mix_rank=2, decay_rank=3, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+    ),
+    _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, data_dependent=False, layer=1, depth=3),
+        rwkv_oracles.rwkv6,
+        "RWKV6-5",
+    ),
+    _layer(
+        seqjax.layers.RWKV7(
+            dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
+        ),
+        rwkv_oracles.rwkv7,
+    ),
+    _layer(seqjax.layers.RWKVChannelMix(dim=4), rwkv_oracles.channel_mix),
+    _layer(
+        seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
+    ),
+    _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=3, head_dim=2),
+        attention_oracles.lightning_attention,
+    ),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=2, slopes="linear", gate_rank=0),
+        attention_oracles.lightning_attention,
+        "LightningAttention-linear",
+    ),
+    _layer(seqjax.layers.RGLRU(dim=4, state_dim=6, heads=2), gated_oracles.rglru),
+    _layer(
+        seqjax.layers.RGLRU(dim=4, unit_first_step=True),
+        gated_oracles.rglru,
+        "RGLRU-unit-first-step",
+    ),
+    _layer(seqjax.layers.MinGRU(dim=4, state_dim=6), gated_oracles.mingru),
+    _layer(seqjax.layers.MinGRU(dim=4, positive=False), gated_oracles.mingru, "MinGRU-signed"),
+    _layer(seqjax.layers.MinLSTM(dim=4), gated_oracles.minlstm),
+    _layer(
+        seqjax.layers.MinLSTM(dim=4, state_dim=6, positive=False),
+        gated_oracles.minlstm,
+        "MinLSTM-signed",
+    ),
+    _layer(seqjax.layers.HGRN(dim=4, state_dim=6), gated_oracles.hgrn),
+    _layer(seqjax.layers.QRNN(dim=4, state_dim=6), gated_oracles.qrnn),
+    _layer(seqjax.layers.SRU(dim=4), gated_oracles.sru),
+    _layer(
+        seqjax.layers.SRU(dim=4, state_dim=6, highway_bias=-1.0), gated_oracles.sru, "SRU-projected"
+    ),
+    _layer(seqjax.layers.QuasiLSTM(dim=4, state_dim=6), gated_oracles.quasi_lstm),
+    _layer(seqjax.layers.FFM(dim=4, memory_dim=3, contexts=2), gated_oracles.ffm),
+    _layer(seqjax.layers.HGRN2(dim=4, heads=2, head_dim=3), feature_oracles.hgrn2),
+    _layer(seqjax.layers.LinearAttention(dim=4, heads=2), feature_oracles.linear_attention),
+    _layer(
+        seqjax.layers.LinearAttention(dim=4, heads=2, feature_map="performer", map_order=2),
+        feature_oracles.linear_attention,
+        "LinearAttention-performer",
+    ),
+    _layer(
+        seqjax.layers.LinearAttention(dim=4, heads=2, expand_v=2, normalizer="rms"),
+        feature_oracles.linear_attention,
+        "LinearAttention-rms",
+    ),
+    _layer(seqjax.layers.Based(dim=4, heads=2, head_dim=3), feature_oracles.based),
+    # Where q . k is near 0, its square is a sum of products that cancel. Relative to the default
+    # `eps` of 1e-5 few digits are left of it in float32.
+    _layer(
+        seqjax.layers.Based(dim=4, heads=2, head_dim=4, rebased=True, eps=0.1),
+        feature_oracles.based,
+        "Based-rebased",
+    ),
+    _layer(seqjax.layers.PLSTM(dim=8, heads=2), feature_oracles.plstm),
     _layer(
         seqjax.layers.SlidingWindowAttention(dim=4, heads=2, window=5),
-        layer_oracles.sliding_window_attention,
+        layer_oracles.attention,
+    ),
+    _layer(
+        seqjax.layers.Attention(
+            dim=4,
+            heads=4,
+            kv_heads=2,
+            head_dim=4,
+            capacity=64,
+            rotary_dim=2,
+            qk_norm="rms_offset",
+            output_gate=True,
+        ),
+        layer_oracles.attention,
+    ),
+    _layer(
+        seqjax.layers.Attention(
+            dim=4,
+            heads=2,
+            kv_heads=1,
+            window=5,
+            rotary_dim=0,
+            scale=0.7,
+            qk_norm="rms",
+            bias=True,
+            out_bias=True,
+        ),
+        layer_oracles.attention,
+        "Attention-window",
     ),
     _layer(seqjax.layers.Elman(dim=4, state_dim=3), rnn_oracles.elman),
     _layer(seqjax.layers.GRU(dim=4, state_dim=3), rnn_oracles.gru),
@@ -82,9 +247,39 @@ LAYERS = [
     _layer(seqjax.layers.SLSTM(dim=4, state_dim=3), rnn_oracles.slstm),
     _layer(seqjax.layers.LEM(dim=4, state_dim=3, dt=0.5), rnn_oracles.lem),
     _layer(seqjax.layers.LTC(dim=4, state_dim=3, dt=0.5), rnn_oracles.ltc),
+    _layer(seqjax.layers.IndRNN(dim=4, state_dim=3), rnn_oracles.indrnn),
+    _layer(
+        seqjax.layers.IndRNN(dim=4, state_dim=3, activation="tanh"),
+        rnn_oracles.indrnn,
+        "IndRNN-tanh",
+    ),
+    _layer(seqjax.layers.MGU(dim=4, state_dim=3), rnn_oracles.mgu),
+    _layer(seqjax.layers.LeakyRNN(dim=4, state_dim=3), rnn_oracles.leakyrnn),
+    _layer(seqjax.layers.CoRNN(dim=4, state_dim=3, dt=0.3), rnn_oracles.cornn),
+    _layer(seqjax.layers.UnICORNN(dim=4, state_dim=3, alpha=2.0), rnn_oracles.unicornn),
     _layer(seqjax.layers.ShortConv(dim=4), layer_oracles.short_conv),
+    _layer(seqjax.layers.TokenShift(dim=4), gated_oracles.token_shift),
     _layer(seqjax.layers.RMSNorm(dim=4), layer_oracles.rms_norm),
     _layer(seqjax.layers.RMSNorm(dim=4, offset=True), layer_oracles.rms_norm, "RMSNorm-offset"),
     _layer(seqjax.layers.LayerNorm(dim=4), layer_oracles.layer_norm),
     _layer(seqjax.layers.GatedMLP(dim=4), layer_oracles.gated_mlp),
+    _layer(
+        seqjax.layers.GatedMLP(dim=4, activation="gelu_tanh", bias=True),
+        layer_oracles.gated_mlp,
+        "GatedMLP-gelu",
+    ),
+    _layer(seqjax.layers.GatedConv(dim=4), layer_oracles.gated_conv),
+    _layer(
+        seqjax.layers.GatedConv(dim=4, size=2, bias=True),
+        layer_oracles.gated_conv,
+        "GatedConv-bias",
+    ),
+    _layer(seqjax.layers.MLP(dim=4), layer_oracles.mlp),
+    _layer(seqjax.layers.MLP(dim=4, activation="gelu", bias=True), layer_oracles.mlp, "MLP-gelu"),
+    _layer(
+        seqjax.layers.Scaled(
+            seqjax.layers.GateLoop(dim=4, heads=2), 0.5, 3.0, {"q_proj": 2.0, "phase_bias": 0.3}
+        ),
+        layer_oracles.scaled(layer_oracles.gateloop),
+    ),
 ]

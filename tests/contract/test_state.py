@@ -13,6 +13,7 @@ from tests.contract.harness import (
     T,
     assert_close,
     assert_same_bits,
+    by_row,
     by_variant,
     cast,
     copied,
@@ -25,7 +26,6 @@ from tests.contract.harness import (
 )
 
 EACH = by_variant(lambda case: getattr(case.layer, "causal", True))
-CAUSAL_ROWS = [case for case in ROWS if getattr(case.layer, "causal", True)]
 
 
 def in_time(case, tree, start, stop):
@@ -53,7 +53,7 @@ def test_split_and_resume(case, algorithm, x64, strict, compiled_quickly):
         assert_close((joined, carried), (whole, final), 1e-12)
 
 
-@pytest.mark.parametrize("case", [c for c in CAUSAL_ROWS if c.layer is not None], ids=str)
+@by_row(lambda case: case.layer is not None and case.layer.causal)
 def test_step_agrees_with_apply(case, x64, strict):
     inputs, _, reset = make(case)
     inputs = cast(inputs, "float64")

@@ -14,9 +14,9 @@ import pytest
 
 from tests.contract.harness import (
     QUICK,
-    ROWS,
     T,
     assert_close,
+    by_row,
     by_variant,
     cast,
     cast_inputs,
@@ -101,7 +101,7 @@ def test_bfloat16_keeps_its_state_in_float32(case, algorithm, strict, compiled_q
     )
 
 
-@pytest.mark.parametrize("case", ROWS, ids=str)
+@by_row()
 def test_output_and_state_dtypes(case, x64, strict):
     inputs, state, reset = make(case)
     for dtype, real, complex_ in (

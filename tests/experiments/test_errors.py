@@ -62,9 +62,9 @@ def one_line(capsys, script, *arguments):
         ([f"--config={CONFIG}", "--config.steps='many'"], "base 10: \"'many'\""),
         (
             [f"--config={CONFIG}:qqq"],
-            f"--config={CONFIG}:qqq: unknown word 'qqq': known: attention",
+            f"--config={CONFIG}:qqq: unknown word 'qqq': known: aaren, attention",
         ),
-        ([f"--config={CONFIG}:qqq"], " deltanet, elman"),
+        ([f"--config={CONFIG}:qqq"], " elman, ffm"),
         (["--config=experiments/configs/pod.py:mamba_1b,9k"], "_1b,9k: unknown word '9k'"),
         (["--helpful"], "Unknown command line flag 'helpful'"),
         ([f"--config={CONFIG}", "--workdr=x"], "workdir"),

@@ -16,7 +16,7 @@ from absl import logging
 from experiments import generate, train
 from experiments.base import cli
 from experiments.base.build import build_model
-from experiments.configs import common, lm
+from experiments.configs import lm
 from experiments.data import pipeline
 from experiments.objectives import sampling
 
@@ -35,7 +35,8 @@ def run(tmp_path_factory):
     return str(folder / "run")
 
 
-@pytest.mark.parametrize("layer", sorted(common.MIXERS))
+# tests/generation has the steps of every layer.
+@pytest.mark.parametrize("layer", ["gated_deltanet", "hybrid", "mamba"])
 def test_step_gives_the_parallel_numbers(layer):
     config = lm.get_config(f"{layer},quicktest").model
     model = build_model(config)
@@ -51,16 +52,49 @@ def test_step_gives_the_parallel_numbers(layer):
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, final)
 
 
+def make_model(layer="deltanet"):
+    model = build_model(lm.get_config(f"{layer},quicktest").model)
+    return model, model.init(jax.random.key(1))
+
+
+def settings(num_bytes=12, **changes):
+    return sampling.Settings(num_bytes, **({"temperature": 0.0, "top_p": 1.0} | changes))
+
+
 def test_a_greedy_sample_is_the_most_likely_text_of_the_parallel_pass():
-    config = lm.get_config("deltanet,quicktest").model
-    model = build_model(config)
-    params = model.init(jax.random.key(1))
+    model, params = make_model()
     prompt = b"def "
-    text = bytes(sampling.make_sampler(model)(params, prompt, 12, 0, 0.0, 1.0))
+    text = bytes(sampling.stream(model, params, prompt, settings()))
     everything = prompt + text
     read = np.frombuffer(bytes([pipeline.DOCUMENT_START]) + everything[:-1], np.uint8)
     logits, _ = jax.jit(model.apply)(params, read[None].astype(np.int32))
     assert text == bytes(np.argmax(logits[0], -1).astype(np.uint8))[len(prompt) :]
+
+
+def test_a_batch_has_the_texts_of_its_prompts():
+    model, params = make_model()
+    prompts = [b"def ", b"x", b"a longer prompt"]
+    texts = sampling.batch(model, params, prompts, settings())
+    alone = [bytes(sampling.stream(model, params, prompt, settings())) for prompt in prompts]
+    assert texts == alone
+
+
+def test_a_text_ends_after_the_stop_string():
+    model, params = make_model()
+    whole = bytes(sampling.stream(model, params, b"x", settings(temperature=1.0)))
+    stop = whole[3:5]
+    text = bytes(sampling.stream(model, params, b"x", settings(temperature=1.0, stop=stop)))
+    assert text == whole[: whole.index(stop) + 2]
+
+
+def test_a_conversation_keeps_what_was_said():
+    """Compare the second answer with the continuation of the whole text."""
+    model, params = make_model()
+    conversation = sampling.Conversation(model, params, settings())
+    first = bytes(conversation.answer(b"one\n"))
+    second = bytes(conversation.answer(b"two\n"))
+    text = b"one\n" + first + b"two\n"
+    assert second == bytes(sampling.stream(model, params, text, settings()))
 
 
 def test_seeds_and_streams(run):
@@ -70,22 +104,6 @@ def test_seeds_and_streams(run):
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     first = generate.generate(run, "abc", num_bytes=10**9)
     assert next(first)
-
-
-def test_temperature_and_top_p():
-    logits = jnp.log(jnp.array([0.05, 0.6, 0.05, 0.3]))
-    keys = jax.random.split(jax.random.key(0), 4000)
-
-    def draw(temperature, top_p):
-        drawn = jax.vmap(sampling.choose, (0, None, None, None))(keys, logits, temperature, top_p)
-        return np.bincount(np.asarray(drawn), minlength=4) / len(keys)
-
-    np.testing.assert_allclose(draw(1.0, 1.0), [0.05, 0.6, 0.05, 0.3], atol=0.03)
-    np.testing.assert_allclose(draw(1.0, 0.7), [0, 2 / 3, 0, 1 / 3], atol=0.03)
-    np.testing.assert_allclose(draw(1.0, 0.01), [0, 1, 0, 0])
-    np.testing.assert_allclose(draw(0.0, 1.0), [0, 1, 0, 0])
-    hot, cold = draw(2.0, 1.0), draw(0.5, 1.0)
-    assert hot[1] < 0.5 < 0.75 < cold[1]
 
 
 def test_utf8_arrives_whole_and_the_rest_is_replaced():
@@ -130,9 +148,30 @@ def test_the_command_prints_the_prompt_and_goes_on(run, capsys):
     assert printed == "abc" + "".join(generate.generate(run, "abc", num_bytes=8, seed=3)) + "\n"
 
 
+def test_many_prompts_and_samples(run, tmp_path, capsys):
+    (tmp_path / "prompts").write_text("abc\n\nb\n")
+    arguments = ["generate", f"--workdir={run}", f"--prompts={tmp_path / 'prompts'}"]
+    arguments += ["--num_bytes=8", "--num_samples=2"]
+    assert cli.run(generate.define_flags, generate.main, arguments) == 0
+    texts = capsys.readouterr().out.split("\n" + "-" * 40 + "\n")[:-1]
+    assert [text[:1] for text in texts] == ["a", "a", "b", "b"]
+
+
+def test_interactive(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc\nde\n"))
+    arguments = ["generate", f"--workdir={run}", "--interactive", "--num_bytes=4", "--stop=\\n"]
+    assert cli.run(generate.define_flags, generate.main, arguments) == 0
+    assert capsys.readouterr().out.count("\n") >= 2
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
+        ("--num_samples=0", "--num_samples=0: must be at least 1"),
+        ("--top_k=-1", "--top_k=-1: must be 0 or more"),
+        ("--prompts=nowhere.txt", "nowhere.txt"),
+        ("--interactive --prompt=a", "give one of them"),
+        ("--stop=\\x4", "--stop"),
         ("--temperature=-1", "--temperature=-1.0: must be 0 or more"),
         ("--top_p=0", "--top_p=0.0: must be above 0"),
         ("--num_bytes=0", "--num_bytes=0: must be at least 1"),
@@ -140,7 +179,7 @@ def test_the_command_prints_the_prompt_and_goes_on(run, capsys):
     ],
 )
 def test_bad_flags_end_with_one_line(run, capsys, flag, message):
-    arguments = ["generate", f"--workdir={run}", flag]
+    arguments = ["generate", f"--workdir={run}", *flag.split()]
     assert cli.run(generate.define_flags, generate.main, arguments) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -211,7 +211,7 @@ def test_models_of_text_are_of_one_size():
         return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
     sizes = {job.label: size(job) for job in grids.GRIDS["text"].jobs}
-    assert set(sizes) == set(common.MIXERS) - {"hybrid"}
+    assert set(sizes) <= set(common.MIXERS) - {"hybrid"}
     assert all(abs(size / 463_000 - 1) < 0.01 for size in sizes.values()), sizes
 
 

@@ -63,7 +63,11 @@ def reference(text, tmp_path_factory):
     return workdir, summary
 
 
-@pytest.mark.parametrize("layer", sorted(common.MIXERS))
+QUICK = {"attention", "gated_deltanet", "gru", "hybrid", "lru", "mamba"}
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in sorted(common.MIXERS.keys() - QUICK))
+
+
+@pytest.mark.parametrize("layer", [*sorted(QUICK), *SLOW])
 def test_two_steps_of_every_config(layer, text):
     config = lm.get_config(f"{layer},quicktest")
     config.data.path = str(text)

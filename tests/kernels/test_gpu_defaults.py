@@ -79,7 +79,7 @@ def test_kernels_are_the_default_on_hopper_only(program, on):
         functools.partial(linear, (2, 32, 128), algorithm="associative"),
         functools.partial(selective, 6),
         functools.partial(selective, 128, 17),
-        functools.partial(selective, negative_eigenvalues=True),
+        functools.partial(selective, decay="signed"),
     ],
     ids=[
         "rows of 24 bytes",
@@ -91,7 +91,7 @@ def test_kernels_are_the_default_on_hopper_only(program, on):
         "associative",
         "selective_scan, rows of 24 bytes",
         "selective_scan, 17 states",
-        "selective_scan, negative eigenvalues",
+        "selective_scan, signed decays",
     ],
 )
 def test_calls_that_the_kernels_do_not_take_use_xla(program, on):

@@ -58,7 +58,15 @@ def arrays(cell, batch, length, seed=0):
     return cell_params(rng, cell), xs, state, rng.random((batch, length)) < 0.2, *cts
 
 
-CELLS = [seqjax.cells.ParaGRU(128), seqjax.cells.ParaLSTM(128), seqjax.cells.SLSTM(128), mine]
+CELLS = [
+    seqjax.cells.ParaGRU(128),
+    seqjax.cells.ParaLSTM(128),
+    seqjax.cells.SLSTM(128),
+    seqjax.cells.SRU(128),
+    seqjax.cells.IndRNN(128),
+    seqjax.cells.UnICORNN(128),
+    mine,
+]
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: getattr(cell, "__name__", repr(cell)))

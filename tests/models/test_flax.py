@@ -1,5 +1,6 @@
 """Flax adapters: results of the bare layer, and the transformations of Flax."""
 
+import dataclasses
 import functools
 import inspect
 import operator
@@ -100,14 +101,15 @@ def test_every_layer_can_be_wrapped(name):
         or inspect.isabstract(kind)
     ):
         pytest.skip("not a layer by itself")
-    needs = {name: {"heads": 2} for name in ("DeltaNet", "GateLoop", "GLA")}
-    layer = kind(dim=4, **needs.get(name, {"heads": 2, "window": 3} if "Attention" in name else {}))
+    sizes = {"dim": 32, "heads": 2, "window": 3, "layer": LRU}
+    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    layer = kind(**{field: sizes[field] for field in needed})
     wanted = jax.tree.map(tuple, layer.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     state = nnx.state(nnx.eval_shape(lambda: seqjax.nnx.Recurrent(layer, rngs=nnx.Rngs(0))))
     axes = {path[1:]: leaf.out_sharding for path, leaf in nnx.to_flat_state(state)}
     assert axes == dict(nnx.traversals.flatten_mapping(wanted))
     twin = seqjax.linen.Recurrent(layer)
-    variables = jax.eval_shape(twin.init, jax.random.key(0), jnp.ones((B, T, 4)))
+    variables = jax.eval_shape(twin.init, jax.random.key(0), jnp.ones((B, T, layer.dim)))
     names = jax.tree.map(
         lambda box: box.names,
         variables["params"],
@@ -345,7 +347,7 @@ def test_a_classifier_takes_its_mask():
 def test_what_is_no_layer_is_refused():
     for make in (
         lambda: seqjax.nnx.Recurrent(4, rngs=nnx.Rngs(0)),
-        lambda: seqjax.linen.Recurrent(4).init(jax.random.key(0), jnp.ones((B, T, 4))),
+        lambda: seqjax.linen.Recurrent(4).init(jax.random.key(0), jnp.ones((B, T, DIM))),
     ):
         with pytest.raises(ValueError, match=r"^Recurrent: `layer` must be a seqjax layer"):
             make()

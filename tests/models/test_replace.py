@@ -1,35 +1,32 @@
 """`dataclasses.replace` of a layer or model equals direct construction."""
 
 import dataclasses
+import types
+import typing
 
 import pytest
 
 import seqjax
 from tests.contract.harness import ROWS
 
-OTHER = {int: lambda n: n + 1, float: lambda x: x * 0.75 + 0.2, bool: lambda flag: not flag}
-NONE = {  # other values of fields that are None
-    "activation": "silu",
-    "algorithm": "sequential",
-    "bidirectional": True,
-    "depth": 4,
-    "dt_rank": 3,
-    "head_dim": 6,
-    "hidden_dim": 24,
-    "implementation": "xla",
-    "conv_size": 3,
-    "mlp": seqjax.layers.GatedMLP(4, 8),
-    "output_gate": True,
-    "constrain": lambda x, axes: x,
-    "solver": seqjax.Newton(window=8),
-    "state_dim": 8,
+# Other values by the name of the field, where the type of the field does not give any.
+VALUES = {
+    "algorithm": ["sequential"],
+    "blocks": [1],
+    "channel_axis": ["heads"],
+    "constrain": [lambda x, axes: x],
+    "implementation": ["xla"],
+    "dt_limit": [(0.0, 0.5)],
+    "dtype": ["bfloat16"],
+    "layer": [],  # must stay below `depth`
+    "mlp": [seqjax.layers.GatedMLP(4, 8)],
+    "param_scales": [(("down_proj", 2.0),)],
+    "solver": [seqjax.Newton(window=8)],
 }
-NAMES = {
-    "channel_axis": "heads",
-    "dtype": "bfloat16",
-    "norm": "layer",
-    "norm_position": "post",
-    "pool": "last",
+BY_TYPE = {
+    bool: lambda value: [not value],
+    int: lambda value: [value + 1, 2 * value, value // 2, 3, 4, 6] if value else [1, 2, 3, 4, 6],
+    float: lambda value: [0.75 * value + 0.2, 2 * value, value / 2] if value else [0.5, -5.0],
 }
 LRU = seqjax.layers.LRU(4)
 MODELS = [
@@ -40,50 +37,62 @@ MODELS = [
 ]
 
 
-def changes(layer):
-    """Return another value for each field with a default, and a larger `dim`."""
-    for field in dataclasses.fields(layer):
-        value = getattr(layer, field.name)
-        if not field.init or field.name in ("vocab_size", "input_dim", "num_classes"):
-            continue
-        if field.name in ("dim", "depth") and value:
-            yield field.name, 2 * value
-        elif field.default is dataclasses.MISSING:
-            continue
-        elif field.name == "r_max":
-            yield "r_max", 0.5
-        elif value is None:
-            yield field.name, NONE[field.name]
-        elif isinstance(value, str):
-            yield field.name, NAMES[field.name]
-        elif field.name in ("state_dim", "head_dim", "expand_k", "expand_v"):
-            yield field.name, 2 * value
-        elif field.name == "blocks":
-            yield "blocks", 1
-        elif field.name in ("min_decay", "dt_min"):
-            yield field.name, value / 2
-        else:
-            yield field.name, OTHER[type(value)](value)
+def other_values(layer, field):
+    """Return candidates for another value of a field, by its name or its type."""
+    if field.name in VALUES:
+        return VALUES[field.name]
+    kind, value = typing.get_type_hints(type(layer))[field.name], getattr(layer, field.name)
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    found = []
+    for kind in kinds:
+        if typing.get_origin(kind) is typing.Literal:
+            found += [choice for choice in typing.get_args(kind) if choice != value]
+        elif kind in BY_TYPE:
+            found += BY_TYPE[kind](value)
+        elif typing.get_origin(kind) is typing.Union:
+            found += [c for k in typing.get_args(kind) for c in typing.get_args(k) if c != value]
+    assert found, f"{type(layer).__name__}.{field.name}: add other values to VALUES"
+    return found
+
+
+def accepted(layer, keywords):
+    """Return whether the constructor accepts the keywords."""
+    try:
+        type(layer)(**keywords)
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(
     "layer", [c.layer for c in ROWS if c.layer is not None] + MODELS, ids=lambda x: type(x).__name__
 )
 def test_replaced_layers_equal_those_built_directly(layer):
-    given = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer) if f.init}
-    minimal = {
-        f.name: getattr(layer, f.name)
-        for f in dataclasses.fields(layer)
-        if f.init and (f.default is dataclasses.MISSING or f.name == "vocab_size")
-    }
-    for name, value in changes(layer):
-        replaced = dataclasses.replace(layer, **{name: value})
-        assert replaced == type(layer)(**given | {name: value})
-        assert getattr(replaced, name) == value
-        # Values that follow from other fields, such as the width of a head, follow the new ones.
-        plain = type(layer)(**minimal)
-        direct = type(layer)(**minimal | {name: value})
-        replaced = dataclasses.replace(plain, **{name: value})
-        assert replaced == direct
-        assert hash(replaced) == hash(direct)
-        assert replaced.param_shapes() == direct.param_shapes()
+    """Replace each field by another value, in the layer and in one with defaults.
+
+    Fields depend on each other, so the first value counts that the constructor accepts.
+    """
+    fields = [f for f in dataclasses.fields(layer) if f.init]
+    given = {f.name: getattr(layer, f.name) for f in fields}
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING} | {"vocab_size"}
+    minimal = {name: value for name, value in given.items() if name in needed}
+    starts = [start for start in (given, minimal) if accepted(layer, start)]
+    replaced_fields = 0
+    for field in fields:
+        name = field.name
+        if name in needed and name not in ("dim", "depth"):
+            continue
+        if name in ("input_dim", "num_classes"):
+            continue
+        for start in starts:
+            values = [v for v in other_values(layer, field) if accepted(layer, start | {name: v})]
+            for value in values[:1]:
+                replaced_fields += 1
+                # Values that follow from others, such as the width of a head, follow the new ones.
+                direct = type(layer)(**start | {name: value})
+                replaced = dataclasses.replace(type(layer)(**start), **{name: value})
+                assert replaced == direct
+                assert getattr(replaced, name) == value
+                assert hash(replaced) == hash(direct)
+                assert replaced.param_shapes() == direct.param_shapes()
+    assert replaced_fields >= len(fields) // 2

@@ -27,6 +27,13 @@ CELLS = [
     cells.SLSTM(D),
     cells.LEM(D, dt=0.3),
     cells.LTC(D, dt=0.3),
+    cells.IndRNN(D),
+    cells.IndRNN(D, activation="tanh"),
+    cells.MGU(D),
+    cells.LeakyRNN(D),
+    cells.CoRNN(D, dt=0.3),
+    cells.UnICORNN(D, alpha=2.0),
+    cells.SRU(D),
 ]
 EACH = pytest.mark.parametrize("cell", CELLS, ids=repr)
 AT_SCALES = pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -35,7 +42,7 @@ AT_SCALES = pytest.mark.parametrize("scale", [1.0, 3.0])
 def limits(cell, params):
     """Return the bounds as arrays of the state's shape."""
     shape = cell.initial_state(1).shape[1:]
-    bounds = cell.bounds(jax.tree.map(jnp.asarray, params))
+    bounds = cell.bounds(jax.tree.map(jnp.asarray, params)) or (-np.inf, np.inf)
     return [np.broadcast_to(np.asarray(bound), shape) for bound in bounds]
 
 
@@ -75,9 +82,17 @@ def test_no_step_leaves_the_bounds(cell, scale, x64, strict):
 
 @EACH
 def test_bounds_leave_out_no_number_that_has_some(cell, x64):
-    """Check infinite bounds: only c of the LSTM, and c, m and the upper end of n of the sLSTM."""
+    """Check the number of infinite lower and upper bounds per channel: 0 for most cells."""
     low, high = limits(cell, draw(cell, 1.0)[0])
-    wanted = {cells.LSTM: (1, 1), cells.SLSTM: (2, 3)}.get(type(cell), (0, 0))
+    unbounded = {
+        cells.LSTM: (1, 1),  # c
+        cells.SLSTM: (2, 3),  # c and m, and n from above
+        cells.CoRNN: (2, 2),
+        cells.UnICORNN: (2, 2),
+        cells.SRU: (1, 1),
+    }
+    relu = getattr(cell, "activation", None) == "relu"
+    wanted = (0, 1) if relu else unbounded.get(type(cell), (0, 0))
     assert (np.isinf(low).sum(), np.isinf(high).sum()) == (D * wanted[0], D * wanted[1])
 
 
@@ -124,7 +139,7 @@ def as_sums(cell, h):
 @AT_SCALES
 def test_a_step_is_the_equations(cell, scale, x64, strict):
     oracle, width, read = STEPS[type(cell).__name__]
-    hyper = types.SimpleNamespace(dt=getattr(cell, "dt", None))
+    hyper = types.SimpleNamespace(**dataclasses.asdict(cell))
     step = jax.jit(cell)
     for seed in range(6):
         params, h, u = draw(cell, scale, seed)
@@ -188,6 +203,10 @@ def test_slstm_begins_where_nothing_has_been_summed(x64, strict):
         (lambda: cells.LEM(0), "LEM: `dim`"),
         (lambda: cells.LTC(2, dt=-1.0), "LTC: `dt`"),
         (lambda: cells.LTC(2, dt=float("inf")), "LTC: `dt`"),
+        (lambda: cells.CoRNN(2, dt=0.0), "CoRNN: `dt`"),
+        (lambda: cells.CoRNN(2, epsilon=-1.0), "CoRNN: `epsilon`"),
+        (lambda: cells.UnICORNN(2, alpha=float("nan")), "UnICORNN: `alpha`"),
+        (lambda: cells.IndRNN(2, activation="gelu"), "IndRNN: `activation`"),
     ],
 )
 def test_bad_hyperparameters(make, message):

@@ -9,7 +9,7 @@ import seqjax
 from seqjax.layers import LRU
 from seqjax.models import Backbone, Classifier, LanguageModel
 from tests.contract.cases import OPS
-from tests.contract.harness import ROWS, cast, make
+from tests.contract.harness import by_row, cast, make
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BY_OP = {str(case).split("-")[0]: case for case in reversed(OPS)}
@@ -20,7 +20,8 @@ def op_arguments(case):
     return cast(inputs, "float32"), cast(state, "float32"), reset
 
 
-TREES = {"monoid_scan", "nonlinear_scan"}  # take trees of arrays, and have separate tests
+# These take trees of arrays, and have separate tests.
+TREES = {"monoid_scan", "nonlinear_scan", "step_scan"}
 
 
 @pytest.mark.parametrize("name", sorted(set(BY_OP) - TREES))
@@ -131,7 +132,7 @@ def test_segment_starts():
             seqjax.segment_starts(wrong)
 
 
-@pytest.mark.parametrize("case", [c for c in ROWS if c.layer is not None], ids=str)
+@by_row(lambda case: case.layer is not None)
 def test_layers_check_their_arguments(case):
     layer, name = case.layer, type(case.layer).__name__
     inputs, _, reset = make(case)
@@ -157,7 +158,7 @@ def test_layers_check_their_arguments(case):
         )
 
 
-@pytest.mark.parametrize("case", [c for c in ROWS if c.layer is not None], ids=str)
+@by_row(lambda case: case.layer is not None)
 def test_param_trees_agree(case):
     layer = case.layer
     params = layer.init(jax.random.key(0))

@@ -29,6 +29,12 @@ CELLS = [
             cells.ParaLSTM(D),
             cells.LEM(D),
             cells.LTC(D),
+            cells.IndRNN(D, activation="tanh"),  # relu overflows at these weight scales
+            cells.MGU(D),
+            cells.LeakyRNN(D),
+            cells.CoRNN(D),
+            cells.UnICORNN(D),
+            cells.SRU(D),
         )
     ),
 ]

@@ -5,6 +5,8 @@ and returns y [B, T, dim]. `layer` is read for its hyperparameters and `params` 
 nothing here comes from seqjax.
 """
 
+import math
+
 import numpy as np
 
 
@@ -121,6 +123,15 @@ def short_conv(layer, params, x, reset=None):
     return _silu(y) if layer.activation == "silu" else y
 
 
+def gated_conv(layer, params, x, reset=None):
+    """(x W_C * conv(x W_B * x W_in)) W_out (arXiv 2511.23404)."""
+    p, x = _f64(params), _f64(x)
+    B, C, u = (x @ p[f"{name}_proj"] + p.get(f"{name}_bias", 0) for name in ("B", "C", "in"))
+    inner = _Conv(layer.size, layer.bias)
+    inner.activation = None
+    return (C * short_conv(inner, p["conv"], B * u, reset)) @ p["out_proj"] + p.get("out_bias", 0)
+
+
 class _Conv:
     """The hyperparameters of a short convolution inside another layer."""
 
@@ -131,7 +142,8 @@ class _Conv:
 def mamba(layer, params, x, reset=None):
     """h = exp(dt A) h + dt B u; y = C h + D u, all of it chosen by the input (arXiv 2312.00752)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    u = short_conv(_Conv(layer.conv_size, bias=True), p["conv"], x @ p["in_proj"], reset)
+    u = x @ p["in_proj"] + p.get("in_bias", 0)
+    u = short_conv(_Conv(layer.conv_size, layer.conv_bias), p["conv"], u, reset)
     A = -np.exp(p["A_log"])
     rank, states = layer.rank, layer.state_dim
     y = np.zeros_like(x)
@@ -143,51 +155,15 @@ def mamba(layer, params, x, reset=None):
             u_t = u[b, t]
             projected = u_t @ p["x_proj"]
             r, B, C = projected[:rank], projected[rank : rank + states], projected[rank + states :]
+            if layer.inner_norm_eps is not None:
+                r, B, C = (z / np.sqrt((z**2).mean() + layer.inner_norm_eps) for z in (r, B, C))
             dt = _softplus(r @ p["dt_proj"] + p["dt_bias"])
             decay = np.exp(dt[:, None] * A)
             if layer.negative_eigenvalues:
                 decay = 2 * decay - 1
             h = decay * h + np.outer(dt * u_t, B)
-            out = (h @ C + p["D"] * u_t) * _silu(x[b, t] @ p["gate_proj"])
-            y[b, t] = out @ p["out_proj"]
-    return y
-
-
-def deltanet(layer, params, x, reset=None):
-    """S = (I - beta k k^T) alpha S + beta k v^T (arXiv 2406.06484, 2412.06464, 2411.12537)."""
-    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    heads, size = layer.heads, layer.key_dim
-    q, k, v = (
-        short_conv(
-            _Conv(layer.conv_size, bias=False), p[f"{name}_conv"], x @ p[f"{name}_proj"], reset
-        )
-        for name in "qkv"
-    )
-    values = v.shape[-1] // heads
-    y = np.zeros_like(x)
-    for b in range(x.shape[0]):
-        memory = np.zeros((heads, size, values))
-        for t in range(x.shape[1]):
-            if reset[b, t]:
-                memory = np.zeros((heads, size, values))
-            x_t = x[b, t]
-            beta = _sigmoid(x_t @ p["beta_proj"]) * (2 if layer.negative_eigenvalues else 1)
-            alpha = np.ones(heads)
-            if layer.gated:
-                alpha = np.exp(-np.exp(p["A_log"]) * _softplus(x_t @ p["a_proj"] + p["dt_bias"]))
-            out = np.zeros((heads, values))
-            for h in range(heads):
-                q_h, k_h = (z[b, t].reshape(heads, size)[h] for z in (q, k))
-                q_h, k_h = (z / np.sqrt(z @ z + 1e-6) for z in (q_h, k_h))
-                v_h = v[b, t].reshape(heads, values)[h]
-                keep = np.eye(size) - beta[h] * np.outer(k_h, k_h)
-                memory[h] = keep @ (alpha[h] * memory[h]) + beta[h] * np.outer(k_h, v_h)
-                o = memory[h].T @ q_h / np.sqrt(size)
-                out[h] = o / np.sqrt(np.mean(o * o) + 1e-6) * p["norm"]
-            flat = out.reshape(-1)
-            if layer.gates_output:
-                flat = flat * _silu(x_t @ p["gate_proj"])
-            y[b, t] = flat @ p["out_proj"]
+            gate = _silu(x[b, t] @ p["gate_proj"] + p.get("gate_bias", 0))
+            y[b, t] = ((h @ C + p["D"] * u_t) * gate) @ p["out_proj"] + p.get("out_bias", 0)
     return y
 
 
@@ -231,30 +207,50 @@ def layer_norm(layer, params, x, reset=None):
     return y + p["bias"] if layer.bias else y
 
 
-def sliding_window_attention(layer, params, x, reset=None):
-    """Softmax over the last `window` positions, rotary by absolute position (arXiv 2104.09864)."""
+def attention(layer, params, x, reset=None):
+    """Softmax over earlier positions, rotary by absolute position (1706.03762, 2104.09864)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
     heads, size = layer.heads, layer.key_dim
-    frequency = layer.rope_base ** (-2.0 * np.arange(size // 2) / size)
+    keys = getattr(layer, "kv_heads", None) or heads
+    window = layer.window or x.shape[1]
+    turned_size = getattr(layer, "rotary_dim", None)
+    turned_size = size if turned_size is None else turned_size
+    half = turned_size // 2
+    frequency = layer.rope_base ** (-2.0 * np.arange(half) / max(turned_size, 1))
+    scale = getattr(layer, "scale", None) or size**-0.5
+    norm = getattr(layer, "qk_norm", None)
 
     def rotate(z, t):
-        turned = (z[..., : size // 2] + 1j * z[..., size // 2 :]) * np.exp(1j * t * frequency)
-        return np.concatenate([turned.real, turned.imag], axis=-1)
+        turned = (z[..., :half] + 1j * z[..., half:turned_size]) * np.exp(1j * t * frequency)
+        return np.concatenate([turned.real, turned.imag, z[..., turned_size:]], axis=-1)
+
+    def project(x_b, name, count):
+        z = (x_b @ p[f"{name}_proj"] + p.get(f"{name}_bias", 0)).reshape(len(x_b), count, size)
+        if name == "v":
+            return z
+        if norm is not None:
+            scale = p[f"{name}_norm"] + (1 if norm == "rms_offset" else 0)
+            z = z / np.sqrt(np.mean(z * z, axis=-1, keepdims=True) + layer.norm_eps) * scale
+        return np.stack([rotate(z_t, t) for t, z_t in enumerate(z)])
 
     y = np.zeros_like(x)
     for b in range(x.shape[0]):
         start = 0
+        q, k, v = project(x[b], "q", heads), project(x[b], "k", keys), project(x[b], "v", keys)
         for t in range(x.shape[1]):
             if reset[b, t]:
                 start = t
-            seen = range(max(start, t - layer.window + 1), t + 1)
-            q = rotate((x[b, t] @ p["q_proj"]).reshape(heads, size), t)
-            k = np.stack([rotate((x[b, s] @ p["k_proj"]).reshape(heads, size), s) for s in seen])
-            v = np.stack([(x[b, s] @ p["v_proj"]).reshape(heads, size) for s in seen])
-            scores = np.einsum("hd,shd->hs", q, k) / np.sqrt(size)
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weights = weights / weights.sum(axis=1, keepdims=True)
-            y[b, t] = np.einsum("hs,shd->hd", weights, v).reshape(-1) @ p["out_proj"]
+            seen = slice(max(start, t - window + 1), t + 1)
+            o = np.zeros((heads, size))
+            for h in range(heads):
+                own = h // (heads // keys)
+                scores = scale * (k[seen, own] @ q[t, h])
+                weights = np.exp(scores - scores.max())
+                o[h] = (weights / weights.sum()) @ v[seen, own]
+            o = o.reshape(-1)
+            if "gate_proj" in p:
+                o = o * _sigmoid(x[b, t] @ p["gate_proj"])
+            y[b, t] = o @ p["out_proj"] + p.get("out_bias", 0)
     return y
 
 
@@ -266,8 +262,39 @@ def rms_norm(layer, params, x, reset=None):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + layer.eps) * scale
 
 
+def _activation(name, x):
+    if name == "relu2":
+        return np.maximum(x, 0) ** 2
+    if name == "gelu":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / np.sqrt(2)))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return _silu(x)
+
+
 def gated_mlp(layer, params, x, reset=None):
-    """(silu(x W_gate) * (x W_up)) W_down."""
-    del layer, reset
+    """(activation(x W_gate) * (x W_up)) W_down, with biases."""
+    del reset
     p, x = _f64(params), _f64(x)
-    return (_silu(x @ p["gate_proj"]) * (x @ p["up_proj"])) @ p["down_proj"]
+    gate = _activation(layer.activation, x @ p["gate_proj"] + p.get("gate_bias", 0))
+    up = x @ p["up_proj"] + p.get("up_bias", 0)
+    return (gate * up) @ p["down_proj"] + p.get("down_bias", 0)
+
+
+def mlp(layer, params, x, reset=None):
+    """activation(x W_up) W_down, with biases."""
+    del reset
+    p, x = _f64(params), _f64(x)
+    hidden = _activation(layer.activation, x @ p["up_proj"] + p.get("up_bias", 0))
+    return hidden @ p["down_proj"] + p.get("down_bias", 0)
+
+
+def scaled(oracle):
+    """Return the oracle of a layer with factors on its input, output and parameters."""
+
+    def run(layer, params, x, reset=None):
+        params = {name: p * dict(layer.param_scales).get(name, 1) for name, p in params.items()}
+        y = oracle(layer.layer, params, np.asarray(x) * layer.input_scale, reset)
+        return y * layer.output_scale
+
+    return run

@@ -21,19 +21,76 @@ def linear_scan(inputs, h, reset, reverse=False):
     return y, final
 
 
-def selective_scan(inputs, h, reset, negative_eigenvalues=False):
-    x, dt, A, B, C, D = (inputs[name] for name in ("x", "dt", "A", "B", "C", "D"))
+def log_scan(inputs, h, reset, semiring="log"):
+    d, x = inputs["log_decay"], inputs["x"]
+    d = np.zeros(x.shape) if d is None else np.broadcast_to(d, x.shape)
+    combine = np.logaddexp if semiring == "log" else np.maximum
+    y = np.zeros(x.shape)
+    for b in range(x.shape[0]):
+        state = h[b]
+        for t in range(x.shape[1]):
+            state = x[b, t] if reset[b, t] else combine(state + d[b, t], x[b, t])
+            y[b, t] = state
+    return y, y[:, -1]
+
+
+def step_scan(inputs, state, reset):
+    """fast = tanh(W fast + x - slow^2), slow = slow + rate (fast - slow), y = fast slow."""
+    params, x = inputs["params"], inputs["x"]
+    y = np.zeros(x.shape)
+    final = {name: s.copy() for name, s in state.items()}
+    for b in range(x.shape[0]):
+        fast, slow = final["fast"][b], final["slow"][b]
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                fast, slow = np.zeros_like(fast), np.zeros_like(slow)
+            fast = np.tanh(params["W"] @ fast + x[b, t] - slow**2)
+            slow = slow + params["rate"] * (fast - slow)
+            y[b, t] = fast * slow
+        final["fast"][b], final["slow"][b] = fast, slow
+    return y, final
+
+
+def block_scan(inputs, h, reset, reverse=False):
+    A, x = inputs["transition"], inputs["x"]
+    y = np.zeros(x.shape, np.result_type(A, x))
+    for b, g in np.ndindex(x.shape[0], x.shape[2]):
+        state = h[b, g]
+        steps = range(x.shape[1])
+        for t in reversed(steps) if reverse else steps:
+            block = A[(b, t, g)[5 - A.ndim :]]  # axes in front may be missing
+            state = x[b, t, g] if reset[b, t] else block @ state + x[b, t, g]
+            y[b, t, g] = state
+    final = y[:, 0] if reverse else y[:, -1]
+    return y, final
+
+
+def selective_scan(inputs, h, reset, decay="exp"):
+    x, dt, A, B, C, D = (inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D"))
     y, h = np.zeros(x.shape), h.copy()
     for b in range(x.shape[0]):
         for t in range(x.shape[1]):
             for d in range(x.shape[2]):
                 if reset[b, t]:
                     h[b, d] = 0
-                decay = np.exp(dt[b, t, d] * A[d])
-                if negative_eigenvalues:
-                    decay = 2 * decay - 1
-                h[b, d] = decay * h[b, d] + dt[b, t, d] * B[b, t] * x[b, t, d]
+                if decay == "online":
+                    a = 1 - dt[b, t, d] * B[b, t] ** 2
+                else:
+                    a = np.exp(dt[b, t, d] * A[d])
+                    a = 2 * a - 1 if decay == "signed" else a
+                h[b, d] = a * h[b, d] + dt[b, t, d] * B[b, t] * x[b, t, d]
                 y[b, t, d] = C[b, t] @ h[b, d] + D[d] * x[b, t, d]
+    return y, h
+
+
+def ssm_scan(inputs, h, reset):
+    u, A, B, C = (inputs[name] for name in "uABC")
+    y, h = np.zeros(u.shape), h.copy()
+    for b, t in np.ndindex(u.shape[:2]):
+        if reset[b, t]:
+            h[b] = 0
+        h[b] = np.exp(A) * h[b] + B * u[b, t][:, None]
+        y[b, t] = np.sum(C * h[b], axis=-1).real
     return y, h
 
 

@@ -77,6 +77,44 @@ def ltc_step(hyper, p, state, u):
     return [(h + hyper.dt * f * p["A"]) / (1 + hyper.dt * (1 / tau + f))]
 
 
+def indrnn_step(hyper, p, state, u):
+    (h,) = state
+    before = u[0] + p["w"] * h
+    return [np.maximum(before, 0) if hyper.activation == "relu" else np.tanh(before)]
+
+
+def mgu_step(hyper, p, state, u):
+    (h,) = state
+    f = _sigmoid(u[0] + h @ p["W_f"])
+    return [(1 - f) * h + f * np.tanh(u[1] + (f * h) @ p["W_n"])]
+
+
+def leakyrnn_step(hyper, p, state, u):
+    (h,) = state
+    a = np.exp(-1 / np.exp(p["log_tau"]))
+    return [a * h + (1 - a) * np.tanh(u[0] + h @ p["W"])]
+
+
+def cornn_step(hyper, p, state, u):
+    y, z = state
+    force = np.tanh(u[0] + y @ p["W_y"] + z @ p["W_z"])
+    z = z + hyper.dt * (force - hyper.gamma * y - hyper.epsilon * z)
+    return [y + hyper.dt * z, z]
+
+
+def unicornn_step(hyper, p, state, u):
+    y, z = state
+    s = hyper.dt * _sigmoid(p["c"])
+    z = z - s * (np.tanh(u[0] + p["w"] * y) + hyper.alpha * y)
+    return [y + s * z, z]
+
+
+def sru_step(hyper, p, state, u):
+    (c,) = state
+    f = _sigmoid(u[1] + p["v_f"] * c)
+    return [f * c + (1 - f) * u[0]]
+
+
 # By class name: the step, how many vectors its state has, and which of them a layer reads.
 STEPS = {
     "Elman": (elman_step, 1, 0),
@@ -87,6 +125,12 @@ STEPS = {
     "SLSTM": (slstm_step, 3, 2),
     "LEM": (lem_step, 2, 0),
     "LTC": (ltc_step, 1, 0),
+    "IndRNN": (indrnn_step, 1, 0),
+    "MGU": (mgu_step, 1, 0),
+    "LeakyRNN": (leakyrnn_step, 1, 0),
+    "CoRNN": (cornn_step, 2, 0),
+    "UnICORNN": (unicornn_step, 2, 0),
+    "SRU": (sru_step, 1, 0),
 }
 
 
@@ -110,7 +154,10 @@ def _loop(name, layer, params, x, reset=None):
 
 
 elman, gru, lstm, paragru, paralstm, slstm, lem, ltc = (
-    functools.partial(_loop, name) for name in STEPS
+    functools.partial(_loop, name) for name in list(STEPS)[:8]
+)
+indrnn, mgu, leakyrnn, cornn, unicornn = (
+    functools.partial(_loop, name) for name in ("IndRNN", "MGU", "LeakyRNN", "CoRNN", "UnICORNN")
 )
 
 

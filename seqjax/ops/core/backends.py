@@ -38,13 +38,17 @@ class Kernels(NamedTuple):
 
 
 BACKENDS: dict[str, Kernels | None] = {
+    "block_scan": None,
     "delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "generalized_delta_rule": None,  # XLA only
     "linear_attention": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "linear_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
+    "log_scan": None,
     "monoid_scan": None,
     "nonlinear_scan": Kernels("sequential", {"cuda": "gpu"}, ()),
     "selective_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
+    "step_scan": None,
+    "ssm_scan": None,
 }
 
 

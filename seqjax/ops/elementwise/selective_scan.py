@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from seqjax.ops.elementwise.linear_recurrence import recurrence
 from seqjax.ops.elementwise.xla_algorithms import ScanOptions
 from seqjax.types import Array, Float, Reset
 
+Decay = Literal["exp", "signed", "online"]
+DECAYS = get_args(Decay)
 PATTERNS = {
     "x": "B T D",
     "dt": "B T D",
@@ -38,14 +40,14 @@ PATTERNS = {
 def selective_scan(
     x: Float[Array, "B T D"],
     dt: Float[Array, "B T D"],
-    A: Float[Array, "D N"],
+    A: Float[Array, "D N"] | None,
     B: Float[Array, "B T N"],
     C: Float[Array, "B T N"],
     D: Float[Array, "D"] | None = None,
     initial_state: Float[Array, "B D N"] | None = None,
     *,
     reset: Reset | None = None,
-    negative_eigenvalues: bool = False,
+    decay: Decay = "exp",
     algorithm: str | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
@@ -54,32 +56,36 @@ def selective_scan(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Compute the selective state space recurrence (S6).
 
-        h_t = exp(dt_t A) * h_{t-1} + (dt_t x_t) B_t^T        h [D, N]
+        h_t = a_t * h_{t-1} + (dt_t x_t) B_t^T        h [D, N]
         y_t = h_t C_t + D * x_t
 
-    Where `reset` is true, h_{t-1} is cleared first. With `negative_eigenvalues` the decay is
-    2 exp(dt_t A) - 1, in [-1, 1] instead of [0, 1]. Source: Mamba, arXiv 2312.00752, equation 2
-    with its discretisation (zero-order hold for A, Euler for B); the wider range, 2411.12537.
+        a_t = exp(dt_t A)              decay="exp", in [0, 1] for A <= 0
+        a_t = 2 exp(dt_t A) - 1        decay="signed", in [-1, 1]
+        a_t = 1 - dt_t (B_t^2)^T       decay="online", without A
+
+    Where `reset` is true, h_{t-1} is cleared first. Sources: Mamba, arXiv 2312.00752, equation 2
+    with its discretisation (zero-order hold for A, Euler for B); the signed range, 2411.12537;
+    Longhorn's online regression, 2407.14207.
 
     Args:
       x: [B, T, D].
       dt: [B, T, D], the step sizes (after softplus).
-      A: [D, N], real; negative for a decaying state.
+      A: [D, N], real; negative for a decaying state. None for decay="online".
       B: [B, T, N].
       C: [B, T, N].
       D: [D], the skip connection; by default there is none.
       initial_state: [B, D, N]; by default zeros.
       reset: [B, T] bool.
-      negative_eigenvalues: whether the decay is 2 exp(dt_t A) - 1.
+      decay: "exp", "signed" or "online", as above. An online decay is in [0, 1] if dt_t B_t^2 is.
       algorithm: "sequential" (step by step) or "chunked" (an elementwise scan of all states of a
         chunk, which exist only while the chunk runs). By default sequential on CPU or as a kernel,
         and chunked elsewhere.
       implementation: "xla" or "pallas" (a sequential kernel for TPU and for GPU from Hopper on).
         By default the kernel runs on TPU and Hopper GPUs, if two conditions hold. It supports the
-        dtypes (not float16, not float64) and the state (N up to 64), and the compiler need not
-        partition it over devices, as inside a `jax.shard_map` over all mesh axes. It saves one
-        state every 64 steps. On GPU, N can be up to 16, and rows of D numbers must be multiples of
-        16 bytes.
+        decay ("exp"), the dtypes (not float16, not float64) and the state (N up to 64), and the
+        compiler need not partition it over devices, as inside a `jax.shard_map` over all mesh axes.
+        It saves one state every 64 steps. On GPU, N can be up to 16, and rows of D numbers must be
+        multiples of 16 bytes.
       chunk_size: steps in a chunk; by default 16. The backward pass reads one saved state per
         chunk and recomputes the others. The states [B, T, D, N] are never all in memory.
       interpret: run the kernel in interpret mode, without its hardware. This is slow.
@@ -105,7 +111,9 @@ def selective_scan(
     given = checks.as_arrays(
         {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}
     )
-    sizes = checks.check_shapes(op, PATTERNS, given)
+    _check_decay(decay, given["A"])
+    patterns = PATTERNS if decay != "online" else {k: v for k, v in PATTERNS.items() if k != "A"}
+    sizes = checks.check_shapes(op, patterns, given)
     checks.check_dtypes(op, given, complex_ok=False)
     reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
     checks.check_sequence_axis(op, sequence_axis)
@@ -124,7 +132,7 @@ def selective_scan(
         implementation,
         interpret,
         length=sizes["T"],
-        unsupported=unsupported(given, sizes["N"], negative_eigenvalues, interpret),
+        unsupported=unsupported(given, sizes["N"], decay, interpret),
         excluded=() if on_gpu else ("hopper",),
     )
     # On CPU the sequential algorithm is fastest because it does the least work. On accelerators
@@ -137,13 +145,25 @@ def selective_scan(
         on_cpu=algorithm or "sequential",
         elsewhere=algorithm or parallel,
         chunk_size=chunk_size or 16,
-        negative=negative_eigenvalues,
+        decay=decay,
         sequence_axis=sequence_axis,
     )
 
 
+def _check_decay(decay: Any, A: Array | None) -> None:
+    if decay not in DECAYS:
+        raise ValueError(
+            f"selective_scan: `decay` must be one of {', '.join(map(repr, DECAYS))}, got {decay!r}."
+        )
+    if decay == "online" and A is not None:
+        raise ValueError(
+            f"selective_scan: `A` must be None with decay='online', got {list(A.shape)}; the decay"
+            " is 1 - dt B^2."
+        )
+
+
 def unsupported(
-    arrays: Mapping[str, Array | None], states: int, negative: bool, interpret: bool
+    arrays: Mapping[str, Array | None], states: int, decay: Decay, interpret: bool
 ) -> str | None:
     """Return the reason why the kernels do not support a call, or None."""
     dtypes = [x.dtype for x in arrays.values() if x is not None]
@@ -152,14 +172,14 @@ def unsupported(
         return reason
     if states > 64:
         return f"supports at most 64 states per channel, got N={states}"
-    if negative:
-        return "does not support decays below 0, which negative_eigenvalues=True requires"
+    if decay != "exp":
+        return f"supports decay='exp' only, got {decay!r}"
     return None
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("backend", "on_cpu", "elsewhere", "chunk_size", "negative", "sequence_axis"),
+    static_argnames=("backend", "on_cpu", "elsewhere", "chunk_size", "decay", "sequence_axis"),
 )
 def _scan(
     *arrays: Array | None,
@@ -167,16 +187,16 @@ def _scan(
     on_cpu: str,
     elsewhere: str,
     chunk_size: int,
-    negative: bool,
+    decay: Decay,
     sequence_axis: str | None,
 ) -> tuple[Array, Array]:
     x, dt, A, B, C, D, h0, reset = jax_compat.match_varying(*arrays)
     state = checks.state_dtype(x, dt, A, B, C, D, h0)
     if D is None:
-        D = jnp.zeros_like(A[:, 0])
+        D = jnp.zeros_like(h0[0, :, 0])
     h0 = h0.astype(state)
     xla = functools.partial(
-        _xla, on_cpu=on_cpu, elsewhere=elsewhere, chunk_size=chunk_size, negative=negative
+        _xla, on_cpu=on_cpu, elsewhere=elsewhere, chunk_size=chunk_size, decay=decay
     )
 
     def forward(kernels: Any, *args: Any, save: bool) -> Any:
@@ -212,7 +232,7 @@ def _scan(
 
     if sequence_axis is None:
         return local(h0)
-    if negative:  # The decays have no logarithm to sum: run the scan on ones with zero input.
+    if decay != "exp":  # The decays have no logarithm to sum: run the scan on ones with zero input.
         _, transition = xla(jnp.zeros_like(x), dt, A, B, C, D, jnp.ones_like(h0), reset)
     else:
         total = jnp.sum(sequence_parallel.whole_part(dt.astype(state), reset), axis=1)
@@ -229,7 +249,7 @@ def _for_kernel(A: Array, B: Array, C: Array, D: Array, h0: Array) -> tuple[Arra
 def _xla(
     x: Array,
     dt: Array,
-    A: Array,
+    A: Array | None,
     B: Array,
     C: Array,
     D: Array,
@@ -239,42 +259,44 @@ def _xla(
     on_cpu: str,
     elsewhere: str,
     chunk_size: int,
-    negative: bool,
+    decay: Decay,
 ) -> tuple[Array, Array]:
     out, state = x.dtype, h0.dtype
     # Inside, states are [B, N, D], so that reductions are never over the minor axis. Each
     # sequence has its own copy of the weights, whose gradients are summed once, at the end.
-    A, D = (everywhere(weight.astype(state), x.shape[:1]) for weight in (A.T, D))
+    weights = (D,) if A is None else (D, A.T)
+    shared = tuple(everywhere(weight.astype(state), x.shape[:1]) for weight in weights)
 
-    def factors(x: Array, dt: Array, B: Array, A: Array) -> tuple[Array, Array]:
+    def factors(x: Array, dt: Array, B: Array, *A: Array) -> tuple[Array, Array]:
         """Return the decay and dt B x [..., N, D], from [..., D] and [..., N]."""
-        decay = jnp.exp(down_columns(dt, A.shape[-2]) * A)
-        if negative:
-            decay = 2 * decay - 1
-        return decay, jnp.einsum("...n,...d->...nd", B, dt * x)
+        write = jnp.einsum("...n,...d->...nd", B, dt * x)
+        if decay == "online":
+            return 1 - jnp.einsum("...n,...d->...nd", B * B, dt), write
+        a = jnp.exp(down_columns(dt, B.shape[-1]) * A[0])
+        return (2 * a - 1 if decay == "signed" else a), write
 
     def outputs(h: Array, x: Array, C: Array, D: Array) -> Array:
         y = jnp.einsum("...nd,...n->...d", h, C, precision="highest")
         return (y + D * x).astype(out)
 
-    def step(h: Array, inputs: tuple, A: Array, D: Array) -> tuple[Array, Array]:
+    def step(h: Array, inputs: tuple, D: Array, *A: Array) -> tuple[Array, Array]:
         *values, cut = inputs
         x, dt, B, C = (value.astype(state) for value in values)
         if cut is not None:
             h = jnp.where(cut[:, None, None], jnp.zeros_like(h), h)
-        decay, write = factors(x, dt, B, A)
-        h = decay * h + write
+        a, write = factors(x, dt, B, *A)
+        h = a * h + write
         return h, outputs(h, x, C, D)
 
     def chunk(h: Array, block: tuple) -> tuple[Array, Array]:
         *values, cut = block
         x, dt, B, C = (jnp.moveaxis(value, 0, 1).astype(state) for value in values)
         cut = None if cut is None else cut.T
-        A_t, D_t = (jax.vmap(lambda w: everywhere(w, x.shape[1:2]))(w) for w in (A, D))
-        decay, write = factors(x, dt, B, A_t)  # [B, chunk, N, D]
+        D_t, *A_t = (jax.vmap(lambda w: everywhere(w, x.shape[1:2]))(w) for w in shared)
+        a, write = factors(x, dt, B, *A_t)  # [B, chunk, N, D]
         flat = (*x.shape[:2], -1)
         hs, last = recurrence(
-            decay.reshape(flat),
+            a.reshape(flat),
             write.reshape(flat),
             h.reshape(h.shape[0], -1),
             cut,
@@ -288,7 +310,7 @@ def _xla(
         if algorithm == "chunked":
             y, h = chunk_scan(chunk, h0, xs, chunk_size)
         else:
-            y, h = time_scan(step, h0, xs, chunk_size, shared=(A, D))
+            y, h = time_scan(step, h0, xs, chunk_size, shared=shared)
         return y, h.mT
 
     return backends.by_platform(by, on_cpu, elsewhere, h0)

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from seqjax.ops.core import backends, jax_compat, sequence_parallel
-from seqjax.ops.core.linalg import matmul
+from seqjax.ops.elementwise.block_recurrence import apply_blocks, states
 from seqjax.ops.elementwise.linear_recurrence import recurrence
 from seqjax.ops.elementwise.xla_algorithms import ScanOptions
 
@@ -39,12 +38,17 @@ def affine_scan(
         return sequence_parallel.run_split(diagonal, transition, zero, reset, sequence_axis)[0]
 
     r = r[..., None]
-    cut = jnp.zeros(r.shape[:2], bool) if reset is None else reset
-    J, r, cut = jax_compat.match_varying(J, r, cut)
+    J, r, reset = jax_compat.match_varying(J, r, reset)
+    cuts = () if reset is None else (reset,)
+
+    def by(algorithm: str, J: jax.Array, r: jax.Array, h0: jax.Array, *cuts: jax.Array) -> Any:
+        cut = cuts[0] if cuts else None
+        return states(J, r, h0, cut, algorithm=algorithm, chunk_size=r.shape[1])
 
     def blocks(h0: jax.Array, r: jax.Array = r) -> tuple[jax.Array, jax.Array]:
         # On CPU T sequential steps are faster than log2(T) sweeps over all blocks.
-        h = backends.by_platform(_blocks, "sequential", "associative", J, r, cut, h0)
+        operands = jax_compat.match_varying(J, r, h0)
+        h = backends.by_platform(by, "sequential", "associative", *operands, *cuts)
         return h, h[:, -1]
 
     zero = jnp.zeros_like(r[:, 0])
@@ -52,40 +56,10 @@ def affine_scan(
         return blocks(zero)[0][..., 0]
     identity = jnp.broadcast_to(jnp.eye(J.shape[-1], dtype=J.dtype), J[:, 0].shape)
     _, transition = blocks(identity, jnp.zeros_like(J))
-    h, _ = sequence_parallel.run_split(blocks, transition, zero, reset, sequence_axis, apply=matmul)
+    h, _ = sequence_parallel.run_split(
+        blocks, transition, zero, reset, sequence_axis, apply=apply_blocks
+    )
     return h[..., 0]
-
-
-def _blocks(algorithm: str, J: jax.Array, r: jax.Array, cut: jax.Array, h0: jax.Array) -> jax.Array:
-    """Solve for J [B, T, G, k, k], r [B, T, G, k, c], cut [B, T] and h0 [B, G, k, c].
-
-    Return h [B, T, G, k, c].
-    """
-    J, r, cut = (jnp.moveaxis(x, 1, 0) for x in (J, r, cut))
-    cut = cut[..., None, None, None]
-    J = jnp.where(cut, jnp.zeros_like(J), J)
-
-    def onward(J: jax.Array, h: jax.Array, cut: jax.Array) -> jax.Array:
-        return matmul(J, jnp.where(cut, jnp.zeros_like(h), h))  # selected: h may not be finite
-
-    if algorithm == "sequential":
-
-        def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-            J, r, cut = inputs
-            h = onward(J, h, cut) + r
-            return h, h
-
-        _, h0, _ = jax_compat.match_varying(r[0], h0, J[0])
-        h = lax.scan(step, h0, (J, r, cut))[1]
-    else:
-
-        def combine(early: Any, late: Any) -> Any:
-            J, r, cut = late
-            return onward(J, early[0], cut), onward(J, early[1], cut) + r, early[2] | cut
-
-        product, own, any_cut = lax.associative_scan(combine, (J, r, cut))
-        h = onward(product, h0[None], any_cut) + own
-    return jnp.moveaxis(h, 0, 1)
 
 
 def correction(

@@ -1,0 +1,392 @@
+"""Decoding on the device: `generate` in one program, `stream` in groups of tokens."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqjax.generation import prompts
+from seqjax.generation.sampling import Sampling, choose
+from seqjax.layers._base import Layer
+from seqjax.ops.core import explicit_mesh
+from seqjax.types import PyTree
+
+
+class Generation(NamedTuple):
+    """Generated tokens.
+
+    Attributes:
+      tokens: [B, N] int32; after the end of a row the tokens are 0.
+      lengths: [B] int32, number of tokens of each row, with its stop token.
+      logprobs: [B, N], log-probability of each token under the model, without temperature and
+        filters; 0 after the end of a row.
+      state: the state after the prompt and all generated tokens except the last. Continue with the
+        last token as the start of the next prompt.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    logprobs: jax.Array
+    state: PyTree
+
+
+class Decoding(NamedTuple):
+    """The carry of the loop over tokens.
+
+    Attributes:
+      position: number of generated tokens.
+      token: [B], the last token, which the model has not read yet.
+      state: the state before `token`.
+      done: [B] bool, True for rows that have generated a stop token.
+      seen: [B, V] bool, tokens that occurred, or None without a repetition penalty.
+      lengths: [B], number of tokens of each row.
+    """
+
+    position: jax.Array
+    token: jax.Array
+    state: PyTree
+    done: jax.Array
+    seen: jax.Array | None
+    lengths: jax.Array
+
+
+class Options(NamedTuple):
+    """Static options of a call: hashable, so that equal calls share a program."""
+
+    chunk_size: int
+    greedy: bool
+
+
+def generate(
+    model: Layer,
+    params: PyTree,
+    prompt: jax.Array,
+    *,
+    max_new_tokens: int,
+    key: jax.Array | None = None,
+    temperature: Any = 1.0,
+    top_k: Any = None,
+    top_p: Any = None,
+    min_p: Any = None,
+    repetition_penalty: Any = None,
+    stop_tokens: Sequence[int] = (),
+    state: PyTree = None,
+    lengths: jax.Array | None = None,
+    chunk_size: int = 512,
+) -> Generation:
+    """Continue prompts with tokens from a language model.
+
+    The model reads the prompts in parallel (`prefill`) and then generates one token a step in a
+    loop on the device, until every row has a stop token or `max_new_tokens` tokens. The state has a
+    constant size for recurrent layers. Prefill and loop are one compiled program, which calls with
+    other values of the arguments reuse.
+
+    Args:
+      model: a `LanguageModel`, or any causal layer that maps tokens to logits.
+      params: the model's parameters.
+      prompt: [B, P] integers, P >= 1.
+      max_new_tokens: largest number N of tokens to generate, at least 1.
+      key: a `jax.random` key, or [B] keys, one for each row. With one key per row, a row's tokens
+        do not depend on the other rows. Required unless `temperature` is the number 0.
+      temperature: divisor of the logits; 0 takes the most likely token.
+      top_k, top_p, min_p, repetition_penalty: filters, off by default; see `Sampling`.
+      stop_tokens: tokens that end a row.
+      state: the state before the prompt, from an earlier call; by default the initial state.
+      lengths: [B] lengths of the prompts, if they differ; row b is `prompt[b, :lengths[b]]`.
+      chunk_size: largest number of tokens of the prompt that one call of the model reads.
+
+    `temperature` and the filters are numbers, or arrays [B] with a value for each row.
+
+    Returns:
+      A `Generation`.
+
+    Raises:
+      ValueError: if an argument has the wrong shape, dtype or range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, seqjax
+      >>> model = seqjax.models.LanguageModel(7, seqjax.models.Backbone(seqjax.layers.LRU(8)))
+      >>> params = model.init(jax.random.key(0))
+      >>> prompt = jnp.array([[1, 2, 3]])
+      >>> out = seqjax.generate(model, params, prompt, max_new_tokens=5, temperature=0)
+      >>> out.tokens.shape, out.lengths.tolist()
+      ((1, 5), [5])
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    args = checked(
+        "generate", model, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
+    )
+    return _generate(model, args.options, max_new_tokens, params, state, args.arrays)
+
+
+def stream(
+    model: Layer,
+    params: PyTree,
+    prompt: jax.Array,
+    *,
+    max_new_tokens: int,
+    group_size: int = 8,
+    key: jax.Array | None = None,
+    temperature: Any = 1.0,
+    top_k: Any = None,
+    top_p: Any = None,
+    min_p: Any = None,
+    repetition_penalty: Any = None,
+    stop_tokens: Sequence[int] = (),
+    state: PyTree = None,
+    lengths: jax.Array | None = None,
+    chunk_size: int = 512,
+) -> Iterator[Generation]:
+    """Yield the tokens of `generate` in groups, for interactive use.
+
+    Joined along the second axis, the groups are the tokens that `generate` returns. The device
+    computes the next group while the caller handles a group.
+
+    Args:
+      model, params, prompt, max_new_tokens, key: as in `generate`.
+      group_size: number of tokens in a group after the first, which has one token.
+      temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`.
+      stop_tokens, state, lengths, chunk_size: as in `generate`.
+
+    Returns:
+      An iterator with a `Generation` for each group: the group's tokens and logprobs
+      [B, <= group_size], the number of the group's tokens in each row, and the state.
+
+    Raises:
+      ValueError: as `generate`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, seqjax
+      >>> model = seqjax.models.LanguageModel(7, seqjax.models.Backbone(seqjax.layers.LRU(8)))
+      >>> params = model.init(jax.random.key(0))
+      >>> prompt = jnp.array([[1, 2, 3]])
+      >>> groups = seqjax.stream(
+      ...     model, params, prompt, max_new_tokens=5, group_size=2, temperature=0
+      ... )
+      >>> [group.tokens.shape for group in groups]
+      [(1, 1), (1, 2), (1, 2)]
+    """
+    if not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"stream: `group_size` must be an integer >= 1, got {group_size!r}.")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    args = checked(
+        "stream", model, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
+    )
+    return _groups(model, args, max_new_tokens, group_size, params, state)
+
+
+class Arrays(NamedTuple):
+    """Checked arrays of a call."""
+
+    tokens: jax.Array
+    lengths: jax.Array | None
+    keys: jax.Array | None
+    sampling: Sampling
+    stop_tokens: jax.Array
+
+
+class Arguments(NamedTuple):
+    """Checked arguments of a call."""
+
+    options: Options
+    arrays: Arrays
+
+
+def checked(
+    name: str,
+    model: Any,
+    prompt: Any,
+    max_new_tokens: Any,
+    key: Any,
+    sampling: Sampling,
+    stop_tokens: Sequence[int],
+    lengths: Any,
+    chunk_size: int,
+) -> Arguments:
+    """Return the arguments as arrays; raise ValueError if they are not valid."""
+    tokens, lengths = prompts.check_prompt(name, model, prompt, lengths, chunk_size)
+    batch = len(tokens)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(
+            f"{name}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
+        )
+    stops = np.asarray(stop_tokens, np.int64).reshape(-1)
+    vocab = getattr(model, "vocab_size", None)
+    if vocab is not None and ((stops < 0) | (stops >= vocab)).any():
+        raise ValueError(
+            f"{name}: `stop_tokens` must be from 0 to vocab_size - 1 = {vocab - 1}, got"
+            f" {stops.tolist()}."
+        )
+    greedy = sampling.greedy
+    keys = None if greedy else row_keys(name, key, batch)
+    options = Options(chunk_size, greedy)
+    arrays = Arrays(tokens, lengths, keys, sampling.check(name, batch), jnp.asarray(stops, "int32"))
+    return Arguments(options, arrays)
+
+
+def row_keys(name: str, key: Any, batch: int) -> jax.Array:
+    """Return a key for each row: the given keys, or the split of one key."""
+    if key is None:
+        raise ValueError(
+            f"{name}: `key` must be a jax.random key, got None; make one with jax.random.key(0), or"
+            " pass temperature=0 for the most likely tokens."
+        )
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        kind = f"{key!r}" if isinstance(key, int) else type(key).__name__
+        raise ValueError(
+            f"{name}: `key` must be a jax.random key, got {kind}; make one with jax.random.key(0)."
+        )
+    if key.shape == ():
+        return jax.random.split(key, batch)
+    if key.shape != (batch,):
+        raise ValueError(
+            f"{name}: `key` must be one key or have shape [{batch}], got {list(key.shape)}."
+        )
+    return key
+
+
+def begin(
+    model: Any, options: Options, params: PyTree, state: PyTree, arrays: Arrays
+) -> tuple[Decoding, jax.Array]:
+    """Read the prompts and choose the first token; return the carry and its log-probability."""
+    logits, state = prompts.read(
+        model, params, arrays.tokens, state, arrays.lengths, options.chunk_size
+    )
+    batch, vocab = logits.shape
+    seen = None
+    if arrays.sampling.repetition_penalty is not None:
+        length = arrays.tokens.shape[1]
+        lengths = length if arrays.lengths is None else arrays.lengths[:, None]
+        inside = jnp.arange(length, dtype=jnp.int32) < lengths
+        # Padding is counted as token `vocab`, which is dropped.
+        tokens = jnp.where(inside, arrays.tokens, vocab)
+        seen = jnp.zeros((batch, vocab), jnp.bool_)
+        seen = seen.at[jnp.arange(batch)[:, None], tokens].set(True, mode="drop")
+    zeros = jnp.zeros(batch, jnp.int32)
+    start = Decoding(jnp.int32(0), zeros, state, zeros > 0, seen, zeros)
+    return extend(start, logits, arrays)
+
+
+def extend(decoding: Decoding, logits: jax.Array, arrays: Arrays) -> tuple[Decoding, jax.Array]:
+    """Choose the next token from the logits; return the new carry and the log-probability."""
+    position, _, state, done, seen, lengths = decoding
+    keys = arrays.keys
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+    token, logprob = choose(keys, logits, seen, arrays.sampling)
+    token, logprob = jnp.where(done, 0, token), jnp.where(done, 0, logprob)
+    lengths = jnp.where(done, lengths, lengths + 1)
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token)), token].max(~done)
+    ended = jnp.any(token[:, None] == arrays.stop_tokens, axis=1)
+    return Decoding(position + 1, token, state, done | ended, seen, lengths), logprob
+
+
+def advance(
+    model: Any, params: PyTree, decoding: Decoding, arrays: Arrays
+) -> tuple[Decoding, jax.Array]:
+    """Read the last token of the rows that are not done, and choose the next one."""
+    logits, state = model.step(params, decoding.token, decoding.state)
+    state = prompts.select_rows(decoding.done, decoding.state, state)
+    return extend(decoding._replace(state=state), logits, arrays)
+
+
+def fill(
+    model: Any,
+    params: PyTree,
+    decoding: Decoding,
+    tokens: jax.Array,
+    logprobs: jax.Array,
+    arrays: Arrays,
+    first: int,
+) -> tuple[Decoding, jax.Array, jax.Array]:
+    """Generate into `tokens` and `logprobs` [B, N] from column `first`, until all rows are done."""
+    begun = decoding.position - first
+
+    def unfinished(carry: Any) -> jax.Array:
+        decoding = carry[0]
+        return (decoding.position - begun < tokens.shape[1]) & ~jnp.all(decoding.done)
+
+    def body(carry: Any) -> Any:
+        decoding, tokens, logprobs = carry
+        column = decoding.position - begun
+        decoding, logprob = advance(model, params, decoding, arrays)
+        return (
+            decoding,
+            tokens.at[:, column].set(decoding.token),
+            logprobs.at[:, column].set(logprob.astype(logprobs.dtype)),
+        )
+
+    return jax.lax.while_loop(unfinished, body, (decoding, tokens, logprobs))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    model: Layer,
+    options: Options,
+    max_new_tokens: int,
+    params: PyTree,
+    state: PyTree,
+    arrays: Arrays,
+) -> Generation:
+    def run(params: PyTree, state: PyTree, arrays: Arrays) -> Generation:
+        decoding, logprob = begin(model, options, params, state, arrays)
+        shape = len(decoding.token), max_new_tokens
+        tokens = jnp.zeros(shape, jnp.int32).at[:, 0].set(decoding.token)
+        logprobs = jnp.zeros(shape, logprob.dtype).at[:, 0].set(logprob)
+        decoding, tokens, logprobs = fill(model, params, decoding, tokens, logprobs, arrays, 1)
+        return Generation(tokens, decoding.lengths, logprobs, decoding.state)
+
+    return _on_any_mesh(run)(params, state, arrays)
+
+
+def _on_any_mesh(run: Any) -> Any:
+    def specs(arguments: Any, out: Any) -> PyTree:
+        return prompts.by_batch({"tokens": arguments["arrays"].tokens}, out)
+
+    return explicit_mesh.auto_inside(specs)(run)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _begin(
+    model: Layer, options: Options, params: PyTree, state: PyTree, arrays: Arrays
+) -> tuple[Decoding, jax.Array]:
+    def run(params: PyTree, state: PyTree, arrays: Arrays) -> tuple[Decoding, jax.Array]:
+        return begin(model, options, params, state, arrays)
+
+    return _on_any_mesh(run)(params, state, arrays)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _group(
+    model: Layer, size: int, params: PyTree, decoding: Decoding, arrays: Arrays
+) -> tuple[Decoding, jax.Array, jax.Array]:
+    def run(
+        params: PyTree, decoding: Decoding, arrays: Arrays
+    ) -> tuple[Decoding, jax.Array, jax.Array]:
+        shape = len(decoding.token), size
+        tokens, logprobs = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
+        return fill(model, params, decoding, tokens, logprobs, arrays, 0)
+
+    return _on_any_mesh(run)(params, decoding, arrays)
+
+
+def _groups(
+    model: Layer, args: Arguments, count: int, size: int, params: PyTree, state: PyTree
+) -> Iterator[Generation]:
+    decoding, logprob = _begin(model, args.options, params, state, args.arrays)
+    ready = Generation(decoding.token[:, None], decoding.lengths, logprob[:, None], decoding.state)
+    made = 1
+    while made < count:
+        before, number = decoding.lengths, min(size, count - made)
+        decoding, tokens, logprobs = _group(model, number, params, decoding, args.arrays)
+        yield ready
+        # Dispatched above; reading `done` here overlaps with the caller's work on `ready`.
+        ready = Generation(tokens, decoding.lengths - before, logprobs, decoding.state)
+        made += number
+        if not np.asarray(ready.lengths).any():
+            return
+    yield ready

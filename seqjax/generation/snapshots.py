@@ -1,0 +1,87 @@
+"""Snapshots of states in NumPy files."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from seqjax.types import PyTree
+
+
+def save_state(path: str | os.PathLike[str], state: PyTree) -> None:
+    """Write a state to a NumPy file (`.npz`), one array for each leaf.
+
+    States are trees of arrays, so Orbax and other checkpoint libraries save them too.
+
+    Args:
+      path: the file to write.
+      state: a state of a layer or model, on one process.
+
+    Returns:
+      None.
+
+    Raises:
+      OSError: if the file cannot be written.
+
+    Example:
+      >>> import pathlib, tempfile, seqjax
+      >>> layer = seqjax.layers.LRU(4)
+      >>> state = layer.initial_state(1)
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.npz"
+      >>> seqjax.save_state(path, state)
+      >>> seqjax.load_state(path, like=state).shape
+      (1, 4)
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    arrays: dict[str, Any] = {_name(key): np.asarray(leaf) for key, leaf in leaves}
+    with pathlib.Path(path).open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def load_state(path: str | os.PathLike[str], like: PyTree) -> PyTree:
+    """Read a state that `save_state` wrote.
+
+    Args:
+      path: the file to read.
+      like: a state with the same structure, shapes and dtypes, such as
+        `model.initial_state(batch_size)`.
+
+    Returns:
+      The state.
+
+    Raises:
+      ValueError: if a leaf is missing, or has another shape or dtype.
+      OSError: if the file cannot be read.
+
+    Example:
+      >>> import pathlib, tempfile, seqjax
+      >>> layer = seqjax.layers.LRU(4)
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "state.npz"
+      >>> seqjax.save_state(path, layer.initial_state(3))
+      >>> seqjax.load_state(path, like=layer.initial_state(3)).shape
+      (3, 4)
+    """
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(like)
+    wanted = {_name(key): leaf for key, leaf in leaves}
+    if wanted.keys() != arrays.keys():
+        different = sorted(wanted.keys() ^ arrays.keys())
+        raise ValueError(
+            f"load_state: the file must have the leaves of `like`, got a difference in"
+            f" {', '.join(different)}; pass the initial state of the model that made the snapshot."
+        )
+    for name, leaf in wanted.items():
+        found = arrays[name]
+        if found.shape != leaf.shape or found.dtype != leaf.dtype:
+            raise ValueError(
+                f"load_state: {name} must be {leaf.dtype} of shape {list(leaf.shape)} as in `like`,"
+                f" got {found.dtype} of shape {list(found.shape)}."
+            )
+    return jax.tree.unflatten(tree, [jax.numpy.asarray(arrays[name]) for name in wanted])
+
+
+def _name(path: Any) -> str:
+    return "state" + jax.tree_util.keystr(path)

@@ -1,0 +1,142 @@
+"""Causal attention over all positions, with a cache of fixed capacity."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from seqjax.layers import _halo
+from seqjax.layers._attention import Rotary, all_finite, masked_softmax
+from seqjax.layers._base import State, state_dtype
+from seqjax.layers.context import Context
+
+_BLOCK = 1024  # queries whose scores are in memory at the same time
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Attention of position t to all positions s <= t of its document.
+
+    Attributes:
+      capacity: number of positions of the cache.
+      rotary: the rotary embedding.
+      scale: factor of the scores.
+    """
+
+    capacity: int
+    rotary: Rotary
+    scale: float
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, state: State, context: Context
+    ) -> tuple[jax.Array, State]:
+        """Attend from q [B, T, G, R, K] to k, v [B, T, G, K]; return o [B, T, G, R, K]."""
+        batch, length = q.shape[:2]
+        reset, axis = context.reset, context.sequence_axis
+        if reset is None:
+            reset = jnp.zeros((batch, length), jnp.bool_)
+        first = jnp.zeros((), jnp.int32)  # time of this device's first query
+        if axis is not None:
+            first = lax.axis_index(axis) * length
+            k, v, reset = (lax.all_gather(z, axis, axis=1, tiled=True) for z in (k, v, reset))
+        total = k.shape[1]
+        time = jnp.arange(total, dtype=jnp.int32)
+        # Time of the last reset up to each step; -1 where there is none in this call.
+        last_reset = lax.cummax(jnp.where(reset, time, -1), axis=1)
+        carried = jnp.sum(state["valid"], axis=1, dtype=jnp.int32)[:, None]
+        position = time - last_reset + jnp.where(last_reset < 0, carried - 1, 0)
+        wide = state_dtype(q.dtype)
+        cos, sin = self.rotary.at(position, self.capacity, wide)
+        k = self.rotary.rotate(k, cos[:, :, None], sin[:, :, None])
+
+        def here(z: jax.Array) -> jax.Array:
+            return z if axis is None else lax.dynamic_slice_in_dim(z, first, length, axis=1)
+
+        q = self.rotary.rotate(q, here(cos)[:, :, None, None], here(sin)[:, :, None, None])
+        new_state = self._write(k, v, state, carried, last_reset[:, -1:], position[:, -1:])
+        if axis is not None:
+            new_state = _halo.leaving(new_state, axis)
+
+        # Keys: the cache, then this call. A cached key has the time -1 and belongs to the document
+        # that no reset of this call has ended.
+        cached = state["valid"]
+        k, v = (
+            jnp.concatenate(
+                [jnp.where(cached[..., None, None], state[n], 0).astype(z.dtype), z], axis=1
+            )
+            for n, z in (("k", k), ("v", v))
+        )
+        key_time = jnp.concatenate([jnp.full((self.capacity,), -1, jnp.int32), time])
+        document = jnp.concatenate([jnp.where(cached, -1, -2), last_reset], axis=1)
+        bad_q = ~all_finite(q)
+        bad = ~(all_finite(k) & all_finite(v))
+        # Zeros instead of non-finite values keep 0 * NaN out of the products. `poisoned` sets NaN
+        # in the outputs that see them.
+        q = jnp.where(bad_q[..., None, None, None], 0, q)
+        k, v = (jnp.where(bad[..., None, None], 0, z) for z in (k, v))
+        poisoned = bad_q | (here(position) >= self.capacity)
+
+        def block(args: tuple[jax.Array, ...]) -> jax.Array:
+            q, own, time, poisoned = args
+            seen = (document[:, None] == own[:, :, None]) & (key_time <= time[:, None])
+            scores = jnp.einsum("bqgrd,bkgd->bgrqk", q, k, preferred_element_type=wide)
+            weights = masked_softmax(scores * self.scale, seen[:, None, None]).astype(v.dtype)
+            o = jnp.einsum("bgrqk,bkgd->bqgrd", weights, v)
+            poisoned = poisoned | jnp.any(seen & bad[:, None], axis=-1)
+            # A selection, whose derivative keeps non-finite cotangents of these outputs away from
+            # the other positions.
+            return jnp.where(poisoned[..., None, None, None], jnp.nan, o)
+
+        queries = (q, here(last_reset), first + jnp.arange(length, dtype=jnp.int32), poisoned)
+        return _in_blocks(block, queries, length), new_state
+
+    def _write(
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        state: State,
+        carried: jax.Array,
+        last_reset: jax.Array,
+        position: jax.Array,
+    ) -> State:
+        """Write the last document's keys and values behind those of the cache.
+
+        The numbers [B, 1] are the cached positions, the time of the last reset, and the last
+        position.
+        """
+        first = jnp.where(last_reset < 0, carried, -last_reset)
+        slots = first + jnp.arange(k.shape[1], dtype=jnp.int32)
+        slots = jnp.where(slots < 0, self.capacity, slots)  # out of bounds: not written
+
+        def write(cache: jax.Array, new: jax.Array) -> jax.Array:
+            cache = jnp.where((last_reset < 0)[..., None, None], cache, 0)
+            put = jax.vmap(lambda cache, slots, new: cache.at[slots].set(new, mode="drop"))
+            return put(cache, slots, new.astype(cache.dtype))
+
+        return {
+            "k": write(state["k"], k),
+            "v": write(state["v"], v),
+            "valid": jnp.arange(self.capacity, dtype=jnp.int32) <= position,
+        }
+
+
+def _in_blocks(
+    block: Callable[[tuple[jax.Array, ...]], jax.Array], queries: tuple[jax.Array, ...], length: int
+) -> jax.Array:
+    """Run `block` on arrays [B, T, ...] and a vector [T], a block of T at a time if T is large."""
+    if not isinstance(length, int) or length <= _BLOCK:
+        return block(queries)
+    count = -(-length // _BLOCK)
+
+    def cut(z: jax.Array) -> jax.Array:
+        time = 0 if z.ndim == 1 else 1
+        pad = [(0, 0)] * z.ndim
+        pad[time] = (0, count * _BLOCK - length)
+        z = jnp.pad(z, pad)
+        z = z.reshape(*z.shape[:time], count, _BLOCK, *z.shape[time + 1 :])
+        return jnp.moveaxis(z, time, 0)
+
+    o = jnp.moveaxis(lax.map(jax.checkpoint(block), tuple(map(cut, queries))), 0, 1)
+    return o.reshape(o.shape[0], count * _BLOCK, *o.shape[3:])[:, :length]

@@ -1,0 +1,132 @@
+"""Reads of matrix memories that see the last write late, or weighted differently."""
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.layers.context import Context
+from seqjax.ops.matrix_state.linear_attention import linear_attention
+from seqjax.ops.previous import previous
+
+
+def read_before_write(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    memory: jax.Array,
+    bonus: jax.Array | None,
+    context: Context,
+) -> tuple[jax.Array, jax.Array]:
+    """Run linear attention whose outputs read the memory before the step's decay and write.
+
+        o_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t            S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
+
+    `linear_attention` on keys, values and decays of one step earlier has S_{t-1} as its state.
+
+    Args:
+      q, k: [B, T, H, K].
+      v: [B, T, H, V].
+      log_decay: g, [B, T, H] or [B, T, H, K], in the state dtype.
+      memory: S before the first step, [B, H, K, V].
+      bonus: u [H, K]; None for 0.
+      context: supplies `reset` and `sequence_axis`.
+
+    Returns:
+      (o [B, T, H, V] in the dtype of `v`, S after the last step).
+    """
+    now = {"k": k, "v": v, "log_decay": log_decay}
+    late, last = previous(now, None, context.reset, context.sequence_axis)
+    o, memory = linear_attention(
+        q,
+        late["k"],
+        late["v"],
+        late["log_decay"],
+        memory,
+        scale=1.0,
+        reset=context.reset,
+        sequence_axis=context.sequence_axis,
+    )
+    wide = memory.dtype
+    if bonus is not None:
+        own = jnp.sum((q.astype(wide) * k.astype(wide)) * bonus.astype(wide), axis=-1)
+        o = (o.astype(wide) + own[..., None] * v.astype(wide)).astype(o.dtype)
+    decay = jnp.exp(last["log_decay"].astype(wide))
+    decay = decay.reshape(*decay.shape, *(1,) * (4 - decay.ndim))  # [B, H, K or 1, 1]
+    written = last["k"].astype(wide)[..., None] * last["v"].astype(wide)[..., None, :]
+    return o, decay * memory + written
+
+
+def two_point(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array,
+    weights: tuple[jax.Array, jax.Array],
+    state: dict[str, jax.Array],
+    context: Context,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Run linear attention in which every step writes the current and the previous keys and values.
+
+        S_t = a_t S_{t-1} + sum_r a_t b_t k_{t-1}^r (v_{t-1}^r)^T + c_t k_t^r (v_t^r)^T
+        o_t^r = S_t^T q_t^r                                                a_t = exp g_t
+
+    With R_t = S_{t-1} + b_t sum_r k_{t-1}^r (v_{t-1}^r)^T this is linear attention of one step
+    earlier:
+
+        R_{t+1} = a_t R_t + (c_t + b_{t+1}) sum_r k_t^r (v_t^r)^T
+        o_t^r = a_t R_t^T q_t^r + c_t sum_s ((k_t^s)^T q_t^r) v_t^s
+
+    For a rank above 1, `linear_attention` runs on 2 * rank - 1 steps for each token: writes in the
+    first `rank` of them, reads in the last.
+
+    Args:
+      q, k: [B, T, rank, H, K].
+      v: [B, T, rank, H, V].
+      log_decay: g [B, T, H], in the state dtype.
+      weights: (b, c), both [B, T, H], in the state dtype.
+      state: {"memory": S [B, H, K, V], "k": [B, rank, H, K], "v": [B, rank, H, V]} before the first
+        step; zeros at the start.
+      context: supplies `reset` and `sequence_axis`.
+
+    Returns:
+      (o [B, T, rank, H, V] in the dtype of `v`, the state after the last step).
+    """
+    b, c = weights
+    rank, wide = k.shape[2], log_decay.dtype
+    now = {"k": k, "v": v, "c": c, "log_decay": log_decay}
+    nothing = jnp.zeros_like(c[:, 0])  # the state holds S, which has the writes of its last step
+    before = {name: state[name].astype(now[name].dtype) for name in ("k", "v")}
+    before |= {"c": nothing, "log_decay": nothing}
+    late, last = previous(now, before, context.reset, context.sequence_axis)
+    weight = (late["c"] + b)[:, :, None, :, None]
+    reset = None if context.reset is None else _first_of(context.reset, 2 * rank - 1)
+    o, memory = linear_attention(
+        _substeps(q * jnp.exp(log_decay)[:, :, None, :, None].astype(q.dtype), rank - 1, 0),
+        _substeps(late["k"] * weight.astype(k.dtype), 0, rank - 1),
+        _substeps(late["v"], 0, rank - 1),
+        _first_of(late["log_decay"], 2 * rank - 1),
+        state["memory"],
+        scale=1.0,
+        reset=reset,
+        sequence_axis=context.sequence_axis,
+    )
+    o = o.reshape(*q.shape[:2], 2 * rank - 1, *o.shape[2:])[:, :, rank - 1 :].astype(wide)
+    scores = jnp.einsum("btrhk,btshk->btrsh", q.astype(wide), k.astype(wide)) * c[:, :, None, None]
+    o = (o + jnp.einsum("btrsh,btshv->btrhv", scores, v.astype(wide))).astype(v.dtype)
+    k, v = (last[name].astype(memory.dtype) for name in ("k", "v"))
+    written = jnp.einsum("brhk,brhv->bhkv", k * last["c"][:, None, :, None], v)
+    memory = jnp.exp(last["log_decay"])[..., None, None] * memory + written
+    return o, {"memory": memory, "k": k, "v": v}
+
+
+def _substeps(x: jax.Array, before: int, after: int) -> jax.Array:
+    """Lay x [B, T, R, ...] out in time, with steps of zeros before and after the R of a token."""
+    padding = [(0, 0)] * x.ndim
+    padding[2] = (before, after)
+    x = jnp.pad(x, padding)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def _first_of(x: jax.Array, count: int) -> jax.Array:
+    """Put x [B, T, ...] at the first of `count` steps for each token, zeros (False) elsewhere."""
+    return _substeps(x[:, :, None], 0, count - 1)

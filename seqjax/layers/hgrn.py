@@ -1,0 +1,90 @@
+"""HGRN: the hierarchically gated recurrent network."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from seqjax.layers import _checks, _init, _lower_bound
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers._gated import Gated, project, project_out, recur
+from seqjax.layers._math import dense, rms_normalize
+from seqjax.layers.context import Context
+
+
+@dataclasses.dataclass(frozen=True)
+class HGRN(Gated):
+    """Hierarchically gated recurrent network (arXiv 2311.04823), in its real form.
+
+        f_t = b + (1 - b) * sigmoid(x_t W_f)                         b: the block's lower bound
+        h_t = f_t * h_{t-1} + (1 - f_t) * silu(x_t W_i)
+        y_t = (rmsnorm(h_t) * silu(x_t W_g)) W_out
+
+    In a `Backbone` the lower bounds of the forget gates grow with depth, so that later blocks
+    remember longer:
+
+        1 - b_0 = 1
+        1 - b_l = (1 - b_{l-1}) * (1 - sigmoid(p_l - log(L - l)))    block l of L
+
+    b_l starts at l / L. Outside a backbone b is 0. Blocks pass 1 - b on as a shared value of the
+    context.
+
+    Departures: the paper takes the bounds from one softmax over depth, which is a parameter of the
+    model. Here each block has a parameter and the softmax is computed stick by stick, which
+    reaches the same bounds. The paper's state is complex with a learned phase per channel; the real
+    form is that of flash-linear-attention and of HGRN2's ablation. Projections start normal with
+    variance 1/fan_in.
+
+    Parameters: forget_proj, input_proj, gate_proj [dim, N]; lower_bound [N] (p_l, unused in the
+    first block); norm [N]; out_proj [N, dim]. State: h [B, N].
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = HGRN(dim=4, state_dim=8)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 4)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 4)), state)
+      >>> y.shape, y_next.shape, state.shape
+      ((2, 5, 4), (2, 4), (2, 8))
+
+    Attributes:
+      dim: features of input and output.
+      state_dim: channels N; by default dim.
+      norm_eps: constant added to the mean square in the norm.
+    """
+
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        inward = self._inward()
+        return {
+            "forget_proj": inward,
+            "input_proj": inward,
+            "gate_proj": inward,
+            "lower_bound": _lower_bound.declare(self.states),
+            "norm": Param((self.states,), ("state",), "norm", _init.ones),
+            "out_proj": self._outward(),
+        }
+
+    def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
+        return _lower_bound.initial_values(self.states, state_dtype(dtype))
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
+    ) -> tuple[jax.Array, State]:
+        forget = project(x, params["forget_proj"])
+        room = _lower_bound.room_above(params["lower_bound"], forget.dtype, context)
+        h, state = recur(
+            (1 - room) + room * jax.nn.sigmoid(forget),
+            # 1 - f as a product: a difference has no digits left for f near 1.
+            room * jax.nn.sigmoid(-forget) * jax.nn.silu(project(x, params["input_proj"])),
+            state,
+            context,
+        )
+        y = rms_normalize(h, params["norm"], self.norm_eps).astype(x.dtype)
+        return project_out(y * jax.nn.silu(dense(x, params["gate_proj"])), params, x), state

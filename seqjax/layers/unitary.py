@@ -1,0 +1,114 @@
+"""Unitary recurrent network: the input chooses a rotation of the state."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqjax.layers import _checks, _fresh, _init
+from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers._math import dense, split_heads
+from seqjax.layers.context import Context
+from seqjax.ops.elementwise.block_recurrence import apply_blocks
+from seqjax.ops.elementwise.block_scan import block_scan
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitaryRNN(Layer):
+    """Unitary recurrent network URN, without nonlinearity (arXiv 2208.05719).
+
+        S_t = skew(x_t W_s)                               [K, K], S_t^T = -S_t, for each head
+        h_t = exp(S_t) h_{t-1}                            h_0 learned
+        y_t = h_t W_y
+
+    skew puts K (K - 1) / 2 numbers below the diagonal, and their negatives above it. exp(S_t) is a
+    rotation, so |h_t| = |h_0|, and gradients through time neither grow nor vanish. Equal inputs
+    rotate every state in the same way, so a sequence means the product of its matrices.
+
+    Departures: the paper has one head, and a table of S for every word. Here S_t is a linear map of
+    x_t, and the states of heads are independent. Rounding changes |h_t| slowly over very long
+    sequences.
+
+    Parameters: skew_proj [dim, H K (K - 1) / 2]; initial [H, K], normal with variance 1/K;
+    out_proj [H K, dim]; weights start normal with variance 1/fan_in.
+    State: {"hidden": [B, H, K], "fresh": [B] bool}. "fresh" is True until the first step, which
+    starts from the learned h_0, as does every reset.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = UnitaryRNN(dim=4, heads=2)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 4)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 4)), state)
+      >>> y.shape, y_next.shape, state["hidden"].shape
+      ((2, 5, 4), (2, 4), (2, 2, 2))
+
+    Attributes:
+      dim: features of input and output.
+      heads: number of heads H.
+      head_dim: states K of a head, at least 2; by default dim / heads.
+    """
+
+    dim: int
+    heads: int
+    head_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        size = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
+        _checks.require(self, size >= 2, f"`head_dim` must be at least 2, got {size}.")
+
+    @property
+    def size(self) -> int:
+        """States K of a head."""
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        dim, heads, size = self.dim, self.heads, self.size
+        angles = heads * (size * (size - 1) // 2)
+        weight = _init.fan_in_normal
+        return {
+            "skew_proj": Param((dim, angles), ("embed", "heads"), "weight", weight),
+            "initial": Param(
+                (heads, size), ("heads", None), "recurrence", _init.normal(size**-0.5)
+            ),
+            "out_proj": Param((heads * size, dim), ("heads", "embed"), "weight", weight),
+        }
+
+    def make_state(self, batch_size: int, dtype: Any) -> State:
+        return {
+            "hidden": jnp.zeros((batch_size, self.heads, self.size), dtype),
+            "fresh": jnp.ones((batch_size,), jnp.bool_),
+        }
+
+    def state_flops(self) -> int:
+        return 2 * self.heads * self.size**2
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
+    ) -> tuple[jax.Array, State]:
+        reset, sequence_axis = context.reset, context.sequence_axis
+        wide = state_dtype(x.dtype)
+        angles = split_heads(dense(x, params["skew_proj"]).astype(wide), self.heads)
+        rotation = _rotation(angles, self.size)
+        starts, fresh = _fresh.starts(state["fresh"], reset, x.shape[1], sequence_axis)
+        begun = apply_blocks(rotation, params["initial"].astype(wide)[..., None])[..., 0]
+        h, hidden = block_scan(
+            rotation,
+            jnp.where(starts[..., None, None], begun, jnp.zeros_like(begun)),
+            state["hidden"],
+            reset=reset,
+            sequence_axis=sequence_axis,
+        )
+        y = dense(h.reshape(*h.shape[:2], -1).astype(x.dtype), params["out_proj"])
+        return y, {"hidden": hidden, "fresh": fresh}
+
+
+def _rotation(angles: jax.Array, size: int) -> jax.Array:
+    """Return exp of the skew-symmetric matrices with these entries: [..., K (K-1)/2] -> [K, K]."""
+    rows, columns = np.tril_indices(size, -1)
+    zero = jnp.zeros((*angles.shape[:-1], size, size), angles.dtype)
+    lower = zero.at[..., rows, columns].set(angles)
+    return jax.scipy.linalg.expm(lower - lower.mT)

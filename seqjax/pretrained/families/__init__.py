@@ -1,0 +1,33 @@
+"""Families of checkpoints by the `model_type` of their config."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from seqjax.pretrained.families.falcon_h1 import FALCON_H1
+from seqjax.pretrained.families.granite import BAMBA, GRANITE
+from seqjax.pretrained.families.lfm2 import LFM2
+from seqjax.pretrained.families.mamba import FALCON_MAMBA, MAMBA
+from seqjax.pretrained.families.mamba2 import MAMBA2
+from seqjax.pretrained.families.nemotron_h import NEMOTRON_H
+from seqjax.pretrained.families.qwen3_5 import QWEN3_5
+from seqjax.pretrained.families.recurrent_gemma import RECURRENT_GEMMA
+from seqjax.pretrained.families.rwkv7 import RWKV7_FAMILY
+from seqjax.pretrained.family import Family
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "bamba": BAMBA,
+        "falcon_h1": FALCON_H1,
+        "falcon_mamba": FALCON_MAMBA,
+        "granitemoehybrid": GRANITE,
+        "lfm2": LFM2,
+        "mamba": MAMBA,
+        "mamba2": MAMBA2,
+        "nemotron_h": NEMOTRON_H,
+        "qwen3_5": QWEN3_5,
+        "qwen3_5_text": QWEN3_5,
+        "recurrent_gemma": RECURRENT_GEMMA,
+        "rwkv7": RWKV7_FAMILY,
+    }
+)
+"""The families that `seqjax.pretrained.load` supports."""

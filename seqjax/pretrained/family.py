@@ -1,0 +1,131 @@
+"""Families of checkpoints: what a config mapping returns, and the names of a family's tensors."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from seqjax.layers.norm import NormKind
+from seqjax.models import Backbone, Block
+from seqjax.pretrained.config import Config
+from seqjax.pretrained.table import Tensor, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The model of a config, with the table of its tensors.
+
+    Attributes:
+      blocks: all blocks, in order.
+      tables: the tensors of each block, with paths inside the block.
+      embedding, final_norm, layers: the names of the other tensors; "{}" in `layers` stands for the
+        number of a block.
+      vocab_size, tie_embeddings: fields of `LanguageModel`.
+      norm, norm_eps: kind and constant of the final norm.
+      model: further fields of `LanguageModel`.
+      extra: further tensors.
+      unused: parameters that no tensor stores. They are zeros, and the model does not read them.
+      variants: tensors of older files, each in place of all tensors that have its parameters.
+      head: the name of the output weights.
+      embedding_aliases: other names of the embedding that are accepted.
+    """
+
+    blocks: Sequence[Block]
+    tables: Sequence[Sequence[Tensor]]
+    embedding: str
+    final_norm: str
+    layers: str
+    vocab_size: int
+    tie_embeddings: bool
+    norm: NormKind
+    norm_eps: float
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Sequence[Tensor] = ()
+    unused: Sequence[str] = ()
+    variants: Sequence[Tensor] = ()
+    head: str = "lm_head.weight"
+    embedding_aliases: tuple[str, ...] = ()
+
+    def backbone(self, scan: bool, remat: bool) -> Backbone:
+        """Return the backbone, with a repeated pattern of blocks once."""
+        blocks, depth = list(self.blocks), len(self.blocks)
+        period = next(
+            p for p in range(1, depth + 1) if depth % p == 0 and blocks[p:] == blocks[: depth - p]
+        )
+        return Backbone(
+            blocks[:period],
+            depth=depth,
+            norm=self.norm,
+            norm_eps=self.norm_eps,
+            scan=scan,
+            remat=remat,
+        )
+
+    def table(self, stored: Iterable[str] | None = None) -> list[Tensor]:
+        """Return all tensors, with paths of parameters in a backbone that is not stacked.
+
+        Args:
+          stored: the names of a checkpoint's tensors without their prefix, which choose between the
+            tensors of `variants` and those that they replace; by default none is replaced.
+        """
+        table = self._published()
+        for variant in self.variants if stored is not None else ():
+            if variant.name.removeprefix("@") in set(stored or ()):
+                table = [row for row in table if not set(row.params) & set(variant.params)]
+                table.append(variant)
+        return table
+
+    def _published(self) -> list[Tensor]:
+        table = [rows(self.embedding, "embedding", aliases=self.embedding_aliases)]
+        for i, block in enumerate(self.tables):
+            prefix = self.layers.format(i)
+            table += [tensor.inside(prefix, f"backbone.block_{i}.") for tensor in block]
+        table += norm(self.final_norm, "backbone.final_norm", self.norm)
+        table += self.extra
+        if not self.tie_embeddings:
+            table.append(Tensor(self.head, ("head",)))
+        return table
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of checkpoints.
+
+    Attributes:
+      build: function of the config and the capacity of attention caches.
+      prefixes: the prefixes of tensor names ("@" in the table), the most specific first.
+      ignored: regular expressions of tensors that are not read.
+      text: the field that holds the config of the text model, for checkpoints that also have
+        images.
+    """
+
+    build: Callable[[Config, int], Architecture]
+    prefixes: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
+    text: str | None = None
+
+    def config(self, values: dict[str, Any]) -> Config:
+        """Return the config of the text model."""
+        inner = values.get(self.text) if self.text else None
+        if inner is None:
+            return Config(values)
+        outer = {name: values[name] for name in ("tie_word_embeddings",) if name in values}
+        return Config({**inner, **outer})
+
+    def prefix(self, names: Iterable[str]) -> str:
+        """Return the prefix that the names of a checkpoint have."""
+        names = list(names)
+        found = (p for p in self.prefixes if any(name.startswith(p) for name in names))
+        return next(found, self.prefixes[-1])
+
+    def ignores(self, name: str) -> bool:
+        """Return whether a tensor is not read."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def norm(stored: str, ours: str, kind: NormKind) -> list[Tensor]:
+    """Return the tensors of a norm: a weight, and the bias of a layer norm."""
+    table = [rows(f"{stored}.weight", f"{ours}.scale")]
+    if kind == "layer":
+        table.append(rows(f"{stored}.bias", f"{ours}.bias"))
+    return table

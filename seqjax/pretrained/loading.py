@@ -1,0 +1,225 @@
+"""Loading of published checkpoints."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from seqjax import sharding
+from seqjax.layers._base import Params, state_dtype
+from seqjax.models import LanguageModel
+from seqjax.pretrained.config import read_config
+from seqjax.pretrained.families import FAMILIES
+from seqjax.pretrained.family import Architecture, Family
+from seqjax.pretrained.files import DTYPES, Tensors
+from seqjax.pretrained.hub import find_folder
+from seqjax.pretrained.model import (
+    Leaf,
+    PretrainedModel,
+    Source,
+    flat,
+    is_stacked,
+    leaf_at,
+    nested,
+    parameter_parts,
+)
+from seqjax.pretrained.table import Cut, Shape, Tensor
+
+
+def load(
+    path: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    dtype: Any = None,
+    *,
+    capacity: int = 4096,
+    scan: bool = False,
+    remat: bool = False,
+    rules: Mapping[str, str] = sharding.RULES,
+) -> tuple[PretrainedModel, Params]:
+    """Load a published checkpoint: a folder with config.json and safetensors files.
+
+    Tensors are read one at a time. With a mesh every process reads only its shards. Parameters of
+    the roles recurrence and norm, and others that the reference keeps in float32, are at least
+    float32. A folder is read without any use of the network.
+
+    Args:
+      path: a folder, or the name of a repository on the Hugging Face hub such as
+        "state-spaces/mamba-130m-hf", which is downloaded.
+      mesh: the mesh that parameters are split over by the rules of `seqjax.sharding`; by default
+        they are on the default device.
+      dtype: dtype of the weights and of the computation; by default that of the stored embedding.
+      capacity: number of positions that the cache of full attention holds. A longer sequence
+        raises ValueError, or has outputs of NaN past the capacity.
+      scan: stack equal blocks and run them in a `lax.scan`; see `Backbone`.
+      remat: recompute blocks in the backward pass; see `Backbone`.
+      rules: logical axis -> mesh axis, as in `seqjax.sharding.shard`.
+
+    Returns:
+      `(model, params)`: a `LanguageModel` and its parameters.
+
+    Raises:
+      ValueError: if a config field is missing or has an unsupported value, a tensor is missing, not
+        expected, misshapen or of an unsupported dtype, or a file is truncated or a pickle. The
+        message names the field, the tensor or the file.
+      ImportError: if the package safetensors is missing, or huggingface_hub for a name on the hub.
+
+    Example:
+      >>> import tempfile
+      >>> from seqjax.pretrained.example import write_tiny_mamba
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     write_tiny_mamba(folder)
+      ...     model, params = load(folder)
+      >>> logits, state = model.apply(params, jax.numpy.array([[1, 2, 3]]))
+      >>> logits.shape
+      (1, 3, 32)
+    """
+    folder = find_folder(path)
+    config = read_config(folder)
+    family = _family(config)
+    tensors = Tensors(folder)
+    source = Source(json.dumps(config), family.prefix(tensors.names))
+    architecture = source.architecture(capacity)
+    bare = [name.removeprefix(source.prefix) for name in tensors.names]
+    table = architecture.table(bare)
+    stored = _stored_names(table, architecture, source, tensors)
+    if dtype is None:
+        dtype = DTYPES.get(tensors.names[stored[architecture.embedding]][1], np.float32)
+    model = PretrainedModel(
+        vocab_size=architecture.vocab_size,
+        backbone=architecture.backbone(scan, remat),
+        tie_embeddings=architecture.tie_embeddings,
+        dtype=dtype,
+        source=source,
+        **architecture.model,
+    )
+    if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
+    parts = parameter_parts(model, table, architecture.unused)
+    entries = (entry for leaf in parts.values() for entry in leaf if entry is not None)
+    for cut in {cut.tensor.name: cut for cut, _ in entries}.values():
+        _check_tensor(tensors, stored[cut.tensor.name], cut)
+    shardings = {}
+    if mesh is not None:
+        known = {name: axis for name, axis in rules.items() if axis in mesh.shape}
+        specs = sharding.param_specs(model, mesh, known)
+        shardings = {
+            name: NamedSharding(mesh, spec)
+            for name, spec in flat(specs, jax.sharding.PartitionSpec).items()
+        }
+    arrays = {
+        name: _array(
+            tensors,
+            stored,
+            leaf,
+            is_stacked(name),
+            *_declared(model, name, leaf),
+            shardings.get(name),
+        )
+        for name, leaf in parts.items()
+    }
+    tensors.close()
+    return model, nested(arrays)
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"load: config field `model_type` must be one of {', '.join(sorted(FAMILIES))}, got"
+            f" {kind!r}."
+        )
+    return FAMILIES[str(kind)]
+
+
+def _stored_names(
+    table: Sequence[Tensor], architecture: Architecture, source: Source, tensors: Tensors
+) -> dict[str, str]:
+    """Return the stored name of each tensor of the table; check that nothing is missing or left."""
+    stored: dict[str, str] = {}
+    for tensor in table:
+        names = [name.replace("@", source.prefix) for name in (tensor.name, *tensor.aliases)]
+        found = [name for name in names if name in tensors.names]
+        if not found:
+            raise ValueError(
+                f"load: checkpoint must have the tensor `{names[0]}`, got none;"
+                f" config.json describes a model of type {source!r} with it."
+            )
+        stored[tensor.name] = found[0]
+    left = set(tensors.names) - set(stored.values())
+    if architecture.tie_embeddings:
+        left.discard(architecture.head)  # the embedding has the same values
+    left = {name for name in left if not source.family.ignores(name)}
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise ValueError(
+            f"load: checkpoint must not have the tensor `{min(left)}`{more}; config.json describes"
+            f" a model of type {source!r} without it."
+        )
+    return stored
+
+
+def _check_tensor(tensors: Tensors, name: str, cut: Cut) -> None:
+    _, dtype, shape = tensors.names[name]
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"load: tensor `{name}` must be {', '.join(DTYPES)}, got {dtype}; quantized checkpoints"
+            " are not supported."
+        )
+    if shape != cut.stored_shape:
+        raise ValueError(
+            f"load: tensor `{name}` must have shape {list(cut.stored_shape)} for this config.json,"
+            f" got {list(shape)}."
+        )
+
+
+def _declared(model: LanguageModel, name: str, leaf: Leaf) -> tuple[Shape, np.dtype]:
+    """Return shape and dtype of a parameter."""
+    role, shape = (leaf_at(tree, name) for tree in (model.param_roles(), model.param_shapes()))
+    wide = role in ("recurrence", "norm") or any(
+        entry is not None and entry[0].tensor.wide for entry in leaf
+    )
+    dtype = state_dtype(model.dtype) if wide else jnp.dtype(model.dtype)
+    return shape, np.dtype(dtype)
+
+
+def _array(
+    tensors: Tensors,
+    stored: Mapping[str, str],
+    leaf: Leaf,
+    stacked: bool,
+    shape: Shape,
+    dtype: np.dtype,
+    where: NamedSharding | None,
+) -> jax.Array:
+    """Read a parameter: all of it, or the shards of this process's devices."""
+
+    def read(index: Any) -> np.ndarray:
+        sizes = [len(range(*entry.indices(n))) for entry, n in zip(index, shape, strict=True)]
+        out = _aligned(sizes, dtype)
+        chosen = leaf[index[0]] if stacked else leaf
+        for layer, entry in enumerate(chosen):
+            own = out[layer] if stacked else out
+            if entry is None:
+                own[...] = 0
+                continue
+            cut, part = entry
+            inner = index[1:] if stacked else index
+            cut.read(tensors, stored[cut.tensor.name], part, inner, own)
+        return out
+
+    if where is None:
+        return jax.device_put(read(tuple(slice(0, n) for n in shape)))
+    return jax.make_array_from_callback(shape, where, read)
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Return an array at a multiple of 64 bytes, which JAX uses on a CPU without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
