@@ -91,7 +91,7 @@ def step_scan(
     op = "step_scan"
     _check_step(op, step)
     params, xs = jax.tree.map(jnp.asarray, (params, xs))
-    batch, length = _check_xs(op, xs)
+    batch, length = checks.check_time_axes(op, "xs", xs)
     reset = checks.check_reset(op, reset, batch, length)
     checks.check_sequence_axis(op, sequence_axis)
     checks.check_positive(op, chunk_size=chunk_size)
@@ -216,16 +216,6 @@ def _check_step(op: str, step: Any) -> None:
         raise ValueError(
             f"{op}: `step` must be hashable, such as a function, got {type(step).__name__}."
         ) from None
-
-
-def _check_xs(op: str, xs: PyTree) -> tuple[int, int]:
-    shapes = [list(x.shape) for x in jax.tree.leaves(xs)]
-    if not shapes or any(len(s) < 2 or s[:2] != shapes[0][:2] or 0 in s for s in shapes):
-        raise ValueError(
-            f"{op}: every leaf of `xs` must have shape [B, T, ...] with the same B and T >= 1, got"
-            f" {', '.join(map(str, shapes)) or 'none'}."
-        )
-    return shapes[0][0], shapes[0][1]
 
 
 def _check_states(
