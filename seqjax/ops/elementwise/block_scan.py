@@ -82,7 +82,7 @@ def block_scan(
     """
     op = "block_scan"
     given = checks.as_arrays({"x": x, "transition": transition, "initial_state": initial_state})
-    columns = given["x"].ndim == 5
+    columns = given["x"] is not None and given["x"].ndim == 5
     sizes = checks.check_shapes(op, COLUMNS if columns else PATTERNS, given)
     checks.check_dtypes(op, given, complex_ok=True)
     reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
