@@ -1,5 +1,7 @@
 """Contract: reverse mode stores inputs, outputs and one state per chunk, nothing of size T K V."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -63,3 +65,24 @@ def test_linear_scan_stores_its_outputs_only(algorithm):
     row = (2, 4096, 64)
     size = temporary_bytes(seqjax.linear_scan, (row, row), algorithm=algorithm)
     assert size < 1.2 * 2 * 4096 * 64 * 4  # the adjoint, in addition to the results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sequential", "chunked"])
+def test_ssm_scan_states_are_not_stored(algorithm):
+    def shapes(length):
+        return (1, length, 512), (512, 64), (512, 64), (512, 64)
+
+    run = functools.partial(temporary_bytes, seqjax.ssm_scan, algorithm=algorithm)
+    sizes = {t: run(shapes(t)) for t in (2048, 8192)}
+    states = 8192 * 512 * 64 * 4
+    assert sizes[8192] < states / 3
+    assert sizes[8192] < 4.4 * sizes[2048]
+
+
+@pytest.mark.parametrize("algorithm", ["sequential", "associative"])
+def test_block_scan_stores_its_outputs_only(algorithm):
+    """Check a constant transition: a few rows, and no block for every step."""
+    row, block = (1, 8192, 32, 4), (32, 4, 4)
+    size = temporary_bytes(seqjax.block_scan, (block, row), algorithm=algorithm)
+    assert size < 8 * 8192 * 32 * 4 * 4
