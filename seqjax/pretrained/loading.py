@@ -81,6 +81,11 @@ def load(
     folder = find_folder(path)
     config = read_config(folder)
     family = _family(config)
+    if config.get("quantization_config"):
+        raise ValueError(
+            "load: config field `quantization_config` must be absent, got one; quantized"
+            " checkpoints are not supported."
+        )
     tensors = Tensors(folder)
     source = Source(json.dumps(config), family.prefix(tensors.names))
     architecture = source.architecture(capacity)

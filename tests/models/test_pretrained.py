@@ -175,6 +175,7 @@ NORM = "backbone.norm_f.weight"
         ({"config": {"hidden_size": "24"}}, "`hidden_size` must be a positive integer, got '24'"),
         ({"config": {"hidden_size": None}}, "must have the field `hidden_size`, got none"),
         ({"config": {"hidden_act": "gelu"}}, "`hidden_act` must be 'silu', got 'gelu'"),
+        ({"config": {"quantization_config": {"bits": 4}}}, "`quantization_config` must be absent"),
         ({"config": {"hidden_size": 32}}, r"must have shape \[64, 32\] .*, got \[64, 24\]"),
         ({"config": {"num_hidden_layers": 3}}, r"must have the tensor `backbone\.layers\.2\.norm"),
         ({"config": {"num_hidden_layers": 1}}, r"must not have the tensor .* and 9 more"),
