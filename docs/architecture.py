@@ -16,13 +16,13 @@ FLOORS = [
         12,
         "seqjax.ops",
         "recurrences as pure functions of arrays, with one contract",
-        "linear_scan   selective_scan   linear_attention   delta_rule   generalized_delta_rule"
-        "   nonlinear_scan   monoid_scan",
+        "linear_scan  selective_scan  ssm_scan  block_scan  linear_attention  delta_rule ..."
+        "  nonlinear_scan  monoid_scan  step_scan",
     ),
     (
         0,
         3.0,
-        4,
+        12,
         "seqjax.cells",
         "one step of a nonlinear RNN",
         "GRU  LSTM  ParaGRU  ParaLSTM  sLSTM ...",
@@ -33,7 +33,7 @@ FLOORS = [
         12,
         "seqjax.layers",
         "hyperparameters only: init, apply, step, initial_state, param_axes",
-        "LRU   S5   GateLoop   Mamba   DeltaNet   GRU ...   attention   convolution   MLP   norm",
+        "LRU  S5  Mamba  Mamba2  DeltaNet  RWKV7  MLSTM  RGLRU  GRU ...  Attention  ShortConv  MLP",
     ),
     (
         0,
@@ -43,8 +43,10 @@ FLOORS = [
         "a stack of layers is a layer too",
         "Backbone   LanguageModel   Classifier",
     ),
-    (0, 7.5, 7, "seqjax.sharding", "meshes, and shardings of a training step", "make_mesh   shard"),
-    (7.2, 7.5, 4.8, "seqjax.nnx  seqjax.linen", "layers and models inside Flax", "Recurrent"),
+    (0, 7.5, 2.9, "generation", "tokens from a model", "generate  stream"),
+    (3.0, 7.5, 2.9, "pretrained", "published checkpoints", "load  save"),
+    (6.0, 7.5, 2.9, "sharding", "meshes, shardings", "make_mesh  shard"),
+    (9.0, 7.5, 3.0, "nnx  linen", "inside Flax", "Recurrent"),
     (0, 9.0, 7, "experiments", "train, evaluate, generate, plan, bench, sweep, report", ""),
     (7.2, 9.0, 4.8, "notebooks", "tutorials", ""),
 ]
@@ -54,6 +56,8 @@ COLORS = [
     "#c6dbef",
     "#a1d99b",
     "#c7e9c0",
+    "#fdd0a2",
+    "#fdd0a2",
     "#fdd0a2",
     "#dadaeb",
     "#eeeeee",
