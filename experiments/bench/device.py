@@ -107,8 +107,9 @@ class Input(NamedTuple):
     def make(self, seed: int) -> np.ndarray:
         """Draw the array."""
         rng = np.random.default_rng(seed)
+        x: np.ndarray
         if isinstance(self.draw, tuple):
-            x = rng.uniform(*self.draw, self.shape)
+            x = rng.uniform(self.draw[0], self.draw[1], self.shape)
         else:
             x = rng.standard_normal(self.shape, np.float32)
             if self.draw == "unit":
@@ -153,8 +154,7 @@ def op_calls(sizes: Sizes) -> Iterator[tuple[str, str, dict[str, Input]]]:
             if op == "generalized_delta_rule":
                 made |= {"a": unit, "b": row._replace(draw=(-0.1, 0.1))}
             if axes:
-                shape = sizes.matrix[: 2 + axes]
-                made["log_decay"] = Input(shape, "float32", (-0.1, 0.0))
+                made["log_decay"] = Input(sizes.matrix[: 2 + axes], "float32", (-0.1, 0.0))
             yield f"{op}, {form} {list(sizes.matrix)} bfloat16", op, made
 
 

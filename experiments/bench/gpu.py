@@ -198,8 +198,9 @@ def _compile_xla(op: str, decay: str | None, gradients: bool) -> str:
 
     with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
         compiled = jax.jit(jax.grad(loss) if gradients else run).lower(given).compile()
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return f"{temporaries}\n{compiled.as_text() or ''}"
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return f"{memory.temp_size_in_bytes}\n{compiled.as_text() or ''}"
 
 
 def compile_xla_apart(row: Xla, folder: pathlib.Path) -> tuple[float, gpu_program.Cost]:

@@ -163,11 +163,11 @@ def _moved(
             total += _read_by(operation, source, type_bytes(types.get(source, "")))
     results = [local[name] for name in root.operands] if root.kind == "tuple" else [root]
     for result in results:
-        source = result
-        while source.kind in VIEWS and source.operands[0] in local:
-            source = local[source.operands[0]]
-        if source.kind == "dynamic-update-slice":
-            update = source.operands[1]
+        origin = result
+        while origin.kind in VIEWS and origin.operands[0] in local:
+            origin = local[origin.operands[0]]
+        if origin.kind == "dynamic-update-slice":
+            update = origin.operands[1]
             total += type_bytes(local[update].type if update in local else types[update])
         else:
             total += type_bytes(result.type)

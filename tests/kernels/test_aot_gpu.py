@@ -180,3 +180,13 @@ def test_an_elementwise_cell_compiles(place):
     with jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh):
         program = jax.jit(mapped).lower(array(2, 65, dtype="bool"), *given).compile()
     assert program.as_text().count('custom_call_target="mosaic_gpu') == 2
+
+
+@pytest.mark.slow
+def test_matrix_states_run_in_few_kernels_on_tensor_cores(tmp_path):
+    """Check the XLA form of `linear_attention` with a decay per head, without gradients."""
+    row = gpu.XLA_ROWS[0]
+    _, cost = gpu.compile_xla_apart(row, tmp_path)
+    assert cost.kernels <= 150
+    assert cost.flops["bf16"] + cost.flops["tf32"] >= 0.9 * sum(cost.flops.values())
+    assert cost.seconds <= 1e-3

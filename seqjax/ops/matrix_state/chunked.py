@@ -53,7 +53,7 @@ class Form(NamedTuple):
 CPU = Form(products=16, steps=64, factored=False)
 # Enough matmuls for the 132 multiprocessors of an H100; more take more memory for little speed.
 ACCELERATOR = Form(products=1024, steps=64, factored=True)
-UNROLL = 16  # turns of a loop on accelerators between two tests of its counter
+UNROLL = 4  # turns of a loop on accelerators between two tests of its counter
 
 
 class Plan(NamedTuple):

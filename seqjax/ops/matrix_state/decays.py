@@ -49,18 +49,26 @@ def shard_decay(g: jax.Array | None, state: jax.Array, reset: jax.Array | None) 
     return jnp.exp(total if total.ndim == 3 else total[..., None])[..., None]
 
 
-def _products(g: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+def _products(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.Array]]:
     """Return products of the decays a_i = exp(g_i) in blocks of 1, 2, 4, ..., C steps.
 
     C is a power of two. The two lists hold arrays [..., C, K]. upto[n][t] is the product from the
     start of t's block of 2^n steps to t. after[n][j] is the product from j + 1 to the end of j's
-    block. Each step and channel takes one exponential. The factor that a level adds is the product
-    of the other half of a pair of blocks, repeated for the steps of a half: GPUs multiply it where
-    it is needed instead of storing all levels.
+    block. Each step and channel takes one exponential.
+
+    With `repeat` a level multiplies by the products of the other half blocks, repeated for all
+    steps. GPUs then compute a level where it is needed and store none. CPUs are three times slower
+    that way, and join the halves.
     """
     upto, after = [decay_of(g)], [jnp.ones_like(g)]
     whole = upto[0]  # products of whole blocks
     for width in _widths(1, g.shape[-2]):
+        if not repeat:
+            first, second = _halves(upto[-1], width)
+            left, right = _halves(after[-1], width)
+            upto.append(_join(first, first[..., -1:, :] * second, g.shape))
+            after.append(_join(left * second[..., -1:, :], right, g.shape))
+            continue
         pairs = whole.reshape(*whole.shape[:-2], -1, 2, whole.shape[-1])
         other, second = jnp.flip(pairs, axis=-2), jnp.array([[False], [True]])
         one = jnp.ones_like(other)
@@ -77,7 +85,7 @@ def _repeat(x: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
 
 
 def cumulative_decays(
-    log_decay: jax.Array, dtype: Any, channels: int | None = None
+    log_decay: jax.Array, dtype: Any, channels: int | None = None, *, repeat: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Return the decays from the start of a chunk to each step, and from each step to the end.
 
@@ -88,12 +96,14 @@ def cumulative_decays(
         the state is reset, for chunks without decays.
       dtype: dtype of the result for boolean `log_decay`.
       channels: K, to repeat decays [..., C, 1] for all channels; by default not repeated.
+      repeat: whether to compute the decays as `decayed_products` does for bfloat16 arrays, which
+        is faster on GPUs and slower on CPUs.
 
     Returns:
       Two arrays of the shape of `log_decay`, or [..., C, channels].
     """
     if log_decay.dtype != bool:
-        both = _cumulative_decays(log_decay)
+        both = _cumulative_decays(repeat, log_decay)
         return both if channels is None else (widen(both[0], channels), widen(both[1], channels))
     count = _count(log_decay[..., 0])[..., None]
     if channels is not None:
@@ -101,15 +111,15 @@ def cumulative_decays(
     return (count == 0).astype(dtype), (count == count[..., -1:, :]).astype(dtype)
 
 
-@jax.custom_jvp
-def _cumulative_decays(g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    upto, after = _products(g)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _cumulative_decays(repeat: bool, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    upto, after = _products(g, repeat)
     return upto[-1], after[-1]
 
 
 @_cumulative_decays.defjvp
-def _cumulative_decays_jvp(primals: Any, tangents: Any) -> Any:
-    upto, after = _cumulative_decays(*primals)
+def _cumulative_decays_jvp(repeat: bool, primals: Any, tangents: Any) -> Any:
+    upto, after = _cumulative_decays(repeat, *primals)
     (dg,) = tangents
     return (upto, after), (upto * sums_through(dg), after * sums_after(dg))
 
@@ -137,6 +147,10 @@ def _halves(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """Return the halves of blocks of 2 * width steps: two arrays [..., blocks, width, K]."""
     blocks = x.reshape(*x.shape[:-2], -1, 2, width, x.shape[-1])
     return blocks[..., 0, :, :], blocks[..., 1, :, :]
+
+
+def _join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.concatenate([first, second], axis=-2).reshape(shape)
 
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -201,13 +215,12 @@ def decayed_products(
     if log_decay.shape[-1] == rights[0].shape[-1] and log_decay.dtype != bool:
         return _by_channel(lefts, rights, log_decay)
     # One decay for all channels factors out of the sum.
-    left, right = (jnp.concatenate(xs, axis=-2) for xs in (lefts, rights))
-    all_pairs = product(left, right, NT)
-    products = [
-        part
-        for rows in jnp.split(all_pairs, len(lefts), axis=-2)
-        for part in jnp.split(rows, len(rights), axis=-1)
-    ]
+    if rights[0].dtype == jnp.bfloat16:  # one product, which XLA for GPU would transpose
+        left, right = (jnp.concatenate(xs, axis=-2) for xs in (lefts, rights))
+        rows = jnp.split(product(left, right, NT), len(lefts), axis=-2)
+        products = [part for row in rows for part in jnp.split(row, len(rights), axis=-1)]
+    else:
+        products = [product(left, right, NT) for left in lefts for right in rights]
     if log_decay.dtype == bool:
         same = same_segment(log_decay[..., 0])
         products = [jnp.where(same, p, jnp.zeros_like(p)) for p in products]
@@ -229,7 +242,7 @@ def _by_channel(
     block is such a step, and all pairs of that width are one matmul per block. Nothing is divided,
     no factor exceeds one, and no decay after t contributes.
     """
-    upto, after = _products(g)
+    upto, after = _products(g, rights[0].dtype == jnp.bfloat16)
     return _pairs(
         lefts,
         rights,
@@ -297,7 +310,7 @@ def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
     rounding, and where the decay is strong this rounding exceeds the gradient.
     """
     (lefts, rights, g), (d_lefts, d_rights, dg) = primals, tangents
-    upto, after = (decays[:-1] for decays in _products(g))
+    upto, after = (decays[:-1] for decays in _products(g, rights[0].dtype == jnp.bfloat16))
     made = _by_channel(lefts, rights, g)
     sums = _sums_to_middle(dg)
 

@@ -133,7 +133,9 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
 def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     q, k, v, beta, g = x["q"], x["k"], x["v"], x["beta"][..., 0], x["log_decay"]
     [[scores], [overlaps]] = decays.decayed_products((q, k), (k,), g)
-    from_start, to_end = decays.cumulative_decays(g, beta.dtype, k.shape[-1])
+    from_start, to_end = decays.cumulative_decays(
+        g, beta.dtype, k.shape[-1], repeat=k.dtype == jnp.bfloat16
+    )
     inverse = linalg.inverse_unit_lower(along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1))
 
     # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.

@@ -108,7 +108,9 @@ def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     next_a = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
     products = decays.decayed_products((q, next_a), (b, k), g)
     (scores_b, scores_k), (reads_b, reads_k) = products
-    from_start, to_end = decays.cumulative_decays(g, scores_b.dtype, k.shape[-1])
+    from_start, to_end = decays.cumulative_decays(
+        g, scores_b.dtype, k.shape[-1], repeat=k.dtype == jnp.bfloat16
+    )
     first = jnp.ones_like(from_start[..., :1, :])
     before_step = jnp.concatenate([first, from_start[..., :-1, :]], axis=-2)
     inverse = linalg.inverse_unit_lower(-_next_row(reads_b))

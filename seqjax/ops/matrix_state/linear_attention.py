@@ -14,6 +14,8 @@ same recurrence backwards in time. With F_t the gradient of S_t,
 F_{t-1} = diag(exp g_t) F_t + q_{t-1} do_{t-1}^T. JAX derives it from both forms.
 """
 
+import jax.numpy as jnp
+
 from seqjax.ops.core import linalg
 from seqjax.ops.matrix_state import chunked, decays
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
@@ -105,7 +107,7 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
 def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     q, k, v, g = (x[name] for name in ("q", "k", "v", "log_decay"))
     [[scores]] = decays.decayed_products((q,), (k,), g)
-    from_start, to_end = decays.cumulative_decays(g, scores.dtype)
+    from_start, to_end = decays.cumulative_decays(g, scores.dtype, repeat=k.dtype == jnp.bfloat16)
     return chunked.FactoredMap(
         outputs=linalg.product(scores, v),
         reads=decays.scaled(q, decays.widen(from_start, q.shape[-1])),
