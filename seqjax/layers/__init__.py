@@ -52,7 +52,10 @@ from seqjax.layers.rwkv_channel_mix import RWKVChannelMix as RWKVChannelMix
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.srwm import SRWM as SRWM
+from seqjax.layers.titans import Titans as Titans
 from seqjax.layers.token_shift import TokenShift as TokenShift
+from seqjax.layers.ttt import TTTMLP as TTTMLP
+from seqjax.layers.ttt import TTTLinear as TTTLinear
 
 __all__ = [
     "FFM",
@@ -76,6 +79,7 @@ __all__ = [
     "SLSTM",
     "SRU",
     "SRWM",
+    "TTTMLP",
     "Aaren",
     "Attention",
     "CoRNN",
@@ -106,6 +110,8 @@ __all__ = [
     "RetNet",
     "ShortConv",
     "SlidingWindowAttention",
+    "TTTLinear",
+    "Titans",
     "TokenShift",
     "UnICORNN",
 ]

@@ -3,6 +3,7 @@
 import seqjax
 from tests.contract.exponential_cases import EXPONENTIAL
 from tests.contract.layer_case import layer_case as _layer
+from tests.contract.memory_cases import MEMORIES
 from tests.oracles import (
     attention_oracles,
     gated_oracles,
@@ -53,6 +54,7 @@ LAYERS = [
     ),
     _layer(seqjax.layers.DeltaNet(dim=4, heads=2), attention_oracles.deltanet),
     *EXPONENTIAL,
+    *MEMORIES,
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,
