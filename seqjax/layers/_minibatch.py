@@ -36,7 +36,7 @@ from seqjax.layers._base import Layer, Params, State
 from seqjax.layers._network import Network
 from seqjax.layers.context import Context
 from seqjax.ops.core import jax_compat, sequence_parallel
-from seqjax.ops.core.linalg import matmul, matmul_nt
+from seqjax.ops.core.linalg import matmul
 
 Array = jax.Array
 
@@ -302,14 +302,14 @@ class _Block:
         """Return z times matrix i of the weights with these coordinates."""
         start, change = self.numbers[0], self.numbers[1 + i]
         fixed, states, own = jnp.split(coords, [1, 1 + change.shape[2]], axis=-1)
-        fixed = fixed + matmul_nt(states, start[..., None, :])
+        fixed = fixed + matmul(states, start[..., None])
         y = jnp.einsum("bhci,hio->bhco", z, self.learned[i], precision=lax.Precision.HIGHEST)
         spread = (states[..., None] * z[..., None, :]).reshape(*z.shape[:-1], -1)
         y = fixed * y + matmul(spread, change.reshape(*spread.shape[:2], -1, y.shape[-1]))
         if written is None:
             return y
         x, d = written[i]
-        return y + matmul(own * matmul_nt(z, x), d)
+        return y + matmul(own * matmul(z, x.mT), d)
 
     def gradients(self, written: Any) -> tuple[list[tuple[Array, Array]], Array]:
         """Return the inputs of the affine maps with the gradients of their outputs.

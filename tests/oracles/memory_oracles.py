@@ -37,7 +37,6 @@ def mesanet(layer, params, x, reset=None):
     return y
 
 
-<<<<<<< HEAD
 def loglinear(layer, params, x, reset=None):
     """o_t = sum_j lambda_t^level(t, j) q_t^T A_t .. A_{j+1} w_j v_j^T (arXiv 2506.04761)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
@@ -80,7 +79,8 @@ def _loglinear(layer, p, x, reset):
         gate = x[t] @ p["gate_proj"]
         y[t] = (o.reshape(-1) * gate * _sigmoid(gate)) @ p["out_proj"]
     return y
-=======
+
+
 def _gelu(x):
     return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
 
@@ -215,4 +215,3 @@ def titans(layer, params, x, reset=None):
             if index == layer.mini_batch:
                 anchor, index = M, 0
     return (o.reshape(x.shape) * _silu(x @ p["gate_proj"])) @ p["out_proj"]
->>>>>>> w/ttt
