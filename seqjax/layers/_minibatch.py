@@ -153,7 +153,7 @@ def _local(
     fine = functools.reduce(jnp.logical_and, map(all_finite, tokens.values()))
     tokens = {name: _where(fine, z, jnp.zeros_like(z)) for name, z in tokens.items()}
     updates = layer.updates(params, tokens, index)
-    updates = Updates(*(None if z is None else z.astype(dtype) for z in updates))
+    updates = Updates(*jax.tree.map(lambda z: z.astype(dtype), tuple(updates)))
     last = index == size - 1
     y, numbers, lost = _scan(layer, params, updates, state, fine, last, reset, block)
     start, *change = (_where(lost, jnp.full_like(s, jnp.nan), s) for s in numbers)
