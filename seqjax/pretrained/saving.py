@@ -41,6 +41,7 @@ def save(
 
     Example:
       >>> import tempfile
+      >>> from seqjax.pretrained import load
       >>> from seqjax.pretrained.example import write_tiny_mamba
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     write_tiny_mamba(folder)
