@@ -253,9 +253,11 @@ def scan_chunks(
         out = out if scale is None else scale * out
         return final, jnp.where((spoiled | bad_query)[..., None], nan, out).astype(out_dtype)
 
-    # The states are saved; all else that does not depend on them is computed again.
-    keep = jax.checkpoint_policies.save_only_these_names(STATES)
-    advance = jax.checkpoint(advance, prevent_cse=False, policy=keep)
+    # The states are saved; all else that does not depend on them is computed again. JAX cannot save
+    # complex residuals in a checkpoint with a policy: it applies `lax.reduce_precision` to them.
+    saved = jax.checkpoint_policies.save_only_these_names(STATES)
+    policy = None if jnp.iscomplexobj(state) else saved
+    advance = jax.checkpoint(advance, prevent_cse=False, policy=policy)
     blocked = {name: chunks(x) for name, x in arrays.items()}
     final, out = lax.scan(lambda S, block: advance(S, block, scale), state, (blocked, resets))
     out = jnp.transpose(out, (2, 0, 1, 4, 3, 5))  # [B, blocks, at_once, C, H, V]
