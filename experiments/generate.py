@@ -4,15 +4,19 @@
     python -m experiments.generate --workdir=runs/lm-mamba --num_bytes=2000 --temperature=0.5
     python -m experiments.generate --workdir=runs/lm-mamba --prompts=prompts.txt --num_samples=4
     python -m experiments.generate --workdir=runs/lm-mamba --interactive
+    python -m experiments.generate --checkpoint=path/to/mamba-130m-hf --prompt="The capital of"
 
-The run's configuration applies; `python -m experiments.train --help` lists its fields.
+`--checkpoint` samples from a published checkpoint with its tokenizer; `--num_bytes` then counts
+tokens. The run's configuration applies; `python -m experiments.train --help` lists its fields.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -20,7 +24,7 @@ from absl import flags
 from experiments.base import cli
 from experiments.base.errors import UserError
 from experiments.configs import lm
-from experiments.objectives import language, sampling
+from experiments.objectives import language, published, sampling
 from experiments.training import checkpoints
 
 
@@ -29,6 +33,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
     flags.DEFINE_enum(
         "which", "latest", ["latest", "best"], "Which checkpoint to use.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "checkpoint",
+        "",
+        "Folder of a published checkpoint, or its name on the Hugging Face hub; instead of a run.",
+        flag_values=values,
     )
     flags.DEFINE_string("prompt", "", "Text to continue.", flag_values=values)
     flags.DEFINE_string(
@@ -83,6 +93,8 @@ def main(values: Any) -> int:
     if values.interactive and values.num_samples > 1:
         raise UserError("--num_samples: must be 1 with --interactive")
     prompts = read_prompts(values.prompts) if values.prompts else [values.prompt]
+    if values.checkpoint:
+        return _from_checkpoint(values, prompts, settings)
     if values.interactive:
         return _converse(values, settings)
     if len(prompts) == 1 and values.num_samples == 1:
@@ -119,6 +131,17 @@ def generate(
     yield from sampling.decode(sampling.stream(model, params, sampling.encode(prompt), settings))
 
 
+def _from_checkpoint(values: Any, prompts: list[str], settings: sampling.Settings) -> int:
+    if values.workdir or values.interactive:
+        raise UserError("--checkpoint: must not be combined with --workdir or --interactive")
+    model = published.Published(values.checkpoint)
+    for prompt, sample in itertools.product(prompts, range(values.num_samples)):
+        own = dataclasses.replace(settings, seed=settings.seed + sample)
+        _show(itertools.chain([prompt], model.stream(prompt, own)))
+        print("" if len(prompts) == values.num_samples == 1 else "\n" + "-" * 40)
+    return 0
+
+
 def read_prompts(path: str) -> list[str]:
     """Return the lines of a file that are not empty."""
     text = pathlib.Path(path).read_bytes().decode("utf-8", "surrogateescape")
@@ -134,7 +157,7 @@ def _load(workdir: str, which: str) -> tuple[Any, Any]:
     return model, params
 
 
-def _show(texts: Iterator[str]) -> None:
+def _show(texts: Iterable[str]) -> None:
     for text in texts:
         print(sampling.printable(text, sys.stdout), end="", flush=True)
 

@@ -96,6 +96,7 @@ OPTIONS = {
     "highway_bias": "initial bias of the gates",
     "map_order": "factor of the number of random features",
     "memory_dim": "number of decays",
+    "mini_batch": "tokens between two updates of the memory",
     "mimo_rank": "keys, queries and values per token and head",
     "updates": "updates of the state per token",
 }

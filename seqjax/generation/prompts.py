@@ -62,7 +62,11 @@ def check_prompt(
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return tokens and lengths as int32 arrays; raise ValueError if they are not valid."""
     if not isinstance(model, Layer) or not model.causal:
-        raise ValueError(f"{name}: `model` must be a causal seqjax model, got {model!r}.")
+        got = repr(model) if isinstance(model, Layer) else type(model).__name__
+        raise ValueError(
+            f"{name}: `model` must be a causal seqjax model, got {got}; the order of arguments is"
+            " (model, params, prompt)."
+        )
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"{name}: `chunk_size` must be an integer >= 1, got {chunk_size!r}.")
     tokens = jnp.asarray(tokens)

@@ -72,7 +72,10 @@ from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.scaled import Scaled as Scaled
 from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.srwm import SRWM as SRWM
+from seqjax.layers.titans import Titans as Titans
 from seqjax.layers.token_shift import TokenShift as TokenShift
+from seqjax.layers.ttt import TTTMLP as TTTMLP
+from seqjax.layers.ttt import TTTLinear as TTTLinear
 from seqjax.layers.unitary import UnitaryRNN as UnitaryRNN
 
 __all__ = [
@@ -104,6 +107,7 @@ __all__ = [
     "SLSTM",
     "SRU",
     "SRWM",
+    "TTTMLP",
     "Aaren",
     "Attention",
     "Based",
@@ -147,6 +151,8 @@ __all__ = [
     "Scaled",
     "ShortConv",
     "SlidingWindowAttention",
+    "TTTLinear",
+    "Titans",
     "TokenShift",
     "UnICORNN",
     "UnitaryRNN",

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from seqjax.layers._reductions import at_substep
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 from seqjax.ops.previous import previous
@@ -99,12 +100,12 @@ def two_point(
     before |= {"c": nothing, "log_decay": nothing}
     late, last = previous(now, before, context.reset, context.sequence_axis)
     weight = (late["c"] + b)[:, :, None, :, None]
-    reset = None if context.reset is None else _first_of(context.reset, 2 * rank - 1)
+    reset = None if context.reset is None else at_substep(context.reset, 2 * rank - 1, 0)
     o, memory = linear_attention(
         _substeps(q * jnp.exp(log_decay)[:, :, None, :, None].astype(q.dtype), rank - 1, 0),
         _substeps(late["k"] * weight.astype(k.dtype), 0, rank - 1),
         _substeps(late["v"], 0, rank - 1),
-        _first_of(late["log_decay"], 2 * rank - 1),
+        at_substep(late["log_decay"], 2 * rank - 1, 0),
         state["memory"],
         scale=1.0,
         reset=reset,
@@ -125,8 +126,3 @@ def _substeps(x: jax.Array, before: int, after: int) -> jax.Array:
     padding[2] = (before, after)
     x = jnp.pad(x, padding)
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
-
-
-def _first_of(x: jax.Array, count: int) -> jax.Array:
-    """Put x [B, T, ...] at the first of `count` steps for each token, zeros (False) elsewhere."""
-    return _substeps(x[:, :, None], 0, count - 1)

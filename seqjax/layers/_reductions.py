@@ -102,7 +102,7 @@ def last_step(x: jax.Array, sequence_axis: str | None) -> jax.Array:
     return last if sequence_axis is None else sequence_parallel.from_last(last, sequence_axis)
 
 
-def place(x: jax.Array, count: int, index: int) -> jax.Array:
+def at_substep(x: jax.Array, count: int, index: int) -> jax.Array:
     """Spread x [B, T, ...] to [B, T * count, ...]: sub-step `index` of each step, zeros elsewhere.
 
     A recurrence with `count` updates for one token runs on T * count steps, with

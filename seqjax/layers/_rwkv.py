@@ -10,7 +10,7 @@ from seqjax.layers import _checks
 from seqjax.layers._base import Initializer, Param, state_dtype
 
 
-def check_place(layer: Any) -> None:
+def check_layer_index(layer: Any) -> None:
     """Raise unless the fields of a layer satisfy 0 <= layer < depth."""
     _checks.positive(layer, depth=layer.depth)
     _checks.require(
@@ -20,7 +20,7 @@ def check_place(layer: Any) -> None:
     )
 
 
-def place(layer: Any) -> tuple[float, float]:
+def depth_ratios(layer: Any) -> tuple[float, float]:
     """Return l / (L - 1) and 1 - l / L for block l = `layer` of L = `depth` blocks."""
     return layer.layer / max(layer.depth - 1, 1), 1 - layer.layer / layer.depth
 

@@ -10,7 +10,7 @@ from seqjax.layers import _checks, _feature_maps
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, l2_normalize, merge_heads, repeat_heads, rms_normalize
 from seqjax.layers._matrix import MatrixLayer, decay_params, log_decay
-from seqjax.layers._reductions import place
+from seqjax.layers._reductions import at_substep
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.delta_rule import delta_rule
 
@@ -170,12 +170,12 @@ class DeltaNet(MatrixLayer):
         decay = log_decay(params, dense(x, params["a_proj"])) if self.gated else None
         q = self._mapped(q)
         if count > 1:  # one step of the op for each update
-            q = place(q, count, count - 1)
+            q = at_substep(q, count, count - 1)
             k, v, beta = (
                 z.reshape(batch, length * count, z.shape[2] // count, *z.shape[3:])
                 for z in (k, v, beta)
             )
-            decay, reset = (None if z is None else place(z, count, 0) for z in (decay, reset))
+            decay, reset = (None if z is None else at_substep(z, count, 0) for z in (decay, reset))
         o, new_state["memory"] = delta_rule(
             q,
             self._mapped(k),

@@ -53,6 +53,8 @@ from seqjax.layers.s4d import GSS, S4D
 from seqjax.layers.s5 import S5
 from seqjax.layers.sru import SRU
 from seqjax.layers.srwm import SRWM
+from seqjax.layers.titans import Titans
+from seqjax.layers.ttt import TTTMLP, TTTLinear
 from seqjax.layers.unitary import UnitaryRNN
 
 Options = dict[str, Any]
@@ -176,6 +178,10 @@ def _unicornn(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"dt": 1.0, "alpha": 1.0}
 
 
+def _ttt(dim: int, heads: int) -> Options:
+    return _heads(dim, heads) | {"mini_batch": 16}
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -251,6 +257,9 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         ),
         "aaren": Entry(Aaren, "Aaren", "2405.13956", "linear_scan", _heads),
         "srwm": Entry(SRWM, "SRWM", "2202.05780", "step_scan", _heads),
+        "ttt_linear": Entry(TTTLinear, "TTT-Linear", "2407.04620", "", _ttt),
+        "ttt_mlp": Entry(TTTMLP, "TTT-MLP", "2407.04620", "", _ttt),
+        "titans": Entry(Titans, "Titans (memory)", "2501.00663", "", _ttt),
         "mesanet": Entry(MesaNet, "MesaNet", "2506.05233", "linear_attention", _heads),
         "loglinear": Entry(
             LogLinearAttention, "Log-linear attention", "2506.04761", "linear_attention", _heads

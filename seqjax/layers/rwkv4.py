@@ -65,11 +65,11 @@ class RWKV4(Layer):
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
-        _rwkv.check_place(self)
+        _rwkv.check_layer_index(self)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim = self.dim
-        rise, fall = _rwkv.place(self)
+        rise, fall = _rwkv.depth_ratios(self)
 
         def square(start: Any, *axes: str) -> Param:
             return Param((dim, dim), axes or ("embed", "heads"), "weight", start)

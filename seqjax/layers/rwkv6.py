@@ -79,7 +79,7 @@ class RWKV6(Layer):
     def __post_init__(self) -> None:
         _checks.head_dim(self, self.dim, self.heads, None)
         _checks.positive(self, mix_rank=self.mix_rank, decay_rank=self.decay_rank)
-        _rwkv.check_place(self)
+        _rwkv.check_layer_index(self)
 
     @property
     def head_dim(self) -> int:
@@ -88,7 +88,7 @@ class RWKV6(Layer):
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim = self.dim
-        first_to_last, last_to_first = _rwkv.place(self)
+        first_to_last, last_to_first = _rwkv.depth_ratios(self)
 
         def ramp(i: jax.Array) -> jax.Array:
             return i / max(dim - 1, 1)

@@ -87,7 +87,7 @@ class RWKV7(Layer):
         ranks = ("decay_rank", "a_rank", "value_rank", "gate_rank")
         given = {name: getattr(self, name) for name in ranks}
         _checks.positive(self, **{k: rank for k, rank in given.items() if rank is not None})
-        _rwkv.check_place(self)
+        _rwkv.check_layer_index(self)
 
     @property
     def head_dim(self) -> int:
@@ -108,7 +108,7 @@ class RWKV7(Layer):
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, size = self.dim, self.head_dim
-        first_to_last, last_to_first = _rwkv.place(self)
+        first_to_last, last_to_first = _rwkv.depth_ratios(self)
         powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 
         def square(scale: float) -> Param:

@@ -66,7 +66,7 @@ class RWKVChannelMix(Layer):
             self.version in (4, 5, 6, 7),
             f"`version` must be 4, 5, 6 or 7, got {self.version!r}.",
         )
-        _rwkv.check_place(self)
+        _rwkv.check_layer_index(self)
 
     @property
     def inner_dim(self) -> int:
@@ -77,7 +77,7 @@ class RWKVChannelMix(Layer):
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, inner = self.dim, self.inner_dim
-        power = _rwkv.place(self)[1] ** (4 if self.version == 7 else 1)
+        power = _rwkv.depth_ratios(self)[1] ** (4 if self.version == 7 else 1)
         last = _init.zeros if self.zero_init else _init.fan_in_normal
         params = {
             "x_k": _rwkv.previous_share(dim, power),

@@ -154,25 +154,8 @@ def _scan(
 
     if sequence_axis is None:
         return local(state)
-    ys, final = local(_in_turn(local, state, sequence_axis))
+    ys, final = local(sequence_parallel.before_shard(local, state, sequence_axis))
     return ys, _from_last(final, sequence_axis)
-
-
-def _in_turn(local: Local, state: PyTree, axis_name: str) -> PyTree:
-    """Return the state before this device's shard; each device runs after the one before it."""
-    size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
-    links = [(i, i + 1) for i in range(size - 1)]
-
-    def turn(entered: PyTree, number: Array) -> tuple[PyTree, None]:
-        final = lax.cond(index == number, lambda s: local(s)[1], lambda s: s, entered)
-        received = jax.tree.map(lambda s: lax.ppermute(s, axis_name, links), final)
-        return jax.tree.map(
-            lambda new, old: jnp.where(index == number + 1, new, old), received, entered
-        ), None
-
-    # Checkpointed: the stored residuals are one state per turn.
-    turn = jax.checkpoint(turn, prevent_cse=False)
-    return lax.scan(turn, state, jnp.arange(size - 1, dtype=index.dtype))[0]
 
 
 def _from_last(state: PyTree, axis_name: str) -> PyTree:

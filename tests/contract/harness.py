@@ -17,6 +17,10 @@ ROWS = OPS + LAYERS
 QUICK = {
     "linear_scan",
     "linear_scan-complex",
+    "log_scan",
+    "step_scan",
+    "block_scan",
+    "ssm_scan",
     "selective_scan",
     "linear_attention-channel",
     "delta_rule-channel",
@@ -27,6 +31,8 @@ QUICK = {
     "S5-bidirectional",
     "Mamba",
     "DeltaNet-gated",
+    "RWKV7",
+    "MLSTM",
     "ParaLSTM",
 }
 assert {case.name for case in ROWS} > QUICK

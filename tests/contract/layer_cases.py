@@ -3,6 +3,7 @@
 import seqjax
 from tests.contract.exponential_cases import EXPONENTIAL
 from tests.contract.layer_case import layer_case as _layer
+from tests.contract.memory_cases import MEMORIES
 from tests.oracles import (
     attention_oracles,
     feature_oracles,
@@ -90,6 +91,7 @@ LAYERS = [
     _layer(seqjax.layers.LegS(dim=4, state_dim=5, channels=2), ssm_oracles.legs),
     _layer(seqjax.layers.BlockLinear(dim=6, block_size=3), ssm_oracles.block_linear),
     _layer(seqjax.layers.UnitaryRNN(dim=4, heads=2, head_dim=3), ssm_oracles.unitary),
+    *MEMORIES,
     _layer(
         seqjax.layers.DeltaNet(dim=4, heads=2, gated=True, negative_eigenvalues=True),
         attention_oracles.deltanet,

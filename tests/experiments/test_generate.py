@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+import seqjax
+import seqjax.pretrained
 from experiments import generate, train
 from experiments.base import cli
 from experiments.base.build import build_model
 from experiments.configs import lm
 from experiments.data import pipeline
 from experiments.objectives import sampling
+from experiments.objectives.published import until
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -162,6 +165,47 @@ def test_interactive(run, capsys, monkeypatch):
     arguments = ["generate", f"--workdir={run}", "--interactive", "--num_bytes=4", "--stop=\\n"]
     assert cli.run(generate.define_flags, generate.main, arguments) == 0
     assert capsys.readouterr().out.count("\n") >= 2
+
+
+@pytest.fixture
+def published(tmp_path):
+    """Return the folder of a tiny published checkpoint with a tokenizer of words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    pytest.importorskip("safetensors")
+    from seqjax.pretrained.example import write_tiny_mamba
+
+    write_tiny_mamba(tmp_path)
+    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_a_published_checkpoint_continues_a_prompt(published, capsys):
+    """Compare with `seqjax.generate` on the tokens of the prompt."""
+    arguments = ["generate", f"--checkpoint={published}", "--prompt=w3 w1 w4", "--num_bytes=5"]
+    assert cli.run(generate.define_flags, generate.main, [*arguments, "--temperature=0"]) == 0
+    model, params = seqjax.pretrained.load(published)
+    out = seqjax.generate(model, params, jnp.array([[3, 1, 4]]), max_new_tokens=5, temperature=0)
+    words = " ".join(f"w{token}" for token in out.tokens[0].tolist())
+    assert capsys.readouterr().out == f"w3 w1 w4{words}\n"
+
+
+def test_a_checkpoint_without_tokenizer_ends_with_one_line(published, capsys):
+    (published / "tokenizer.json").unlink()
+    arguments = ["generate", f"--checkpoint={published}", "--prompt=w3"]
+    assert cli.run(generate.define_flags, generate.main, arguments) == 2
+    error = capsys.readouterr().err
+    assert "must have a file tokenizer.json" in error
+    assert error.count("\n") == 1
+
+
+def test_a_text_of_pieces_ends_after_the_stop_string():
+    pieces = ["ab", "c", "de", "f"]
+    assert "".join(until("cd", pieces)) == "abcd"
+    assert "".join(until("", pieces)) == "abcdef"
+    assert "".join(until("x", pieces)) == "abcdef"
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,12 @@ def test_bad_arguments(change, message):
         seqjax.generate(model, params, options.pop("prompt"), **options)
 
 
+def test_swapped_arguments_are_named():
+    model, params = hybrid()
+    with pytest.raises(ValueError, match=r"^generate: `model` must be a causal .*, got dict; the"):
+        seqjax.generate(params, model, prompts(), max_new_tokens=2, temperature=0)
+
+
 def test_padding_may_hold_any_number():
     model, params = hybrid()
     prompt = prompts()

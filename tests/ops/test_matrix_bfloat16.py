@@ -12,7 +12,7 @@ from jax import lax
 
 import seqjax
 from seqjax.ops.core import linalg
-from seqjax.ops.matrix_state import chunked
+from seqjax.ops.matrix_state import chunk_sizes
 from tests.contract.cases import unit
 
 SHAPE = (1, 192, 2, 64)  # three chunks of 64 steps
@@ -33,7 +33,7 @@ def in_tf32(einsum):
 @pytest.fixture(autouse=True, scope="module")
 def accelerators_form():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU", chunked.ACCELERATOR)
+        patch.setattr(chunk_sizes, "CPU", chunk_sizes.ACCELERATOR)
         patch.setattr(linalg, "_einsum", in_tf32(linalg._einsum))
         jax.clear_caches()
         yield

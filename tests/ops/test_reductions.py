@@ -92,17 +92,17 @@ def test_several_updates_per_step(count):
     v = rng.standard_normal((B, T * count, H, V))
     decay = rng.uniform(0, 1, (B, T, H, 1))
     expected = loop(q, k, v, decay, reset, count)
-    place = _reductions.place
+    at_substep = _reductions.at_substep
 
     @jax.jit
     def call(q, k, v, log_decay):
         o, S = seqjax.linear_attention(
-            place(q, count, count - 1),
+            at_substep(q, count, count - 1),
             k,
             v,
-            place(log_decay, count, 0),
+            at_substep(log_decay, count, 0),
             scale=1.0,
-            reset=place(reset, count, 0),
+            reset=at_substep(reset, count, 0),
         )
         return o[:, count - 1 :: count], S
 

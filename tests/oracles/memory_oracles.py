@@ -1,4 +1,4 @@
-"""Layers whose memory is solved or kept at several scales, as float64 NumPy loops.
+"""Layers whose memory is solved, kept at several scales or trained, as float64 NumPy loops.
 
 The functions take `(layer, params, x, reset=None)` as those of `layer_oracles` do. Nothing here
 comes from seqjax.
@@ -6,7 +6,7 @@ comes from seqjax.
 
 import numpy as np
 
-from tests.oracles.layer_oracles import _Conv, _f64, _resets, _sigmoid, _softplus, short_conv
+from tests.oracles.layer_oracles import _Conv, _f64, _resets, _sigmoid, _silu, _softplus, short_conv
 
 
 def mesanet(layer, params, x, reset=None):
@@ -79,3 +79,139 @@ def _loglinear(layer, p, x, reset):
         gate = x[t] @ p["gate_proj"]
         y[t] = (o.reshape(-1) * gate * _sigmoid(gate)) @ p["out_proj"]
     return y
+
+
+def _gelu(x):
+    return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def _gelu_slope(x):
+    inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+    slope = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * x**2)
+    return (1 + np.tanh(inner)) / 2 + x * slope / (2 * np.cosh(inner) ** 2)
+
+
+def _layer_norm(x, scale, bias, eps):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * scale + bias
+
+
+def _norm_pull(x, scale, eps, change):
+    """Return the gradient at x [K] of a loss with the gradient `change` at its layer norm."""
+    size, root = len(x), np.sqrt(x.var() + eps)
+    unit = (x - x.mean()) / root
+    jacobian = (np.eye(size) - 1 / size - np.outer(unit, unit) / size) / root
+    return jacobian.T @ (scale * change)
+
+
+def _rotate(x, index, base):
+    half = len(x) // 2
+    turned = x.copy()
+    for j in range(half):
+        angle = index * base ** (-j / half)
+        turned[j] = x[j] * np.cos(angle) - x[j + half] * np.sin(angle)
+        turned[j + half] = x[j + half] * np.cos(angle) + x[j] * np.sin(angle)
+    return turned
+
+
+def _network(weights, z):
+    """Return z W1 + b1, or gelu(z W1 + b1) W2 + b2; `weights` has the biases, or None for none."""
+    for i, (W, b) in enumerate(weights):
+        z = _gelu(z) if i else z
+        z = z @ W + (0 if b is None else b)
+    return z
+
+
+def _network_gradient(weights, z, loss_gradient):
+    """Return the gradients of the weights from that of the output."""
+    W, b = weights[0]
+    hidden = z @ W + (0 if b is None else b)
+    if len(weights) == 1:
+        change = loss_gradient(hidden)
+        return [(np.outer(z, change), change)]
+    change = loss_gradient(_network(weights, z))
+    back = (weights[1][0] @ change) * _gelu_slope(hidden)
+    return [(np.outer(z, back), back), (np.outer(_gelu(hidden), change), change)]
+
+
+def _combine(*terms):
+    """Return the sum of factor times weights of (factor, weights) pairs."""
+    total = []
+    for layer in zip(*(weights for _, weights in terms), strict=True):
+        pairs = list(zip((factor for factor, _ in terms), layer, strict=True))
+        W = sum(factor * W for factor, (W, _) in pairs)
+        b = sum(factor * b for factor, (_, b) in pairs) if layer[0][1] is not None else None
+        total.append((W, b))
+    return total
+
+
+def _start(p, head):
+    names = [i for i in (1, 2) if f"W{i}" in p]
+    return [(p[f"W{i}"][head], p[f"b{i}"][head] if f"b{i}" in p else None) for i in names]
+
+
+def ttt(layer, params, x, reset=None):
+    """W_t = W_a - s_i sum r_j grad l_j(W_a), o = q + LN(f(W_t; q)) (arXiv 2407.04620)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    conv = _Conv(layer.conv_size, bias=True)
+    conv.activation = None
+    q, k = (short_conv(conv, p[f"{n}_conv"], x @ p["qk_proj"], reset) for n in "qk")
+    q, k, v = (y.reshape(*x.shape[:2], layer.heads, -1) for y in (q, k, x @ p["v_proj"]))
+    size, eps = q.shape[-1], layer.norm_eps
+    rate = layer.base_rate * _sigmoid(x @ p["rate_proj"] + p["rate_bias"]) / size
+    o = np.zeros(q.shape)
+    for b, h in np.ndindex(len(x), layer.heads):
+        scale, bias = p["inner_scale"][h], p["inner_bias"][h]
+        start = anchor = _start(p, h)
+        index, total = 0, _combine((0, start))
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                anchor, index, total = start, 0, _combine((0, start))
+            query, key = (_rotate(z[b, t, h], index, layer.rotary_base) for z in (q, k))
+            target = v[b, t, h] - key
+
+            def gradient(y, target=target, scale=scale, bias=bias):
+                return _norm_pull(y, scale, eps, _layer_norm(y, scale, bias, eps) - target)
+
+            change = _network_gradient(anchor, key, gradient)
+            total = _combine((1, total), (rate[b, t, h], change))
+            token = max(p["token_scale"][index] + 1 / (index + 1), 0)
+            weights = _combine((1, anchor), (-token, total))
+            o[b, t, h] = query + _layer_norm(_network(weights, query), scale, bias, eps)
+            index += 1
+            if index == layer.mini_batch:
+                anchor, index, total = weights, 0, _combine((0, start))
+    o = _layer_norm(o.reshape(x.shape), p["norm_scale"], p["norm_bias"], eps)
+    return (o * _gelu(x @ p["gate_proj"])) @ p["out_proj"]
+
+
+def titans(layer, params, x, reset=None):
+    """P = eta P - theta grad l(M_a), M = (1 - alpha) M + P, o = f(M; q) (arXiv 2501.00663)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    conv = _Conv(layer.conv_size, bias=False)
+    q, k, v = (short_conv(conv, p[f"{n}_conv"], x @ p[f"{n}_proj"], reset) for n in "qkv")
+    q, k, v = (y.reshape(*x.shape[:2], layer.heads, -1) for y in (q, k, v))
+    q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
+    theta, eta, alpha = (
+        _sigmoid(x @ p[f"{n}_proj"] + p[f"{n}_bias"]) for n in ("rate", "momentum", "forget")
+    )
+    theta = layer.base_rate * theta
+    o = np.zeros(q.shape)
+    for b, h in np.ndindex(len(x), layer.heads):
+        start = anchor = M = _start(p, h)
+        P, index = _combine((0, start)), 0
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                anchor, M, P, index = start, start, _combine((0, start)), 0
+
+            def gradient(y, target=v[b, t, h]):
+                return 2 * (y - target)
+
+            change = _network_gradient(anchor, k[b, t, h], gradient)
+            P = _combine((eta[b, t, h], P), (-theta[b, t, h], change))
+            M = _combine((1 - alpha[b, t, h], M), (1, P))
+            y = _network(M, q[b, t, h])
+            o[b, t, h] = y / np.sqrt(np.mean(y * y) + layer.norm_eps) * p["norm"]
+            index += 1
+            if index == layer.mini_batch:
+                anchor, index = M, 0
+    return (o.reshape(x.shape) * _silu(x @ p["gate_proj"])) @ p["out_proj"]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.ops.core import jax_compat
+from seqjax.types import PyTree
 
 T = TypeVar("T")
 
@@ -111,6 +112,29 @@ def run_split(
     entered = jnp.where(first, initial_state, entered)
     outputs, final = local(entered)
     return outputs, from_last(final, axis_name, reverse)
+
+
+def before_shard(
+    local: Callable[[PyTree], tuple[PyTree, PyTree]], state: PyTree, axis_name: str
+) -> PyTree:
+    """Return the state before this device's shard; each device runs after the one before it.
+
+    For recurrences without a summary of a shard. `local` maps the state before this device's shard
+    to (outputs, state after it).
+    """
+    size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    links = [(i, i + 1) for i in range(size - 1)]
+
+    def turn(entered: PyTree, number: jax.Array) -> tuple[PyTree, None]:
+        final = lax.cond(index == number, lambda s: local(s)[1], lambda s: s, entered)
+        received = jax.tree.map(lambda s: lax.ppermute(s, axis_name, links), final)
+        return jax.tree.map(
+            lambda new, old: jnp.where(index == number + 1, new, old), received, entered
+        ), None
+
+    # Checkpointed: the stored residuals are one state per turn.
+    turn = jax.checkpoint(turn, prevent_cse=False)
+    return lax.scan(turn, state, jnp.arange(size - 1, dtype=index.dtype))[0]
 
 
 def whole_part(values: jax.Array, reset: jax.Array | None) -> jax.Array:

@@ -16,8 +16,8 @@ Derivatives are those of JAX, except for the loop over the states (`_states`). C
 in the backward pass, which stores the inputs and one state per chunk.
 
 A block of chunks is computed at once: first their maps, then a loop over the states, then the
-outputs. `CPU` has small blocks, for the caches. `ACCELERATOR` has blocks of a thousand matmuls, so
-that few kernels do the work, and keeps bfloat16 inputs for the matrix units.
+outputs. On a CPU the blocks are small, for the caches. On accelerators they have a thousand
+matmuls, so that few kernels do the work, and bfloat16 inputs stay so for the matrix units.
 """
 
 import functools
@@ -31,77 +31,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.linalg import diagonal, matmul, product
+from seqjax.ops.matrix_state.chunk_sizes import Division
 from seqjax.ops.matrix_state.decays import same_segment
 
-
-class Form(NamedTuple):
-    """Sizes of the chunked algorithm for a kind of platform.
-
-    Attributes:
-      products: number of matmuls of a kind that run at once.
-      steps: the default number of steps in a chunk.
-      factored: whether the loop over chunks uses the factors of their maps, and matmuls have
-        factors in bfloat16 if all inputs do.
-    """
-
-    products: int
-    steps: int
-    factored: bool
-
-
-# Enough matmuls for two cores, and few enough for their caches.
-CPU = Form(products=16, steps=64, factored=False)
-# Enough matmuls for the 132 multiprocessors of an H100; more take more memory for little speed.
-ACCELERATOR = Form(products=1024, steps=64, factored=True)
 UNROLL = 4  # turns of a loop on accelerators between two tests of its counter
-
-
-class Plan(NamedTuple):
-    """Division of T steps into blocks of chunks.
-
-    Attributes:
-      size: C, the steps in a chunk.
-      blocks: number of blocks, one after the other.
-      at_once: chunks in a block.
-      log_depth: whether the chunks are combined in log depth.
-      factored: whether the loop over chunks uses the factors of their maps.
-      mixed: whether the factors of matmuls stay in bfloat16.
-    """
-
-    size: int
-    blocks: int
-    at_once: int
-    log_depth: bool
-    factored: bool
-    mixed: bool
-
-
-def plan(
-    algorithm: str, form: Form, shape: tuple[int, ...], chunk_size: int | None, narrow: bool
-) -> Plan | None:
-    """Return the division for inputs [B, T, H, ...], or None for the sequential algorithm.
-
-    "associative" computes all chunks at once. Otherwise `form.products` bounds the number of chunks
-    that are computed at once, and so the memory. `narrow` is true if the inputs are in bfloat16.
-    """
-    if algorithm == "sequential":
-        return None
-    batch, length, heads = shape[:3]
-    # Treat symbolic sizes, under `jax.export`, as large ones.
-    known, log_depth = isinstance(length, int), algorithm == "associative"
-    steps = chunk_size or form.steps
-    size = 1 << ((min(steps, length) if known else steps) - 1).bit_length()
-    count = -(-length // size)
-    products = batch * heads if isinstance(batch, int) else form.products
-    # A single chunk has no loop: the forms are equal, and are traced once.
-    factored = form.factored and not log_depth and not (known and count == 1)
-    mixed = form.factored and narrow
-    if log_depth or (known and products * count <= 2 * form.products):
-        return Plan(size, 1, count, log_depth, factored, mixed)
-    at_once = max(1, form.products // products)
-    blocks = -(-count // at_once)
-    return Plan(size, blocks, -(-count // blocks) if known else at_once, log_depth, factored, mixed)
-
 
 Arrays = Mapping[str, jax.Array]
 
@@ -188,7 +121,7 @@ def scan_chunks(
     state: jax.Array,
     reset: jax.Array | None,
     *,
-    plan: Plan,
+    division: Division,
     out_dtype: Any,
     vectors: Collection[str] = (),
     scale: jax.Array | None = None,
@@ -202,10 +135,10 @@ def scan_chunks(
         the state by its decay only.
       state: [B, H, K, V].
       reset: [B, T] or None.
-      plan: the division into blocks of chunks.
+      division: the division of T into blocks of chunks.
       out_dtype: dtype of the outputs.
-      vectors: names of the arrays that stay in their dtype if `plan.mixed`. The other arrays get
-        the dtype of the state.
+      vectors: names of the arrays that stay in their dtype if `division.mixed`. The other arrays
+        get the dtype of the state.
       scale: a factor of the outputs, by default one.
 
     Returns:
@@ -213,7 +146,7 @@ def scan_chunks(
     """
     batch, length = arrays["q"].shape[:2]
     dtype = state.dtype
-    size, blocks, at_once, log_depth, factored, mixed = plan
+    size, blocks, at_once, log_depth, factored, mixed = division
     narrow = set(vectors) if mixed else set()
 
     def chunks(x: jax.Array) -> jax.Array:  # [B, T, H, F] -> [blocks, at_once, B, H, C, F]
@@ -253,9 +186,11 @@ def scan_chunks(
         out = out if scale is None else scale * out
         return final, jnp.where((spoiled | bad_query)[..., None], nan, out).astype(out_dtype)
 
-    # The states are saved; all else that does not depend on them is computed again.
-    keep = jax.checkpoint_policies.save_only_these_names(STATES)
-    advance = jax.checkpoint(advance, prevent_cse=False, policy=keep)
+    # The states are saved; all else that does not depend on them is computed again. JAX cannot save
+    # complex residuals in a checkpoint with a policy: it applies `lax.reduce_precision` to them.
+    saved = jax.checkpoint_policies.save_only_these_names(STATES)
+    policy = None if jnp.iscomplexobj(state) else saved
+    advance = jax.checkpoint(advance, prevent_cse=False, policy=policy)
     blocked = {name: chunks(x) for name, x in arrays.items()}
     final, out = lax.scan(lambda S, block: advance(S, block, scale), state, (blocked, resets))
     out = jnp.transpose(out, (2, 0, 1, 4, 3, 5))  # [B, blocks, at_once, C, H, V]

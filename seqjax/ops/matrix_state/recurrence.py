@@ -28,7 +28,7 @@ from seqjax.ops.core import (
 )
 from seqjax.ops.core.checkpointed_scan import time_scan
 from seqjax.ops.core.linalg import along_rows
-from seqjax.ops.matrix_state import chunked, decays, matrix_kernels
+from seqjax.ops.matrix_state import chunk_sizes, chunked, decays, matrix_kernels
 from seqjax.ops.matrix_state.algorithm_choice import default_algorithms
 from seqjax.types import Array
 
@@ -296,11 +296,11 @@ def _recur(
         vectors = [name for name in arrays if len(recurrence.patterns[name].split()) == 4]
         narrow = recurrence.mixed and all(arrays[n].dtype == jnp.bfloat16 for n in vectors)
 
-        def run(plan: chunked.Plan | None, S0: jax.Array, inputs: Any) -> Any:
-            mixed = plan is not None and plan.mixed
+        def run(division: chunk_sizes.Division | None, S0: jax.Array, inputs: Any) -> Any:
+            mixed = division is not None and division.mixed
             if not mixed:
                 inputs = inputs | {"q": inputs["q"].astype(state) * factor}
-            if plan is None:
+            if division is None:
                 decay = decays.by_step(log_decay, inputs["q"])
                 # The adjoint stores the states of one chunk: few enough for a cache.
                 return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
@@ -313,15 +313,15 @@ def _recur(
                 inputs,
                 S0,
                 reset,
-                plan=plan,
+                division=division,
                 out_dtype=out,
                 vectors=vectors,
                 scale=factor if mixed else None,
             )
 
         sizes = (arrays["q"].shape, options.chunk_size, narrow)
-        on_cpu = chunked.plan(options.on_cpu, chunked.CPU, *sizes)
-        elsewhere = chunked.plan(options.elsewhere, chunked.ACCELERATOR, *sizes)
+        on_cpu = chunk_sizes.divide(options.on_cpu, chunk_sizes.CPU, *sizes)
+        elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes)
         return backends.by_platform(run, on_cpu, elsewhere, S0, arrays)
 
     kernels = matrix_kernels.functions(
