@@ -294,7 +294,9 @@ def _recur(
             return S, linalg.read(S, x["q"]).astype(out)
 
         vectors = [name for name in arrays if len(recurrence.patterns[name].split()) == 4]
-        narrow = recurrence.mixed and all(arrays[n].dtype == jnp.bfloat16 for n in vectors)
+        # A complex decay makes the states complex, for which there is no bfloat16.
+        mixable = recurrence.mixed and not jnp.issubdtype(state, jnp.complexfloating)
+        narrow = mixable and all(arrays[name].dtype == jnp.bfloat16 for name in vectors)
 
         def run(division: chunk_sizes.Division | None, S0: jax.Array, inputs: Any) -> Any:
             mixed = division is not None and division.mixed
