@@ -178,15 +178,8 @@ def test_evaluate_agrees_and_generate_declines(tmp_path):
     summary = train.train(config, tmp_path)
     again = evaluate.evaluate(str(tmp_path))
     assert again["accuracy"] == summary["accuracy"]
-    with pytest.raises(UserError, match="this one is on the task S3"):
-        generate.main(FakeFlags(workdir=str(tmp_path)))
-
-
-class FakeFlags:
-    def __init__(self, **values):
-        self.which, self.prompt, self.num_bytes = "latest", "", 4
-        self.temperature, self.top_p, self.seed = 1.0, 1.0, 0
-        self.__dict__.update(values)
+    with pytest.raises(UserError, match="this run is on the task S3"):
+        "".join(generate.generate(str(tmp_path), num_bytes=4))
 
 
 @pytest.mark.parametrize("word", ["deltanet", "gated_deltanet", "hybrid"])

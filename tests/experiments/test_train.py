@@ -64,6 +64,8 @@ def reference(text, tmp_path_factory):
 
 
 QUICK = {"attention", "gated_deltanet", "gru", "hybrid", "lru", "mamba"}
+# The first block has a lower bound of 0, and no earlier values that RWKV-7 could mix in.
+UNUSED = {"hgrn": {"lower_bound"}, "hgrn2": {"lower_bound"}, "rwkv7": {"v0"}}
 SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in sorted(common.MIXERS.keys() - QUICK))
 
 
@@ -82,19 +84,15 @@ def test_two_steps_of_every_config(layer, text):
     step = make_train_step(NextByte(model), transform, schedule)
     state = make_init(model, transform)(jax.random.key(0))
     before = jax.tree.map(np.array, state["params"])
-    batches = pipeline.train_batches(
-        pipeline.load_corpus(config.data).train,
-        length=config.data.length,
-        batch_size=config.data.batch_size,
-        seed=0,
-        shuffle_windows=config.data.shuffle_windows,
-    )
+    sizes = {name: config.data[name] for name in ("length", "batch_size", "shuffle_windows")}
+    batches = pipeline.train_batches(pipeline.load_corpus(config.data).train, seed=0, **sizes)
     for index in range(2):
         state, metrics = step(state, next(batches), np.int32(index))
         assert math.isfinite(metrics["loss"])
         assert metrics["gradient_norm"] > 0
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, state["params"])
-    assert all(jax.tree.leaves(moved)), moved
+    same = jax.tree.map(lambda a, b: not (a != b).any(), before, state["params"])
+    still = {path[-1].key for path, leaf in jax.tree_util.tree_leaves_with_path(same) if leaf}
+    assert still == UNUSED.get(layer, set())
 
 
 def test_a_run_leaves_its_files(reference, text):
