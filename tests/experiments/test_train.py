@@ -65,7 +65,7 @@ def reference(text, tmp_path_factory):
 
 QUICK = {"attention", "gated_deltanet", "gru", "hybrid", "lru", "mamba"}
 # The first block has a lower bound of 0, and no earlier values that RWKV-7 could mix in.
-UNUSED = {"hgrn": {"lower_bound"}, "hgrn2": {"lower_bound"}, "rwkv7": {"v0"}}
+UNUSED = {"hgrn": {"lower_bound"}, "hgrn2": {"lower_bound"}, "rwkv7": {"v0", "v1"}}
 SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in sorted(common.MIXERS.keys() - QUICK))
 
 
