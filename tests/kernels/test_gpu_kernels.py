@@ -73,7 +73,7 @@ def test_values(axes, complex_, dtype, reverse):
     decay, x, dy = narrowed([given[0], given[1], given[4]], dtype)
     h0, d_final = narrowed([given[2], given[5]], "float32")
     reset = given[3]
-    run = {"reverse": reverse, "out_dtype": dtype, "blocks": (4, 128), "interpret": True}
+    run = {"reverse": reverse, "out_dtype": dtype, "block_sizes": (4, 128), "interpret": True}
     y, final = gpu.scan(
         parts(decay, dtype), parts(x, dtype), parts(h0, "float32"), reset, post=False, **run
     )
