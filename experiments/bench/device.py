@@ -212,7 +212,7 @@ def op_jobs(sizes: Sizes, bandwidth: Callable[[], float]) -> Iterator[Job]:
         if op == "linear_scan":
             both = timed(1.5 * nbytes(given))
             yield Job("ops", f"a + x {label.split(' ', 1)[1]}", jnp.add, given, both)
-        result = nbytes([inputs.get("v", inputs.get("x"))])  # type: ignore[list-item]
+        result = nbytes([inputs["v"] if "v" in inputs else inputs["x"]])
         for implementation in implementations(op):
             run = _call(op, tuple(inputs), implementation=implementation)
             name = f"{label}, {implementation or 'default'}"
@@ -334,7 +334,7 @@ class Report:
     """The JSON file and the printed table, both written row by row."""
 
     def __init__(self, path: pathlib.Path, environment: dict[str, Any]) -> None:
-        self.path, self.rows, self.environment = path, [], environment  # type: ignore[var-annotated]
+        self.path, self.environment, self.rows = path, environment, list[dict[str, Any]]()
         print(", ".join(f"{key} {value}" for key, value in environment.items()))
         print("\n| | | |\n|---|---|---|", flush=True)
 

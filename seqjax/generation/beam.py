@@ -70,7 +70,7 @@ def beam_search(
       >>> beams.tokens.shape
       (1, 3, 4)
     """
-    args = checked(
+    arrays = checked(
         "beam_search",
         model,
         prompt,
@@ -87,7 +87,6 @@ def beam_search(
             f"beam_search: `num_beams` must be an integer from 1 to vocab_size = {vocab}, got"
             f" {num_beams!r}."
         )
-    arrays = args.arrays
     return _search(
         model,
         (chunk_size, max_new_tokens, num_beams),

@@ -53,13 +53,6 @@ class Decoding(NamedTuple):
     lengths: jax.Array
 
 
-class Options(NamedTuple):
-    """Static options of a call: hashable, so that equal calls share a program."""
-
-    chunk_size: int
-    greedy: bool
-
-
 def generate(
     model: Layer,
     params: PyTree,
@@ -116,10 +109,10 @@ def generate(
       ((1, 5), [5])
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    args = checked(
+    arrays = checked(
         "generate", model, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
     )
-    return _generate(model, args.options, max_new_tokens, params, state, args.arrays)
+    return _generate(model, chunk_size, max_new_tokens, params, state, arrays)
 
 
 def stream(
@@ -172,10 +165,10 @@ def stream(
     if not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"stream: `group_size` must be an integer >= 1, got {group_size!r}.")
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    args = checked(
+    arrays = checked(
         "stream", model, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
     )
-    return _groups(model, args, max_new_tokens, group_size, params, state)
+    return _groups(model, chunk_size, max_new_tokens, group_size, params, state, arrays)
 
 
 class Arrays(NamedTuple):
@@ -188,13 +181,6 @@ class Arrays(NamedTuple):
     stop_tokens: jax.Array
 
 
-class Arguments(NamedTuple):
-    """Checked arguments of a call."""
-
-    options: Options
-    arrays: Arrays
-
-
 def checked(
     name: str,
     model: Any,
@@ -205,7 +191,7 @@ def checked(
     stop_tokens: Sequence[int],
     lengths: Any,
     chunk_size: int,
-) -> Arguments:
+) -> Arrays:
     """Return the arguments as arrays; raise ValueError if they are not valid."""
     tokens, lengths = prompts.check_prompt(name, model, prompt, lengths, chunk_size)
     batch = len(tokens)
@@ -220,11 +206,8 @@ def checked(
             f"{name}: `stop_tokens` must be from 0 to vocab_size - 1 = {vocab - 1}, got"
             f" {stops.tolist()}."
         )
-    greedy = sampling.greedy
-    keys = None if greedy else row_keys(name, key, batch)
-    options = Options(chunk_size, greedy)
-    arrays = Arrays(tokens, lengths, keys, sampling.check(name, batch), jnp.asarray(stops, "int32"))
-    return Arguments(options, arrays)
+    keys = None if sampling.greedy else row_keys(name, key, batch)
+    return Arrays(tokens, lengths, keys, sampling.check(name, batch), jnp.asarray(stops, "int32"))
 
 
 def row_keys(name: str, key: Any, batch: int) -> jax.Array:
@@ -249,12 +232,10 @@ def row_keys(name: str, key: Any, batch: int) -> jax.Array:
 
 
 def begin(
-    model: Any, options: Options, params: PyTree, state: PyTree, arrays: Arrays
+    model: Any, chunk_size: int, params: PyTree, state: PyTree, arrays: Arrays
 ) -> tuple[Decoding, jax.Array]:
     """Read the prompts and choose the first token; return the carry and its log-probability."""
-    logits, state = prompts.read(
-        model, params, arrays.tokens, state, arrays.lengths, options.chunk_size
-    )
+    logits, state = prompts.read(model, params, arrays.tokens, state, arrays.lengths, chunk_size)
     batch, vocab = logits.shape
     seen = None
     if arrays.sampling.repetition_penalty is not None:
@@ -326,14 +307,14 @@ def fill(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
     model: Layer,
-    options: Options,
+    chunk_size: int,
     max_new_tokens: int,
     params: PyTree,
     state: PyTree,
     arrays: Arrays,
 ) -> Generation:
     def run(params: PyTree, state: PyTree, arrays: Arrays) -> Generation:
-        decoding, logprob = begin(model, options, params, state, arrays)
+        decoding, logprob = begin(model, chunk_size, params, state, arrays)
         shape = len(decoding.token), max_new_tokens
         tokens = jnp.zeros(shape, jnp.int32).at[:, 0].set(decoding.token)
         logprobs = jnp.zeros(shape, logprob.dtype).at[:, 0].set(logprob)
@@ -352,10 +333,10 @@ def _on_any_mesh(run: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _begin(
-    model: Layer, options: Options, params: PyTree, state: PyTree, arrays: Arrays
+    model: Layer, chunk_size: int, params: PyTree, state: PyTree, arrays: Arrays
 ) -> tuple[Decoding, jax.Array]:
     def run(params: PyTree, state: PyTree, arrays: Arrays) -> tuple[Decoding, jax.Array]:
-        return begin(model, options, params, state, arrays)
+        return begin(model, chunk_size, params, state, arrays)
 
     return _on_any_mesh(run)(params, state, arrays)
 
@@ -375,14 +356,20 @@ def _group(
 
 
 def _groups(
-    model: Layer, args: Arguments, count: int, size: int, params: PyTree, state: PyTree
+    model: Layer,
+    chunk_size: int,
+    count: int,
+    size: int,
+    params: PyTree,
+    state: PyTree,
+    arrays: Arrays,
 ) -> Iterator[Generation]:
-    decoding, logprob = _begin(model, args.options, params, state, args.arrays)
+    decoding, logprob = _begin(model, chunk_size, params, state, arrays)
     ready = Generation(decoding.token[:, None], decoding.lengths, logprob[:, None], decoding.state)
     made = 1
     while made < count:
         before, number = decoding.lengths, min(size, count - made)
-        decoding, tokens, logprobs = _group(model, number, params, decoding, args.arrays)
+        decoding, tokens, logprobs = _group(model, number, params, decoding, arrays)
         yield ready
         # Dispatched above; reading `done` here overlaps with the caller's work on `ready`.
         ready = Generation(tokens, decoding.lengths - before, logprobs, decoding.state)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqjax.layers import _checks
 from seqjax.layers._base import Layer
 from seqjax.ops.core import explicit_mesh
 from seqjax.types import PyTree
@@ -94,15 +95,8 @@ def check_prompt(
             concrete = False
         lengths = lengths.astype(jnp.int32)
     if concrete and vocab is not None:
-        read = np.asarray(tokens)
-        if lengths is not None:
-            read = read[np.arange(read.shape[1]) < np.asarray(lengths)[:, None]]
-        if read.min() < 0 or read.max() >= vocab:
-            bad = read[(read < 0) | (read >= vocab)][0]
-            raise ValueError(
-                f"{name}: tokens of the prompt must be from 0 to vocab_size - 1 = {vocab - 1}, got"
-                f" {bad}; check the tokenizer."
-            )
+        inside = None if lengths is None else np.arange(tokens.shape[1]) < lengths[:, None]
+        _checks.in_vocabulary(model, tokens, vocab, inside)
     return tokens.astype(jnp.int32), lengths
 
 

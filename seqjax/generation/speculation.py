@@ -94,7 +94,7 @@ def speculate(
       (1, 6)
     """
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    args = checked(
+    arrays = checked(
         "speculate", target, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
     )
     prompts.check_prompt("speculate", draft, prompt, lengths, chunk_size)
@@ -109,7 +109,7 @@ def speculate(
             f"speculate: `draft_tokens` must be an integer >= 1, got {draft_tokens!r}."
         )
     sizes = chunk_size, max_new_tokens, draft_tokens
-    return _speculate((target, draft), sizes, (target_params, draft_params), args.arrays)
+    return _speculate((target, draft), sizes, (target_params, draft_params), arrays)
 
 
 class _Carry(NamedTuple):

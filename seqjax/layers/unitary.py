@@ -127,7 +127,8 @@ def _exp(A: jax.Array) -> jax.Array:
 
     `jax.scipy.linalg.expm` chooses among five approximations, and computes all of them for a batch.
     Here every matrix is halved until its norm is at most 1, where 16 terms of the series are exact
-    to 3e-15. The number of halvings differs between matrices, so a squaring is a select.
+    to 3e-15. Matrices of a batch differ in their number of halvings, so each squaring selects the
+    matrices that still need it.
     """
     norm = jax.lax.stop_gradient(jnp.max(jnp.sum(jnp.abs(A), axis=-2), axis=-1))
     halvings = jnp.ceil(jnp.log2(jnp.maximum(norm, 1)))[..., None, None]
