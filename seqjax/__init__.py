@@ -14,6 +14,7 @@ Ops are pure functions of arrays, and return their outputs and the final state:
 - `monoid_scan`: any associative operator.
 - `step_scan`: any step, in order.
 - `segment_starts`: the `reset` argument of all ops, from the segment ids of packed sequences.
+- `default_implementation`: a `with` block in which no op or layer uses a Pallas kernel.
 
 Modules:
 - `ops`: the functions above.
@@ -49,6 +50,7 @@ from seqjax.generation import stream as stream
 from seqjax.ops import Newton as Newton
 from seqjax.ops import SolveInfo as SolveInfo
 from seqjax.ops import block_scan as block_scan
+from seqjax.ops import default_implementation as default_implementation
 from seqjax.ops import delta_rule as delta_rule
 from seqjax.ops import generalized_delta_rule as generalized_delta_rule
 from seqjax.ops import linear_attention as linear_attention
@@ -72,6 +74,7 @@ __all__ = [
     "beam_search",
     "block_scan",
     "cells",
+    "default_implementation",
     "delta_rule",
     "generalized_delta_rule",
     "generate",

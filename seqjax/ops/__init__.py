@@ -1,5 +1,6 @@
 """Recurrences as pure functions of arrays: no parameters, no modules."""
 
+from seqjax.ops.core.backends import default_implementation as default_implementation
 from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
 from seqjax.ops.elementwise.block_scan import block_scan as block_scan
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
@@ -33,6 +34,7 @@ __all__ = [
     "cumulative_decays",
     "custom_adjoint",
     "decayed_products",
+    "default_implementation",
     "delta_rule",
     "generalized_delta_rule",
     "linear_attention",

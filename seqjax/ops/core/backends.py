@@ -8,6 +8,7 @@ measured one for the platform that the program is compiled for.
 `runs_kernel` decides when the program is lowered, because the platform is unknown before.
 """
 
+import contextlib
 import enum
 import importlib
 from collections.abc import Callable, Iterable, Sequence
@@ -50,6 +51,39 @@ BACKENDS: dict[str, Kernels | None] = {
     "step_scan": None,
     "ssm_scan": None,
 }
+
+
+# Part of the key of JAX's caches, so a function that was compiled outside is compiled again inside.
+_default_implementation = jax.make_user_context(default_value=None)
+
+
+def default_implementation(implementation: str | None) -> contextlib.AbstractContextManager[None]:
+    """Set the backend of all calls that do not choose one, within a `with` block.
+
+    Ops take `implementation` as an argument, and most layers do not. Inside the block, a call with
+    `implementation=None` uses the value given here. Compiled functions are compiled again inside.
+
+    Args:
+      implementation: "xla", so that no Pallas kernel runs, or None, the automatic choice.
+
+    Raises:
+      ValueError: if the value is another one.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, seqjax
+      >>> layer = seqjax.layers.DeltaNet(dim=8, heads=2)
+      >>> params = layer.init(jax.random.key(0))
+      >>> with seqjax.default_implementation("xla"):
+      ...     y, state = jax.jit(layer.apply)(params, jnp.ones((1, 16, 8)))
+      >>> y.shape
+      (1, 16, 8)
+    """
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            "default_implementation: `implementation` must be 'xla' or None, got"
+            f" {implementation!r}; pass implementation='pallas' to the op itself."
+        )
+    return _default_implementation(implementation)
 
 
 class Mode(enum.Enum):
@@ -219,6 +253,8 @@ def select_backend(
             f"{op}: `implementation` must be 'xla', 'pallas' or None, got {implementation!r}."
         )
     kernels = BACKENDS.get(op)
+    if implementation is None and not interpret:
+        implementation = _default_implementation.value
     if implementation == "xla":
         if interpret:
             raise ValueError(
