@@ -266,7 +266,7 @@ def split_time(
       in_specs, out_specs: as in `jax.shard_map`; they may name "sequence" only.
     """
     split: Callable[..., Any]
-    if mesh is None or mesh.shape["sequence"] == 1:
+    if mesh is None or mesh.shape.get("sequence", 1) == 1:
         split = functools.partial(function, sequence_axis=None)
     else:
         split = jax.shard_map(

@@ -20,6 +20,7 @@ from experiments.data import pipeline
 from experiments.objectives.language import NextByte
 from experiments.training import optimizer
 from experiments.training.step import make_init, make_train_step
+from seqjax import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -63,8 +64,23 @@ def assert_same_run(actual, expected):
     np.testing.assert_allclose(actual[:, 1], expected[:, 1], rtol=5e-4)
 
 
+@pytest.mark.parametrize("layer", common.MIXERS)
+def test_every_layer_can_be_placed_on_a_mesh(layer, text):
+    """Check that each parameter, state and batch has a sharding, without compiling."""
+    model = build_model(quick(layer, text).model)
+    mesh = sharding.make_mesh("data=2,fsdp=2,sequence=2")
+    found = sharding.shard(model, mesh, batch_shape=(8, 16))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    jax.tree.map(lambda p, place: place.shard_shape(p.shape), params, found.params)
+
+
+# One layer of each kind. The training step uses the protocol of layers only, and the contract
+# tests split every layer, with gradients, over batch, heads and time.
+KINDS = ("lru", "mamba", "gated_deltanet", "rwkv7", "mlstm", "paralstm", "gru", "hybrid")
+
+
 @pytest.mark.parametrize(
-    "layer", [pytest.param(m, marks=[] if m == "lru" else pytest.mark.slow) for m in common.MIXERS]
+    "layer", [pytest.param(m, marks=[] if m == "lru" else pytest.mark.slow) for m in KINDS]
 )
 def test_a_mesh_gives_the_losses_of_one_device(layer, text):
     config = quick(layer, text)
