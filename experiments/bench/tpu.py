@@ -83,16 +83,20 @@ def _selective(B: int, D: int, N: int) -> Callable[[int, str], Shapes]:
     return shapes
 
 
-def _matrix(op: str, decay: str | None) -> Callable[[int, str], Shapes]:
-    """Return a function for shapes of one sequence, 8 heads, K = V = 128; gates are float32."""
-    B, H, K = 1, 8, 128
+def _matrix(
+    op: str, decay: str | None, H: int = 8, K: int = 128, V: int = 128
+) -> Callable[[int, str], Shapes]:
+    """Return a function for shapes of one sequence; gates are float32."""
+    B = 1
 
     def shapes(T: int, dtype: str) -> Shapes:
         array = jax.ShapeDtypeStruct((B, T, H, K), jnp.dtype(dtype))
         gate = jax.ShapeDtypeStruct((B, T, H), jnp.dtype("float32"))
-        made = {"q": array, "k": array, "v": array}
+        made = {"q": array, "k": array, "v": array.update(shape=(B, T, H, V))}
         if op == "delta_rule":
             made["beta"] = gate
+        if op == "generalized_delta_rule":
+            made |= {"a": array, "b": array}
         if decay is not None:
             made["log_decay"] = gate if decay == "per head" else array.update(dtype=gate.dtype)
         return made
@@ -110,6 +114,22 @@ def _matrix_rows() -> dict[str, Row]:
             made[f"{op}, {form}"] = row
             if decay is not None:
                 made[f"{op} backward, {form}"] = row._replace(backward=True, dtypes=dtypes[-1:])
+    own = {
+        "generalized_delta_rule, decay per channel, B=1, T=4096, H=8, K=V=128": _matrix(
+            "generalized_delta_rule", "per channel"
+        ),
+        "RWKV-7: generalized_delta_rule, decay per channel, B=1, T=4096, H=32, K=V=64": _matrix(
+            "generalized_delta_rule", "per channel", H=32, K=64, V=64
+        ),
+        "Mamba-2: linear_attention, decay per head, B=1, T=4096, H=24, K=128, V=64": _matrix(
+            "linear_attention", "per head", H=24, V=64
+        ),
+    }
+    for name, shapes in own.items():
+        op = "linear_attention" if "linear_attention" in name else "generalized_delta_rule"
+        row = Row(op, shapes, 4096, dtypes=("bfloat16",))
+        made[name] = row
+        made[name.replace(f"{op},", f"{op} backward,")] = row._replace(backward=True)
     return made
 
 

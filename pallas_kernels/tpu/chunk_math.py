@@ -23,6 +23,7 @@ from pallas_kernels.tpu.numerics import (
     column_indices,
     powers_below,
     row_indices,
+    rows_down,
 )
 
 LOG_ZERO = -1e30  # exp of it is zero, and sums of a chunk of them are finite
@@ -161,6 +162,18 @@ class SharedDecay:
         """Compute D_{t,0} x_t S [C, V], from x [C, K]."""
         return self._left(self.upto, x, state, exact)
 
+    @property
+    def before(self) -> Any:
+        """The decays up to the previous step: one for the first step of the chunk."""
+        if self.upto is None:
+            return None
+        first = row_indices(*self.upto.shape) == 0
+        return jnp.where(first, 1.0, rows_down(self.upto))
+
+    def read_before(self, x: jax.Array, state: jax.Array, exact: bool = False) -> jax.Array:
+        """Compute D_{t-1,0} x_t S [C, V], the read before the decay of the step."""
+        return self._left(self.before, x, state, exact)
+
     def write(self, x: jax.Array, y: jax.Array, exact: bool = False) -> jax.Array:
         """Compute the sum over t of D_{C,t} x_t y_t^T [K, V], from x [C, K] and y [C, V]."""
         if self.after is not None:
@@ -172,9 +185,21 @@ class SharedDecay:
         product = self.num.dot(ct, state, NT, exact)
         return product if self.upto is None else self.upto * product
 
+    def read_before_back(self, ct: jax.Array, state: jax.Array, exact: bool = False) -> jax.Array:
+        """Compute the cotangent of x in `read_before`."""
+        product = self.num.dot(ct, state, NT, exact)
+        return product if self.before is None else self.before * product
+
     def read_back_state(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
         """Compute the cotangent of the state in `read`."""
-        return self.num.dot(x, ct if self.upto is None else self.upto * ct, TN, exact)
+        return self._right(self.upto, x, ct, exact)
+
+    def read_before_back_state(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
+        """Compute the cotangent of the state in `read_before`."""
+        return self._right(self.before, x, ct, exact)
+
+    def _right(self, d: Any, x: jax.Array, y: jax.Array, exact: bool) -> jax.Array:
+        return self.num.dot(x, y if d is None else d * y, TN, exact)
 
     def write_back(self, y: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
         """Compute the cotangent of x in `write`."""
@@ -314,9 +339,8 @@ class ChannelDecays(SharedDecay):
         """Compute the sum over t of D_{C,t} x_t y_t^T [K, V], from x [C, K] and y [C, V]."""
         return self.num.dot(x.astype(self.num.dtype) * self.after, y, TN, exact)
 
-    def read_back_state(self, x: jax.Array, ct: jax.Array, exact: bool = False) -> jax.Array:
-        """Compute the cotangent of the state in `read`."""
-        return self.num.dot(x.astype(self.num.dtype) * self.upto, ct, TN, exact)
+    def _right(self, d: Any, x: jax.Array, y: jax.Array, exact: bool) -> jax.Array:
+        return self.num.dot(x.astype(d.dtype) * d, y, TN, exact)
 
     def carry(self, state: jax.Array) -> jax.Array:
         """Apply all decays of the chunk to a state."""

@@ -48,6 +48,7 @@ class Variant(NamedTuple):
       decay: None, "scalar" (per head) or "channel".
       reset: whether there are resets.
       beta: whether there is a `beta`.
+      vectors: names of further inputs [B, T, H, K], `a` and `b` of the generalized delta rule.
       scale: factor of the outputs.
       save_states: whether the forward kernel returns the state before each chunk.
       backward: whether this is the backward kernel.
@@ -62,6 +63,7 @@ class Variant(NamedTuple):
     decay: str | None
     reset: bool
     beta: bool
+    vectors: tuple[str, ...]
     scale: float
     save_states: bool = False
     backward: bool = False
@@ -82,12 +84,13 @@ class Refs:
     """References of a kernel; None for an absent array. Names in `_s` are scratch.
 
     Attributes:
-      q, k, v, beta, g, reset, initial: blocks of the inputs; `g` is the logarithm of the decay.
+      q, k, v, a, b, beta, g, reset, initial: blocks of the inputs; `g` is the logarithm of the
+        decay.
       o, final: blocks of the forward outputs.
       states: states before the chunks, an output of the forward and an input of the backward pass.
       do, d_final: blocks of the cotangents of the outputs.
-      dq, dk, dv, d_beta, d_g, d_initial: blocks of the cotangents of the inputs.
-      q_s, k_s, v_s, o_s, do_s: matrices of the heads [heads, C, K or V].
+      dq, dk, dv, da, db, d_beta, d_g, d_initial: blocks of the cotangents of the inputs.
+      q_s, k_s, v_s, a_s, b_s, o_s, do_s: matrices of the heads [heads, C, K or V].
       beta_s: [C, heads].
       g_s: logarithms [C, heads or 1], or [heads, C, K] per channel.
       reset_s: [C, 1], for decays per channel.
@@ -105,6 +108,8 @@ class Refs:
     v_s: Any
     state_s: Any
     masks_s: Any
+    a: Any = None
+    b: Any = None
     beta: Any = None
     g: Any = None
     reset: Any = None
@@ -117,9 +122,13 @@ class Refs:
     dq: Any = None
     dk: Any = None
     dv: Any = None
+    da: Any = None
+    db: Any = None
     d_beta: Any = None
     d_g: Any = None
     d_initial: Any = None
+    a_s: Any = None
+    b_s: Any = None
     o_s: Any = None
     do_s: Any = None
     beta_s: Any = None
@@ -128,10 +137,9 @@ class Refs:
     ct_s: Any = None
     flat_s: Any = None
 
-    @property
-    def heads_of_inputs(self) -> tuple[tuple[Any, Any], ...]:
-        """Blocks of q, k and v, with the scratch for their heads."""
-        return (self.q, self.q_s), (self.k, self.k_s), (self.v, self.v_s)
+    def written(self, p: Variant) -> list[Any]:
+        """Return the scratch of the inputs that a step writes: a number in them reaches states."""
+        return [self.k_s, self.v_s, *(getattr(self, name + "_s") for name in p.vectors)]
 
 
 def _finite(x: jax.Array) -> jax.Array:
@@ -142,8 +150,8 @@ def _stage(p: Variant, r: Refs, chunk: jax.Array) -> jax.Array:
     """Split the heads, write finite logarithms, and return whether the block needs repair."""
     num, zero = p.num, jnp.zeros((), p.num.dtype)
     check = jnp.zeros((), num.dtype)  # NaN if a number is not finite
-    for block, heads in r.heads_of_inputs:
-        check = check + split_heads(block, heads, num.dtype)
+    for name in ("q", "k", "v", *p.vectors):
+        check = check + split_heads(getattr(r, name), getattr(r, name + "_s"), num.dtype)
     if p.backward:
         split_heads(r.do, r.do_s, num.dtype)
     if p.decay == "channel":
@@ -173,7 +181,7 @@ def _repair(p: Variant, r: Refs, chunk: jax.Array) -> None:
             bad = jnp.where(_finite(x.astype(num.dtype)), 0.0, 1.0).astype(num.dtype)
             return jnp.sum(bad, axis=1, keepdims=True)
 
-        bad = count_bad(r.k_s[h]) + count_bad(r.v_s[h])
+        bad = sum((count_bad(ref[h]) for ref in r.written(p)), jnp.zeros((), num.dtype))
         bad = bad + count_bad(r.g_s[h]) if p.decay == "channel" else bad
         bad_writes = jnp.where(head == h, bad, bad_writes)
         bad_reads = jnp.where(head == h, count_bad(r.q_s[h]), bad_reads)
@@ -196,8 +204,9 @@ def _repair(p: Variant, r: Refs, chunk: jax.Array) -> None:
         bad = jnp.sum(jnp.where(_finite(state), 0.0, 1.0).astype(num.dtype))
         r.state_s[h] = jnp.where(bad > 0, jnp.zeros_like(state), state)
         reached = reached | ((head == h) & (resets_column == 0) & (bad > 0))
-        for ref, mask in ((r.q_s, reads), (r.k_s, writes), (r.v_s, writes)):
-            ref[h] = _select_steps(num, mask, head == h, ref[h])
+        r.q_s[h] = _select_steps(num, reads, head == h, r.q_s[h])
+        for ref in r.written(p):
+            ref[h] = _select_steps(num, writes, head == h, ref[h])
         if p.decay == "channel":
             r.g_s[h] = _select_steps(num, writes, head == h, r.g_s[h])
     reached = reached & in_bounds
@@ -250,7 +259,7 @@ def _decays(p: Variant, r: Refs) -> list[Any]:
 def _heads(p: Variant, r: Refs) -> list[dict[str, jax.Array]]:
     heads = []
     for h in range(p.heads):
-        x = {"q": r.q_s[h], "k": r.k_s[h], "v": r.v_s[h]}
+        x = {name: getattr(r, name + "_s")[h] for name in ("q", "k", "v", *p.vectors)}
         if p.beta:
             x["beta"] = r.beta_s[:, h : h + 1]
         heads.append(x)
@@ -326,7 +335,8 @@ def backward_kernel(p: Variant, r: Refs) -> None:
     decay_sums = chunk_math.DecaySumCotangents(d_beta, d_beta, d_beta)
     for h, x in enumerate(results):
         # The scratch of an input is free now, and takes the cotangent.
-        for name, ref in (("q", r.q_s), ("k", r.k_s), ("v", r.v_s)):
+        for name in ("q", "k", "v", *p.vectors):
+            ref = getattr(r, name + "_s")
             ref[h] = x[name].astype(ref.dtype)
         r.ct_s[h] = x["state"]
         if p.beta:
@@ -349,7 +359,7 @@ def backward_kernel(p: Variant, r: Refs) -> None:
     @pl.when(repaired)
     def _() -> None:
         for h in range(p.heads):
-            for ref, which in ((r.q_s, READS), (r.k_s, WRITES), (r.v_s, WRITES)):
+            for ref, which in ((r.q_s, READS), *((ref, WRITES) for ref in r.written(p))):
                 ct = jnp.where(_mask(r, which, h), ref[h].astype(p.num.dtype), 0.0)
                 ref[h] = ct.astype(ref.dtype)
             if p.decay == "channel":
@@ -359,9 +369,8 @@ def backward_kernel(p: Variant, r: Refs) -> None:
             ct = jnp.where(writes, ref[0, 0].astype(p.num.dtype), 0.0)
             ref[0, 0] = ct.astype(ref.dtype)
 
-    join_heads(r.q_s, r.dq, r.flat_s)
-    join_heads(r.k_s, r.dk, r.flat_s)
-    join_heads(r.v_s, r.dv, r.flat_s)
+    for name in ("q", "k", "v", *p.vectors):
+        join_heads(getattr(r, name + "_s"), getattr(r, "d" + name), r.flat_s)
     if p.decay == "channel":
         join_heads(r.g_s, r.d_g, r.flat_s)
 

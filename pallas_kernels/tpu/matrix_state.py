@@ -34,7 +34,9 @@ def _variant(
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "log_decay"))
     length, heads = q.shape[1:3]
     float64 = jnp.float64 in (x.dtype for x in arrays.values() if x is not None)
-    bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    vectors = tuple(name for name in ("a", "b") if name in arrays)
+    factors = (q, k, v, *(arrays[name] for name in vectors))
+    bfloat16 = all(x.dtype == jnp.bfloat16 for x in factors)
     block_heads = min(heads, BLOCK_HEADS)
     return Variant(
         recurrence=recurrence,
@@ -46,6 +48,7 @@ def _variant(
         decay=None if g is None else "scalar" if g.ndim == 3 else "channel",
         reset=arrays["reset"] is not None,
         beta=arrays["beta"] is not None,
+        vectors=vectors,
         scale=scale,
     )
 
@@ -93,7 +96,7 @@ def _call(
     specs, num, C, H = _specs(p, K, V), p.num, p.chunk, p.heads
     scratch: dict[str, Any] = {
         name + "_s": ((H, C, size), inputs[name][1].dtype)
-        for name, size in (("q", K), ("k", K), ("v", V))
+        for name, size in (("q", K), ("k", K), ("v", V), *((name, K) for name in p.vectors))
     }
     scratch |= {"state_s": ((H, K, V), num.dtype), "masks_s": ((4, C, H), num.dtype)}
     if p.backward:
@@ -133,7 +136,8 @@ def _call(
 
 
 def _inputs(p: Variant, arrays: dict[str, Any]) -> Blocks:
-    inputs = {name: ("V" if name == "v" else "K", arrays[name]) for name in ("q", "k", "v")}
+    names = ("q", "k", "v", *p.vectors)
+    inputs = {name: ("V" if name == "v" else "K", arrays[name]) for name in names}
     if p.beta:
         inputs["beta"] = ("H", _split_head_blocks(arrays["beta"], p))
     if p.decay == "scalar":
@@ -145,8 +149,9 @@ def _inputs(p: Variant, arrays: dict[str, Any]) -> Blocks:
     return inputs
 
 
-def _by_name(*arrays: Any) -> dict[str, Any]:
-    return dict(zip(("q", "k", "v", "beta", "log_decay", "reset"), arrays, strict=True))
+def _by_name(vectors: dict[str, Any] | None, *arrays: Any) -> dict[str, Any]:
+    names = ("q", "k", "v", "beta", "log_decay", "reset")
+    return dict(zip(names, arrays, strict=True)) | (vectors or {})
 
 
 def forward(
@@ -160,6 +165,7 @@ def forward(
     reset: jax.Array | None,
     *,
     scale: float,
+    vectors: dict[str, jax.Array] | None = None,
     chunk_size: int | None = None,
     states: bool = False,
     interpret: bool = False,
@@ -175,6 +181,7 @@ def forward(
       initial_state: [B, H, K, V], float32 (float64 if any array is).
       reset: [B, T] bool or None.
       scale: factor of the outputs.
+      vectors: `a` and `b` [B, T, H, K] by name, for the recurrence that has them.
       chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16). By default
         `chunk_steps` chooses it.
       states: whether to return the residuals of `backward`.
@@ -184,7 +191,7 @@ def forward(
       (o [B, T, H, V] in the dtype of v, final state, and with `states` the states before the
       chunks [B, T / C, H, K, V]).
     """
-    arrays = _by_name(q, k, v, beta, log_decay, reset)
+    arrays = _by_name(vectors, q, k, v, beta, log_decay, reset)
     p = _variant(recurrence, arrays | {"initial": initial_state}, scale, chunk_size)
     p = p._replace(save_states=states)
     inputs = _inputs(p, arrays) | {"initial": ("state", initial_state)}
@@ -210,15 +217,16 @@ def backward(
     d_final: jax.Array,
     *,
     scale: float,
+    vectors: dict[str, jax.Array] | None = None,
     chunk_size: int | None = None,
     interpret: bool = False,
 ) -> dict[str, jax.Array]:
-    """Compute the cotangents of q, k, v, beta, log_decay and initial_state, by name.
+    """Compute the cotangents of all arrays but `reset`, by name.
 
     Args as for `forward`. `states` are its residuals for the same `chunk_size`. `d_out` and
     `d_final` are the cotangents of its outputs and of its final state.
     """
-    arrays = _by_name(q, k, v, beta, log_decay, reset)
+    arrays = _by_name(vectors, q, k, v, beta, log_decay, reset)
     p = _variant(recurrence, arrays | {"initial": states}, scale, chunk_size)
     p = p._replace(backward=True)
     inputs = _inputs(p, arrays) | {
@@ -227,7 +235,7 @@ def backward(
         "d_final": ("state", d_final),
     }
     outputs = {}
-    for name in ("q", "k", "v"):
+    for name in ("q", "k", "v", *p.vectors):
         x = arrays[name]
         outputs["d" + name] = ("V" if name == "v" else "K", array_like(q, x.shape, x.dtype))
     for name in ("beta", "g"):
@@ -237,7 +245,7 @@ def backward(
     outputs["d_initial"] = ("state", array_like(q, d_final.shape, p.num.dtype))
     results = dict(zip(outputs, _call(p, backward_kernel, inputs, outputs, interpret), strict=True))
     heads = q.shape[2]
-    cotangents = {name: results["d" + name] for name in ("q", "k", "v")}
+    cotangents = {name: results["d" + name] for name in ("q", "k", "v", *p.vectors)}
     if p.beta:
         cotangents["beta"] = _join_head_blocks(results["d_beta"], p, heads)
     if p.decay is not None:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.jax_compat import pltpu
+
 GROUP = 8  # sublanes of a register: permutations inside a group stay inside registers
 NN, NT, TN = ((1,), (0,)), ((1,), (1,)), ((0,), (0,))  # a b, a b^T, a^T b
 
@@ -63,6 +65,22 @@ def _split(x: jax.Array, exact: bool) -> list[jax.Array]:
         (bits + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000), jnp.float32
     )
     return [high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)]
+
+
+def rows_down(x: jax.Array) -> jax.Array:
+    """Move every row of a matrix down by one; the first becomes zero."""
+    return _moved(x, 1, 0)
+
+
+def rows_up(x: jax.Array) -> jax.Array:
+    """Move every row of a matrix up by one; the last becomes zero."""
+    return _moved(x, x.shape[0] - 1, x.shape[0] - 1)
+
+
+def _moved(x: jax.Array, by: int, zero_row: int) -> jax.Array:
+    wide = x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x  # rotations are of 32-bit rows
+    rotated = pltpu.roll(wide, by, axis=0)
+    return jnp.where(row_indices(*x.shape) == zero_row, 0.0, rotated).astype(x.dtype)
 
 
 def row_indices(size: int, columns: int | None = None) -> jax.Array:

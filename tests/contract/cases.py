@@ -278,10 +278,12 @@ OPS = [
     Case(
         name="generalized_delta_rule",
         inputs=_generalized_inputs,
-        run=_op(seqjax.generalized_delta_rule, ("q", "k", "v", "a", "b", "log_decay")),
+        run=_in_small_chunks(
+            _op(seqjax.generalized_delta_rule, ("q", "k", "v", "a", "b", "log_decay"))
+        ),
         oracle=op_oracles.generalized_delta_rule,
         state=lambda rng, batch: normal(rng, batch, H, K, V),
-        algorithms=("chunked", "sequential", "associative"),
+        algorithms=(*MATRIX, "pallas"),
         timed=("q", "k", "v", "a", "b", "log_decay"),
         hard=_hard_decays("log_decay", "log"),
     ),

@@ -81,7 +81,8 @@ def matrix(op, decay, dtype, B=1, T=8192, H=16, K=128, V=128, reset=None):
     sizes = {"B": B, "T": T, "H": H, "K": K, "V": V}
     axes = {"q": "BTHK", "k": "BTHK", "v": "BTHV", "log_decay": decay, "initial_state": "BHKV"}
     axes |= {"beta": "BTH"} if op == "delta_rule" else {}
-    data = {name: dtype if name in "qkv" else "float32" for name in axes}
+    axes |= {"a": "BTHK", "b": "BTHK"} if op == "generalized_delta_rule" else {}
+    data = {name: dtype if name in "qkvab" else "float32" for name in axes}
     return run, {
         name: jax.ShapeDtypeStruct([sizes[a] for a in given], jnp.dtype(data[name]))
         for name, given in axes.items()
@@ -98,6 +99,7 @@ KERNELS = {
     # A state for every 128 steps: 0.66 times bfloat16 arguments, and what the compiler spills.
     "linear_attention": (functools.partial(matrix, "linear_attention", "BTH"), 1.0),
     "delta_rule": (functools.partial(matrix, "delta_rule", "BTH"), 1.0),
+    "generalized_delta_rule": (functools.partial(matrix, "generalized_delta_rule", "BTHK"), 1.0),
 }
 
 
@@ -125,6 +127,10 @@ def test_kernels_compile(name, chip, dtype):
         ),
         pytest.param(
             matrix("linear_attention", "BTHK", "bfloat16", 2, 300, 12, 64, 64), id="attention"
+        ),
+        pytest.param(
+            matrix("generalized_delta_rule", "BTH", "bfloat16", T=100, H=3, K=20, V=7),
+            id="generalized, ragged",
         ),
     ],
 )

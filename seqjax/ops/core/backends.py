@@ -41,7 +41,7 @@ class Kernels(NamedTuple):
 BACKENDS: dict[str, Kernels | None] = {
     "block_scan": None,
     "delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
-    "generalized_delta_rule": None,  # XLA only
+    "generalized_delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "linear_attention": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "linear_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
     "log_scan": None,

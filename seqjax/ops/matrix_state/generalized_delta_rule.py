@@ -14,7 +14,8 @@ triangular matrices of its two sums,
 
     (I - P) Z = P' V + (G_{t-1} a_t) S      so      Z = Z_c + W S
 
-and reading S_t with q_t gives the outputs (`_chunk`). JAX derives the derivatives from both forms.
+and reading S_t with q_t gives the outputs (`_chunk`). JAX derives the derivatives from both
+forms. The Pallas kernel has a backward kernel.
 """
 
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def generalized_delta_rule(
     algorithm: str | None = None,
     implementation: str | None = None,
     sequence_axis: str | None = None,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute a linear recurrence with a transition that is diagonal plus rank one.
 
@@ -60,12 +62,14 @@ def generalized_delta_rule(
         do not recompile.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
-        sequential algorithm. The backward pass stores at most one state per chunk.
+        sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
+        The backward pass stores at most one state per chunk.
       algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
         few steps, and for small states on CPU.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
+      interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
 
     Returns:
       (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
@@ -94,6 +98,7 @@ def generalized_delta_rule(
         algorithm=algorithm,
         implementation=implementation,
         sequence_axis=sequence_axis,
+        interpret=interpret,
     )
 
 
@@ -144,6 +149,7 @@ _GENERALIZED_DELTA_RULE = MatrixRecurrence(
     _chunk,
     {"k": "B T H K", "a": "B T H K", "b": "B T H K"},
     reads_before_decay=("a",),
+    has_kernels=True,
     mixed=True,
     cpu_chunks_from=(96 * 96,) * 3,
 )

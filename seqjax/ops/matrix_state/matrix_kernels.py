@@ -50,11 +50,24 @@ def functions(
             q = (q.astype(scale.dtype) * scale).astype(q.dtype)
         return q, arrays["k"], arrays["v"], arrays.get("beta"), log_decay
 
+    def vectors(arrays: Any, reset: Any) -> dict[str, Any]:
+        """Return `a` and `b`, if the op has them. `a` reads nothing where the state is cleared."""
+        found = {name: arrays[name] for name in ("a", "b") if name in arrays}
+        if "a" in found and reset is not None:
+            a = found["a"]
+            found["a"] = jnp.where(reset[..., None, None], jnp.zeros_like(a), a)
+        return {"vectors": found} if found else {}
+
     def forward(
         kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
     ) -> Any:
         out, final, *states = kernels.forward(
-            *inputs(arrays, log_decay, scale), S0, reset, states=save, **shared
+            *inputs(arrays, log_decay, scale),
+            S0,
+            reset,
+            states=save,
+            **vectors(arrays, reset),
+            **shared,
         )
         return (out, final), states
 
@@ -65,8 +78,15 @@ def functions(
         arrays, log_decay, _, reset, scale = args
         [states] = residuals
         grads = kernels.backward(
-            *inputs(arrays, log_decay, scale), states, reset, *cotangents, **shared
+            *inputs(arrays, log_decay, scale),
+            states,
+            reset,
+            *cotangents,
+            **vectors(arrays, reset),
+            **shared,
         )
+        if "a" in grads and reset is not None:
+            grads |= {"a": jnp.where(reset[..., None, None], 0, grads["a"])}
         d_scale = []
         if scale is not None:
             q, d_scaled = arrays["q"], grads["q"].astype(scale.dtype)
