@@ -37,6 +37,7 @@ from seqjax.layers.mega import DampedEMA as DampedEMA
 from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.minrnn import MinGRU as MinGRU
 from seqjax.layers.minrnn import MinLSTM as MinLSTM
+from seqjax.layers.mla import MLA as MLA
 from seqjax.layers.mlp import MLP as MLP
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
@@ -70,6 +71,7 @@ from seqjax.layers.s4d import GSS as GSS
 from seqjax.layers.s4d import S4D as S4D
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.scaled import Scaled as Scaled
+from seqjax.layers.shared_transformer import SharedTransformer as SharedTransformer
 from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.srwm import SRWM as SRWM
 from seqjax.layers.titans import Titans as Titans
@@ -92,6 +94,7 @@ __all__ = [
     "LSTM",
     "LTC",
     "MGU",
+    "MLA",
     "MLP",
     "MLSTM",
     "PLSTM",
@@ -149,6 +152,7 @@ __all__ = [
     "RWKVChannelMix",
     "RetNet",
     "Scaled",
+    "SharedTransformer",
     "ShortConv",
     "SlidingWindowAttention",
     "TTTLinear",

@@ -73,6 +73,7 @@ class Attention(Layer):
       output_gate: whether to multiply the output by a sigmoid gate.
       bias: whether the projections to q, k and v have biases.
       out_bias: whether the projection of the output has a bias.
+      out_dim: features of the output, for use inside another layer; by default dim.
     """
 
     dim: int
@@ -89,6 +90,7 @@ class Attention(Layer):
     output_gate: bool = False
     bias: bool = False
     out_bias: bool = False
+    out_dim: int | None = None
 
     def __post_init__(self) -> None:
         head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
@@ -118,6 +120,12 @@ class Attention(Layer):
         if self.qk_norm is not None:
             _checks.one_of(self, "qk_norm", self.qk_norm, ("rms", "rms_offset", "rms_all_heads"))
         _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.positive(self, out_dim=self.output_dim)
+
+    @property
+    def output_dim(self) -> int:
+        """Features of the output: `out_dim`, by default dim."""
+        return self.dim if self.out_dim is None else self.out_dim
 
     @property
     def key_dim(self) -> int:
@@ -153,14 +161,17 @@ class Attention(Layer):
             for name, (width, axis) in widths.items()
         }
         params["out_proj"] = Param(
-            (self.heads * self.key_dim, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal
+            (self.heads * self.key_dim, self.output_dim),
+            ("heads", "embed"),
+            "weight",
+            _init.fan_in_normal,
         )
         if self.bias:
             for name in ("q", "k", "v"):
                 width, axis = widths[name]
                 params[f"{name}_bias"] = Param((width,), (axis,), "bias", _init.zeros)
         if self.out_bias:
-            params["out_bias"] = Param((self.dim,), ("embed",), "bias", _init.zeros)
+            params["out_bias"] = Param((self.output_dim,), ("embed",), "bias", _init.zeros)
         if self.qk_norm is not None:
             start = _init.zeros if self.qk_norm == "rms_offset" else _init.ones
             for name in ("q", "k"):

@@ -2,10 +2,13 @@
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax import lax
+
+BACKBONE_INPUT = "backbone_input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Context:
       depth: the number of blocks of the backbone; 1 outside.
       path: names of the enclosing layers.
       values: arrays that blocks hand to later blocks, by name. `Layer.make_values` declares them.
+        A backbone writes its own input under the name "backbone_input" if a layer declares it.
+      shared: parameters that blocks share, by name. `Layer.declare_shared` declares them.
       aux: extra outputs by path, filled by `record`.
 
     Example:
@@ -46,6 +51,7 @@ class Context:
     depth: int = 1
     path: tuple[str, ...] = ()
     values: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     aux: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def enter(self, name: str) -> "Context":

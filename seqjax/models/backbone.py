@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks
 from seqjax.layers._base import Layer, Param, Params, State
-from seqjax.layers.context import Context
+from seqjax.layers.context import BACKBONE_INPUT, Context
 from seqjax.layers.dropout import check_rate
 from seqjax.layers.mlp import GatedMLP
 from seqjax.layers.norm import NORMS, NormKind
-from seqjax.models.block import Block
+from seqjax.models.block import Block, merge_shared
 from seqjax.ops.core import jax_compat
 
 
@@ -24,7 +24,8 @@ class Backbone(Layer):
     `blocks` is one layer or `Block`, or a sequence of them, which may differ (a hybrid). The
     sequence is repeated until there are `depth` blocks. A layer that is not a `Block` becomes a
     pre-norm block with a `GatedMLP`; pass a `Block` for any other kind. The state is a tuple with
-    the state of each block.
+    the state of each block. Parameters that blocks share are under "shared"; see
+    `SharedTransformer`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -154,7 +155,9 @@ class Backbone(Layer):
             blocks = self._groups()
         else:
             blocks = {f"block_{i}": block for i, block in enumerate(self.stack)}
-        return {**blocks, "final_norm": self._final_norm}
+        shared = merge_shared(self, self.stack)
+        held = {"shared": _SharedParams(tuple(sorted(shared.items())))} if shared else {}
+        return {**blocks, **held, "final_norm": self._final_norm}
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return tuple(block.make_state(batch_size, dtype) for block in self.stack)
@@ -165,8 +168,11 @@ class Backbone(Layer):
         values: dict[str, jax.Array] = {}
         for block in self.stack:
             values |= block.make_values(x.shape[0], x.shape[1], x.dtype)
+        if BACKBONE_INPUT in values:
+            values[BACKBONE_INPUT] = x
         x, *leaves = jax_compat.match_varying(x, *values.values())
         values = dict(zip(values, leaves, strict=True))
+        context = dataclasses.replace(context, shared=params.get("shared", {}))
         run = self._scan_blocks if self.scan else self._run_blocks
         x, new_state = run(params, x, state, values, context)
         x = self._constrained(x)
@@ -317,3 +323,22 @@ def _prepend(first: Any, tree: Any) -> dict[str, Any]:
     return jax.tree.map(
         lambda leaf: (first, *leaf), tree, is_leaf=lambda leaf: isinstance(leaf, tuple)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _SharedParams(Layer):
+    """Parameters that blocks share, by name; the layers that declare them run them."""
+
+    layers: tuple[tuple[str, Layer], ...]
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return self.layers[0][1].dim
+
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        return dict(self.layers)
+
+    def forward(
+        self, params: Params, x: jax.Array, state: State, context: Context
+    ) -> tuple[jax.Array, State]:
+        raise NotImplementedError("Backbone: the layers that share parameters run them.")

@@ -8,7 +8,7 @@ import numpy as np
 
 from seqjax.pretrained.files import Tensors
 
-Layout = Literal["linear", "rows", "conv"]
+Layout = Literal["linear", "rows", "conv", "stacked"]
 Shape = tuple[int, ...]
 
 
@@ -21,6 +21,7 @@ class Tensor:
     | linear | [rows, in] | [in, rows] |
     | rows | [rows, ...] | [rows, ...] |
     | conv | [rows, 1, taps], last tap meets the present | [taps, rows], first tap does |
+    | stacked | [rows, out, in] | [rows, in, out] |
 
     With `groups` the rows of every parameter are cut into this number of equal runs. The tensor
     holds the first run of each parameter, then the second run of each, and so on.
@@ -87,7 +88,7 @@ class Cut:
     shapes: tuple[Shape, ...]
 
     def _row_axis(self) -> int:
-        return 0 if self.tensor.layout == "rows" else -1
+        return 0 if self.tensor.layout in ("rows", "stacked") else -1
 
     @property
     def rows(self) -> int:
@@ -103,7 +104,12 @@ class Cut:
 
     def _rest_shape(self) -> Shape:
         first = self.shapes[0]
-        rest = {"linear": first[:-1], "rows": first[1:], "conv": (1, first[0])}
+        rest = {
+            "linear": first[:-1],
+            "rows": first[1:],
+            "conv": (1, first[0]),
+            "stacked": first[:0:-1],
+        }
         return rest[self.tensor.layout]
 
     def runs(self, part: int) -> Iterator[tuple[int, int, int]]:
@@ -134,6 +140,8 @@ class Cut:
         rest = index[:-1] if layout == "linear" else index[1:] if layout == "rows" else ()
         if layout == "conv":
             rest = (slice(None), slice(None))
+        elif layout == "stacked":
+            rest = index[:0:-1]
         for start, first, count in self.runs(part):
             begin, end = max(first, low), min(first + count, high)
             if begin >= end:
@@ -141,7 +149,9 @@ class Cut:
             stored = (start + begin - first, start + end - first)
             for offset, piece in tensors.blocks(name, stored, rest):
                 at = begin - low + offset
-                if layout == "rows":
+                if layout == "stacked":
+                    out[at : at + len(piece)] = np.swapaxes(piece, 1, 2)
+                elif layout == "rows":
                     out[at : at + len(piece)] = piece
                 elif layout == "linear":
                     out[..., at : at + len(piece)] = np.moveaxis(piece, 0, -1)
@@ -157,6 +167,8 @@ class Cut:
                 param = np.moveaxis(param, -1, 0)
             elif self.tensor.layout == "conv":
                 param = param.T[:, None, ::-1]
+            elif self.tensor.layout == "stacked":
+                param = np.swapaxes(param, 1, 2)
             for start, first, count in self.runs(part):
                 out[start : start + count] = param[first : first + count]
         return out.reshape(self.stored_shape)

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from seqjax.pretrained.families.falcon_h1 import FALCON_H1
 from seqjax.pretrained.families.granite import BAMBA, GRANITE
+from seqjax.pretrained.families.jamba import JAMBA
 from seqjax.pretrained.families.lfm2 import LFM2
 from seqjax.pretrained.families.mamba import FALCON_MAMBA, MAMBA
 from seqjax.pretrained.families.mamba2 import MAMBA2
@@ -13,6 +14,7 @@ from seqjax.pretrained.families.olmo_hybrid import OLMO_HYBRID
 from seqjax.pretrained.families.qwen3_5 import QWEN3_5
 from seqjax.pretrained.families.recurrent_gemma import RECURRENT_GEMMA
 from seqjax.pretrained.families.rwkv7 import RWKV7_FAMILY
+from seqjax.pretrained.families.zamba import ZAMBA, ZAMBA2
 from seqjax.pretrained.family import Family
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -21,6 +23,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "falcon_h1": FALCON_H1,
         "falcon_mamba": FALCON_MAMBA,
         "granitemoehybrid": GRANITE,
+        "jamba": JAMBA,
         "lfm2": LFM2,
         "mamba": MAMBA,
         "mamba2": MAMBA2,
@@ -30,6 +33,8 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "qwen3_5_text": QWEN3_5,
         "recurrent_gemma": RECURRENT_GEMMA,
         "rwkv7": RWKV7_FAMILY,
+        "zamba": ZAMBA,
+        "zamba2": ZAMBA2,
     }
 )
 """The families that `seqjax.pretrained.load` supports."""
