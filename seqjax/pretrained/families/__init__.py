@@ -11,6 +11,7 @@ from seqjax.pretrained.families.mamba2 import MAMBA2
 from seqjax.pretrained.families.nemotron_h import NEMOTRON_H
 from seqjax.pretrained.families.olmo_hybrid import OLMO_HYBRID
 from seqjax.pretrained.families.qwen3_5 import QWEN3_5
+from seqjax.pretrained.families.qwen_moe import QWEN3_5_MOE, QWEN3_NEXT
 from seqjax.pretrained.families.recurrent_gemma import RECURRENT_GEMMA
 from seqjax.pretrained.families.rwkv7 import RWKV7_FAMILY
 from seqjax.pretrained.family import Family
@@ -27,7 +28,10 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "nemotron_h": NEMOTRON_H,
         "olmo_hybrid": OLMO_HYBRID,
         "qwen3_5": QWEN3_5,
+        "qwen3_5_moe": QWEN3_5_MOE,
+        "qwen3_5_moe_text": QWEN3_5_MOE,
         "qwen3_5_text": QWEN3_5,
+        "qwen3_next": QWEN3_NEXT,
         "recurrent_gemma": RECURRENT_GEMMA,
         "rwkv7": RWKV7_FAMILY,
     }
