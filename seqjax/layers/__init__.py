@@ -41,6 +41,7 @@ from seqjax.layers.mla import MLA as MLA
 from seqjax.layers.mlp import MLP as MLP
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
+from seqjax.layers.moe import MoE as MoE
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.plstm import PLSTM as PLSTM
@@ -144,6 +145,7 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "MoE",
     "ParaGRU",
     "ParaLSTM",
     "Param",

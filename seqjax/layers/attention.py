@@ -43,7 +43,8 @@ class Attention(Layer):
 
     Parameters: q_proj [dim, H * K], k_proj, v_proj [dim, kv_heads * K], out_proj [H * K, dim]; with
     `bias` q_bias, k_bias, v_bias, with `out_bias` out_bias [dim]; with `qk_norm` q_norm, k_norm
-    [K], or for all heads [H * K] and [kv_heads * K]; with `output_gate` gate_proj [dim, H * K].
+    [K], or for all heads [H * K] and [kv_heads * K]; with `output_gate` gate_proj [dim, H * K], and
+    with `bias` gate_bias.
     State: {"k", "v": [B, S, kv_heads, K], "valid": [B, S] bool}. Without a window S = `capacity`,
     with the oldest position first and keys after rotation. With one S = window - 1, with the newest
     position last and keys before rotation.
@@ -71,7 +72,7 @@ class Attention(Layer):
         'rms_all_heads' for all heads together; None for no norms.
       norm_eps: constant added to the mean squares in these norms.
       output_gate: whether to multiply the output by a sigmoid gate.
-      bias: whether the projections to q, k and v have biases.
+      bias: whether the projections to q, k, v and the gate have biases.
       out_bias: whether the projection of the output has a bias.
       out_dim: features of the output, for use inside another layer; by default dim.
     """
@@ -167,8 +168,7 @@ class Attention(Layer):
             _init.fan_in_normal,
         )
         if self.bias:
-            for name in ("q", "k", "v"):
-                width, axis = widths[name]
+            for name, (width, axis) in widths.items():
                 params[f"{name}_bias"] = Param((width,), (axis,), "bias", _init.zeros)
         if self.out_bias:
             params["out_bias"] = Param((self.output_dim,), ("embed",), "bias", _init.zeros)
@@ -217,7 +217,7 @@ class Attention(Layer):
         o, state = self._core.attend(q, k, v, state, context)
         o = o.reshape(*o.shape[:2], self.heads * self.key_dim)
         if self.output_gate:
-            o = o * jax.nn.sigmoid(dense(x, params["gate_proj"]))
+            o = o * jax.nn.sigmoid(dense(x, params["gate_proj"], params.get("gate_bias")))
         return dense(o, params["out_proj"], params.get("out_bias")), state
 
     def _normed(self, z: jax.Array, scale: jax.Array) -> jax.Array:

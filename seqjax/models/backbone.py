@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks
 from seqjax.layers._base import Layer, Param, Params, State
+from seqjax.layers._stacked import Stacked
 from seqjax.layers.context import BACKBONE_INPUT, Context
 from seqjax.layers.dropout import check_rate
 from seqjax.layers.mlp import GatedMLP
@@ -140,14 +141,14 @@ class Backbone(Layer):
     def _final_norm(self) -> Layer:
         return NORMS[self.norm](self.dim, self.norm_eps)
 
-    def _groups(self) -> dict[str, "_Repeated"]:
+    def _groups(self) -> dict[str, Stacked]:
         """Return the repeated blocks, each with the number of its repetitions."""
         blocks = self.stack
         depth = len(blocks)
         period = next(
             p for p in range(1, depth + 1) if depth % p == 0 and blocks[p:] == blocks[: depth - p]
         )
-        return {f"group_{i}": _Repeated(blocks[i], depth // period) for i in range(period)}
+        return {f"group_{i}": Stacked(blocks[i], depth // period, "layers") for i in range(period)}
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         blocks: Mapping[str, Layer]
@@ -250,7 +251,7 @@ class Backbone(Layer):
         values: dict[str, jax.Array],
         context: Context,
     ) -> tuple[jax.Array, State]:
-        groups = self._groups()
+        groups, blocks = self._groups(), self.stack
         period, depth = len(groups), len(state)
 
         def body(carry: Any, layer: Any) -> tuple[Any, Any]:
@@ -258,8 +259,8 @@ class Backbone(Layer):
             turn, own_params, own_states = layer
             states, recorded = [], []
             x = self._constrained(x)
-            for i, (name, group) in enumerate(groups.items()):
-                x, own, values, aux = self._caller(group.block, context)(
+            for i, name in enumerate(groups):
+                x, own, values, aux = self._caller(blocks[i], context)(
                     own_params[name],
                     x,
                     own_states[i],
@@ -285,44 +286,6 @@ class Backbone(Layer):
         for i in range(depth):
             self._record(context, i, part(recorded[i % period], i // period))
         return x, tuple(part(stacked[i % period], i // period) for i in range(depth))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Repeated(Layer):
-    """Parameters of `count` equal blocks, stacked along a first axis; the backbone runs them.
-
-    `declare_params` returns the declarations of one block.
-    """
-
-    block: Block
-    count: int
-
-    @property
-    def dim(self) -> int:  # type: ignore[override]
-        return self.block.dim
-
-    def declare_params(self) -> Mapping[str, Param | Layer]:
-        return self.block.declare_params()
-
-    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-        return jax.vmap(lambda key: self.block.init(key, dtype))(jax.random.split(key, self.count))
-
-    def param_axes(self) -> dict[str, Any]:
-        return _prepend("layers", self.block.param_axes())
-
-    def param_shapes(self) -> dict[str, Any]:
-        return _prepend(self.count, self.block.param_shapes())
-
-    def forward(
-        self, params: Params, x: jax.Array, state: State, context: Context
-    ) -> tuple[jax.Array, State]:
-        raise NotImplementedError("Backbone: stacked blocks are run by the backbone.")
-
-
-def _prepend(first: Any, tree: Any) -> dict[str, Any]:
-    return jax.tree.map(
-        lambda leaf: (first, *leaf), tree, is_leaf=lambda leaf: isinstance(leaf, tuple)
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Architecture:
       model: further fields of `LanguageModel`.
       extra: further tensors.
       unused: parameters that no tensor stores. They are zeros, and the model does not read them.
-      variants: tensors of older files, each in place of all tensors that have its parameters.
+      variants: tensors of other formats, each in place of all tensors that have its parameters.
       head: the name of the output weights.
       embedding_aliases: other names of the embedding that are accepted.
     """
@@ -61,20 +61,21 @@ class Architecture:
             remat=remat,
         )
 
-    def table(self, stored: Iterable[str] | None = None) -> list[Tensor]:
+    def found_variants(self, stored: Iterable[str]) -> list[Tensor]:
+        """Return the variants that a checkpoint has, from its names without their prefix."""
+        stored = set(stored)
+        firsts = ((tensor, (*tensor.pieces, tensor.name)[0]) for tensor in self.variants)
+        return [tensor for tensor, first in firsts if first.removeprefix("@") in stored]
+
+    def table(self, variants: Iterable[Tensor] = ()) -> list[Tensor]:
         """Return all tensors, with paths of parameters in a backbone that is not stacked.
 
         Args:
-          stored: the names of a checkpoint's tensors without their prefix, which choose between the
-            tensors of `variants` and those that they replace; by default none is replaced.
+          variants: the variants in use.
         """
-        table = self._published()
-        for variant in self.variants if stored is not None else ():
-            first = (*variant.pieces, variant.name)[0]
-            if first.removeprefix("@") in set(stored or ()):
-                table = [row for row in table if not set(row.params) & set(variant.params)]
-                table.append(variant)
-        return table
+        variants = list(variants)
+        replaced = {param for tensor in variants for param in tensor.params}
+        return [row for row in self._published() if not replaced & set(row.params)] + variants
 
     def _published(self) -> list[Tensor]:
         table = [rows(self.embedding, "embedding", aliases=self.embedding_aliases)]

@@ -8,7 +8,7 @@ import numpy as np
 
 from seqjax.pretrained.files import Tensors
 
-Layout = Literal["linear", "rows", "conv", "stacked"]
+Layout = Literal["linear", "rows", "conv", "experts"]
 Shape = tuple[int, ...]
 
 
@@ -21,7 +21,7 @@ class Tensor:
     | linear | [rows, in] | [in, rows] |
     | rows | [rows, ...] | [rows, ...] |
     | conv | [rows, 1, taps], last tap meets the present | [taps, rows], first tap does |
-    | stacked | [rows, out, in] | [rows, in, out] |
+    | experts | [experts, rows, in] | [experts, in, rows] |
 
     With `groups` the rows of every parameter are cut into this number of equal runs. The tensor
     holds the first run of each parameter, then the second run of each, and so on.
@@ -33,8 +33,9 @@ class Tensor:
       groups: the number of runs.
       aliases: other names that are accepted when reading.
       shape: the stored shape, if the reference stores rows with extra axes of length 1.
-      pieces: the stored tensors whose rows, one after the other, are those of this tensor; by
-        default the tensor itself is stored.
+      pieces: the stored tensors whose rows, one after the other, are those of this tensor, or with
+        the layout `experts` the tensors [rows, in] of each expert; by default the tensor itself is
+        stored.
       wide: whether the parameters are at least float32, as the reference requires.
     """
 
@@ -46,6 +47,11 @@ class Tensor:
     shape: Shape | None = None
     pieces: tuple[str, ...] = ()
     wide: bool = False
+
+    @property
+    def writable(self) -> bool:
+        """Whether the sizes of the stored tensors follow from the parameters."""
+        return not self.pieces or self.layout == "experts"
 
     def inside(self, stored: str, ours: str) -> "Tensor":
         """Return the tensor with prefixes before its names, such as those of a layer."""
@@ -80,6 +86,23 @@ def conv(name: str, *params: str) -> Tensor:
     return Tensor(name, params, "conv")
 
 
+def experts(name: str, *params: str) -> Tensor:
+    """Return the row of a linear map's weights for all experts, stored [experts, out, in]."""
+    return Tensor(name, params, "experts")
+
+
+def each_expert(name: str, count: int, param: str) -> Tensor:
+    """Return the row of a linear map's weights that are stored [out, in] for each expert.
+
+    Args:
+      name: the name; "{}" stands for the number of the expert.
+      count: the number of experts.
+      param: path of the parameter.
+    """
+    pieces = tuple(name.format(i) for i in range(count))
+    return Tensor(name, (param,), "experts", pieces=pieces)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """A tensor together with the shapes of its parameters."""
@@ -88,7 +111,7 @@ class Cut:
     shapes: tuple[Shape, ...]
 
     def _row_axis(self) -> int:
-        return 0 if self.tensor.layout in ("rows", "stacked") else -1
+        return 0 if self.tensor.layout == "rows" else -1
 
     @property
     def rows(self) -> int:
@@ -100,16 +123,22 @@ class Cut:
         """Shape of the stored tensor."""
         if self.tensor.shape is not None:
             return self.tensor.shape
+        if self.tensor.layout == "experts":
+            return (self.shapes[0][0], self.rows, self.shapes[0][1])
         return (self.rows, *self._rest_shape())
+
+    def each_stored(self) -> Iterator[tuple["Cut", tuple[int, ...]]]:
+        """Yield the tensors to write, each with the index of its part of every parameter."""
+        if not self.tensor.pieces:
+            yield self, ()
+            return
+        for i, name in enumerate(self.tensor.pieces):
+            tensor = dataclasses.replace(self.tensor, name=name, layout="linear", pieces=())
+            yield Cut(tensor, tuple(shape[1:] for shape in self.shapes)), (i,)
 
     def _rest_shape(self) -> Shape:
         first = self.shapes[0]
-        rest = {
-            "linear": first[:-1],
-            "rows": first[1:],
-            "conv": (1, first[0]),
-            "stacked": first[:0:-1],
-        }
+        rest = {"linear": first[:-1], "rows": first[1:], "conv": (1, first[0])}
         return rest[self.tensor.layout]
 
     def runs(self, part: int) -> Iterator[tuple[int, int, int]]:
@@ -128,6 +157,12 @@ class Cut:
         bounds = [entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True)]
         low, high = bounds[self._row_axis()]
         layout = self.tensor.layout
+        if layout == "experts":
+            before = sum(shape[-1] for shape in self.shapes[:part])
+            rest = (slice(before + low, before + high), index[1])
+            for at, piece in tensors.blocks(name, bounds[0], rest):
+                out[at : at + len(piece)] = np.swapaxes(piece, 1, 2)
+            return
         if self.tensor.shape is not None:  # small arrays with extra axes
             everything = tuple(slice(None) for _ in self.tensor.shape[1:])
             pieces = [
@@ -140,8 +175,6 @@ class Cut:
         rest = index[:-1] if layout == "linear" else index[1:] if layout == "rows" else ()
         if layout == "conv":
             rest = (slice(None), slice(None))
-        elif layout == "stacked":
-            rest = index[:0:-1]
         for start, first, count in self.runs(part):
             begin, end = max(first, low), min(first + count, high)
             if begin >= end:
@@ -149,9 +182,7 @@ class Cut:
             stored = (start + begin - first, start + end - first)
             for offset, piece in tensors.blocks(name, stored, rest):
                 at = begin - low + offset
-                if layout == "stacked":
-                    out[at : at + len(piece)] = np.swapaxes(piece, 1, 2)
-                elif layout == "rows":
+                if layout == "rows":
                     out[at : at + len(piece)] = piece
                 elif layout == "linear":
                     out[..., at : at + len(piece)] = np.moveaxis(piece, 0, -1)
@@ -161,14 +192,15 @@ class Cut:
     def join(self, params: Iterable[np.ndarray]) -> np.ndarray:
         """Return the stored tensor of the parameters."""
         params = [np.asarray(param) for param in params]
+        if self.tensor.layout == "experts":
+            joined = np.concatenate([np.swapaxes(param, 1, 2) for param in params], axis=1)
+            return np.ascontiguousarray(joined)  # the writer reads memory in order
         out = np.empty((self.rows, *self._rest_shape()), params[0].dtype)
         for part, param in enumerate(params):
             if self.tensor.layout == "linear":
                 param = np.moveaxis(param, -1, 0)
             elif self.tensor.layout == "conv":
                 param = param.T[:, None, ::-1]
-            elif self.tensor.layout == "stacked":
-                param = np.swapaxes(param, 1, 2)
             for start, first, count in self.runs(part):
                 out[start : start + count] = param[first : first + count]
         return out.reshape(self.stored_shape)

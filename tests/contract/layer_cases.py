@@ -1,6 +1,7 @@
 """One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
 import seqjax
+from tests.contract.expert_cases import EXPERTS
 from tests.contract.exponential_cases import EXPONENTIAL
 from tests.contract.layer_case import layer_case as _layer
 from tests.contract.memory_cases import MEMORIES
@@ -315,6 +316,7 @@ LAYERS = [
     ),
     _layer(seqjax.layers.MLP(dim=4), layer_oracles.mlp),
     _layer(seqjax.layers.MLP(dim=4, activation="gelu", bias=True), layer_oracles.mlp, "MLP-gelu"),
+    *EXPERTS,
     _layer(
         seqjax.layers.Scaled(
             seqjax.layers.GateLoop(dim=4, heads=2), 0.5, 3.0, {"q_proj": 2.0, "phase_bias": 0.3}

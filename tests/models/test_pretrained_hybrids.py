@@ -9,13 +9,13 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from seqjax import pretrained, sharding
-from tests.models.test_pretrained import FOLDER, TOLERANCE, edited, load
+from tests.models.test_pretrained import CAPACITY, FOLDER, TOLERANCE, edited, load
 
-pytest.importorskip("safetensors.numpy")
+safetensors = pytest.importorskip("safetensors.numpy")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-@pytest.mark.parametrize("name", ["jamba", "zamba", "zamba2"])
+@pytest.mark.parametrize("name", ["jamba_experts", "zamba", "zamba2", "minimax", "kimi_linear"])
 def test_a_mesh_holds_the_shards(name):
     _, expected, tokens, logits = load(name)
     mesh = sharding.make_mesh("fsdp=4,tensor=2")
@@ -28,7 +28,7 @@ def test_a_mesh_holds_the_shards(name):
     np.testing.assert_allclose(got, logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["zamba", "zamba2"])
+@pytest.mark.parametrize("name", ["zamba", "zamba2", "minimax", "kimi_linear"])
 def test_time_over_a_mesh(name):
     model, params, tokens, logits = load(name)
     mesh = jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,))
@@ -42,6 +42,10 @@ def test_time_over_a_mesh(name):
     np.testing.assert_allclose(got, logits[:, :36], **TOLERANCE)
 
 
+NUMBERS = {
+    "layer_types": None,
+    "linear_attn_config": {"full_attn_layers": [1], "kda_layers": [2]},
+}
 ATTENTION = {"layers_block_type": ["attention"] * 4}
 
 
@@ -59,8 +63,19 @@ ATTENTION = {"layers_block_type": ["attention"] * 4}
         ("zamba2", {"use_long_context": True}, "`use_long_context` must be False, got True"),
         ("zamba2", {"num_key_value_heads": 2}, "`num_key_value_heads` must be 4, got 2"),
         ("zamba2", {"n_mamba_heads": 3}, "`n_mamba_heads` must divide .* = 32, got 3"),
-        ("zamba2", {"num_mem_blocks": 1}, r"layers\.0\..*q_adapter_list\.1\.0\.weight`, got none"),
+        ("zamba2", {"num_mem_blocks": 1}, r"layers\.0\..*adapter_list\.1\.0\.weight`, got none"),
         ("zamba2", {"tie_word_embeddings": False}, "`tie_word_embeddings` must be True, got False"),
+        ("minimax", {"rotary_dim": 2}, "`rotary_dim` must be 6, got 2"),
+        ("minimax", {"num_experts_per_tok": 5}, "at most num_local_experts = 4, got 5"),
+        ("minimax", {"num_local_experts": 5}, r"layers.0.*experts.4.w1.weight`, got none"),
+        ("kimi_linear", {"mla_use_nope": False}, "`mla_use_nope` must be True, got False"),
+        ("kimi_linear", {"num_key_value_heads": 1}, "`num_key_value_heads` must be 2, got 1"),
+        ("kimi_linear", {"tie_word_embeddings": True}, "`tie_word_embeddings` must be False"),
+        ("kimi_linear", {"topk_group": 3}, "`topk_group` must be at most n_group = 2, got 3"),
+        ("kimi_linear", {"n_group": 3}, "`n_group` must divide num_experts into groups"),
+        ("kimi_linear", {"mlp_layer_types": ["dense"]}, "`mlp_layer_types` must have 3 entries"),
+        ("kimi_linear", NUMBERS, "`linear_attn_config` must have each layer from 1 to .* = 3"),
+        ("kimi_linear", {"kv_lora_rank": 5}, r"kv_a_proj_with_mqa.weight` must have shape \[7, 16"),
         ("zamba2", {"adapter_rank": 2}, r"adapter_list.0.0.weight` must have shape \[2, 16\]"),
     ],
 )
@@ -78,3 +93,45 @@ def test_shared_blocks_are_stored_once(tmp_path):
     assert uses == ["0", None, "1", "0"]
     config = json.loads((FOLDER / "zamba2" / "config.json").read_text())
     assert config["layers_block_type"].count("hybrid") == 3
+
+
+def test_layers_of_kimi_may_be_numbered_from_one(tmp_path):
+    model, expected, *_ = load("kimi_linear")
+    numbered = NUMBERS["linear_attn_config"] | {
+        "full_attn_layers": [2],
+        "kda_layers": [1, 3],
+        "num_heads": 2,
+        "head_dim": 4,
+        "short_conv_kernel_size": 4,
+    }
+    fields = {"layer_types": None, "linear_attn_config": numbered, "mlp_layer_types": None}
+    again, params = pretrained.load(
+        edited(tmp_path, "kimi_linear", fields | {"first_k_dense_replace": 1}), capacity=CAPACITY
+    )
+    assert again.backbone == model.backbone
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("name", ["jamba_experts", "minimax", "kimi_linear"])
+def test_experts_in_one_tensor_are_read_and_written_back(name, tmp_path):
+    _, expected, *_ = load(name)
+    stored = safetensors.load_file(FOLDER / name / "model.safetensors")
+    old = sorted(key for key in stored if ".experts." in key)
+    fused = {}
+    for prefix in {key.split(".experts.")[0] + ".experts." for key in old}:
+        names = ("w1", "w3", "w2") if f"{prefix}0.w1.weight" in stored else ("gate_proj", "up_proj")
+        names = names if len(names) == 3 else (*names, "down_proj")
+        count = sum(key.startswith(prefix) for key in old) // 3
+        gate, up, down = (
+            np.stack([stored[f"{prefix}{i}.{kind}.weight"] for i in range(count)]) for kind in names
+        )
+        fused[prefix + "gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        fused[prefix + "down_proj"] = down
+    folder = edited(tmp_path, name, drop=old, **fused)
+    model, params = pretrained.load(folder, capacity=CAPACITY)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    pretrained.save(model, params, tmp_path / "copy")
+    written = safetensors.load_file(tmp_path / "copy" / "model.safetensors")
+    assert written.keys() == (stored.keys() - set(old)) | fused.keys()
+    for key, value in fused.items():
+        np.testing.assert_array_equal(written[key], value)

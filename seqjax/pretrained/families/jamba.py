@@ -1,10 +1,11 @@
-"""Jamba (arXiv 2403.19887), dense: Mamba layers with some layers of attention."""
+"""Jamba (arXiv 2403.19887): Mamba layers with some layers of attention and of experts."""
 
-from seqjax.layers import Attention, GatedMLP, Mamba
+from seqjax.layers import Attention, GatedMLP, Layer, Mamba, MoE
 from seqjax.models import Block
 from seqjax.pretrained.config import Config
-from seqjax.pretrained.families import parts
+from seqjax.pretrained.families import experts, parts
 from seqjax.pretrained.family import Architecture, Family, norm
+from seqjax.pretrained.table import Tensor
 
 
 def _build(config: Config, capacity: int) -> Architecture:
@@ -12,9 +13,6 @@ def _build(config: Config, capacity: int) -> Architecture:
     config.expect("hidden_act", "silu", default="silu")
     config.expect("mamba_inner_layernorms", True, default=True)
     depth = config.integer("num_hidden_layers", 32)
-    sparse = parts.every(config, "expert_layer", depth, 2, 1)
-    if any(sparse):
-        config.expect("num_experts", 1, default=config.get("num_local_experts", 16))
     attention = Attention(
         dim,
         **parts.heads(config, 32, 8),
@@ -34,17 +32,40 @@ def _build(config: Config, capacity: int) -> Architecture:
         inner_norm_scales=True,
     )
     mlp = GatedMLP(dim, config.integer("intermediate_size", 14336))
+    field = parts.present(config, "num_experts", "num_local_experts")
+    count = config.integer(field, 16)
+    sparse = [count > 1 and kind for kind in parts.every(config, "expert_layer", depth, 2, 1)]
+    mlps: dict[bool, Layer] = {False: mlp}
+    mlp_tables = {False: parts.gated_mlp(mlp, "feed_forward.")}
+    variants: list[Tensor] = []
+    if any(sparse):
+        top_k = experts.top_k(config, count, field, 2)
+        moe = MoE(dim, count, top_k, expert=mlp, renormalize=False)
+        mlps[True] = moe
+        weights = [experts.router("router.weight"), *experts.separate(moe, "experts.")]
+        mlp_tables[True] = parts.inside(weights, "feed_forward.", "mlp.")
+        variants = [
+            tensor.inside(f"@layers.{i}.feed_forward.", f"backbone.block_{i}.mlp.")
+            for i, kind in enumerate(sparse)
+            for tensor in experts.stacked(moe, "experts.")
+            if kind
+        ]
     attended = parts.every(config, "attn_layer", depth, 8, 4)
-    mixers = {True: attention, False: mamba}
+    mixers: dict[bool, Layer] = {True: attention, False: mamba}
     tables = {True: parts.attention(attention), False: parts.mamba(mamba, "mamba.")}
     common = [
         *norm("input_layernorm", "mixer_norm", "rms"),
         *norm("pre_ff_layernorm", "mlp_norm", "rms"),
-        *parts.gated_mlp(mlp, "feed_forward."),
     ]
     return Architecture(
-        blocks=[Block(mixers[kind], mlp, norm_eps=eps) for kind in attended],
-        tables=[[*common, *tables[kind]] for kind in attended],
+        blocks=[
+            Block(mixers[own], mlps[kind], norm_eps=eps)
+            for own, kind in zip(attended, sparse, strict=True)
+        ],
+        tables=[
+            [*common, *tables[own], *mlp_tables[kind]]
+            for own, kind in zip(attended, sparse, strict=True)
+        ],
         embedding="@embed_tokens.weight",
         final_norm="@final_layernorm",
         layers="@layers.{}.",
@@ -53,6 +74,7 @@ def _build(config: Config, capacity: int) -> Architecture:
         norm="rms",
         norm_eps=eps,
         model={"embedding_scale": 1.0},
+        variants=variants,
     )
 
 

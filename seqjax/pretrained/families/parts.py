@@ -44,7 +44,9 @@ def attention(layer: Attention, stored: str = "self_attn.", ours: str = "mixer."
         linear("o_proj.weight", "out_proj"),
     ]
     if layer.bias:
-        table += [rows(f"{name}_proj.bias", f"{name}_bias") for name in "qkv"]
+        biases = [name.replace("_proj", "_bias") for name in query]
+        table.append(rows("q_proj.bias", *biases, groups=layer.heads if layer.output_gate else 1))
+        table += [rows(f"{name}_proj.bias", f"{name}_bias") for name in "kv"]
     if layer.out_bias:
         table.append(rows("o_proj.bias", "out_bias"))
     if layer.qk_norm is not None:

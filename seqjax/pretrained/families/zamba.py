@@ -8,7 +8,7 @@ from seqjax.models import Block
 from seqjax.pretrained.config import Config
 from seqjax.pretrained.families import parts
 from seqjax.pretrained.family import Architecture, Family, norm
-from seqjax.pretrained.table import Tensor, conv, linear, rows
+from seqjax.pretrained.table import Tensor, conv, experts, linear, rows
 
 
 def _zamba(config: Config, capacity: int) -> Architecture:
@@ -66,7 +66,7 @@ def _zamba2(config: Config, capacity: int) -> Architecture:
         config.expect("use_long_context", False, default=False)
     counts = parts.heads(config, 32)
     head_dim = 2 * dim // counts["heads"]
-    theta, _ = config.rope(10000.0)
+    theta, _ = config.rope(10000.0) if rotate else (10000.0, 1.0)
     adapters = config.boolean("use_shared_attention_adapter", False)
     if adapters:
         config.expect("num_key_value_heads", counts["heads"], default=counts["heads"])
@@ -201,8 +201,8 @@ def _mamba(layer: Mamba) -> list[Tensor]:
     table = [
         linear("in_proj.weight", "in_proj", "gate_proj", groups=channels),
         conv("conv1d.weight", "conv.weight"),
-        Tensor("x_proj_weight", ("x_proj",), "stacked"),
-        Tensor("dt_proj_weight", ("dt_proj",), "stacked"),
+        experts("x_proj_weight", "x_proj"),
+        experts("dt_proj_weight", "dt_proj"),
         rows("dt_proj_bias", "dt_bias", shape=(groups, size)),
         rows("A_log", "A_log", shape=(groups, size, layer.state_dim)),
         rows("D", "D", shape=(groups, size), wide=True),

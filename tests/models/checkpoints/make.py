@@ -172,6 +172,65 @@ CASES = {
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     },
+    "qwen3_next": {
+        "model_type": "qwen3_next",
+        **QWEN,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_only_layers": [1],
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 10,
+        "shared_expert_intermediate_size": 12,
+        "norm_topk_prob": False,
+        "attention_bias": True,
+    },
+    "qwen3_5_moe_text": {
+        "model_type": "qwen3_5_moe_text",
+        **QWEN,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 10,
+        "shared_expert_intermediate_size": 12,
+        "tie_word_embeddings": True,
+    },
+    "granite_moe": {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 12,
+        "shared_intermediate_size": 20,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.7,
+        "residual_multiplier": 0.6,
+        "attention_multiplier": 0.4,
+        **MAMBA2,
+    },
+    "nemotron_h_moe": {
+        "model_type": "nemotron_h",
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 6,
+        "n_groups": 2,
+        "ssm_state_size": 5,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "moe_intermediate_size": 10,
+        "moe_shared_expert_intermediate_size": 14,
+        "moe_latent_size": 12,
+        "mlp_bias": True,
+    },
     "lfm2": {
         "model_type": "lfm2",
         "num_hidden_layers": 3,
@@ -409,11 +468,15 @@ def make(name):
     kind = values.pop("model_type")
     config = transformers.AutoConfig.for_model(kind, **values)
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # the default requires multiples of 16 bytes
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             parameter.copy_(draw(path, parameter, generator))
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.copy_(draw(path, buffer, generator))
     for module in model.modules():
         if kind == "nemotron_h" and hasattr(module, "time_step_limit"):
             # transformers ignores the config's limit and uses `time_step_min`.
@@ -426,6 +489,10 @@ def make(name):
     model.save_pretrained(folder)
     if kind == "olmo_hybrid":
         rename_as_published(folder / "model.safetensors", config.layer_types)
+    if kind == "minimax":
+        drop_constants(folder / "model.safetensors")
+    if kind == "qwen3_5_moe_text":
+        stack_as_published(folder / "model.safetensors", values["num_experts"])
     (folder / "generation_config.json").unlink(missing_ok=True)
     finish(folder, tokens, logits)
 
@@ -440,6 +507,31 @@ def rename_as_published(path, kinds):
         if kind == "full_attention":
             value = arrays.pop(prefix + "feedforward_layer_norm.weight")
             arrays[prefix + "post_attention_layernorm.weight"] = value
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def drop_constants(path):
+    """Remove buffers that follow from the config and are not read."""
+    from safetensors.torch import load_file, save_file
+
+    ends = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+    arrays = {name: value for name, value in load_file(path).items() if not name.endswith(ends)}
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def stack_as_published(path, experts):
+    """Join the weights of the experts, which transformers writes apart."""
+    from safetensors.torch import load_file, save_file
+
+    arrays = load_file(path)
+    for first in [name for name in arrays if name.endswith(".experts.0.up_proj.weight")]:
+        prefix = first.removesuffix("0.up_proj.weight")
+        gate, up, down = (
+            torch.stack([arrays.pop(f"{prefix}{i}.{kind}_proj.weight") for i in range(experts)])
+            for kind in ("gate", "up", "down")
+        )
+        arrays[prefix + "gate_up_proj"] = torch.cat([gate, up], dim=1)
+        arrays[prefix + "down_proj"] = down
     save_file(arrays, path, metadata={"format": "pt"})
 
 
