@@ -286,8 +286,9 @@ class Layer(abc.ABC):
         _checks.sequence_axis(self, sequence_axis)
         if segment_ids is not None:
             reset = _segments.to_reset(self, segment_ids, reset, x.shape[:2], sequence_axis)
+        fresh = state is None
         state, reset = self._check_call(params, x, state, reset, one_step=False)
-        context = Context(reset, sequence_axis, key)
+        context = Context(reset, sequence_axis, key, fresh=fresh)
         y, state = self.forward(params, x, state, context)
         return y, state, context.aux
 

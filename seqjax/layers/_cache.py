@@ -53,8 +53,9 @@ class Cache:
           entries: the arrays [B, T, ...] of this call that enter the cache, by name.
           state: the cache.
           context: the context of the call.
-          read: function of the cached arrays and those of this call, [B, capacity + T, ...], that
-            returns k [B, capacity + T, G, K] and v [B, capacity + T, G, V].
+          read: function of the cached arrays and those of this call, [B, S, ...] with
+            S = capacity + T, or T if the cache is empty, that returns k [B, S, G, K] and
+            v [B, S, G, V].
 
         Returns:
           o [B, T, G, R, V] and the new cache.
@@ -91,17 +92,19 @@ class Cache:
 
         # Keys: the cache, then this call. A cached key has the time -1 and belongs to the document
         # that no reset of this call has ended.
-        cached = state["valid"]
-        k, v = read(
-            {
+        if context.fresh:  # the cache is empty: without it, the work does not depend on its size
+            seen_entries, key_time, document = entries, time, last_reset
+        else:
+            cached = state["valid"]
+            seen_entries = {
                 name: jnp.concatenate(
                     [jnp.where(cached[..., None, None], state[name], 0).astype(z.dtype), z], axis=1
                 )
                 for name, z in entries.items()
             }
-        )
-        key_time = jnp.concatenate([jnp.full((self.capacity,), -1, jnp.int32), time])
-        document = jnp.concatenate([jnp.where(cached, -1, -2), last_reset], axis=1)
+            key_time = jnp.concatenate([jnp.full((self.capacity,), -1, jnp.int32), time])
+            document = jnp.concatenate([jnp.where(cached, -1, -2), last_reset], axis=1)
+        k, v = read(seen_entries)
         bad_q = ~all_finite(q)
         bad = ~(all_finite(k) & all_finite(v))
         # Zeros instead of non-finite values keep 0 * NaN out of the products. `poisoned` sets NaN

@@ -65,6 +65,8 @@ class Attention(Layer):
       head_dim: features per head K; by default dim / heads.
       window: number of positions that a query sees, including its own; by default all.
       capacity: number of positions of a document that the state has room for, without a window.
+      cache_dtype: dtype of the keys and values in the state; by default float32, or float64 for
+        inputs in float64. For inputs in the same dtype the outputs do not change.
       rotary_dim: number of rotated features R, even; by default all of a head, 0 for none.
       rope_base: base of the rotary frequencies.
       scale: factor of the scores; by default 1 / sqrt(K).
@@ -83,6 +85,7 @@ class Attention(Layer):
     head_dim: int | None = None
     window: int | None = None
     capacity: int = 4096
+    cache_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     rotary_dim: int | None = None
     rope_base: float = 10000.0
     scale: float | None = None
@@ -98,6 +101,10 @@ class Attention(Layer):
         _checks.positive(self, kv_heads=self.groups, capacity=self.capacity)
         if self.window is not None:
             _checks.positive(self, window=self.window)
+        if self.cache_dtype is not None:
+            _checks.one_of(
+                self, "cache_dtype", self.cache_dtype, ("bfloat16", "float16", "float32")
+            )
         _checks.require(
             self,
             self.heads % self.groups == 0,
@@ -184,6 +191,7 @@ class Attention(Layer):
     def make_state(self, batch_size: int, dtype: Any) -> State:
         length = self.capacity if self.window is None else self.window - 1
         shape = (batch_size, length, self.groups, self.key_dim)
+        dtype = dtype if self.cache_dtype is None else jnp.dtype(self.cache_dtype)
         return {
             "k": jnp.zeros(shape, dtype),
             "v": jnp.zeros(shape, dtype),

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,8 @@ class MLA(Layer):
       value_dim: features of a head's values; by default head_dim.
       q_rank: rank of the projection to the queries; by default it is a full matrix.
       capacity: number of positions of a document that the state has room for.
+      cache_dtype: dtype of the latents in the state; by default float32, or float64 for inputs in
+        float64. For inputs in the same dtype the outputs do not change.
       rope_base: base of the rotary frequencies; None for no rotation.
       scale: factor of the scores; by default 1 / sqrt(head_dim + rotary_dim).
       norm_eps: constant added to the mean squares of the latents.
@@ -76,6 +78,7 @@ class MLA(Layer):
     value_dim: int | None = None
     q_rank: int | None = None
     capacity: int = 4096
+    cache_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     rope_base: float | None = 10000.0
     scale: float | None = None
     norm_eps: float = 1e-6
@@ -93,6 +96,10 @@ class MLA(Layer):
         )
         if self.q_rank is not None:
             _checks.positive(self, q_rank=self.q_rank)
+        if self.cache_dtype is not None:
+            _checks.one_of(
+                self, "cache_dtype", self.cache_dtype, ("bfloat16", "float16", "float32")
+            )
         _checks.require(
             self,
             self.rotary_dim >= 0 and (self.rope_base is None or self.rotary_dim % 2 == 0),
@@ -156,6 +163,7 @@ class MLA(Layer):
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         shape = (batch_size, self.capacity)
+        dtype = dtype if self.cache_dtype is None else jnp.dtype(self.cache_dtype)
         return {
             "latent": jnp.zeros((*shape, self.rotary_dim + self.kv_rank), dtype),
             "valid": jnp.zeros(shape, jnp.bool_),

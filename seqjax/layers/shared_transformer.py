@@ -92,6 +92,11 @@ class SharedTransformer(Layer):
         """Number of features, that of the MLP."""
         return self.mlp.dim
 
+    @property
+    def groups(self) -> int:
+        """Number of heads of k and v, that of the attention."""
+        return self.attention.groups
+
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, rank = self.dim, self.adapter_rank
         attention = self.attention

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from seqjax.layers import Layer
 from seqjax.layers.norm import NormKind
 from seqjax.models import Backbone, Block
 from seqjax.pretrained.config import Config
@@ -60,6 +61,15 @@ class Architecture:
             scan=scan,
             remat=remat,
         )
+
+    def with_cache_dtype(self, dtype: str) -> "Architecture":
+        """Return the architecture with attention caches in the dtype of the model, if it is 16-bit.
+
+        Keys and values have the dtype of the model, so that wider caches would hold no more bits.
+        """
+        if dtype not in ("bfloat16", "float16"):
+            return self
+        return dataclasses.replace(self, blocks=[_with_cache_dtype(b, dtype) for b in self.blocks])
 
     def found_variants(self, stored: Iterable[str]) -> list[Tensor]:
         """Return the variants that a checkpoint has, from its names without their prefix."""
@@ -123,6 +133,20 @@ class Family:
     def ignores(self, name: str) -> bool:
         """Return whether a tensor is not read."""
         return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def _with_cache_dtype(layer: Any, dtype: str) -> Any:
+    """Return a layer whose attention, and that of its sublayers, has caches of a dtype."""
+    if isinstance(layer, tuple):
+        return tuple(_with_cache_dtype(entry, dtype) for entry in layer)
+    if not isinstance(layer, Layer):
+        return layer
+    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}  # type: ignore[arg-type]
+    changed = {name: _with_cache_dtype(value, dtype) for name, value in fields.items()}
+    if "cache_dtype" in fields:
+        changed["cache_dtype"] = dtype
+    changed = {name: value for name, value in changed.items() if value is not fields[name]}
+    return dataclasses.replace(layer, **changed) if changed else layer
 
 
 def norm(stored: str, ours: str, kind: NormKind) -> list[Tensor]:

@@ -53,7 +53,8 @@ def load(
         "state-spaces/mamba-130m-hf", which is downloaded.
       mesh: the mesh that parameters are split over by the rules of `seqjax.sharding`; by default
         they are on the default device.
-      dtype: dtype of the weights and of the computation; by default that of the stored embedding.
+      dtype: dtype of the weights, the computation and, if it has 16 bits, the caches of attention;
+        by default that of the stored embedding.
       capacity: number of positions that the cache of full attention holds. A longer sequence
         raises ValueError, or has outputs of NaN past the capacity.
       scan: stack equal blocks and run them in a `lax.scan`; see `Backbone`.
@@ -106,6 +107,8 @@ def load(
         ),
         **architecture.model,
     )
+    cached = architecture.with_cache_dtype(model.dtype)
+    model = dataclasses.replace(model, backbone=cached.backbone(scan, remat))
     if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
     parts = parameter_parts(model, table, architecture.unused)

@@ -120,6 +120,14 @@ def test_router_outputs_of_a_model():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), other, aux)
 
 
+def test_caches_have_the_dtype_of_the_model():
+    model, params, tokens, _ = load("qwen3_5_moe_text", dtype="bfloat16")
+    _, state = jax.jit(model.apply)(params, tokens)
+    assert state[1]["k"].dtype == state[1]["v"].dtype == "bfloat16"
+    again, *_ = load("qwen3_5_moe_text")
+    assert again.initial_state(1)[1]["k"].dtype == "float32"
+
+
 QWEN, GRANITE, NEMOTRON = "qwen3_next", "granite_moe", "nemotron_h_moe"
 DOWN = "model.layers.0.mlp.experts.3.down_proj.weight"
 
@@ -141,7 +149,11 @@ DOWN = "model.layers.0.mlp.experts.3.down_proj.weight"
         (NEMOTRON, {"config": {"n_group": 3}}, "`n_group` must divide n_routed_experts into"),
         (NEMOTRON, {"config": {"topk_group": 5}}, "`topk_group` must be at most n_group = 4, got"),
         (NEMOTRON, {"config": {"num_experts_per_tok": 5}}, "experts to choose from = 4, got 5"),
-        (NEMOTRON, {"config": {"moe_latent_size": 11}}, r"proj.weight` must have shape \[11,"),
+        (
+            NEMOTRON,
+            {"config": {"moe_latent_size": 11}},
+            r"up_proj.weight` must have shape \[10, 11\]",
+        ),
     ],
 )
 def test_errors_name_the_field_or_the_tensor(name, edit, message, tmp_path):

@@ -19,6 +19,8 @@ os.environ["PYTORCH_JIT"] = "0"  # so that `make_rwkv7` can replace a function o
 import numpy as np
 import torch
 import transformers
+from expert_cases import expert_cases, stack_as_published
+from hybrid_cases import HYBRIDS, drop_constants
 
 FOLDER = pathlib.Path(__file__).parent
 LENGTH = 37  # odd, and no multiple of a chunk
@@ -172,65 +174,6 @@ CASES = {
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     },
-    "qwen3_next": {
-        "model_type": "qwen3_next",
-        **QWEN,
-        "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"],
-        "mlp_only_layers": [1],
-        "num_experts": 5,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 10,
-        "shared_expert_intermediate_size": 12,
-        "norm_topk_prob": False,
-        "attention_bias": True,
-    },
-    "qwen3_5_moe_text": {
-        "model_type": "qwen3_5_moe_text",
-        **QWEN,
-        "num_hidden_layers": 2,
-        "layer_types": ["linear_attention", "full_attention"],
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 10,
-        "shared_expert_intermediate_size": 12,
-        "tie_word_embeddings": True,
-    },
-    "granite_moe": {
-        "model_type": "granitemoehybrid",
-        "num_local_experts": 5,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 12,
-        "shared_intermediate_size": 20,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "layer_types": ["linear_attention", "full_attention"],
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 0.7,
-        "residual_multiplier": 0.6,
-        "attention_multiplier": 0.4,
-        **MAMBA2,
-    },
-    "nemotron_h_moe": {
-        "model_type": "nemotron_h",
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 6,
-        "n_groups": 2,
-        "ssm_state_size": 5,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 3,
-        "n_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 2.5,
-        "moe_intermediate_size": 10,
-        "moe_shared_expert_intermediate_size": 14,
-        "moe_latent_size": 12,
-        "mlp_bias": True,
-    },
     "lfm2": {
         "model_type": "lfm2",
         "num_hidden_layers": 3,
@@ -255,102 +198,6 @@ CASES = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 4,
     },
-    "jamba": {
-        "model_type": "jamba",
-        "num_experts": 1,
-        "num_hidden_layers": 3,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 20,
-        "mamba_d_state": 5,
-        "mamba_dt_rank": 3,
-    },
-    "jamba_experts": {
-        "model_type": "jamba",
-        "num_experts": 3,
-        "num_experts_per_tok": 2,
-        "attn_layer_period": 2,
-        "attn_layer_offset": 0,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "hidden_size": 16,
-        "intermediate_size": 12,
-        "mamba_d_state": 3,
-        "mamba_proj_bias": True,
-        "tie_word_embeddings": True,
-    },
-    "minimax": {
-        "model_type": "minimax",
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "head_dim": 6,
-        "hidden_size": 16,
-        "intermediate_size": 12,
-        "num_local_experts": 4,
-        "block_size": 8,
-        "full_attn_alpha_factor": 1.5,
-        "full_attn_beta_factor": 0.8,
-        "linear_attn_alpha_factor": 1.3,
-        "linear_attn_beta_factor": 0.7,
-        "mlp_alpha_factor": 1.2,
-        "mlp_beta_factor": 1.1,
-    },
-    "kimi_linear": {
-        "model_type": "kimi_linear",
-        "pad_token_id": 0,
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "hidden_size": 16,
-        "intermediate_size": 12,
-        "moe_intermediate_size": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "kv_lora_rank": 6,
-        "q_lora_rank": 5,
-        "qk_rope_head_dim": 2,
-        "qk_nope_head_dim": 4,
-        "v_head_dim": 3,
-        "linear_num_heads": 2,
-        "linear_head_dim": 4,
-    },
-    "zamba": {
-        "model_type": "zamba",
-        "hidden_size": 16,
-        "num_hidden_layers": 4,
-        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 20,
-        "n_mamba_heads": 4,
-        "mamba_d_state": 4,
-        "mamba_dt_rank": 2,
-        "mamba_proj_bias": True,
-    },
-    "zamba2": {
-        "model_type": "zamba2",
-        "hidden_size": 16,
-        "num_hidden_layers": 4,
-        "layers_block_type": ["hybrid", "mamba", "hybrid", "hybrid"],
-        "num_attention_heads": 4,
-        "intermediate_size": 20,
-        "n_mamba_heads": 4,
-        "mamba_d_state": 5,
-        "mamba_ngroups": 2,
-        "num_mem_blocks": 2,
-        "use_shared_attention_adapter": True,
-        "adapter_rank": 3,
-        "use_mem_rope": True,
-        "add_bias_linear": True,
-        "time_step_min": 0.01,
-    },
     "recurrent_gemma": {
         "model_type": "recurrent_gemma",
         "num_hidden_layers": 4,
@@ -363,6 +210,7 @@ CASES = {
         "logits_soft_cap": 3.0,
     },
 }
+CASES |= expert_cases(QWEN, MAMBA2) | HYBRIDS
 COMMON = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2}
 
 
@@ -507,31 +355,6 @@ def rename_as_published(path, kinds):
         if kind == "full_attention":
             value = arrays.pop(prefix + "feedforward_layer_norm.weight")
             arrays[prefix + "post_attention_layernorm.weight"] = value
-    save_file(arrays, path, metadata={"format": "pt"})
-
-
-def drop_constants(path):
-    """Remove buffers that follow from the config and are not read."""
-    from safetensors.torch import load_file, save_file
-
-    ends = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-    arrays = {name: value for name, value in load_file(path).items() if not name.endswith(ends)}
-    save_file(arrays, path, metadata={"format": "pt"})
-
-
-def stack_as_published(path, experts):
-    """Join the weights of the experts, which transformers writes apart."""
-    from safetensors.torch import load_file, save_file
-
-    arrays = load_file(path)
-    for first in [name for name in arrays if name.endswith(".experts.0.up_proj.weight")]:
-        prefix = first.removesuffix("0.up_proj.weight")
-        gate, up, down = (
-            torch.stack([arrays.pop(f"{prefix}{i}.{kind}_proj.weight") for i in range(experts)])
-            for kind in ("gate", "up", "down")
-        )
-        arrays[prefix + "gate_up_proj"] = torch.cat([gate, up], dim=1)
-        arrays[prefix + "down_proj"] = down
     save_file(arrays, path, metadata={"format": "pt"})
 
 
