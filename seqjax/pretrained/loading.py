@@ -193,7 +193,7 @@ def _check_tensor(tensors: Tensors, name: str, cut: Cut) -> None:
                 f"load: tensor `{stored}` must be {', '.join(DTYPES)}, got {dtype}; quantized"
                 " checkpoints are not supported."
             )
-        if shape != wanted:
+        if shape != wanted and (pieces is not None or not cut.accepts(shape)):
             raise ValueError(
                 f"load: tensor `{stored}` must have shape {list(wanted)} for this config.json, got"
                 f" {list(shape)}."

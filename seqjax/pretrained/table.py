@@ -127,6 +127,13 @@ class Cut:
             return (self.shapes[0][0], self.rows, self.shapes[0][1])
         return (self.rows, *self._rest_shape())
 
+    def accepts(self, shape: Shape) -> bool:
+        """Return whether a stored tensor may have this shape; extra axes of length 1 are free."""
+        wanted = self.stored_shape
+        if self.tensor.shape is None:
+            return shape == wanted
+        return [n for n in shape if n != 1] == [n for n in wanted if n != 1]
+
     def each_stored(self) -> Iterator[tuple["Cut", tuple[int, ...]]]:
         """Yield the tensors to write, each with the index of its part of every parameter."""
         if not self.tensor.pieces:
@@ -164,10 +171,9 @@ class Cut:
                 out[at : at + len(piece)] = np.swapaxes(piece, 1, 2)
             return
         if self.tensor.shape is not None:  # small arrays with extra axes
-            everything = tuple(slice(None) for _ in self.tensor.shape[1:])
-            pieces = [
-                piece for _, piece in tensors.blocks(name, (0, self.tensor.shape[0]), everything)
-            ]
+            stored_shape = tensors.names[name][2]
+            everything = tuple(slice(None) for _ in stored_shape[1:])
+            pieces = [piece for _, piece in tensors.blocks(name, (0, stored_shape[0]), everything)]
             whole = np.concatenate(pieces).reshape(self.rows, *self._rest_shape())
             kept = [whole[start : start + count] for start, _, count in self.runs(part)]
             out[...] = np.concatenate(kept)[index]

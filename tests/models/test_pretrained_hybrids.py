@@ -112,6 +112,14 @@ def test_layers_of_kimi_may_be_numbered_from_one(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+def test_decays_of_kimi_may_have_one_axis(tmp_path):
+    _, expected, *_ = load("kimi_linear")
+    stored = safetensors.load_file(FOLDER / "kimi_linear" / "model.safetensors")
+    flat = {key: value.reshape(-1) for key, value in stored.items() if key.endswith("A_log")}
+    _, params = pretrained.load(edited(tmp_path, "kimi_linear", **flat))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 @pytest.mark.parametrize("name", ["jamba_experts", "minimax", "kimi_linear"])
 def test_experts_in_one_tensor_are_read_and_written_back(name, tmp_path):
     _, expected, *_ = load(name)
