@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -40,9 +40,18 @@ AXES = ("data", "fsdp", "tensor", "sequence")
 BATCH_AXES = ("data", "fsdp")
 # Logical axis of a parameter -> mesh axis. Axes without a rule are not split. If two axes of a
 # parameter map to the same mesh axis, the first is split. Embedding tables are stored split over
-# the vocabulary and gathered before use.
+# the vocabulary and gathered before use. Heads of keys and values that several query heads share
+# are not split if the mesh axis does not divide their number. The axis "experts" of a mixture has
+# no rule: its experts are split along "mlp". For expert parallelism add {"experts": "tensor"}.
 RULES: Mapping[str, str] = MappingProxyType(
-    {"embed": "fsdp", "vocab": "tensor", "heads": "tensor", "mlp": "tensor", "state": "tensor"}
+    {
+        "embed": "fsdp",
+        "vocab": "tensor",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+        "state": "tensor",
+    }
 )
 
 
@@ -229,10 +238,14 @@ def param_specs(model: Layer, mesh: Mesh, rules: Mapping[str, str] = RULES) -> A
       ValueError: if the mesh does not divide an axis that the rules split.
     """
 
+    shared = rules.get("kv_heads")
+    whole = set() if shared is None else set(_whole_heads(model, mesh.shape[shared]))
+
     def spec(path: Any, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
         taken: list[str | None] = []
+        kept = "kv_heads" if tuple(entry.key for entry in path) in whole else None
         for axis, size in zip(axes, shape, strict=True):
-            to = rules.get(axis) if axis is not None else None
+            to = rules.get(axis) if axis not in (None, kept) else None
             to = None if to in taken else to
             if to is not None:
                 where = f"{jax.tree_util.keystr(path, simple=True, separator='.')} ({axis})"
@@ -246,6 +259,18 @@ def param_specs(model: Layer, mesh: Mesh, rules: Mapping[str, str] = RULES) -> A
         model.param_shapes(),
         is_leaf=lambda leaf: isinstance(leaf, tuple),
     )
+
+
+def _whole_heads(layer: Layer, over: int, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield the paths of parameters whose heads of keys and values cannot be split over devices."""
+    inner: Any = layer
+    while isinstance(getattr(inner, "layer", None), Layer):  # a wrapper with the same parameters
+        inner = inner.layer
+    for name, entry in inner.declare_params().items():
+        if isinstance(entry, Layer):
+            yield from _whole_heads(entry, over, (*path, name))
+        elif "kv_heads" in entry.axes and inner.groups % over:
+            yield (*path, name)
 
 
 def split_time(

@@ -37,9 +37,11 @@ from seqjax.layers.mega import DampedEMA as DampedEMA
 from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.minrnn import MinGRU as MinGRU
 from seqjax.layers.minrnn import MinLSTM as MinLSTM
+from seqjax.layers.mla import MLA as MLA
 from seqjax.layers.mlp import MLP as MLP
 from seqjax.layers.mlp import GatedMLP as GatedMLP
 from seqjax.layers.mlstm import MLSTM as MLSTM
+from seqjax.layers.moe import MoE as MoE
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.plstm import PLSTM as PLSTM
@@ -70,6 +72,7 @@ from seqjax.layers.s4d import GSS as GSS
 from seqjax.layers.s4d import S4D as S4D
 from seqjax.layers.s5 import S5 as S5
 from seqjax.layers.scaled import Scaled as Scaled
+from seqjax.layers.shared_transformer import SharedTransformer as SharedTransformer
 from seqjax.layers.sru import SRU as SRU
 from seqjax.layers.srwm import SRWM as SRWM
 from seqjax.layers.titans import Titans as Titans
@@ -92,6 +95,7 @@ __all__ = [
     "LSTM",
     "LTC",
     "MGU",
+    "MLA",
     "MLP",
     "MLSTM",
     "PLSTM",
@@ -141,6 +145,7 @@ __all__ = [
     "MesaNet",
     "MinGRU",
     "MinLSTM",
+    "MoE",
     "ParaGRU",
     "ParaLSTM",
     "Param",
@@ -149,6 +154,7 @@ __all__ = [
     "RWKVChannelMix",
     "RetNet",
     "Scaled",
+    "SharedTransformer",
     "ShortConv",
     "SlidingWindowAttention",
     "TTTLinear",

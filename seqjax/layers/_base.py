@@ -64,12 +64,13 @@ class Param:
 class Layer(abc.ABC):
     """Base class of sequence layers: hyperparameters in a frozen dataclass, arrays passed in.
 
-    A subclass is a frozen dataclass with a field `dim` and up to four hooks:
+    A subclass is a frozen dataclass with a field `dim` and up to five hooks:
 
     - `declare_params` returns its parameters and sublayers by name.
     - `make_state` returns the state before the first step; by default there is none.
     - `forward` computes the layer.
     - `make_values` returns the arrays that a block hands to later blocks; by default none.
+    - `declare_shared` returns layers whose parameters blocks share by name; by default none.
 
     `init`, `param_axes`, `param_roles`, `apply`, `step`, `initial_state` and all argument checks
     follow from these. A layer calls its sublayers by their `forward`.
@@ -134,6 +135,10 @@ class Layer(abc.ABC):
 
     def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         """Return initial arrays [B, T, ...] for `context.values`, which blocks share by name."""
+        return {}
+
+    def declare_shared(self) -> Mapping[str, "Layer"]:
+        """Return layers whose parameters a backbone holds once, in `context.shared`, by name."""
         return {}
 
     @abc.abstractmethod
@@ -281,8 +286,9 @@ class Layer(abc.ABC):
         _checks.sequence_axis(self, sequence_axis)
         if segment_ids is not None:
             reset = _segments.to_reset(self, segment_ids, reset, x.shape[:2], sequence_axis)
+        fresh = state is None
         state, reset = self._check_call(params, x, state, reset, one_step=False)
-        context = Context(reset, sequence_axis, key)
+        context = Context(reset, sequence_axis, key, fresh=fresh)
         y, state = self.forward(params, x, state, context)
         return y, state, context.aux
 

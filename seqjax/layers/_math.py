@@ -1,13 +1,25 @@
 """Array functions that several layers share."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from seqjax.layers._base import state_dtype
 
 
-def dense(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+class Adapted(NamedTuple):
+    """A weight [I, O] plus the product of two low-rank factors, [I, R] and [R, O]."""
+
+    weight: jax.Array
+    down: jax.Array
+    up: jax.Array
+
+
+def dense(x: jax.Array, weight: jax.Array | Adapted, bias: jax.Array | None = None) -> jax.Array:
     """Multiply x [..., I] by weight [I, O], in the dtype of `x`, and add a bias [O]."""
+    if isinstance(weight, Adapted):
+        return dense(x, weight.weight, bias) + dense(dense(x, weight.down), weight.up)
     y = x @ weight.astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import dense, rms_normalize
+from seqjax.layers._math import dense, merge_heads, rms_normalize, split_heads
 from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.elementwise.selective_scan import selective_scan
@@ -30,6 +30,8 @@ class SelectiveBlock(Layer):
     bias: bool = False
     conv_bias: bool = True
     inner_norm_eps: float | None = None
+    inner_norm_scales: bool = False
+    groups: int | None = None
 
     @abc.abstractmethod
     def decay_params(self) -> dict[str, Param]:
@@ -48,6 +50,18 @@ class SelectiveBlock(Layer):
             conv_size=self.conv_size,
         )
         _checks.positive(self, dt_rank=self.rank)
+        if self.groups is not None:
+            _checks.positive(self, groups=self.groups)
+            _checks.require(
+                self,
+                self.expand * self.dim % self.groups == 0,
+                f"`groups` must divide expand * dim = {self.expand * self.dim}, got {self.groups}.",
+            )
+        _checks.require(
+            self,
+            self.inner_norm_eps is not None or not self.inner_norm_scales,
+            "`inner_norm_scales` must have an inner_norm_eps, got None; pass inner_norm_eps.",
+        )
         _checks.require(
             self,
             0 < self.dt_min < self.dt_max,
@@ -73,15 +87,24 @@ class SelectiveBlock(Layer):
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, inner, states, rank = self.dim, self.expand * self.dim, self.state_dim, self.rank
         inward = Param((dim, inner), ("embed", "mlp"), "weight", _init.fan_in_normal)
+        group = () if self.groups is None else (self.groups,)
+        group_axis = (None,) * len(group)
+        channels = inner // (self.groups or 1)
         params: dict[str, Param | Layer] = {
             "in_proj": inward,
             "gate_proj": inward,
             "conv": self._conv,
             "x_proj": Param(
-                (inner, rank + 2 * states), ("mlp", None), "weight", _init.fan_in_normal
+                (*group, channels, rank + 2 * states),
+                (*group_axis, "mlp", None),
+                "weight",
+                _init.fan_in_normal,
             ),
             "dt_proj": Param(
-                (rank, inner), (None, "mlp"), "weight", _init.uniform(-(rank**-0.5), rank**-0.5)
+                (*group, rank, channels),
+                (*group_axis, None, "mlp"),
+                "weight",
+                _init.uniform(-(rank**-0.5), rank**-0.5),
             ),
             "dt_bias": Param(
                 (inner,),
@@ -96,6 +119,9 @@ class SelectiveBlock(Layer):
         if self.bias:
             params["in_bias"] = params["gate_bias"] = Param((inner,), ("mlp",), "bias", _init.zeros)
             params["out_bias"] = Param((dim,), ("embed",), "bias", _init.zeros)
+        if self.inner_norm_scales:
+            for name, width in (("dt", rank), ("B", states), ("C", states)):
+                params[f"{name}_norm"] = Param((width,), (None,), "norm", _init.ones)
         return params
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
@@ -120,21 +146,49 @@ class SelectiveBlock(Layer):
             context,
         )
         low_rank, B, C = jnp.split(
-            dense(u, params["x_proj"]), [self.rank, self.rank + self.state_dim], axis=-1
+            self._product(u, params["x_proj"]), [self.rank, self.rank + self.state_dim], axis=-1
         )
         if self.inner_norm_eps is not None:
             one = jnp.ones((), wide)
-            low_rank, B, C = (rms_normalize(z, one, self.inner_norm_eps) for z in (low_rank, B, C))
-        dt = dense(low_rank, params["dt_proj"]).astype(wide) + params["dt_bias"].astype(wide)
-        y, ssm_state = selective_scan(
-            u,
-            C=C,
-            D=params["D"].astype(wide),
-            initial_state=state["ssm"],
-            reset=reset,
-            sequence_axis=sequence_axis,
-            **self.recurrence(params, dt, B),
-        )
+            low_rank, B, C = (
+                rms_normalize(z, params.get(f"{name}_norm", one), self.inner_norm_eps)
+                for name, z in (("dt", low_rank), ("B", B), ("C", C))
+            )
+        dt = self._product(low_rank, params["dt_proj"])
+
+        def scan(
+            params: Params, u: jax.Array, dt: jax.Array, B: jax.Array, C: jax.Array, state: State
+        ) -> tuple[jax.Array, State]:
+            return selective_scan(
+                u,
+                C=C,
+                D=params["D"].astype(wide),
+                initial_state=state,
+                reset=reset,
+                sequence_axis=sequence_axis,
+                **self.recurrence(params, dt.astype(wide) + params["dt_bias"].astype(wide), B),
+            )
+
+        channels = {name: params[name] for name in ("dt_bias", "D", *self.decay_params())}
+        ssm_state = state["ssm"]
+        if self.groups is None:
+            y, ssm_state = scan(channels, u, dt, B, C, ssm_state)
+        else:
+            channels = {
+                name: p.reshape(self.groups, -1, *p.shape[1:]) for name, p in channels.items()
+            }
+            by_group = ssm_state.reshape(ssm_state.shape[0], self.groups, -1, self.state_dim)
+            y, by_group = jax.vmap(scan, in_axes=(0, 2, 2, 2, 2, 1), out_axes=(2, 1))(
+                channels, split_heads(u, self.groups), dt, B, C, by_group
+            )
+            y, ssm_state = merge_heads(y), by_group.reshape(ssm_state.shape)
         gate = jax.nn.silu(dense(x, params["gate_proj"], params.get("gate_bias")))
         y = dense(y * gate, params["out_proj"], params.get("out_bias"))
         return y, {"conv": conv_state, "ssm": ssm_state}
+
+    def _product(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """Multiply x [B, T, I] by weight [I, O], or by group: [B, T, G * I] by [G, I, O]."""
+        if self.groups is None:
+            return dense(x, weight)
+        by_group = x if x.ndim == 4 else split_heads(x, self.groups)
+        return jnp.einsum("btgi,gio->btgo", by_group, weight.astype(x.dtype))

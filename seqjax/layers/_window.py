@@ -47,7 +47,7 @@ class Window:
             )
             for n, z in (("k", k), ("v", v))
         )
-        new_state = self._cache(k, v, key_segment, segment[:, -1:])
+        new_state = self._cache(k, v, key_segment, segment[:, -1:], state["k"].dtype)
         if sequence_axis is not None:
             new_state = _halo.leaving(new_state, sequence_axis)
 
@@ -76,14 +76,20 @@ class Window:
         o = self._blocks(queries(q), keys(k), keys(v), same_segment, keys(bad))
         return o.reshape(batch, count * block, *o.shape[3:])[:, :length], new_state
 
-    def _cache(self, k: jax.Array, v: jax.Array, key_segment: jax.Array, last: jax.Array) -> State:
+    def _cache(
+        self,
+        k: jax.Array,
+        v: jax.Array,
+        key_segment: jax.Array,
+        last: jax.Array,
+        dtype: jnp.dtype,
+    ) -> State:
         """Return the last `window - 1` keys and values, zero in earlier segments."""
         start = k.shape[1] - (self.window - 1)
         valid = key_segment[:, start:] == last
-        wide = state_dtype(k.dtype)
         return {
-            "k": jnp.where(valid[..., None, None], k[:, start:], 0).astype(wide),
-            "v": jnp.where(valid[..., None, None], v[:, start:], 0).astype(wide),
+            "k": jnp.where(valid[..., None, None], k[:, start:], 0).astype(dtype),
+            "v": jnp.where(valid[..., None, None], v[:, start:], 0).astype(dtype),
             "valid": valid,
         }
 

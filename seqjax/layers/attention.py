@@ -43,7 +43,8 @@ class Attention(Layer):
 
     Parameters: q_proj [dim, H * K], k_proj, v_proj [dim, kv_heads * K], out_proj [H * K, dim]; with
     `bias` q_bias, k_bias, v_bias, with `out_bias` out_bias [dim]; with `qk_norm` q_norm, k_norm
-    [K], or for all heads [H * K] and [kv_heads * K]; with `output_gate` gate_proj [dim, H * K].
+    [K], or for all heads [H * K] and [kv_heads * K]; with `output_gate` gate_proj [dim, H * K], and
+    with `bias` gate_bias.
     State: {"k", "v": [B, S, kv_heads, K], "valid": [B, S] bool}. Without a window S = `capacity`,
     with the oldest position first and keys after rotation. With one S = window - 1, with the newest
     position last and keys before rotation.
@@ -64,6 +65,8 @@ class Attention(Layer):
       head_dim: features per head K; by default dim / heads.
       window: number of positions that a query sees, including its own; by default all.
       capacity: number of positions of a document that the state has room for, without a window.
+      cache_dtype: dtype of the keys and values in the state; by default float32, or float64 for
+        inputs in float64. For inputs in the same dtype the outputs do not change.
       rotary_dim: number of rotated features R, even; by default all of a head, 0 for none.
       rope_base: base of the rotary frequencies.
       scale: factor of the scores; by default 1 / sqrt(K).
@@ -71,8 +74,9 @@ class Attention(Layer):
         'rms_all_heads' for all heads together; None for no norms.
       norm_eps: constant added to the mean squares in these norms.
       output_gate: whether to multiply the output by a sigmoid gate.
-      bias: whether the projections to q, k and v have biases.
+      bias: whether the projections to q, k, v and the gate have biases.
       out_bias: whether the projection of the output has a bias.
+      out_dim: features of the output, for use inside another layer; by default dim.
     """
 
     dim: int
@@ -81,6 +85,7 @@ class Attention(Layer):
     head_dim: int | None = None
     window: int | None = None
     capacity: int = 4096
+    cache_dtype: Literal["bfloat16", "float16", "float32"] | None = None
     rotary_dim: int | None = None
     rope_base: float = 10000.0
     scale: float | None = None
@@ -89,12 +94,17 @@ class Attention(Layer):
     output_gate: bool = False
     bias: bool = False
     out_bias: bool = False
+    out_dim: int | None = None
 
     def __post_init__(self) -> None:
         head_dim = _checks.head_dim(self, self.dim, self.heads, self.head_dim)
         _checks.positive(self, kv_heads=self.groups, capacity=self.capacity)
         if self.window is not None:
             _checks.positive(self, window=self.window)
+        if self.cache_dtype is not None:
+            _checks.one_of(
+                self, "cache_dtype", self.cache_dtype, ("bfloat16", "float16", "float32")
+            )
         _checks.require(
             self,
             self.heads % self.groups == 0,
@@ -118,6 +128,12 @@ class Attention(Layer):
         if self.qk_norm is not None:
             _checks.one_of(self, "qk_norm", self.qk_norm, ("rms", "rms_offset", "rms_all_heads"))
         _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.positive(self, out_dim=self.output_dim)
+
+    @property
+    def output_dim(self) -> int:
+        """Features of the output: `out_dim`, by default dim."""
+        return self.dim if self.out_dim is None else self.out_dim
 
     @property
     def key_dim(self) -> int:
@@ -153,14 +169,16 @@ class Attention(Layer):
             for name, (width, axis) in widths.items()
         }
         params["out_proj"] = Param(
-            (self.heads * self.key_dim, self.dim), ("heads", "embed"), "weight", _init.fan_in_normal
+            (self.heads * self.key_dim, self.output_dim),
+            ("heads", "embed"),
+            "weight",
+            _init.fan_in_normal,
         )
         if self.bias:
-            for name in ("q", "k", "v"):
-                width, axis = widths[name]
+            for name, (width, axis) in widths.items():
                 params[f"{name}_bias"] = Param((width,), (axis,), "bias", _init.zeros)
         if self.out_bias:
-            params["out_bias"] = Param((self.dim,), ("embed",), "bias", _init.zeros)
+            params["out_bias"] = Param((self.output_dim,), ("embed",), "bias", _init.zeros)
         if self.qk_norm is not None:
             start = _init.zeros if self.qk_norm == "rms_offset" else _init.ones
             for name in ("q", "k"):
@@ -173,6 +191,7 @@ class Attention(Layer):
     def make_state(self, batch_size: int, dtype: Any) -> State:
         length = self.capacity if self.window is None else self.window - 1
         shape = (batch_size, length, self.groups, self.key_dim)
+        dtype = dtype if self.cache_dtype is None else jnp.dtype(self.cache_dtype)
         return {
             "k": jnp.zeros(shape, dtype),
             "v": jnp.zeros(shape, dtype),
@@ -206,7 +225,7 @@ class Attention(Layer):
         o, state = self._core.attend(q, k, v, state, context)
         o = o.reshape(*o.shape[:2], self.heads * self.key_dim)
         if self.output_gate:
-            o = o * jax.nn.sigmoid(dense(x, params["gate_proj"]))
+            o = o * jax.nn.sigmoid(dense(x, params["gate_proj"], params.get("gate_bias")))
         return dense(o, params["out_proj"], params.get("out_bias")), state
 
     def _normed(self, z: jax.Array, scale: jax.Array) -> jax.Array:

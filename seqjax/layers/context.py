@@ -2,10 +2,13 @@
 
 import dataclasses
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax import lax
+
+BACKBONE_INPUT = "backbone_input"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +29,12 @@ class Context:
         they are off, and the call is deterministic.
       block: the index of the block inside its backbone, an integer or a scalar array; 0 outside.
       depth: the number of blocks of the backbone; 1 outside.
+      fresh: True if the state is known to be the initial one while the call is traced. A layer that
+        calls a sublayer again, with the state that it returned, must set it to False.
       path: names of the enclosing layers.
       values: arrays that blocks hand to later blocks, by name. `Layer.make_values` declares them.
+        A backbone writes its own input under the name "backbone_input" if a layer declares it.
+      shared: parameters that blocks share, by name. `Layer.declare_shared` declares them.
       aux: extra outputs by path, filled by `record`.
 
     Example:
@@ -44,8 +51,10 @@ class Context:
     key: jax.Array | None = None
     block: Any = 0
     depth: int = 1
+    fresh: bool = False
     path: tuple[str, ...] = ()
     values: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     aux: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def enter(self, name: str) -> "Context":

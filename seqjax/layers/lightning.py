@@ -29,6 +29,7 @@ class LightningAttention(MatrixLayer):
 
         s_h = 2^(-8(h+1)/H) (1 - l / (L - 1) + 1e-5)      slopes="geometric", released models
         s_h = (8 h / H) (1 - l / L)                       slopes="linear", the paper's formula
+        s_h = 2^(-8(h+1)/H) (1 - l / (L - 1 + 1e-5) + 1e-5)        slopes="minimax", MiniMax-01
 
     where the first line is ALiBi's series. For an H that is not a power of two it is that of the
     power below, and then every second slope of twice that power. Outside a backbone l = 0, L = 1.
@@ -53,7 +54,7 @@ class LightningAttention(MatrixLayer):
       dim: features of input and output.
       heads: number of heads H.
       head_dim: features per head K; by default dim / heads.
-      slopes: "geometric" or "linear".
+      slopes: "geometric", "linear" or "minimax".
       gate_rank: rank of the gate's projection, 0 for a full matrix; by default K.
       norm_eps: constant added to the mean square in the norm.
     """
@@ -61,13 +62,13 @@ class LightningAttention(MatrixLayer):
     dim: int
     heads: int
     head_dim: int | None = None
-    slopes: Literal["geometric", "linear"] = "geometric"
+    slopes: Literal["geometric", "linear", "minimax"] = "geometric"
     gate_rank: int | None = None
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         _checks.head_dim(self, self.dim, self.heads, self.head_dim)
-        _checks.one_of(self, "slopes", self.slopes, ("geometric", "linear"))
+        _checks.one_of(self, "slopes", self.slopes, ("geometric", "linear", "minimax"))
         if self.gate_rank != 0:
             _checks.positive(self, gate_rank=self.rank)
         self._check_positive("norm_eps")
@@ -98,6 +99,9 @@ class LightningAttention(MatrixLayer):
         if self.slopes == "linear":
             heads = 8 * np.arange(self.heads) / self.heads
             return -jnp.asarray(heads, dtype) * (1 - block / depth)
+        if self.slopes == "minimax":
+            series = 2.0 ** (-8 * np.arange(1, self.heads + 1) / self.heads)
+            return -jnp.asarray(series, dtype) * (1 - block / (depth - 1 + 1e-5) + 1e-5)
         return -jnp.asarray(alibi_slopes(self.heads), dtype) * (
             1 - block / max(depth - 1, 1) + 1e-5
         )

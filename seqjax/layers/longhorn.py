@@ -55,6 +55,8 @@ class Longhorn(SelectiveBlock):
       conv_bias: whether the convolution has a bias.
       inner_norm_eps: constant added to the mean squares of r_t, B_t and C_t; by default these are
         not normalized.
+      inner_norm_scales: whether these norms have scales; see `Mamba`.
+      groups: number of runs of channels with their own W_x and W_dt; see `Mamba`.
     """
 
     def decay_params(self) -> dict[str, Param]:

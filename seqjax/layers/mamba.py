@@ -27,14 +27,19 @@ class Mamba(SelectiveBlock):
     a state can change its sign. State tracking tasks such as parity require it (arXiv 2411.12537).
 
     `bias` adds biases to W_in, W_gate and W_out. With an `inner_norm_eps` each of r_t, B_t and C_t
-    is divided by sqrt(mean square + inner_norm_eps), as in Falcon Mamba (arXiv 2410.05355).
+    is divided by sqrt(mean square + inner_norm_eps), as in Falcon Mamba (arXiv 2410.05355). With
+    `inner_norm_scales` each is then multiplied by a scale, as in Jamba (arXiv 2403.19887). With
+    `groups` the channels are cut into equal runs, and each run has its own W_x and W_dt, as in
+    Zamba (arXiv 2405.16712).
 
     Departures: W_in and W_gate are two parameters, while published checkpoints store them in one (x
     half first), and weights are [in, out]; other projections start normal with variance 1/fan_in.
 
     Parameters: in_proj, gate_proj [dim, inner]; conv (a `ShortConv`); x_proj [inner, dt_rank + 2N];
     dt_proj [dt_rank, inner]; dt_bias, D [inner]; A_log [inner, N]; out_proj [inner, dim]; with
-    `bias` in_bias, gate_bias [inner] and out_bias [dim].
+    `bias` in_bias, gate_bias [inner] and out_bias [dim]; with `inner_norm_scales` dt_norm
+    [dt_rank], B_norm, C_norm [N]. With G = `groups`, x_proj is [G, inner / G, dt_rank + 2N] and
+    dt_proj [G, dt_rank, inner / G].
     State: {"conv": [B, conv_size - 1, inner], "ssm": [B, inner, N]}.
 
     Example:
@@ -58,6 +63,9 @@ class Mamba(SelectiveBlock):
       conv_bias: whether the convolution has a bias.
       inner_norm_eps: constant added to the mean squares of r_t, B_t and C_t; by default these are
         not normalized.
+      inner_norm_scales: whether these norms have scales.
+      groups: number of runs of channels with their own W_x and W_dt; None for one W_x [inner, ...]
+        and one W_dt.
       negative_eigenvalues: whether states decay by 2 exp(dt_t A) - 1, in [-1, 1].
     """
 

@@ -81,6 +81,9 @@ class Scaled(Layer):
     def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         return self.layer.make_values(batch_size, length, dtype)
 
+    def declare_shared(self) -> Mapping[str, Layer]:
+        return self.layer.declare_shared()
+
     def state_flops(self) -> int:
         return self.layer.state_flops()
 

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks
 from seqjax.layers._base import Layer, Param, Params, State
-from seqjax.layers.context import Context
+from seqjax.layers._stacked import Stacked
+from seqjax.layers.context import BACKBONE_INPUT, Context
 from seqjax.layers.dropout import check_rate
 from seqjax.layers.mlp import GatedMLP
 from seqjax.layers.norm import NORMS, NormKind
-from seqjax.models.block import Block
+from seqjax.models.block import Block, merge_shared
 from seqjax.ops.core import jax_compat
 
 
@@ -24,7 +25,8 @@ class Backbone(Layer):
     `blocks` is one layer or `Block`, or a sequence of them, which may differ (a hybrid). The
     sequence is repeated until there are `depth` blocks. A layer that is not a `Block` becomes a
     pre-norm block with a `GatedMLP`; pass a `Block` for any other kind. The state is a tuple with
-    the state of each block.
+    the state of each block. Parameters that blocks share are under "shared"; see
+    `SharedTransformer`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -139,14 +141,14 @@ class Backbone(Layer):
     def _final_norm(self) -> Layer:
         return NORMS[self.norm](self.dim, self.norm_eps)
 
-    def _groups(self) -> dict[str, "_Repeated"]:
+    def _groups(self) -> dict[str, Stacked]:
         """Return the repeated blocks, each with the number of its repetitions."""
         blocks = self.stack
         depth = len(blocks)
         period = next(
             p for p in range(1, depth + 1) if depth % p == 0 and blocks[p:] == blocks[: depth - p]
         )
-        return {f"group_{i}": _Repeated(blocks[i], depth // period) for i in range(period)}
+        return {f"group_{i}": Stacked(blocks[i], depth // period, "layers") for i in range(period)}
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         blocks: Mapping[str, Layer]
@@ -154,7 +156,9 @@ class Backbone(Layer):
             blocks = self._groups()
         else:
             blocks = {f"block_{i}": block for i, block in enumerate(self.stack)}
-        return {**blocks, "final_norm": self._final_norm}
+        shared = merge_shared(self, self.stack)
+        held = {"shared": _SharedParams(tuple(sorted(shared.items())))} if shared else {}
+        return {**blocks, **held, "final_norm": self._final_norm}
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return tuple(block.make_state(batch_size, dtype) for block in self.stack)
@@ -165,8 +169,11 @@ class Backbone(Layer):
         values: dict[str, jax.Array] = {}
         for block in self.stack:
             values |= block.make_values(x.shape[0], x.shape[1], x.dtype)
+        if BACKBONE_INPUT in values:
+            values[BACKBONE_INPUT] = x
         x, *leaves = jax_compat.match_varying(x, *values.values())
         values = dict(zip(values, leaves, strict=True))
+        context = dataclasses.replace(context, shared=params.get("shared", {}))
         run = self._scan_blocks if self.scan else self._run_blocks
         x, new_state = run(params, x, state, values, context)
         x = self._constrained(x)
@@ -244,7 +251,7 @@ class Backbone(Layer):
         values: dict[str, jax.Array],
         context: Context,
     ) -> tuple[jax.Array, State]:
-        groups = self._groups()
+        groups, blocks = self._groups(), self.stack
         period, depth = len(groups), len(state)
 
         def body(carry: Any, layer: Any) -> tuple[Any, Any]:
@@ -252,8 +259,8 @@ class Backbone(Layer):
             turn, own_params, own_states = layer
             states, recorded = [], []
             x = self._constrained(x)
-            for i, (name, group) in enumerate(groups.items()):
-                x, own, values, aux = self._caller(group.block, context)(
+            for i, name in enumerate(groups):
+                x, own, values, aux = self._caller(blocks[i], context)(
                     own_params[name],
                     x,
                     own_states[i],
@@ -282,38 +289,19 @@ class Backbone(Layer):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Repeated(Layer):
-    """Parameters of `count` equal blocks, stacked along a first axis; the backbone runs them.
+class _SharedParams(Layer):
+    """Parameters that blocks share, by name; the layers that declare them run them."""
 
-    `declare_params` returns the declarations of one block.
-    """
-
-    block: Block
-    count: int
+    layers: tuple[tuple[str, Layer], ...]
 
     @property
     def dim(self) -> int:  # type: ignore[override]
-        return self.block.dim
+        return self.layers[0][1].dim
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
-        return self.block.declare_params()
-
-    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-        return jax.vmap(lambda key: self.block.init(key, dtype))(jax.random.split(key, self.count))
-
-    def param_axes(self) -> dict[str, Any]:
-        return _prepend("layers", self.block.param_axes())
-
-    def param_shapes(self) -> dict[str, Any]:
-        return _prepend(self.count, self.block.param_shapes())
+        return dict(self.layers)
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        raise NotImplementedError("Backbone: stacked blocks are run by the backbone.")
-
-
-def _prepend(first: Any, tree: Any) -> dict[str, Any]:
-    return jax.tree.map(
-        lambda leaf: (first, *leaf), tree, is_leaf=lambda leaf: isinstance(leaf, tuple)
-    )
+        raise NotImplementedError("Backbone: the layers that share parameters run them.")

@@ -191,13 +191,14 @@ class Classifier(Layer):
         _checks.sequence_axis(self, sequence_axis)
         if segment_ids is not None:
             reset = _segments.to_reset(self, segment_ids, reset, x.shape[:2], sequence_axis)
+        fresh = state is None
         state, reset = self._check_call(params, x, state, reset, one_step=False)
         if mask is not None:
             mask = jnp.asarray(mask)
             _checks.boolean(self, "mask", mask, x.shape[:2])
         if self.vocab_size is not None:
             _checks.in_vocabulary(self, x, self.vocab_size, mask)
-        context = Context(reset, sequence_axis, key)
+        context = Context(reset, sequence_axis, key, fresh=fresh)
         logits, state = self.forward(params, x, state, context, mask)
         return logits, state, context.aux
 

@@ -56,7 +56,10 @@ def _rows(model: Layer) -> list[tuple[str, str, int, int]]:
         if isinstance(entry, Backbone):
             for i, block in enumerate(entry.stack):
                 rows.append((f"block_{i}", _describe(block), _parameters(block), _bytes(block)))
-            norm = entry.declare_params()["final_norm"]
+            declared = entry.declare_params()
+            shared, norm = declared.get("shared"), declared["final_norm"]
+            if isinstance(shared, Layer):
+                rows.append(("shared", ", ".join(shared.declare_params()), _parameters(shared), 0))
             assert isinstance(norm, Layer)
             rows.append(("final_norm", type(norm).__name__, _parameters(norm), 0))
         elif isinstance(entry, Layer):
@@ -67,7 +70,8 @@ def _rows(model: Layer) -> list[tuple[str, str, int, int]]:
 
 
 def _describe(block: Block) -> str:
-    parts = [*block.mixers.values(), *([] if block.mlp is None else [block.mlp])]
+    others = (block.mlp, block.injection)
+    parts = [*block.mixers.values(), *(part for part in others if part is not None)]
     return " + ".join(type(part).__name__ for part in parts)
 
 

@@ -31,11 +31,20 @@ class Config:
             raise ValueError(f"load: config.json must have the field `{name}`, got none.")
         return default
 
-    def integer(self, name: str, default: Any = _REQUIRED) -> int:
-        """Return a field that must be a positive integer."""
+    def integer(self, name: str, default: Any = _REQUIRED, least: int = 1) -> int:
+        """Return a field that must be an integer, positive or at least `least`."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise _error(name, "a positive integer", value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise _error(
+                name, "a positive integer" if least == 1 else f"an integer >= {least}", value
+            )
+        return value
+
+    def at_most(self, name: str, limit: int, what: str, default: Any = _REQUIRED) -> int:
+        """Return a field that must be a positive integer up to a limit, described by `what`."""
+        value = self.integer(name, default)
+        if value > limit:
+            raise _error(name, f"at most {what} = {limit}", value)
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:

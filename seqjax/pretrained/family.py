@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from seqjax.layers import Layer
 from seqjax.layers.norm import NormKind
 from seqjax.models import Backbone, Block
 from seqjax.pretrained.config import Config
@@ -25,7 +26,7 @@ class Architecture:
       model: further fields of `LanguageModel`.
       extra: further tensors.
       unused: parameters that no tensor stores. They are zeros, and the model does not read them.
-      variants: tensors of older files, each in place of all tensors that have its parameters.
+      variants: tensors of other formats, each in place of all tensors that have its parameters.
       head: the name of the output weights.
       embedding_aliases: other names of the embedding that are accepted.
     """
@@ -61,20 +62,30 @@ class Architecture:
             remat=remat,
         )
 
-    def table(self, stored: Iterable[str] | None = None) -> list[Tensor]:
+    def with_cache_dtype(self, dtype: str) -> "Architecture":
+        """Return the architecture with attention caches in the dtype of the model, if it is 16-bit.
+
+        Keys and values have the dtype of the model, so that wider caches would hold no more bits.
+        """
+        if dtype not in ("bfloat16", "float16"):
+            return self
+        return dataclasses.replace(self, blocks=[_with_cache_dtype(b, dtype) for b in self.blocks])
+
+    def found_variants(self, stored: Iterable[str]) -> list[Tensor]:
+        """Return the variants that a checkpoint has, from its names without their prefix."""
+        stored = set(stored)
+        firsts = ((tensor, (*tensor.pieces, tensor.name)[0]) for tensor in self.variants)
+        return [tensor for tensor, first in firsts if first.removeprefix("@") in stored]
+
+    def table(self, variants: Iterable[Tensor] = ()) -> list[Tensor]:
         """Return all tensors, with paths of parameters in a backbone that is not stacked.
 
         Args:
-          stored: the names of a checkpoint's tensors without their prefix, which choose between the
-            tensors of `variants` and those that they replace; by default none is replaced.
+          variants: the variants in use.
         """
-        table = self._published()
-        for variant in self.variants if stored is not None else ():
-            first = (*variant.pieces, variant.name)[0]
-            if first.removeprefix("@") in set(stored or ()):
-                table = [row for row in table if not set(row.params) & set(variant.params)]
-                table.append(variant)
-        return table
+        variants = list(variants)
+        replaced = {param for tensor in variants for param in tensor.params}
+        return [row for row in self._published() if not replaced & set(row.params)] + variants
 
     def _published(self) -> list[Tensor]:
         table = [rows(self.embedding, "embedding", aliases=self.embedding_aliases)]
@@ -122,6 +133,20 @@ class Family:
     def ignores(self, name: str) -> bool:
         """Return whether a tensor is not read."""
         return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+def _with_cache_dtype(layer: Any, dtype: str) -> Any:
+    """Return a layer whose attention, and that of its sublayers, has caches of a dtype."""
+    if isinstance(layer, tuple):
+        return tuple(_with_cache_dtype(entry, dtype) for entry in layer)
+    if not isinstance(layer, Layer):
+        return layer
+    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}  # type: ignore[arg-type]
+    changed = {name: _with_cache_dtype(value, dtype) for name, value in fields.items()}
+    if "cache_dtype" in fields:
+        changed["cache_dtype"] = dtype
+    changed = {name: value for name, value in changed.items() if value is not fields[name]}
+    return dataclasses.replace(layer, **changed) if changed else layer
 
 
 def norm(stored: str, ours: str, kind: NormKind) -> list[Tensor]:

@@ -27,6 +27,7 @@ class Tensors:
         self._opened: tuple[pathlib.Path, Any] | None = None
         self._read = 0
         self._joined: dict[str, list[str]] = {}
+        self._stacked: dict[str, list[str]] = {}
         self.names: dict[str, tuple[pathlib.Path, str, tuple[int, ...]]] = {}
         for path, listed in _files(folder):
             found = self._header(path)
@@ -79,6 +80,25 @@ class Tensors:
         self.names[joined] = (path, dtype, (count, *first[1:]))
         return joined
 
+    def stack(self, names: list[str]) -> str:
+        """Return the name of a tensor with equal tensors along a new first axis.
+
+        Raises:
+          ValueError: if a tensor is missing.
+        """
+        for name in names:
+            if name not in self.names:
+                raise ValueError(f"load: checkpoint must have the tensor `{name}`, got none.")
+        path, dtype, shape = self.names[names[0]]
+        stacked = f"{names[0]}, ..., {names[-1]}"
+        self._stacked[stacked] = names
+        self.names[stacked] = (path, dtype, (len(names), *shape))
+        return stacked
+
+    def pieces(self, name: str) -> list[str] | None:
+        """Return the tensors of a name that `stack` returned, else None."""
+        return self._stacked.get(name)
+
     def blocks(
         self, name: str, rows: tuple[int, int], rest: tuple[slice, ...]
     ) -> Iterator[tuple[int, np.ndarray]]:
@@ -97,6 +117,13 @@ class Tensors:
                     for offset, piece in self.blocks(piece_name, inner, rest):
                         yield low - rows[0] + offset, piece
                 start += count
+            return
+        if name in self._stacked:
+            for i in range(*rows):
+                piece_name = self._stacked[name][i]
+                piece = self._open(self.names[piece_name][0]).get_slice(piece_name)[rest]
+                self._read += piece.nbytes
+                yield i - rows[0], piece[None]
             return
         path, dtype, shape = self.names[name]
         row_bytes = np.dtype(DTYPES[dtype]).itemsize * int(np.prod(shape[1:], dtype=np.int64))

@@ -1,5 +1,6 @@
 """Loading of published checkpoints."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -52,7 +53,8 @@ def load(
         "state-spaces/mamba-130m-hf", which is downloaded.
       mesh: the mesh that parameters are split over by the rules of `seqjax.sharding`; by default
         they are on the default device.
-      dtype: dtype of the weights and of the computation; by default that of the stored embedding.
+      dtype: dtype of the weights, the computation and, if it has 16 bits, the caches of attention;
+        by default that of the stored embedding.
       capacity: number of positions that the cache of full attention holds. A longer sequence
         raises ValueError, or has outputs of NaN past the capacity.
       scan: stack equal blocks and run them in a `lax.scan`; see `Backbone`.
@@ -90,7 +92,8 @@ def load(
     source = Source(json.dumps(config), family.prefix(tensors.names))
     architecture = source.architecture(capacity)
     bare = [name.removeprefix(source.prefix) for name in tensors.names]
-    table = architecture.table(bare)
+    variants = architecture.found_variants(bare)
+    table = architecture.table(variants)
     stored = _stored_names(table, architecture, source, tensors)
     if dtype is None:
         dtype = DTYPES.get(tensors.names[stored[architecture.embedding]][1], np.float32)
@@ -99,9 +102,13 @@ def load(
         backbone=architecture.backbone(scan, remat),
         tie_embeddings=architecture.tie_embeddings,
         dtype=dtype,
-        source=source,
+        source=dataclasses.replace(
+            source, variants=tuple(tensor.name for tensor in variants if tensor.writable)
+        ),
         **architecture.model,
     )
+    cached = architecture.with_cache_dtype(model.dtype)
+    model = dataclasses.replace(model, backbone=cached.backbone(scan, remat))
     if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
     parts = parameter_parts(model, table, architecture.unused)
@@ -150,7 +157,8 @@ def _stored_names(
     for tensor in table:
         if tensor.pieces:
             names = [name.replace("@", source.prefix) for name in tensor.pieces]
-            stored[tensor.name] = tensors.join(names)
+            join = tensors.stack if tensor.layout == "experts" else tensors.join
+            stored[tensor.name] = join(names)
             pieces |= set(names)
             continue
         names = [name.replace("@", source.prefix) for name in (tensor.name, *tensor.aliases)]
@@ -175,17 +183,21 @@ def _stored_names(
 
 
 def _check_tensor(tensors: Tensors, name: str, cut: Cut) -> None:
-    _, dtype, shape = tensors.names[name]
-    if dtype not in DTYPES:
-        raise ValueError(
-            f"load: tensor `{name}` must be {', '.join(DTYPES)}, got {dtype}; quantized checkpoints"
-            " are not supported."
-        )
-    if shape != cut.stored_shape:
-        raise ValueError(
-            f"load: tensor `{name}` must have shape {list(cut.stored_shape)} for this config.json,"
-            f" got {list(shape)}."
-        )
+    pieces, wanted = tensors.pieces(name), cut.stored_shape
+    if pieces is not None:
+        wanted = wanted[1:]
+    for stored in pieces or [name]:
+        _, dtype, shape = tensors.names[stored]
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"load: tensor `{stored}` must be {', '.join(DTYPES)}, got {dtype}; quantized"
+                " checkpoints are not supported."
+            )
+        if shape != wanted and (pieces is not None or not cut.accepts(shape)):
+            raise ValueError(
+                f"load: tensor `{stored}` must have shape {list(wanted)} for this config.json, got"
+                f" {list(shape)}."
+            )
 
 
 def _declared(model: LanguageModel, name: str, leaf: Leaf) -> tuple[Shape, np.dtype]:

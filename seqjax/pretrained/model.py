@@ -20,10 +20,12 @@ class Source:
     Attributes:
       config: the text of `config.json`.
       prefix: the prefix of the tensor names.
+      variants: the names of the variants of tensors that it has, and that can be written.
     """
 
     config: str
     prefix: str
+    variants: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Return the type of the model."""
@@ -42,6 +44,10 @@ class Source:
     def architecture(self, capacity: int) -> Architecture:
         """Return the architecture of the config."""
         return self.family.build(self.family.config(self.values), capacity)
+
+    def table(self, architecture: Architecture) -> list[Tensor]:
+        """Return the tensors to write."""
+        return architecture.table(x for x in architecture.variants if x.name in self.variants)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,14 +73,17 @@ def save(
             )
     # The capacity of caches does not change the table.
     architecture = model.source.architecture(capacity=1)
-    parts = parameter_parts(model, architecture.table(), architecture.unused)
+    parts = parameter_parts(model, model.source.table(architecture), architecture.unused)
     arrays: dict[str, tuple[Cut, dict[int, Any]]] = {}
     for name, leaf in parts.items():
         for layer, found in enumerate(leaf):
-            if found is not None:
-                cut, part = found
-                entry = arrays.setdefault(cut.tensor.name, (cut, {}))
-                entry[1][part] = (leaves[name], layer if is_stacked(name) else None)
+            if found is None:
+                continue
+            cut, part = found
+            outer = (layer,) if is_stacked(name) else ()
+            for stored, inner in cut.each_stored():
+                entry = arrays.setdefault(stored.tensor.name, (stored, {}))
+                entry[1][part] = (leaves[name], (*outer, *inner))
 
     prefix = model.source.prefix
     renamed = {name.replace("@", prefix): entry for name, entry in arrays.items()}
@@ -88,7 +91,7 @@ def save(
     def make(name: str) -> np.ndarray:
         cut, found = renamed[name]
         ordered = [found[part] for part in range(len(cut.shapes))]
-        return cut.join(leaf if layer is None else leaf[layer] for leaf, layer in ordered)
+        return cut.join(leaf[at] if at else leaf for leaf, at in ordered)
 
     layout = {
         name: (cut.stored_shape, np.dtype(found[0][0].dtype))

@@ -8,7 +8,7 @@ import numpy as np
 
 from seqjax.pretrained.files import Tensors
 
-Layout = Literal["linear", "rows", "conv"]
+Layout = Literal["linear", "rows", "conv", "experts"]
 Shape = tuple[int, ...]
 
 
@@ -21,6 +21,7 @@ class Tensor:
     | linear | [rows, in] | [in, rows] |
     | rows | [rows, ...] | [rows, ...] |
     | conv | [rows, 1, taps], last tap meets the present | [taps, rows], first tap does |
+    | experts | [experts, rows, in] | [experts, in, rows] |
 
     With `groups` the rows of every parameter are cut into this number of equal runs. The tensor
     holds the first run of each parameter, then the second run of each, and so on.
@@ -32,8 +33,9 @@ class Tensor:
       groups: the number of runs.
       aliases: other names that are accepted when reading.
       shape: the stored shape, if the reference stores rows with extra axes of length 1.
-      pieces: the stored tensors whose rows, one after the other, are those of this tensor; by
-        default the tensor itself is stored.
+      pieces: the stored tensors whose rows, one after the other, are those of this tensor, or with
+        the layout `experts` the tensors [rows, in] of each expert; by default the tensor itself is
+        stored.
       wide: whether the parameters are at least float32, as the reference requires.
     """
 
@@ -45,6 +47,11 @@ class Tensor:
     shape: Shape | None = None
     pieces: tuple[str, ...] = ()
     wide: bool = False
+
+    @property
+    def writable(self) -> bool:
+        """Whether the sizes of the stored tensors follow from the parameters."""
+        return not self.pieces or self.layout == "experts"
 
     def inside(self, stored: str, ours: str) -> "Tensor":
         """Return the tensor with prefixes before its names, such as those of a layer."""
@@ -79,6 +86,23 @@ def conv(name: str, *params: str) -> Tensor:
     return Tensor(name, params, "conv")
 
 
+def experts(name: str, *params: str) -> Tensor:
+    """Return the row of a linear map's weights for all experts, stored [experts, out, in]."""
+    return Tensor(name, params, "experts")
+
+
+def each_expert(name: str, count: int, param: str) -> Tensor:
+    """Return the row of a linear map's weights that are stored [out, in] for each expert.
+
+    Args:
+      name: the name; "{}" stands for the number of the expert.
+      count: the number of experts.
+      param: path of the parameter.
+    """
+    pieces = tuple(name.format(i) for i in range(count))
+    return Tensor(name, (param,), "experts", pieces=pieces)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cut:
     """A tensor together with the shapes of its parameters."""
@@ -99,7 +123,25 @@ class Cut:
         """Shape of the stored tensor."""
         if self.tensor.shape is not None:
             return self.tensor.shape
+        if self.tensor.layout == "experts":
+            return (self.shapes[0][0], self.rows, self.shapes[0][1])
         return (self.rows, *self._rest_shape())
+
+    def accepts(self, shape: Shape) -> bool:
+        """Return whether a stored tensor may have this shape; extra axes of length 1 are free."""
+        wanted = self.stored_shape
+        if self.tensor.shape is None:
+            return shape == wanted
+        return [n for n in shape if n != 1] == [n for n in wanted if n != 1]
+
+    def each_stored(self) -> Iterator[tuple["Cut", tuple[int, ...]]]:
+        """Yield the tensors to write, each with the index of its part of every parameter."""
+        if not self.tensor.pieces:
+            yield self, ()
+            return
+        for i, name in enumerate(self.tensor.pieces):
+            tensor = dataclasses.replace(self.tensor, name=name, layout="linear", pieces=())
+            yield Cut(tensor, tuple(shape[1:] for shape in self.shapes)), (i,)
 
     def _rest_shape(self) -> Shape:
         first = self.shapes[0]
@@ -122,11 +164,16 @@ class Cut:
         bounds = [entry.indices(size)[:2] for entry, size in zip(index, shape, strict=True)]
         low, high = bounds[self._row_axis()]
         layout = self.tensor.layout
+        if layout == "experts":
+            before = sum(shape[-1] for shape in self.shapes[:part])
+            rest = (slice(before + low, before + high), index[1])
+            for at, piece in tensors.blocks(name, bounds[0], rest):
+                out[at : at + len(piece)] = np.swapaxes(piece, 1, 2)
+            return
         if self.tensor.shape is not None:  # small arrays with extra axes
-            everything = tuple(slice(None) for _ in self.tensor.shape[1:])
-            pieces = [
-                piece for _, piece in tensors.blocks(name, (0, self.tensor.shape[0]), everything)
-            ]
+            stored_shape = tensors.names[name][2]
+            everything = tuple(slice(None) for _ in stored_shape[1:])
+            pieces = [piece for _, piece in tensors.blocks(name, (0, stored_shape[0]), everything)]
             whole = np.concatenate(pieces).reshape(self.rows, *self._rest_shape())
             kept = [whole[start : start + count] for start, _, count in self.runs(part)]
             out[...] = np.concatenate(kept)[index]
@@ -151,6 +198,9 @@ class Cut:
     def join(self, params: Iterable[np.ndarray]) -> np.ndarray:
         """Return the stored tensor of the parameters."""
         params = [np.asarray(param) for param in params]
+        if self.tensor.layout == "experts":
+            joined = np.concatenate([np.swapaxes(param, 1, 2) for param in params], axis=1)
+            return np.ascontiguousarray(joined)  # the writer reads memory in order
         out = np.empty((self.rows, *self._rest_shape()), params[0].dtype)
         for part, param in enumerate(params):
             if self.tensor.layout == "linear":

@@ -1,6 +1,7 @@
 """One row per layer; `tests.contract.cases` defines rows and has those of the ops."""
 
 import seqjax
+from tests.contract.expert_cases import EXPERTS
 from tests.contract.exponential_cases import EXPONENTIAL
 from tests.contract.layer_case import layer_case as _layer
 from tests.contract.memory_cases import MEMORIES
@@ -8,6 +9,7 @@ from tests.oracles import (
     attention_oracles,
     feature_oracles,
     gated_oracles,
+    latent_oracles,
     layer_oracles,
     rnn_oracles,
     rwkv_oracles,
@@ -36,6 +38,13 @@ LAYERS = [
         ),
         layer_oracles.mamba,
         "Mamba-falcon",
+    ),
+    _layer(
+        seqjax.layers.Mamba(
+            dim=4, state_dim=3, inner_norm_eps=1e-3, inner_norm_scales=True, groups=2
+        ),
+        layer_oracles.mamba,
+        "Mamba-groups",
     ),
     _layer(
         seqjax.layers.Mamba2(dim=4, state_dim=3, head_dim=2, groups=2), attention_oracles.mamba2
@@ -166,6 +175,11 @@ LAYERS = [
         attention_oracles.lightning_attention,
         "LightningAttention-linear",
     ),
+    _layer(
+        seqjax.layers.LightningAttention(dim=4, heads=3, head_dim=2, slopes="minimax", gate_rank=0),
+        attention_oracles.lightning_attention,
+        "LightningAttention-minimax",
+    ),
     _layer(seqjax.layers.RGLRU(dim=4, state_dim=6, heads=2), gated_oracles.rglru),
     _layer(
         seqjax.layers.RGLRU(dim=4, unit_first_step=True),
@@ -241,6 +255,30 @@ LAYERS = [
         layer_oracles.attention,
         "Attention-window",
     ),
+    _layer(
+        seqjax.layers.MLA(
+            dim=4,
+            heads=2,
+            kv_rank=3,
+            head_dim=2,
+            rotary_dim=2,
+            value_dim=3,
+            q_rank=3,
+            capacity=64,
+            scale=0.7,
+            bias=True,
+        ),
+        latent_oracles.mla,
+    ),
+    # Without biases: a bias of keys that are not rotated changes no output, so that its derivative
+    # is rounding.
+    _layer(
+        seqjax.layers.MLA(
+            dim=4, heads=2, kv_rank=2, head_dim=3, rotary_dim=1, capacity=64, rope_base=None
+        ),
+        latent_oracles.mla,
+        "MLA-unrotated",
+    ),
     _layer(seqjax.layers.Elman(dim=4, state_dim=3), rnn_oracles.elman),
     _layer(seqjax.layers.GRU(dim=4, state_dim=3), rnn_oracles.gru),
     _layer(seqjax.layers.LSTM(dim=4, state_dim=3), rnn_oracles.lstm),
@@ -278,6 +316,7 @@ LAYERS = [
     ),
     _layer(seqjax.layers.MLP(dim=4), layer_oracles.mlp),
     _layer(seqjax.layers.MLP(dim=4, activation="gelu", bias=True), layer_oracles.mlp, "MLP-gelu"),
+    *EXPERTS,
     _layer(
         seqjax.layers.Scaled(
             seqjax.layers.GateLoop(dim=4, heads=2), 0.5, 3.0, {"q_proj": 2.0, "phase_bias": 0.3}

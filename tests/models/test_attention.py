@@ -75,9 +75,43 @@ def test_angles_at_large_positions_are_exact():
         np.testing.assert_allclose(got, function(rotary.angles(positions)), atol=2e-7)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_cache_in_the_dtype_of_the_inputs_changes_nothing(arguments, window):
+    params, x, reset = arguments
+    x = x.astype(jnp.bfloat16)
+    wide = dataclasses.replace(LAYER, capacity=20, window=window)
+    narrow = dataclasses.replace(wide, cache_dtype="bfloat16")
+    outputs = []
+    for layer in (wide, narrow):
+        apply = jax.jit(layer.apply)
+        head, state = apply(params, x[:, :9], None, reset[:, :9])
+        tail, state = apply(params, x[:, 9:], state, reset[:, 9:])
+        outputs.append(np.concatenate([head, tail], axis=1).astype(np.float32))
+        wanted = layer.cache_dtype or "float32"
+        assert state["k"].dtype == state["v"].dtype == jnp.dtype(wanted)
+    np.testing.assert_array_equal(*outputs)
+
+
+def test_an_empty_cache_costs_nothing(arguments):
+    """Check that a call without a state equals one with the initial state, at any capacity."""
+    params, x, reset = arguments
+    small, large = (dataclasses.replace(LAYER, capacity=n) for n in (17, 4096))
+    expected, state = jax.jit(large.apply)(params, x, large.initial_state(2), reset)
+    y, same = jax.jit(large.apply)(params, x, None, reset)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, state)
+
+    def cost(layer):
+        outputs = jax.jit(lambda x: layer.apply(params, x)[0])
+        return outputs.lower(x).compile().cost_analysis()["flops"]
+
+    assert cost(large) < 1.1 * cost(small)  # the tables of angles differ
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cache_dtype": "int8"}, "`cache_dtype` must be one of 'bfloat16', 'float16', 'float32'"),
         ({"kv_heads": 3}, "`kv_heads` must divide heads=4, got 3"),
         ({"rotary_dim": 3}, "`rotary_dim` must be even and from 0 to head_dim=2, got 3"),
         ({"head_dim": 3}, "`head_dim` must be even for rotary positions, got 3"),

@@ -19,8 +19,10 @@ VALUES = {
     "dt_limit": [(0.0, 0.5)],
     "dtype": ["bfloat16"],
     "layer": [],  # must stay below `depth`
+    "expert": [seqjax.layers.GatedMLP(4, 8)],
     "mlp": [seqjax.layers.GatedMLP(4, 8)],
     "param_scales": [()],
+    "shared": [seqjax.layers.GatedMLP(4, 8)],
     "solver": [seqjax.Newton(window=8)],
 }
 BY_TYPE = {

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.compiled import collectives
 from seqjax import linear_scan, sharding
-from seqjax.layers import LRU, S5, DeltaNet, Mamba, ShortConv
-from seqjax.models import Backbone, LanguageModel
+from seqjax.layers import LRU, S5, Attention, DeltaNet, Mamba, Scaled, ShortConv
+from seqjax.models import Backbone, Block, LanguageModel
 from tests.contract.harness import assert_close
 from tests.contract.layer_cases import LAYERS
 
@@ -33,6 +33,21 @@ def test_meshes():
     assert sharding.make_mesh({"tensor": 2}, jax.devices()[:2]).devices.size == 2
     explicit = sharding.make_mesh("data=8", axis_types=AxisType.Explicit)
     assert explicit.axis_types == (AxisType.Explicit,) * 4
+
+
+@pytest.mark.parametrize(("tensor", "wanted"), [(2, "tensor"), (4, None)])
+def test_heads_of_keys_are_split_or_whole(tensor, wanted):
+    """Check that a mesh with more devices than heads of keys is accepted."""
+    attention = Attention(8, heads=4, kv_heads=2, head_dim=4, bias=True, capacity=8)
+    scaled = Scaled(attention, param_scales={"k_proj": 2.0})
+    model = model_of(Block(attention), Block(scaled), scan=True)
+    mesh = sharding.make_mesh(f"fsdp=-1,tensor={tensor}")
+    specs = sharding.param_specs(model, mesh)["backbone"]
+    for group in ("group_0", "group_1"):
+        mixer = specs[group]["mixer"]
+        assert mixer["k_proj"] == P(None, "fsdp", wanted)
+        assert mixer["v_bias"] == P(None, wanted)
+        assert mixer["q_proj"] == P(None, "fsdp", "tensor")
 
 
 @pytest.mark.parametrize(

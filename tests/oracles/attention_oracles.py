@@ -91,6 +91,8 @@ def lightning_attention(layer, params, x, reset=None):
     heads, size = layer.heads, layer.key_dim
     if layer.slopes == "linear":
         slopes = [8 * h / heads for h in range(heads)]
+    elif layer.slopes == "minimax":
+        slopes = [2 ** (-8 * (h + 1) / heads) * (1 + 1e-5) for h in range(heads)]
     else:  # of three heads: two of the series for two, and the first of that for four
         slopes = {2: [2**-4, 2**-8], 3: [2**-4, 2**-8, 2**-2]}[heads]
         slopes = [s * (1 + 1e-5) for s in slopes]

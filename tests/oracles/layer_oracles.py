@@ -145,25 +145,36 @@ def mamba(layer, params, x, reset=None):
     u = x @ p["in_proj"] + p.get("in_bias", 0)
     u = short_conv(_Conv(layer.conv_size, layer.conv_bias), p["conv"], u, reset)
     A = -np.exp(p["A_log"])
-    rank, states = layer.rank, layer.state_dim
+    rank, states, groups = layer.rank, layer.state_dim, layer.groups or 1
+    x_proj, dt_proj = (p[n].reshape(groups, *p[n].shape[-2:]) for n in ("x_proj", "dt_proj"))
+    channels = u.shape[-1] // groups
     y = np.zeros_like(x)
     for b in range(x.shape[0]):
         h = np.zeros(A.shape)
         for t in range(x.shape[1]):
             if reset[b, t]:
                 h = np.zeros(A.shape)
-            u_t = u[b, t]
-            projected = u_t @ p["x_proj"]
-            r, B, C = projected[:rank], projected[rank : rank + states], projected[rank + states :]
-            if layer.inner_norm_eps is not None:
-                r, B, C = (z / np.sqrt((z**2).mean() + layer.inner_norm_eps) for z in (r, B, C))
-            dt = _softplus(r @ p["dt_proj"] + p["dt_bias"])
-            decay = np.exp(dt[:, None] * A)
-            if layer.negative_eigenvalues:
-                decay = 2 * decay - 1
-            h = decay * h + np.outer(dt * u_t, B)
+            read = np.zeros(len(A))
+            for g in range(groups):
+                own = slice(g * channels, (g + 1) * channels)
+                u_t = u[b, t, own]
+                projected = u_t @ x_proj[g]
+                parts = np.split(projected, [rank, rank + states])
+                if layer.inner_norm_eps is not None:
+                    parts = [z / np.sqrt((z**2).mean() + layer.inner_norm_eps) for z in parts]
+                if layer.inner_norm_scales:
+                    parts = [
+                        z * p[f"{n}_norm"] for n, z in zip(("dt", "B", "C"), parts, strict=True)
+                    ]
+                r, B, C = parts
+                dt = _softplus(r @ dt_proj[g] + p["dt_bias"][own])
+                decay = np.exp(dt[:, None] * A[own])
+                if layer.negative_eigenvalues:
+                    decay = 2 * decay - 1
+                h[own] = decay * h[own] + np.outer(dt * u_t, B)
+                read[own] = h[own] @ C + p["D"][own] * u_t
             gate = _silu(x[b, t] @ p["gate_proj"] + p.get("gate_bias", 0))
-            y[b, t] = ((h @ C + p["D"] * u_t) * gate) @ p["out_proj"] + p.get("out_bias", 0)
+            y[b, t] = (read * gate) @ p["out_proj"] + p.get("out_bias", 0)
     return y
 
 
@@ -236,7 +247,7 @@ def attention(layer, params, x, reset=None):
         z = z.reshape(len(x_b), count, size)
         return np.stack([rotate(z_t, t) for t, z_t in enumerate(z)])
 
-    y = np.zeros_like(x)
+    y = np.zeros((*x.shape[:2], p["out_proj"].shape[1]))
     for b in range(x.shape[0]):
         start = 0
         q, k, v = project(x[b], "q", heads), project(x[b], "k", keys), project(x[b], "v", keys)

@@ -1,21 +1,21 @@
-"""Granite 4.0 H, dense, and Bamba: Mamba-2 layers with some layers of attention."""
+"""Granite 4.0 H and Bamba: Mamba-2 layers with some layers of attention."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from seqjax.layers import Attention, GatedMLP, Mamba2
+from seqjax.layers import Attention, GatedMLP, Layer, Mamba2, MoE
 from seqjax.models import Block
 from seqjax.pretrained.config import Config
-from seqjax.pretrained.families import parts
+from seqjax.pretrained.families import experts, parts
 from seqjax.pretrained.family import Architecture, Family, norm
 from seqjax.pretrained.table import Tensor, linear
+from seqjax.pretrained.table import experts as each
 
 
 def _granite(config: Config, capacity: int) -> Architecture:
     dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-6)
-    config.expect("num_local_experts", 0, default=8)
     config.expect("hidden_act", "silu", default="silu")
-    config.expect("attention_bias", False, default=False)
+    bias = config.boolean("attention_bias", False)
     rope = config.expect("position_embedding_type", None, "rope", "nope", default=None) == "rope"
     theta, share = config.rope(10000.0)
     counts = parts.heads(config)
@@ -26,20 +26,23 @@ def _granite(config: Config, capacity: int) -> Architecture:
         rotary_dim=parts.rotary(dim // counts["heads"], share) if rope else 0,
         rope_base=theta,
         scale=config.number("attention_multiplier", 1.0),
+        bias=bias,
+        out_bias=bias,
     )
-    mlp = GatedMLP(dim, config.integer("shared_intermediate_size", 1024))
-    gate_and_up = [
-        linear("input_linear.weight", "gate_proj", "up_proj"),
-        linear("output_linear.weight", "down_proj"),
-    ]
     depth = config.integer("num_hidden_layers", 32)
+    mlp, mlp_table, others = _granite_mlp(config, dim)
     return _hybrid(
         config,
         attention,
         mlp,
         parts.layer_types(config, ["mamba"] * depth, "layer_types", "layers_block_type"),
         names={"mlp_norm": "post_attention_layernorm", "final_norm": "@norm"},
-        mlp_table=parts.inside(gate_and_up, "shared_mlp.", "mlp."),
+        mlp_table=mlp_table,
+        variants=[
+            tensor.inside(f"@layers.{i}.", f"backbone.block_{i}.")
+            for i in range(depth)
+            for tensor in others
+        ],
         vocab_size=32000,
         eps=eps,
         residual=config.number("residual_multiplier", 1.0),
@@ -48,6 +51,36 @@ def _granite(config: Config, capacity: int) -> Architecture:
             "logit_scale": 1 / config.number("logits_scaling", 1.0),
         },
     )
+
+
+def _granite_mlp(config: Config, dim: int) -> tuple[Layer, list[Tensor], list[Tensor]]:
+    """Return the MLP or mixture of experts, its tensors, and those with newer names."""
+    shared = GatedMLP(dim, config.integer("shared_intermediate_size", 1024))
+    gate_and_up = [
+        linear("input_linear.weight", "gate_proj", "up_proj"),
+        linear("output_linear.weight", "down_proj"),
+    ]
+    count = config.integer("num_local_experts", 8, least=0)
+    if not count:
+        return shared, parts.inside(gate_and_up, "shared_mlp.", "mlp."), []
+    layer = MoE(
+        dim,
+        experts=count,
+        top_k=experts.top_k(config, count, "num_local_experts", 2),
+        expert=GatedMLP(dim, config.integer("intermediate_size", 11008)),
+        shared=shared,
+    )
+    weights = [
+        each("input_linear.weight", "experts.gate_proj", "experts.up_proj"),
+        each("output_linear.weight", "experts.down_proj"),
+        experts.router("router.layer.weight"),
+    ]
+    newer = [*experts.stacked(layer, "experts."), experts.router("router.weight")]
+    table = [
+        *parts.inside(weights, "block_sparse_moe.", "mlp."),
+        *parts.inside(gate_and_up, "shared_mlp.", "mlp.shared."),
+    ]
+    return layer, table, parts.inside(newer, "block_sparse_moe.", "mlp.")
 
 
 def _bamba(config: Config, capacity: int) -> Architecture:
@@ -86,7 +119,7 @@ def _bamba(config: Config, capacity: int) -> Architecture:
 def _hybrid(
     config: Config,
     attention: Attention,
-    mlp: GatedMLP,
+    mlp: Layer,
     kinds: Sequence[str],
     *,
     names: dict[str, str],
@@ -95,6 +128,7 @@ def _hybrid(
     eps: float,
     residual: float,
     model: dict[str, Any],
+    variants: Sequence[Tensor] = (),
 ) -> Architecture:
     """Return a model of Mamba-2 and attention layers, each with an MLP."""
     dim = attention.dim
@@ -118,6 +152,7 @@ def _hybrid(
         norm="rms",
         norm_eps=eps,
         model=model,
+        variants=variants,
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from seqjax.layers import Mamba
 from seqjax.models import Block
 from seqjax.pretrained.config import Config
+from seqjax.pretrained.families import parts
 from seqjax.pretrained.family import Architecture, Family, norm
-from seqjax.pretrained.table import Tensor, conv, linear, rows
 
 
 def _build(config: Config, capacity: int, **defaults: Any) -> Architecture:
@@ -29,7 +29,7 @@ def _build(config: Config, capacity: int, **defaults: Any) -> Architecture:
     block = Block(mixer, norm_eps=eps)
     return Architecture(
         blocks=[block] * depth,
-        tables=[[*norm("norm", "mixer_norm", "rms"), *_mixer(mixer)]] * depth,
+        tables=[[*norm("norm", "mixer_norm", "rms"), *parts.mamba(mixer)]] * depth,
         embedding="@embeddings.weight",
         embedding_aliases=("@embedding.weight",),
         final_norm="@norm_f",
@@ -40,25 +40,6 @@ def _build(config: Config, capacity: int, **defaults: Any) -> Architecture:
         norm_eps=eps,
         model={"embedding_scale": 1.0},
     )
-
-
-def _mixer(mixer: Mamba) -> list[Tensor]:
-    table = [
-        linear("in_proj.weight", "in_proj", "gate_proj"),
-        conv("conv1d.weight", "conv.weight"),
-        linear("x_proj.weight", "x_proj"),
-        linear("dt_proj.weight", "dt_proj"),
-        rows("dt_proj.bias", "dt_bias"),
-        rows("A_log", "A_log"),
-        rows("D", "D", wide=True),
-        linear("out_proj.weight", "out_proj"),
-    ]
-    if mixer.bias:
-        table.append(rows("in_proj.bias", "in_bias", "gate_bias"))
-        table.append(rows("out_proj.bias", "out_bias"))
-    if mixer.conv_bias:
-        table.append(rows("conv1d.bias", "conv.bias"))
-    return [tensor.inside("mixer.", "mixer.") for tensor in table]
 
 
 _PREFIXES = ("backbone.", "model.")

@@ -1,9 +1,9 @@
-"""Nemotron-H, dense: blocks of one mixer each, which is Mamba-2, attention or an MLP."""
+"""Nemotron-H and Nemotron 3: blocks of one mixer: Mamba-2, attention, an MLP or experts."""
 
-from seqjax.layers import MLP, Attention, Mamba2
+from seqjax.layers import MLP, Attention, Layer, Mamba2, MoE
 from seqjax.models import Block
 from seqjax.pretrained.config import Config
-from seqjax.pretrained.families import parts
+from seqjax.pretrained.families import experts, parts
 from seqjax.pretrained.family import Architecture, Family, norm
 from seqjax.pretrained.table import Tensor, linear, rows
 
@@ -11,11 +11,13 @@ _KINDS = {
     "M": "mamba",
     "*": "attention",
     "-": "mlp",
+    "E": "moe",
     "mamba": "mamba",
     "linear_attention": "mamba",
     "attention": "attention",
     "full_attention": "attention",
     "mlp": "mlp",
+    "moe": "moe",
 }
 
 
@@ -54,13 +56,25 @@ def _build(config: Config, capacity: int) -> Architecture:
     mlp = MLP(
         dim, config.integer("intermediate_size", 21504), bias=config.boolean("mlp_bias", False)
     )
-    mixers = {"mamba": mamba, "attention": attention, "mlp": mlp}
+    kinds = [_KINDS[kind] for kind in _pattern(config)]
+    mixers: dict[str, Layer] = {"mamba": mamba, "attention": attention, "mlp": mlp}
     tables = {
         "mamba": parts.mamba2(mamba, "mixer."),
         "attention": parts.attention(attention, "mixer."),
-        "mlp": _mlp(mlp),
+        "mlp": experts.mlp(mlp, "mixer.", "mixer."),
     }
-    kinds = [_KINDS[kind] for kind in _pattern(config)]
+    variants: list[Tensor] = []
+    if "moe" in kinds:
+        layer = _moe(config, dim, mlp.bias)
+        mixers["moe"] = layer
+        weights = experts.separate(layer, "experts.")
+        tables["moe"] = parts.inside([*weights, *_others(layer)], "mixer.", "mixer.")
+        variants = [
+            tensor.inside(f"@layers.{i}.mixer.", f"backbone.block_{i}.mixer.")
+            for i, kind in enumerate(kinds)
+            for tensor in experts.stacked(layer, "experts.")
+            if kind == "moe"
+        ]
     common = norm("norm", "mixer_norm", "rms")
     return Architecture(
         blocks=[Block(mixers[kind], norm_eps=eps) for kind in kinds],
@@ -69,10 +83,11 @@ def _build(config: Config, capacity: int) -> Architecture:
         final_norm="@norm_f",
         layers="@layers.{}.",
         vocab_size=config.integer("vocab_size", 131072),
-        tie_embeddings=config.boolean("tie_word_embeddings", False),
+        tie_embeddings=False,  # in the reference, whatever `tie_word_embeddings` is
         norm="rms",
         norm_eps=eps,
         model={"embedding_scale": 1.0},
+        variants=variants,
     )
 
 
@@ -85,16 +100,54 @@ def _pattern(config: Config) -> list[str]:
         if kind not in _KINDS:
             raise ValueError(
                 f"load: config field `{name}` must have entries of {', '.join(map(repr, _KINDS))},"
-                f" got {kind!r}; mixtures of experts are not supported yet."
+                f" got {kind!r}."
             )
     return kinds
 
 
-def _mlp(mlp: MLP) -> list[Tensor]:
-    table = [linear("up_proj.weight", "up_proj"), linear("down_proj.weight", "down_proj")]
-    if mlp.bias:
-        table += [rows("up_proj.bias", "up_bias"), rows("down_proj.bias", "down_bias")]
-    return parts.inside(table, "mixer.", "mixer.")
+def _moe(config: Config, dim: int, bias: bool) -> MoE:
+    count = config.integer("n_routed_experts", config.get("num_local_experts", 8))
+    groups = config.integer("n_group", 1)
+    top_groups = config.at_most("topk_group", groups, "n_group", 1)
+    if count % groups or (groups > 1 and count // groups < 2):
+        raise ValueError(
+            "load: config field `n_group` must divide n_routed_experts into groups of two or more,"
+            f" got {groups} for {count}."
+        )
+    allowed = count // groups * top_groups
+    latent = config.integer("moe_latent_size") if config.has("moe_latent_size") else None
+    return MoE(
+        dim,
+        experts=count,
+        top_k=experts.top_k(config, allowed, "the experts to choose from", 2),
+        expert=MLP(
+            dim if latent is None else latent, config.integer("moe_intermediate_size", 7688)
+        ),
+        shared=MLP(dim, config.integer("moe_shared_expert_intermediate_size", 7688), bias=bias),
+        router="sigmoid",
+        renormalize=config.boolean("norm_topk_prob", True),
+        groups=groups,
+        top_groups=top_groups,
+        routed_scale=config.number("routed_scaling_factor", 1.0),
+        latent_dim=latent,
+        latent_bias=bias and latent is not None,
+    )
+
+
+def _others(layer: MoE) -> list[Tensor]:
+    """Return the tensors of a mixture of experts other than those of the routed experts."""
+    assert layer.shared is not None
+    table = [
+        experts.router("gate.weight"),
+        rows("gate.e_score_correction_bias", "correction_bias", wide=True),
+        *experts.mlp(layer.shared, "shared_experts.", "shared."),
+    ]
+    for stored, ours in (("fc1_latent_proj", "latent_down"), ("fc2_latent_proj", "latent_up")):
+        if ours in layer.declare_params():
+            table.append(linear(f"{stored}.weight", ours))
+        if layer.latent_bias:
+            table.append(rows(f"{stored}.bias", f"{ours}_bias"))
+    return table
 
 
 NEMOTRON_H = Family(_build, ("backbone.", "model."), ignored=(r"^mtp\.",))

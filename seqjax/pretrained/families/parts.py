@@ -3,7 +3,8 @@
 import math
 from typing import Any, TypedDict
 
-from seqjax.layers import Attention, GatedMLP, Mamba2
+from seqjax.layers import Attention, GatedMLP, Mamba, Mamba2
+from seqjax.layers.mlp import ActivationName
 from seqjax.pretrained.config import Config
 from seqjax.pretrained.table import Tensor, conv, linear, rows
 
@@ -43,12 +44,29 @@ def attention(layer: Attention, stored: str = "self_attn.", ours: str = "mixer."
         linear("o_proj.weight", "out_proj"),
     ]
     if layer.bias:
-        table += [rows(f"{name}_proj.bias", f"{name}_bias") for name in "qkv"]
+        biases = [name.replace("_proj", "_bias") for name in query]
+        table.append(rows("q_proj.bias", *biases, groups=layer.heads if layer.output_gate else 1))
+        table += [rows(f"{name}_proj.bias", f"{name}_bias") for name in "kv"]
     if layer.out_bias:
         table.append(rows("o_proj.bias", "out_bias"))
     if layer.qk_norm is not None:
         table += [rows(f"{name}_norm.weight", f"{name}_norm") for name in "qk"]
     return inside(table, stored, ours)
+
+
+_ACTIVATIONS: dict[str, ActivationName] = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation(config: Config, default: str, name: str = "hidden_act") -> ActivationName:
+    """Return the activation of an MLP; `default` is the reference's name of it."""
+    return _ACTIVATIONS[config.expect(name, *_ACTIVATIONS, default=default)]
 
 
 def gated_mlp(layer: GatedMLP, stored: str = "mlp.") -> list[Tensor]:
@@ -58,6 +76,29 @@ def gated_mlp(layer: GatedMLP, stored: str = "mlp.") -> list[Tensor]:
     if layer.bias:
         table += [rows(f"{name}_proj.bias", f"{name}_bias") for name in names]
     return inside(table, stored, "mlp.")
+
+
+def mamba(layer: Mamba, stored: str = "mixer.", ours: str = "mixer.") -> list[Tensor]:
+    """Return the tensors of a Mamba mixer."""
+    table = [
+        linear("in_proj.weight", "in_proj", "gate_proj"),
+        conv("conv1d.weight", "conv.weight"),
+        linear("x_proj.weight", "x_proj"),
+        linear("dt_proj.weight", "dt_proj"),
+        rows("dt_proj.bias", "dt_bias"),
+        rows("A_log", "A_log"),
+        rows("D", "D", wide=True),
+        linear("out_proj.weight", "out_proj"),
+    ]
+    if layer.bias:
+        table.append(rows("in_proj.bias", "in_bias", "gate_bias"))
+        table.append(rows("out_proj.bias", "out_bias"))
+    if layer.conv_bias:
+        table.append(rows("conv1d.bias", "conv.bias"))
+    if layer.inner_norm_scales:
+        names = {"dt": "dt", "b": "B", "c": "C"}
+        table += [rows(f"{name}_layernorm.weight", f"{names[name]}_norm") for name in names]
+    return inside(table, stored, ours)
 
 
 def mamba2_fields(config: Config, dim: int, inner: int | None = None) -> dict[str, Any]:
@@ -122,6 +163,11 @@ def inside(table: list[Tensor], stored: str, ours: str) -> list[Tensor]:
     return [tensor.inside(stored, ours) for tensor in table]
 
 
+def present(config: Config, *names: str) -> str:
+    """Return the first of a field's names that a config has, or the first name."""
+    return next((name for name in names if config.has(name)), names[0])
+
+
 _TYPES = {
     "linear_attention": "linear",
     "mamba": "linear",
@@ -140,7 +186,7 @@ def layer_types(config: Config, default: list[str], *names: str, **others: str) 
       others: further kinds by their published name.
     """
     known = _TYPES | others
-    name = next((name for name in names if config.has(name)), names[0])
+    name = present(config, *names)
     kinds = config.list_of(name, str, default)
     depth = config.integer("num_hidden_layers", len(default))
     if len(kinds) != depth:
@@ -155,3 +201,24 @@ def layer_types(config: Config, default: list[str], *names: str, **others: str) 
                 f" got {kind!r}."
             )
     return [known[kind] for kind in kinds]
+
+
+def every(config: Config, prefix: str, depth: int, period: int, offset: int) -> list[bool]:
+    """Return for each layer whether it is one of those that come once in a period.
+
+    Args:
+      config: the config.
+      prefix: the start of the fields' names, before "_period" and "_offset".
+      depth: number of layers.
+      period: the reference's default period.
+      offset: the reference's default index of the first layer.
+    """
+    period = config.integer(f"{prefix}_period", period)
+    name = f"{prefix}_offset"
+    offset = config.get(name, offset)
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < period:
+        raise ValueError(
+            f"load: config field `{name}` must be from 0 to {prefix}_period - 1 = {period - 1},"
+            f" got {offset!r}."
+        )
+    return [i % period == offset for i in range(depth)]

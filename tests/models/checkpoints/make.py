@@ -19,6 +19,8 @@ os.environ["PYTORCH_JIT"] = "0"  # so that `make_rwkv7` can replace a function o
 import numpy as np
 import torch
 import transformers
+from expert_cases import expert_cases, stack_as_published
+from hybrid_cases import HYBRIDS, drop_constants
 
 FOLDER = pathlib.Path(__file__).parent
 LENGTH = 37  # odd, and no multiple of a chunk
@@ -208,6 +210,7 @@ CASES = {
         "logits_soft_cap": 3.0,
     },
 }
+CASES |= expert_cases(QWEN, MAMBA2) | HYBRIDS
 COMMON = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2}
 
 
@@ -221,7 +224,7 @@ def draw(name, parameter, generator):
         share = torch.rand(parameter.shape, generator=generator)
         return torch.exp(math.log(low) + share * math.log(high / low))
 
-    if name.endswith(("dt_bias", "dt_proj.bias")):
+    if name.endswith(("dt_bias", "dt_proj.bias", "dt_proj_bias")):
         dt = log_uniform(5e-4, 0.5)
         return dt + torch.log(-torch.expm1(-dt))
     if name.endswith("recurrent_param"):
@@ -313,11 +316,15 @@ def make(name):
     kind = values.pop("model_type")
     config = transformers.AutoConfig.for_model(kind, **values)
     config._attn_implementation = "eager"
+    config._experts_implementation = "eager"  # the default requires multiples of 16 bytes
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             parameter.copy_(draw(path, parameter, generator))
+        for path, buffer in model.named_buffers():
+            if path.endswith("e_score_correction_bias"):
+                buffer.copy_(draw(path, buffer, generator))
     for module in model.modules():
         if kind == "nemotron_h" and hasattr(module, "time_step_limit"):
             # transformers ignores the config's limit and uses `time_step_min`.
@@ -330,6 +337,10 @@ def make(name):
     model.save_pretrained(folder)
     if kind == "olmo_hybrid":
         rename_as_published(folder / "model.safetensors", config.layer_types)
+    if kind == "minimax":
+        drop_constants(folder / "model.safetensors")
+    if kind == "qwen3_5_moe_text":
+        stack_as_published(folder / "model.safetensors", values["num_experts"])
     (folder / "generation_config.json").unlink(missing_ok=True)
     finish(folder, tokens, logits)
 
