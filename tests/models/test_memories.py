@@ -30,6 +30,18 @@ def test_mini_batches_of_one_token_are_the_delta_rule(x64):
     np.testing.assert_allclose(final["change"][0][:, :, 1], memory, atol=1e-12)
 
 
+@pytest.mark.parametrize("hidden", [None, pytest.param(6, marks=pytest.mark.slow)])
+def test_recall_reads_without_learning(hidden, x64):
+    """Check against the last output of `apply`, which reads the memory after its own write."""
+    layer = Titans(dim=8, heads=2, mini_batch=4, hidden=hidden, conv_size=1, base_rate=0.5)
+    params = layer.init(jax.random.key(0), jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (2, 7, 8), jnp.float64)
+    y, state = jax.jit(layer.apply)(params, x)
+    recalled = jax.jit(layer.recall)(params, x, state)
+    np.testing.assert_allclose(recalled[:, -1], y[:, -1], rtol=1e-11)
+    assert np.abs(recalled[:, 0] - y[:, 0]).max() > 1e-3
+
+
 def test_a_memory_that_diverged_recovers_at_a_reset():
     """Check finite inputs whose memory overflows: NaN until the reset, inside a mini-batch."""
     length, where = 42, 38
