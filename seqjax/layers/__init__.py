@@ -8,6 +8,7 @@ from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.based import Based as Based
 from seqjax.layers.block_linear import BlockLinear as BlockLinear
+from seqjax.layers.chimera import Chimera as Chimera
 from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
@@ -43,6 +44,7 @@ from seqjax.layers.mlstm import MLSTM as MLSTM
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.plstm import PLSTM as PLSTM
+from seqjax.layers.plstm_2d import PLSTM2D as PLSTM2D
 from seqjax.layers.qrnn import QRNN as QRNN
 from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
@@ -95,6 +97,7 @@ __all__ = [
     "MLP",
     "MLSTM",
     "PLSTM",
+    "PLSTM2D",
     "QRNN",
     "REGISTRY",
     "RGLRU",
@@ -112,6 +115,7 @@ __all__ = [
     "Attention",
     "Based",
     "BlockLinear",
+    "Chimera",
     "CoRNN",
     "Comba",
     "Context",
