@@ -149,7 +149,8 @@ class PLSTM2D(GridLayer):
         direct = jax.nn.sigmoid(gate("direct")) / len(self.flips)
         arrays = [self.oriented(z.astype(wide)) for z in (q, k, v)]
         arrays += [self.each_oriented(z) for z in (source, transition, mark)]
-        o = self.summed(jax.vmap(plstm_2d)(*arrays, self.oriented(direct)))
+        arrays.append(self.oriented(direct))
+        o = self.summed(jax.vmap(plstm_2d)(*arrays))
         o = merge_heads(rms_normalize(o, params["norm"], self.norm_eps)).astype(x.dtype)
         return dense(o, params["out_proj"])
 
