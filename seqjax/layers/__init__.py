@@ -4,10 +4,12 @@ from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.aaren import Aaren as Aaren
+from seqjax.layers.atlas import Atlas as Atlas
 from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.based import Based as Based
 from seqjax.layers.block_linear import BlockLinear as BlockLinear
+from seqjax.layers.block_recurrent import BlockRecurrent as BlockRecurrent
 from seqjax.layers.chimera import Chimera as Chimera
 from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
@@ -112,9 +114,11 @@ __all__ = [
     "SRWM",
     "TTTMLP",
     "Aaren",
+    "Atlas",
     "Attention",
     "Based",
     "BlockLinear",
+    "BlockRecurrent",
     "Chimera",
     "CoRNN",
     "Comba",

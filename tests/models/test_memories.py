@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 import seqjax
-from seqjax.layers import Context, Titans, TTTLinear
+from seqjax.layers import Atlas, Context, Titans, TTTLinear
+from seqjax.layers.atlas import newton_schulz
+from tests.contract.harness import assert_close, make
+from tests.contract.layer_case import layer_case
+from tests.oracles import memory_oracles
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -40,6 +44,20 @@ def test_recall_reads_without_learning(hidden, x64):
     recalled = jax.jit(layer.recall)(params, x, state)
     np.testing.assert_allclose(recalled[:, -1], y[:, -1], rtol=1e-11)
     assert np.abs(recalled[:, 0] - y[:, 0]).max() > 1e-3
+
+
+def test_newton_schulz_moves_singular_values_to_one(x64):
+    """Check the values of both shapes, zero, and the whole layer with five steps."""
+    rng = np.random.default_rng(0)
+    for shape in ((2, 7, 4), (2, 4, 7)):
+        found = np.asarray(newton_schulz(jnp.asarray(rng.standard_normal(shape)), 5))
+        values = np.linalg.svd(found, compute_uv=False)
+        assert ((values > 0.6) & (values < 1.3)).all()
+    assert not np.asarray(newton_schulz(jnp.zeros((3, 3)), 5)).any()
+    case = layer_case(Atlas(dim=6, heads=2, window=3), memory_oracles.atlas)
+    inputs, _, reset = make(case)
+    y, _ = jax.jit(case.run)(inputs, None, reset)
+    assert_close(y, case.oracle(inputs, None, reset)[0], 1e-10)
 
 
 def test_a_memory_that_diverged_recovers_at_a_reset():
