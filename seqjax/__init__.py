@@ -13,6 +13,7 @@ Ops are pure functions of arrays, and return their outputs and the final state:
   solver, `SolveInfo` reports on the solution, and `lyapunov` predicts whether Newton is fast.
 - `monoid_scan`: any associative operator.
 - `step_scan`: any step, in order.
+- `plstm_2d`, `selective_scan_2d`: matrix states and state spaces over a grid, for images.
 - `segment_starts`: the `reset` argument of all ops, from the segment ids of packed sequences.
 - `default_implementation`: a `with` block in which no op or layer uses a Pallas kernel.
 
@@ -59,8 +60,10 @@ from seqjax.ops import log_scan as log_scan
 from seqjax.ops import lyapunov as lyapunov
 from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
+from seqjax.ops import plstm_2d as plstm_2d
 from seqjax.ops import segment_starts as segment_starts
 from seqjax.ops import selective_scan as selective_scan
+from seqjax.ops import selective_scan_2d as selective_scan_2d
 from seqjax.ops import ssm_scan as ssm_scan
 from seqjax.ops import step_scan as step_scan
 
@@ -89,11 +92,13 @@ __all__ = [
     "monoid_scan",
     "nonlinear_scan",
     "ops",
+    "plstm_2d",
     "prefill",
     "pretrained",
     "save_state",
     "segment_starts",
     "selective_scan",
+    "selective_scan_2d",
     "sharding",
     "speculate",
     "ssm_scan",

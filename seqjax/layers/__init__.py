@@ -4,10 +4,13 @@ from seqjax.layers._base import Layer as Layer
 from seqjax.layers._base import Param as Param
 from seqjax.layers._rnn import RNN as RNN
 from seqjax.layers.aaren import Aaren as Aaren
+from seqjax.layers.atlas import Atlas as Atlas
 from seqjax.layers.attention import Attention as Attention
 from seqjax.layers.attention import SlidingWindowAttention as SlidingWindowAttention
 from seqjax.layers.based import Based as Based
 from seqjax.layers.block_linear import BlockLinear as BlockLinear
+from seqjax.layers.block_recurrent import BlockRecurrent as BlockRecurrent
+from seqjax.layers.chimera import Chimera as Chimera
 from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
@@ -45,6 +48,7 @@ from seqjax.layers.moe import MoE as MoE
 from seqjax.layers.norm import LayerNorm as LayerNorm
 from seqjax.layers.norm import RMSNorm as RMSNorm
 from seqjax.layers.plstm import PLSTM as PLSTM
+from seqjax.layers.plstm_2d import PLSTM2D as PLSTM2D
 from seqjax.layers.qrnn import QRNN as QRNN
 from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
 from seqjax.layers.registry import REGISTRY as REGISTRY
@@ -99,6 +103,7 @@ __all__ = [
     "MLP",
     "MLSTM",
     "PLSTM",
+    "PLSTM2D",
     "QRNN",
     "REGISTRY",
     "RGLRU",
@@ -113,9 +118,12 @@ __all__ = [
     "SRWM",
     "TTTMLP",
     "Aaren",
+    "Atlas",
     "Attention",
     "Based",
     "BlockLinear",
+    "BlockRecurrent",
+    "Chimera",
     "CoRNN",
     "Comba",
     "Context",

@@ -59,15 +59,15 @@ def _dpfp(x: jax.Array, order: int) -> jax.Array:
 def taylor(x: jax.Array) -> jax.Array:
     """Return features with phi(q) . phi(k) = 1 + s + s^2 / 2, s = q . k / sqrt(K)."""
     x = x * x.shape[-1] ** -0.25
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, 0.5**0.5 * _pairs(x)], axis=-1)
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, 0.5**0.5 * pairs(x)], axis=-1)
 
 
 def squared(x: jax.Array) -> jax.Array:
     """Return features with phi(q) . phi(k) = s^2, s = q . k / sqrt(K)."""
-    return _pairs(x * x.shape[-1] ** -0.25)
+    return pairs(x * x.shape[-1] ** -0.25)
 
 
-def _pairs(x: jax.Array) -> jax.Array:
+def pairs(x: jax.Array) -> jax.Array:
     """Return the K (K + 1) / 2 products of pairs of x [..., K], those of unequal ones * sqrt(2)."""
     first, second = np.triu_indices(x.shape[-1])
     factor = np.where(first == second, 1.0, 2**0.5)

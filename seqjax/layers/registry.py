@@ -12,9 +12,11 @@ from typing import Any
 from seqjax.layers._base import Layer
 from seqjax.layers._rnn import RNN
 from seqjax.layers.aaren import Aaren
+from seqjax.layers.atlas import Atlas
 from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
 from seqjax.layers.block_linear import BlockLinear
+from seqjax.layers.block_recurrent import BlockRecurrent
 from seqjax.layers.comba import Comba
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
@@ -182,6 +184,16 @@ def _ttt(dim: int, heads: int) -> Options:
     return _heads(dim, heads) | {"mini_batch": 16}
 
 
+def _atlas(dim: int, heads: int) -> Options:
+    # Heads of 8 features: the memory grows with their cube, the step with a higher power.
+    return {"heads": max(dim // 8, heads), "window": 8}
+
+
+def _block_recurrent(dim: int, heads: int) -> Options:
+    del dim
+    return {"heads": max(heads // 2, 1), "window": 64, "states": 32}
+
+
 def _attention(dim: int, heads: int) -> Options:
     del dim
     return {"heads": max(heads // 2, 1), "window": 64}
@@ -260,6 +272,10 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "ttt_linear": Entry(TTTLinear, "TTT-Linear", "2407.04620", "", _ttt),
         "ttt_mlp": Entry(TTTMLP, "TTT-MLP", "2407.04620", "", _ttt),
         "titans": Entry(Titans, "Titans (memory)", "2501.00663", "", _ttt),
+        "atlas": Entry(Atlas, "Atlas (memory)", "2505.23735", "step_scan", _atlas),
+        "block_recurrent": Entry(
+            BlockRecurrent, "Block-Recurrent Transformer", "2203.07852", "", _block_recurrent
+        ),
         "mesanet": Entry(MesaNet, "MesaNet", "2506.05233", "linear_attention", _heads),
         "loglinear": Entry(
             LogLinearAttention, "Log-linear attention", "2506.04761", "linear_attention", _heads

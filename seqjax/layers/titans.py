@@ -21,8 +21,10 @@ from seqjax.layers._minibatch import MemoryLayer, Updates
 from seqjax.layers._network import Network
 from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv, qkv_convs
+from seqjax.ops.core.linalg import matmul
 
 GATES = ("rate", "momentum", "forget")
+MEMORY = 1  # the place of M in the states: the anchor, the memory and the momentum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Titans(MemoryLayer):
     every reset. The RMS norm is per head, with one scale [K] for all heads. gelu is the tanh
     approximation.
 
-    The layer is the long-term memory alone. Memory as a layer (MAL) is a `Backbone` with this layer
-    and `SlidingWindowAttention` in turn.
+    The layer is the long-term memory alone. `recall` reads it without learning. The guide on
+    adding recurrences builds the paper's three models from it: memory as a layer, as a gate and as
+    context (MAL, MAG, MAC).
 
     Departures: the paper leaves open the range of theta, the form of the output gate and norm, and
     all initial values. A mini-batch sums its gradients, so `base_rate` below 1/mini_batch keeps the
@@ -91,7 +94,6 @@ class Titans(MemoryLayer):
     conv_size: int = 4
     norm_eps: float = 1e-6
 
-    # The anchor, the memory and the momentum.
     _fresh: ClassVar[tuple[float, ...]] = (1.0, 1.0, 0.0)
     _kept: ClassVar[tuple[float, ...]] = (1.0, 1.0)
 
@@ -172,5 +174,34 @@ class Titans(MemoryLayer):
             bias = params[f"{name}_bias"].astype(wide)
             tokens[name] = wide_dense(x, params[f"{name}_proj"]) + bias
         o, new_state["memory"] = self.scan_memory(params, tokens, state["memory"], context)
+        return self._output(params, x, o), new_state
+
+    def recall(self, params: Params, x: jax.Array, state: State) -> jax.Array:
+        """Return f(M; q_t), normalized and gated, for the memory M of `state`, without learning.
+
+        Args:
+          params: the tree that `init` returned.
+          x: [B, T, dim].
+          state: a state that `apply`, `step` or `initial_state` returned. It is not changed.
+
+        Returns:
+          y [B, T, dim].
+        """
+        self._check_call(params, x, state, None, one_step=False)
+        wide = state_dtype(x.dtype)
+        q = dense(x, params["q_proj"])
+        q, _ = self._convs()["q_conv"].forward(params["q_conv"], q, state["q_conv"], Context())
+        q = jnp.moveaxis(l2_normalize(split_heads(q.astype(wide), self.heads)), 1, 2)
+        start = state["memory"]["start"][:, :, MEMORY, None, None]
+        weights = [
+            start * learned + change[:, :, MEMORY]
+            for learned, change in zip(
+                self.network.weights(params, wide), state["memory"]["change"], strict=True
+            )
+        ]
+        o, _ = self.network(lambda i, z: matmul(z, weights[i]), q)
+        return self._output(params, x, jnp.moveaxis(o, 2, 1))
+
+    def _output(self, params: Params, x: jax.Array, o: jax.Array) -> jax.Array:
         o = merge_heads(rms_normalize(o.astype(x.dtype), params["norm"], self.norm_eps))
-        return dense(o * jax.nn.silu(dense(x, params["gate_proj"])), params["out_proj"]), new_state
+        return dense(o * jax.nn.silu(dense(x, params["gate_proj"])), params["out_proj"])

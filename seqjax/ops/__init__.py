@@ -7,6 +7,8 @@ from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
 from seqjax.ops.elementwise.log_scan import log_scan as log_scan
 from seqjax.ops.elementwise.selective_scan import selective_scan as selective_scan
 from seqjax.ops.elementwise.ssm_scan import ssm_scan as ssm_scan
+from seqjax.ops.grid.plstm_2d import plstm_2d as plstm_2d
+from seqjax.ops.grid.selective_scan_2d import selective_scan_2d as selective_scan_2d
 from seqjax.ops.matrix_state.chunked import ChunkMap as ChunkMap
 from seqjax.ops.matrix_state.decays import cumulative_decays as cumulative_decays
 from seqjax.ops.matrix_state.decays import decayed_products as decayed_products
@@ -43,9 +45,11 @@ __all__ = [
     "lyapunov",
     "monoid_scan",
     "nonlinear_scan",
+    "plstm_2d",
     "previous",
     "segment_starts",
     "selective_scan",
+    "selective_scan_2d",
     "ssm_scan",
     "step_scan",
 ]

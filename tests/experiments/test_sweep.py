@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("ml_collections")
 
+import seqjax
 from experiments import report, sweep
 from experiments.base import build, cli
 from experiments.base.errors import UserError
@@ -203,16 +204,38 @@ def test_every_job_has_a_configuration(name):
     assert set(grid.published) <= {job.label for job in grid.jobs}
 
 
-def test_models_of_text_are_of_one_size():
-    def size(job):
-        config = lm.get_config(job.config.split(":")[1])
-        config.update_from_flattened_dict(job.overrides)
-        shapes = jax.eval_shape(build.build_model(config.model).init, jax.random.key(0))
-        return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+def size_of_text_model(layer, ratio, **options):
+    """Return the number of parameters of `lm.py:LAYER` with an MLP ratio."""
+    config = lm.get_config(layer)
+    config.model.mlp_ratio = ratio
+    config.model.options[layer].update(options)
+    shapes = build.build_model(config.model).param_shapes()
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda shape: isinstance(shape, tuple))
+    return sum(map(math.prod, leaves))
 
-    sizes = {job.label: size(job) for job in grids.GRIDS["text"].jobs}
+
+def test_models_of_text_are_of_one_size():
+    jobs = grids.GRIDS["text"].jobs
+    sizes = {
+        job.label: size_of_text_model(job.config.split(":")[1], job.overrides["model.mlp_ratio"])
+        for job in jobs
+    }
     assert set(sizes) <= set(common.MIXERS) - {"hybrid"}
+    assert all(set(job.overrides) == {"model.mlp_ratio"} for job in jobs)
     assert all(abs(size / 463_000 - 1) < 0.01 for size in sizes.values()), sizes
+
+
+@pytest.mark.parametrize("layer", sorted(seqjax.layers.REGISTRY))
+def test_every_layer_fits_the_size_of_text_models(layer):
+    """Fit the MLP ratio, in steps of 8 features, and check that the size is within 1 %."""
+    # In blocks of 4, the network that makes the blocks alone has more parameters.
+    options = {"block_size": 2} if layer == "block_linear" else {}
+    unit = 8 / lm.get_config(layer).model.dim
+    least, more = (size_of_text_model(layer, n * unit, **options) for n in (1, 2))
+    steps = 1 + round((463_000 - least) / (more - least))
+    assert steps >= 1
+    size = size_of_text_model(layer, steps * unit, **options)
+    assert abs(size / 463_000 - 1) < 0.01
 
 
 @pytest.mark.slow

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 import seqjax
-from seqjax.layers import Context, Titans, TTTLinear
+from seqjax.layers import Atlas, Context, Titans, TTTLinear
+from seqjax.layers.atlas import newton_schulz
+from tests.contract.harness import assert_close, make
+from tests.contract.layer_case import layer_case
+from tests.oracles import memory_oracles
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -28,6 +32,32 @@ def test_mini_batches_of_one_token_are_the_delta_rule(x64):
     wanted, memory = seqjax.delta_rule(q, k, v, beta, reset=reset, scale=1.0)
     np.testing.assert_allclose(y, wanted, atol=1e-12)
     np.testing.assert_allclose(final["change"][0][:, :, 1], memory, atol=1e-12)
+
+
+@pytest.mark.parametrize("hidden", [None, pytest.param(6, marks=pytest.mark.slow)])
+def test_recall_reads_without_learning(hidden, x64):
+    """Check against the last output of `apply`, which reads the memory after its own write."""
+    layer = Titans(dim=8, heads=2, mini_batch=4, hidden=hidden, conv_size=1, base_rate=0.5)
+    params = layer.init(jax.random.key(0), jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (2, 7, 8), jnp.float64)
+    y, state = jax.jit(layer.apply)(params, x)
+    recalled = jax.jit(layer.recall)(params, x, state)
+    np.testing.assert_allclose(recalled[:, -1], y[:, -1], rtol=1e-11)
+    assert np.abs(recalled[:, 0] - y[:, 0]).max() > 1e-3
+
+
+def test_newton_schulz_moves_singular_values_to_one(x64):
+    """Check the values of both shapes, zero, and the whole layer with five steps."""
+    rng = np.random.default_rng(0)
+    for shape in ((2, 7, 4), (2, 4, 7)):
+        found = np.asarray(newton_schulz(jnp.asarray(rng.standard_normal(shape)), 5))
+        values = np.linalg.svd(found, compute_uv=False)
+        assert ((values > 0.6) & (values < 1.3)).all()
+    assert not np.asarray(newton_schulz(jnp.zeros((3, 3)), 5)).any()
+    case = layer_case(Atlas(dim=6, heads=2, window=3), memory_oracles.atlas)
+    inputs, _, reset = make(case)
+    y, _ = jax.jit(case.run)(inputs, None, reset)
+    assert_close(y, case.oracle(inputs, None, reset)[0], 1e-10)
 
 
 def test_a_memory_that_diverged_recovers_at_a_reset():

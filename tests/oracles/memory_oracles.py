@@ -215,3 +215,94 @@ def titans(layer, params, x, reset=None):
             if index == layer.mini_batch:
                 anchor, index = M, 0
     return (o.reshape(x.shape) * _silu(x @ p["gate_proj"])) @ p["out_proj"]
+
+
+def _polynomial(powers, z):
+    found = [powers[0], *(powers[1] * z)]
+    if len(powers) > 2:
+        for i in range(len(z)):
+            for j in range(i, len(z)):
+                found.append(powers[2] * z[i] * z[j] * (1 if i == j else np.sqrt(2)))
+    return np.array(found)
+
+
+def _newton_schulz(X, steps):
+    if steps == 0:
+        return X
+    X = X / np.sqrt(np.sum(X * X) + 1e-12)
+    for _ in range(steps):
+        A = X @ X.T
+        X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
+    return X
+
+
+def atlas(layer, params, x, reset=None):
+    """P = theta P + grad over a window, M = (1 - alpha) M - eta NS(P), o = M^T q (2505.23735)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    conv = _Conv(layer.conv_size, bias=False)
+    q, k, v = (short_conv(conv, p[f"{n}_conv"], x @ p[f"{n}_proj"], reset) for n in "qkv")
+    q, k, v = (y.reshape(*x.shape[:2], layer.heads, -1) for y in (q, k, v))
+    q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
+    eta, theta, alpha, weight = (
+        _sigmoid(x @ p[f"{n}_proj"] + p[f"{n}_bias"])
+        for n in ("rate", "momentum", "forget", "context")
+    )
+    o = np.zeros(v.shape)
+    for b, h in np.ndindex(len(x), layer.heads):
+        M, P, first = p["memory"][h], 0, 0
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                M, P, first = p["memory"][h], 0, t
+            G = np.zeros_like(M)
+            for i in range(max(first, t - layer.window + 1), t + 1):
+                key = _polynomial(p["powers"], k[b, i, h])
+                G += weight[b, i, h] * 2 * np.outer(key, M.T @ key - v[b, i, h])
+            P = theta[b, t, h] * P + G
+            pushed = layer.base_rate * eta[b, t, h] * _newton_schulz(P, layer.steps)
+            M = (1 - alpha[b, t, h]) * M - pushed
+            y = M.T @ _polynomial(p["powers"], q[b, t, h])
+            o[b, t, h] = y / np.sqrt(np.mean(y * y) + layer.norm_eps) * p["norm"]
+    return (o.reshape(x.shape) * _silu(x @ p["gate_proj"])) @ p["out_proj"]
+
+
+def _attention(q, k, v):
+    scores = q @ k.T / np.sqrt(len(q))
+    weights = np.exp(scores - scores.max())
+    return weights @ v / weights.sum()
+
+
+def block_recurrent(layer, params, x, reset=None):
+    """Tokens attend to a window and to states; the states change after a block (2203.07852)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size = layer.heads, layer.dim // layer.heads
+    q, k, v, cross = (
+        (x @ p[f"{n}_proj"]).reshape(*x.shape[:2], heads, size) for n in ("q", "k", "v", "cross")
+    )
+
+    def of_states(C):
+        n = _layer_norm(C, p["state_norm"], p["state_positions"], layer.norm_eps)
+        names = ("q", "k", "v", "cross")
+        return [(n @ p[f"state_{name}_proj"]).reshape(-1, heads, size) for name in names]
+
+    o = np.zeros((*x.shape[:2], 2, heads, size))
+    gate = _sigmoid(p["state_gate"])
+    for b in range(len(x)):
+        C, begin, first = p["state_start"], 0, 0
+        for t in range(x.shape[1]):
+            if reset[b, t]:
+                C, begin, first = p["state_start"], t, t
+            Q, K, V, P = of_states(C)
+            seen = range(max(first, t - layer.window + 1), t + 1)
+            for h in range(heads):
+                keys = np.stack([_rotate(k[b, i, h], i - t, layer.rotary_base) for i in seen])
+                o[b, t, 0, h] = _attention(q[b, t, h], keys, v[b, seen.start : t + 1, h])
+                o[b, t, 1, h] = _attention(cross[b, t, h], K[:, h], V[:, h])
+            if t - begin + 1 == layer.window:
+                z = np.zeros((len(C), 2, heads, size))
+                for s, h in np.ndindex(len(C), heads):
+                    z[s, 0, h] = _attention(Q[s, h], K[:, h], V[:, h])
+                    of_block = (b, slice(begin, t + 1), h)
+                    z[s, 1, h] = _attention(P[s, h], k[of_block], v[of_block])
+                z = z.reshape(len(C), -1) @ p["state_out_proj"] + p["state_out_bias"]
+                C, begin = gate * C + (1 - gate) * z, t + 1
+    return o.reshape(*x.shape[:2], -1) @ p["out_proj"]

@@ -1,0 +1,1 @@
+"""Linear recurrences over two-dimensional grids."""
