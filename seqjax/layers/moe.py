@@ -217,7 +217,8 @@ class MoE(Layer):
     def _choose(self, logits: jax.Array, params: Params) -> tuple[jax.Array, jax.Array]:
         """Return the chosen experts [B, T, k] and their weights, from logits [B, T, E]."""
         if self.router == "softmax":
-            top, chosen = lax.top_k(logits, self.top_k)
+            chosen = _largest(logits, self.top_k)
+            top = jnp.take_along_axis(logits, chosen, axis=-1)
             if self.renormalize:
                 return chosen, jax.nn.softmax(top, axis=-1)
             return chosen, jnp.exp(top - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
@@ -225,11 +226,11 @@ class MoE(Layer):
         choice = scores + params["correction_bias"].astype(scores.dtype)
         if self._top_groups < self.groups:
             grouped = choice.reshape(*choice.shape[:-1], self.groups, -1)
-            group_scores = lax.top_k(grouped, 2)[0].sum(axis=-1)
-            _, best = lax.top_k(group_scores, self._top_groups)
+            group_scores = jnp.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+            best = _largest(group_scores, self._top_groups)
             stays = (best[..., None] == jnp.arange(self.groups, dtype=best.dtype)).any(axis=-2)
             choice = jnp.where(stays[..., None], grouped, -jnp.inf).reshape(choice.shape)
-        _, chosen = lax.top_k(choice, self.top_k)
+        chosen = _largest(choice, self.top_k)
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
         if self.renormalize:
             weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
@@ -293,3 +294,12 @@ class MoE(Layer):
 
         out = lax.map(lambda pair: run(params, *pair), (cut(rows), cut(owner)))
         return jnp.moveaxis(out, 0, 1).reshape(batch, turns * limit, *out.shape[3:])[:, :count]
+
+
+def _largest(x: jax.Array, count: int) -> jax.Array:
+    """Return the indices of the largest numbers along the last axis, the largest first.
+
+    Unlike `lax.top_k`, a sort is split over devices along the other axes.
+    """
+    order = jnp.argsort(lax.stop_gradient(x), axis=-1, descending=True)
+    return order[..., :count].astype(jnp.int32)

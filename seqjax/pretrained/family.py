@@ -141,12 +141,13 @@ def _with_cache_dtype(layer: Any, dtype: str) -> Any:
         return tuple(_with_cache_dtype(entry, dtype) for entry in layer)
     if not isinstance(layer, Layer):
         return layer
-    fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}  # type: ignore[arg-type]
+    made: Any = layer
+    fields = {field.name: getattr(made, field.name) for field in dataclasses.fields(made)}
     changed = {name: _with_cache_dtype(value, dtype) for name, value in fields.items()}
     if "cache_dtype" in fields:
         changed["cache_dtype"] = dtype
     changed = {name: value for name, value in changed.items() if value is not fields[name]}
-    return dataclasses.replace(layer, **changed) if changed else layer
+    return dataclasses.replace(made, **changed) if changed else made
 
 
 def norm(stored: str, ours: str, kind: NormKind) -> list[Tensor]:

@@ -166,8 +166,8 @@ class Cut:
         layout = self.tensor.layout
         if layout == "experts":
             before = sum(shape[-1] for shape in self.shapes[:part])
-            rest = (slice(before + low, before + high), index[1])
-            for at, piece in tensors.blocks(name, bounds[0], rest):
+            stored_rows = slice(before + low, before + high)
+            for at, piece in tensors.blocks(name, bounds[0], (stored_rows, index[1])):
                 out[at : at + len(piece)] = np.swapaxes(piece, 1, 2)
             return
         if self.tensor.shape is not None:  # small arrays with extra axes

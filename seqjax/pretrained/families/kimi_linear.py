@@ -89,7 +89,7 @@ def _build(config: Config, capacity: int) -> Architecture:
 
 def _moe(config: Config, dim: int) -> MoE:
     width = config.integer("moe_intermediate_size", 1024)
-    # Files of transformers have the second name of each pair.
+    # transformers writes the first name of each pair, and accepts both.
     count, top_k, shared, groups, renormalize = (
         parts.present(config, *names)
         for names in (
