@@ -64,12 +64,13 @@ class Param:
 class Layer(abc.ABC):
     """Base class of sequence layers: hyperparameters in a frozen dataclass, arrays passed in.
 
-    A subclass is a frozen dataclass with a field `dim` and up to four hooks:
+    A subclass is a frozen dataclass with a field `dim` and up to five hooks:
 
     - `declare_params` returns its parameters and sublayers by name.
     - `make_state` returns the state before the first step; by default there is none.
     - `forward` computes the layer.
     - `make_values` returns the arrays that a block hands to later blocks; by default none.
+    - `shared_params` returns the parameters that all blocks of a backbone read; by default none.
 
     `init`, `param_axes`, `param_roles`, `apply`, `step`, `initial_state` and all argument checks
     follow from these. A layer calls its sublayers by their `forward`.
@@ -134,6 +135,13 @@ class Layer(abc.ABC):
 
     def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         """Return initial arrays [B, T, ...] for `context.values`, which blocks share by name."""
+        return {}
+
+    def shared_params(self, params: Params) -> dict[str, jax.Array]:
+        """Return parameters of this layer that all blocks of a backbone read, by name.
+
+        `context.values` has each of them stacked along a first axis, in the order of the blocks.
+        """
         return {}
 
     @abc.abstractmethod

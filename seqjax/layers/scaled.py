@@ -81,6 +81,9 @@ class Scaled(Layer):
     def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         return self.layer.make_values(batch_size, length, dtype)
 
+    def shared_params(self, params: Params) -> dict[str, jax.Array]:
+        return self.layer.shared_params(params)
+
     def state_flops(self) -> int:
         return self.layer.state_flops()
 

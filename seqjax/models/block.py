@@ -131,6 +131,13 @@ class Block(Layer):
                 values |= layer.make_values(batch_size, length, dtype)
         return values
 
+    def shared_params(self, params: Params) -> dict[str, jax.Array]:
+        shared: dict[str, jax.Array] = {}
+        for name, layer in (*self.mixers.items(), ("mlp", self.mlp)):
+            if layer is not None:
+                shared |= layer.shared_params(params[name])
+        return shared
+
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
