@@ -20,10 +20,12 @@ class Source:
     Attributes:
       config: the text of `config.json`.
       prefix: the prefix of the tensor names.
+      sizes: sizes that the config omits, by their name.
     """
 
     config: str
     prefix: str
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def __repr__(self) -> str:
         """Return the type of the model."""
@@ -41,7 +43,9 @@ class Source:
 
     def architecture(self, capacity: int) -> Architecture:
         """Return the architecture of the config."""
-        return self.family.build(self.family.config(self.values), capacity)
+        config = self.family.config(self.values)
+        config.values |= {name: size for name, size in self.sizes if not config.has(name)}
+        return self.family.build(config, capacity)
 
 
 @dataclasses.dataclass(frozen=True)
