@@ -71,6 +71,7 @@ class Layer(abc.ABC):
     - `forward` computes the layer.
     - `make_values` returns the arrays that a block hands to later blocks; by default none.
     - `declare_shared` returns layers whose parameters blocks share by name; by default none.
+    - `visible_params` returns the parameters that all blocks of a backbone read; by default none.
 
     `init`, `param_axes`, `param_roles`, `apply`, `step`, `initial_state` and all argument checks
     follow from these. A layer calls its sublayers by their `forward`.
@@ -139,6 +140,13 @@ class Layer(abc.ABC):
 
     def declare_shared(self) -> Mapping[str, "Layer"]:
         """Return layers whose parameters a backbone holds once, in `context.shared`, by name."""
+        return {}
+
+    def visible_params(self, params: Params) -> dict[str, jax.Array]:
+        """Return parameters of this layer that all blocks of a backbone read, by name.
+
+        `context.values` has each of them stacked along a first axis, in the order of the blocks.
+        """
         return {}
 
     @abc.abstractmethod

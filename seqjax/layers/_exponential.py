@@ -1,5 +1,6 @@
 """Exponential gates and normalizers, as arguments of recurrences that cannot overflow."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ class Stabilized(NamedTuple):
     Attributes:
       log_decay: log f_t + m_{t-1} - m_t, at most 0.
       weight: exp(i_t - m_t), at most 1.
-      before: m_{t-1}, -inf where the state is fresh.
+      before: m_{t-1}, `fresh` after a reset.
       maximum: m_t.
       last: m at the end of the sequence, a part of the layer's state.
     """
@@ -30,7 +31,13 @@ class Stabilized(NamedTuple):
 
 
 def stabilize(
-    log_decay: jax.Array | None, log_weight: jax.Array, start: jax.Array, context: Context
+    log_decay: jax.Array | None,
+    log_weight: jax.Array,
+    start: jax.Array,
+    context: Context,
+    *,
+    fresh: float = -math.inf,
+    read: bool = False,
 ) -> Stabilized:
     """Return the scaled form of a recurrence with an exponential input gate.
 
@@ -39,25 +46,32 @@ def stabilize(
 
     u_t exp(-m_t) is a recurrence with decays and weights of at most 1. The exact result does not
     depend on m. So m carries no gradient, which leaves all derivatives exact, as long as the layer
-    reads u_t exp(-m_t) and m_t together.
+    reads u_t exp(-m_t) and m_t together. If the result depends on m, pass `read=True`.
 
     Args:
       log_decay: log f_t, [B, T, D], or [D] where it is constant; None for f_t = 1.
       log_weight: i_t [B, T, D], in the state dtype.
       start: m_0 [B, D], the `last` of the call before.
       context: resets and the sequence axis.
+      fresh: m before the first step after a reset.
+      read: whether m carries gradients.
     """
-    stopped = None if log_decay is None else jax.lax.stop_gradient(log_decay)
+    entering = log_weight
+    if fresh > -math.inf and context.reset is not None:
+        decayed = jnp.full((), fresh) if log_decay is None else fresh + log_decay
+        at_reset = jnp.maximum(decayed.astype(log_weight.dtype), log_weight)
+        entering = jnp.where(context.reset[..., None], at_reset, log_weight)
+    stop = (lambda value: value) if read else jax.lax.stop_gradient
     maximum, last = log_scan(
-        stopped,
-        jax.lax.stop_gradient(log_weight),
-        jax.lax.stop_gradient(start),
+        None if log_decay is None else stop(log_decay),
+        stop(entering),
+        stop(start),
         semiring="max",
         reset=context.reset,
         sequence_axis=context.sequence_axis,
     )
     # `start` keeps its gradient here: it scales the state that a call continues from.
-    before, _ = previous(maximum, start, context.reset, context.sequence_axis, fill=-jnp.inf)
+    before, _ = previous(maximum, start, context.reset, context.sequence_axis, fill=fresh)
     decay = before - maximum if log_decay is None else log_decay + before - maximum
     return Stabilized(decay, jnp.exp(log_weight - maximum), before, maximum, last)
 

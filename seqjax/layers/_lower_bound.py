@@ -1,4 +1,9 @@
-"""Lower bounds of decays that grow with depth, shared by the blocks of a backbone (HGRN)."""
+"""Lower bounds of decays that grow with depth, shared by the blocks of a backbone (HGRN).
+
+With the parameters p [L, N] of all L blocks, the bound of block l is the sum of softmax(p) over the
+blocks 1 to l, with the softmax over depth. The first block's bound is 0. With equal parameters
+block l has the bound l / L.
+"""
 
 from typing import Any
 
@@ -11,33 +16,38 @@ from seqjax.layers.context import Context
 
 
 def declare(width: int) -> Param:
-    """Return the declaration of the block's share of the bounds, [width]."""
+    """Return the declaration of the block's row of p, [width]."""
     return Param((width,), ("state",), "recurrence", _init.zeros)
 
 
-def value_name(width: int) -> str:
-    """Return the name of the shared value for layers with `width` channels."""
-    return f"room_above_lower_bound_{width}"
+def names(width: int) -> tuple[str, str]:
+    """Return the names of two shared values: p, and the number of blocks that have run."""
+    return f"lower_bounds_{width}", f"lower_bound_blocks_{width}"
 
 
-def initial_values(width: int, dtype: Any) -> dict[str, jax.Array]:
-    """Return 1 - bound before the first block, [1, 1, width], for `Layer.make_values`."""
-    return {value_name(width): jnp.ones((1, 1, width), dtype)}
+def initial_values(width: int) -> dict[str, jax.Array]:
+    """Return the number of blocks before the first one, for `Layer.make_values`."""
+    return {names(width)[1]: jnp.zeros((), jnp.int32)}
 
 
-def room_above(share: jax.Array, dtype: Any, context: Context) -> jax.Array:
-    """Return 1 - bound of this block, [1, 1, width], and store it for the next block.
+def visible_params(row: jax.Array) -> dict[str, jax.Array]:
+    """Return the block's row of p by the name of the value, for `Layer.visible_params`."""
+    return {names(row.shape[-1])[0]: row}
 
-    The first block's bound is 0. Every later block multiplies 1 - bound by
-    1 - sigmoid(share - log(depth - block)), so that bounds grow and stay below 1. With all shares
-    0, block l of L has the bound l / L.
+
+def room_above(width: int, dtype: Any, context: Context) -> jax.Array:
+    """Return 1 - bound of this block, [1, 1, width], and count the block.
+
+    Outside a backbone the bound is 0.
     """
-    name = value_name(share.shape[0])
-    share = share.astype(dtype)[None, None]
-    before = context.values.get(name, jnp.ones_like(share)).astype(dtype)
-    later_blocks = jnp.asarray(context.depth - context.block, dtype)
-    taken = jax.nn.sigmoid(share - jnp.log(later_blocks))
-    room = before * jnp.where(jnp.asarray(context.block) == 0, jnp.ones_like(taken), 1 - taken)
-    if name in context.values:
-        context.values[name] = room
-    return room
+    rows, count = names(width)
+    if rows not in context.values:
+        return jnp.ones((1, 1, width), dtype)
+    block = context.values[count]
+    context.values[count] = block + 1
+    shares = jax.nn.softmax(context.values[rows].astype(dtype), axis=0)
+    # The sum of what is above the bound, because 1 - bound has no digits left for bounds near 1.
+    index = jnp.arange(shares.shape[0])
+    above = (index == 0) | (index > block)
+    room = jnp.sum(jnp.where(above[:, None], shares, 0), axis=0)
+    return jnp.where(block == 0, jnp.ones_like(room), room)[None, None]

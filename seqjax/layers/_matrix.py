@@ -1,5 +1,6 @@
 """Base class of layers with a matrix state per head: projections, convolutions and the state."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -62,7 +63,7 @@ class MatrixLayer(Layer):
         """Check that a number of features per head, made from a factor, is an integer."""
         _checks.require(
             self,
-            size >= 1 and size == int(size),
+            is_integer(size),
             f"`{name}` must give an integer >= 1 as features per head, got {size:g} for"
             f" {name}={getattr(self, name)}, dim={self.dim}, heads={self.heads}.",
         )
@@ -156,6 +157,11 @@ class MatrixLayer(Layer):
 
 
 _FAN = _init.fan_in_normal
+
+
+def is_integer(size: float) -> bool:
+    """Return whether a size is an integer >= 1, up to the rounding of a quotient of sizes."""
+    return size >= 1 - 1e-9 and math.isclose(size, round(size))
 
 
 def decay_params(heads: int, width: int | None = None) -> dict[str, Param | Layer]:

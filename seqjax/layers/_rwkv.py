@@ -35,14 +35,27 @@ def per_channel(values: Callable[[jax.Array], jax.Array]) -> Initializer:
     return init
 
 
-def previous_share(dim: int, power: float, offset: float = 0.0) -> Param:
-    """Declare the share [D] of the previous input, 1 - (i / D)^power - offset for channel i."""
-    start = per_channel(lambda i: 1 - (i / dim) ** power - offset)
+def declare_share(dim: int, power: float, offset: float = 0.0, present: bool = False) -> Param:
+    """Declare the share [D] of the previous or the present input.
+
+    The share of the present input starts at (i / D)^power + offset for channel i.
+    """
+
+    def start_of(i: jax.Array) -> jax.Array:
+        share = (i / dim) ** power + offset
+        return share if present else 1 - share
+
+    start = per_channel(start_of)
     return Param((dim,), ("embed",), "bias", start)
 
 
-def mix(x: jax.Array, previous: jax.Array, share: jax.Array) -> jax.Array:
-    """Return x_t + share * (x_{t-1} - x_t), rounded once to the dtype of `x`."""
+def mix(x: jax.Array, previous: jax.Array, share: jax.Array, present: bool = False) -> jax.Array:
+    """Return x_t + share * (x_{t-1} - x_t), rounded once to the dtype of `x`.
+
+    With `present`, `share` is that of x_t instead.
+    """
+    if present:
+        x, previous = previous, x
     now, before = (z.astype(state_dtype(x.dtype)) for z in (x, previous))
     return (now + (before - now) * share.astype(now.dtype)).astype(x.dtype)
 

@@ -81,7 +81,7 @@ class Comba(MatrixLayer):
     @property
     def value_dim(self) -> int:
         """Value features per head V."""
-        return int(self.expand_v * self.key_dim)
+        return round(self.expand_v * self.key_dim)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         start = jax.nn.initializers.constant(self.correction)

@@ -9,7 +9,7 @@ import jax
 from seqjax.layers import _checks, _feature_maps
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, l2_normalize, merge_heads, repeat_heads, rms_normalize
-from seqjax.layers._matrix import MatrixLayer, decay_params, log_decay
+from seqjax.layers._matrix import MatrixLayer, decay_params, is_integer, log_decay
 from seqjax.layers._reductions import at_substep
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.delta_rule import delta_rule
@@ -99,7 +99,7 @@ class DeltaNet(MatrixLayer):
         value_dim = self.expand_v * head_dim
         _checks.require(
             self,
-            value_dim >= 1 and value_dim == int(value_dim),
+            is_integer(value_dim),
             f"`expand_v` * head_dim must be an integer >= 1, got expand_v={self.expand_v},"
             f" head_dim={head_dim}.",
         )
@@ -117,7 +117,7 @@ class DeltaNet(MatrixLayer):
     @property
     def value_dim(self) -> int:
         """Value features per head V."""
-        return int(self.expand_v * self.key_dim)
+        return round(self.expand_v * self.key_dim)
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:

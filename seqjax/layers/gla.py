@@ -75,12 +75,12 @@ class GLA(MatrixLayer):
     @property
     def key_dim(self) -> int:
         """Key features per head K."""
-        return int(self.expand_k * self.dim / self.heads)
+        return round(self.expand_k * self.dim / self.heads)
 
     @property
     def value_dim(self) -> int:
         """Value features per head V."""
-        return int(self.expand_v * self.dim / self.heads)
+        return round(self.expand_v * self.dim / self.heads)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         keys, values = self.heads * self.key_dim, self.heads * self.value_dim

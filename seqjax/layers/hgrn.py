@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init, _lower_bound
-from seqjax.layers._base import Layer, Param, Params, State, state_dtype
+from seqjax.layers._base import Layer, Param, Params, State
 from seqjax.layers._gated import Gated, project, project_out, recur
 from seqjax.layers._math import dense, rms_normalize
 from seqjax.layers.context import Context
@@ -24,20 +25,17 @@ class HGRN(Gated):
     In a `Backbone` the lower bounds of the forget gates grow with depth, so that later blocks
     remember longer:
 
-        1 - b_0 = 1
-        1 - b_l = (1 - b_{l-1}) * (1 - sigmoid(p_l - log(L - l)))    block l of L
+        b_l = s_1 + ... + s_l,    s = softmax(p) over blocks         block l of L, b_0 = 0
 
-    b_l starts at l / L. Outside a backbone b is 0. Blocks pass 1 - b on as a shared value of the
-    context.
+    b_l starts at l / L. Outside a backbone, or without `lower_bound`, b is 0. The backbone hands
+    the parameters p of all blocks to each block.
 
-    Departures: the paper takes the bounds from one softmax over depth, which is a parameter of the
-    model. Here each block has a parameter and the softmax is computed stick by stick, which
-    reaches the same bounds. The paper's state is complex with a learned phase per channel; the real
-    form is that of flash-linear-attention and of HGRN2's ablation. Projections start normal with
-    variance 1/fan_in.
+    Departures: the paper's state is complex with a learned phase per channel; the real form is that
+    of flash-linear-attention and of HGRN2's ablation. Projections start normal with variance
+    1/fan_in.
 
-    Parameters: forget_proj, input_proj, gate_proj [dim, N]; lower_bound [N] (p_l, unused in the
-    first block); norm [N]; out_proj [N, dim]. State: h [B, N].
+    Parameters: forget_proj, input_proj, gate_proj [dim, N]; with `lower_bound` lower_bound [N]
+    (p_l); norm [N]; out_proj [N, dim]. State: h [B, N].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -51,9 +49,11 @@ class HGRN(Gated):
     Attributes:
       dim: features of input and output.
       state_dim: channels N; by default dim.
+      lower_bound: whether the forget gates have lower bounds.
       norm_eps: constant added to the mean square in the norm.
     """
 
+    lower_bound: bool = True
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -62,23 +62,29 @@ class HGRN(Gated):
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         inward = self._inward()
+        bound = {"lower_bound": _lower_bound.declare(self.states)} if self.lower_bound else {}
         return {
             "forget_proj": inward,
             "input_proj": inward,
             "gate_proj": inward,
-            "lower_bound": _lower_bound.declare(self.states),
+            **bound,
             "norm": Param((self.states,), ("state",), "norm", _init.ones),
             "out_proj": self._outward(),
         }
 
     def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
-        return _lower_bound.initial_values(self.states, state_dtype(dtype))
+        return _lower_bound.initial_values(self.states) if self.lower_bound else {}
+
+    def visible_params(self, params: Params) -> dict[str, jax.Array]:
+        return _lower_bound.visible_params(params["lower_bound"]) if self.lower_bound else {}
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         forget = project(x, params["forget_proj"])
-        room = _lower_bound.room_above(params["lower_bound"], forget.dtype, context)
+        room = jnp.ones((), forget.dtype)
+        if self.lower_bound:
+            room = _lower_bound.room_above(self.states, forget.dtype, context)
         h, state = recur(
             (1 - room) + room * jax.nn.sigmoid(forget),
             # 1 - f as a product: a difference has no digits left for f near 1.

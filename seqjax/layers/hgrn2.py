@@ -27,19 +27,17 @@ class HGRN2(MatrixLayer):
 
     In a `Backbone` the lower bounds grow with depth, so that later blocks remember longer:
 
-        1 - b_0 = 1
-        1 - b_l = (1 - b_{l-1}) * (1 - sigmoid(p_l - log(L - l)))         block l of L
+        b_l = s_1 + ... + s_l,    s = softmax(p) over blocks              block l of L, b_0 = 0
 
-    b_l starts at l / L. Outside a backbone b is 0. Blocks pass 1 - b on as a shared value of the
-    context.
+    b_l starts at l / L. Outside a backbone, or without `lower_bound`, b is 0. The backbone hands
+    the parameters p of all blocks to each block.
 
     Departures: the form is that of flash-linear-attention. The authors' code has
-    q = sigmoid(x W_q), v = silu(x W_i), a layer norm and biases. The paper takes the bounds from
-    one softmax over depth. Here each block has a parameter, which reaches the same bounds.
-    Projections start normal with variance 1/fan_in.
+    q = sigmoid(x W_q), v = silu(x W_i), a layer norm and biases. Projections start normal with
+    variance 1/fan_in.
 
-    Parameters: q_proj, forget_proj [dim, H * K], input_proj [dim, H * V], lower_bound [H * K]
-    (p_l, unused in the first block), norm [H * V], out_proj [H * V, dim].
+    Parameters: q_proj, forget_proj [dim, H * K], input_proj [dim, H * V], norm [H * V], out_proj
+    [H * V, dim]; with `lower_bound` lower_bound [H * K] (p_l).
     State: {"memory": [B, H, K, V]}.
 
     Example:
@@ -55,12 +53,14 @@ class HGRN2(MatrixLayer):
       dim: features of input and output.
       heads: number of heads H.
       head_dim: features per head K = V; by default dim / heads. The paper uses 128.
+      lower_bound: whether the forget gates have lower bounds.
       norm_eps: constant added to the mean square in the norm.
     """
 
     dim: int
     heads: int
     head_dim: int | None = None
+    lower_bound: bool = True
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -74,24 +74,30 @@ class HGRN2(MatrixLayer):
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         width = self.heads * self.key_dim
+        bound = {"lower_bound": _lower_bound.declare(width)} if self.lower_bound else {}
         return {
             "q_proj": self._inward(width),
             "forget_proj": self._inward(width),
             "input_proj": self._inward(width),
-            "lower_bound": _lower_bound.declare(width),
+            **bound,
             "norm": self._wide_norm(),
             "out_proj": self._outward(),
         }
 
     def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
-        return _lower_bound.initial_values(self.heads * self.key_dim, state_dtype(dtype))
+        return _lower_bound.initial_values(self.heads * self.key_dim) if self.lower_bound else {}
+
+    def visible_params(self, params: Params) -> dict[str, jax.Array]:
+        return _lower_bound.visible_params(params["lower_bound"]) if self.lower_bound else {}
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
         forget = dense(x, params["forget_proj"]).astype(wide)
-        room = _lower_bound.room_above(params["lower_bound"], wide, context)
+        room = jnp.ones((), wide)
+        if self.lower_bound:
+            room = _lower_bound.room_above(self.heads * self.key_dim, wide, context)
         # 1 - f as a product: a difference has no digits left for f near 1.
         k = room * jax.nn.sigmoid(-forget)
         o, memory = linear_attention(

@@ -107,7 +107,7 @@ class KDA(MatrixLayer):
     @property
     def value_dim(self) -> int:
         """Value features per head V."""
-        return int(self.expand_v * self.key_dim)
+        return round(self.expand_v * self.key_dim)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         heads = self.memory_heads

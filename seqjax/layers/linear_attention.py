@@ -108,7 +108,7 @@ class LinearAttention(MatrixLayer):
     @property
     def value_dim(self) -> int:
         """Value features per head V."""
-        return int(self.expand_v * self.dim / self.heads)
+        return round(self.expand_v * self.dim / self.heads)
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:

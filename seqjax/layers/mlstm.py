@@ -1,6 +1,7 @@
 """mLSTM: a matrix memory with an exponential or a sigmoid input gate, of xLSTM."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ class MLSTM(Layer):
 
         C_t = f_t C_{t-1} + i_t k_t v_t^T                                [K, V] per head
         n_t = f_t n_{t-1} + i_t k_t                                      [K] per head
-        h_t = C_t^T q_t / max(|n_t^T q_t|, 1)                            q scaled by K^-0.5
+        h_t = C_t^T q_t / (max(|n_t^T q_t|, 1) + eps exp(m_t))           q scaled by K^-0.5
         f_t = sigmoid(f~_t),  i_t = exp(i~_t)                            "sig": i_t = sigmoid(i~_t)
 
     The block around the memory is, with LN the layer norm per head without a bias,
@@ -37,12 +38,12 @@ class MLSTM(Layer):
                       y = (sigmoid(x W_ogate) * LN(h)) W_o
 
     B_q, B_k and B_v are block-diagonal. "sig" divides by the normalizer only if `normalizer` is
-    true. The memory is stored times exp(-m_t), where m_t = max(m_{t-1} + log f_t, i~_t): no gate
-    overflows, and the result does not depend on m.
+    true. The memory is stored times exp(-m_t), where m_t = max(m_{t-1} + log f_t, i~_t), so that no
+    gate overflows. By default m starts at -inf, eps is 0, and the result does not depend on m.
 
-    Departures: the authors' code adds 1e-6 to the denominator and starts m at 0, so that its result
-    depends on m; here nothing is added, and m starts at -inf. The papers also allow f = exp(f~).
-    The output projection does not start smaller in deeper models.
+    Departures: the authors' code has `denominator_eps=1e-6` and `zero_maximum=True`, with which the
+    result depends on m. The papers also allow f = exp(f~). The output projection does not start
+    smaller in deeper models.
 
     Initialization: W_up, B_q, B_k, B_v normal with variance 2 / (5 dim). W_i and W_f zero in
     "xlstm". b_f from 3 to 6 over the heads; b_i normal with standard deviation 0.1 in "xlstm", -10
@@ -55,7 +56,7 @@ class MLSTM(Layer):
     igate_proj, fgate_proj [dim, H], igate_bias, fgate_bias [H], norm [H * V], out_proj
     [H * V, dim].
     State: {"memory": [B, H, K, V]}, with a normalizer also "normalizer" [B, H, K], with exponential
-    gates "maximum" [B, H], -inf at the start, and in "xlstm" "conv" [B, conv_size - 1, I].
+    gates "maximum" [B, H] (m), and in "xlstm" "conv" [B, conv_size - 1, I].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -72,12 +73,15 @@ class MLSTM(Layer):
       variant: "xlstm", "7b" or "sig".
       expand: I = expand * dim in "xlstm", where K = V = I / H.
       expand_k: key features of all heads per feature of the input in "7b" and "sig":
-        K = expand_k * dim / H, V = dim / H.
+        K = expand_k * dim / H.
+      expand_v: the same for values in "7b" and "sig": V = expand_v * dim / H.
       conv_size: taps of the short convolution in "xlstm".
       block: features per block of B_q, B_k and B_v in "xlstm".
       gate_cap: bound of the gates' logarithms in "7b" and "sig".
       normalizer: whether "sig" divides by the normalizer. The others always do.
       norm_eps: constant added to the variance in the norm.
+      denominator_eps: eps, added to the denominator in units of exp(m).
+      zero_maximum: whether m starts at 0, also after a reset.
     """
 
     dim: int
@@ -85,11 +89,14 @@ class MLSTM(Layer):
     variant: Literal["xlstm", "7b", "sig"] = "xlstm"
     expand: int = 2
     expand_k: float = 0.5
+    expand_v: float = 1.0
     conv_size: int = 4
     block: int = 4
     gate_cap: float = 15.0
     normalizer: bool = False
     norm_eps: float = 1e-6
+    denominator_eps: float = 0.0
+    zero_maximum: bool = False
 
     def __post_init__(self) -> None:
         _checks.positive(
@@ -108,6 +115,17 @@ class MLSTM(Layer):
             f"`normalizer` must be False for variant={self.variant!r}, which always divides by it;"
             " leave it out.",
         )
+        _checks.require(
+            self,
+            self.denominator_eps == 0 or (self._divides and self.denominator_eps > 0),
+            "`denominator_eps` must be >= 0, and 0 without a normalizer, got"
+            f" {self.denominator_eps}.",
+        )
+        _checks.require(
+            self,
+            self.variant != "sig" or not self.zero_maximum,
+            "`zero_maximum` must be False for variant='sig', which has no maximum; leave it out.",
+        )
         if self.variant == "xlstm":
             for name in ("heads", "block"):
                 _checks.require(
@@ -117,22 +135,25 @@ class MLSTM(Layer):
                     f" {getattr(self, name)}.",
                 )
             return
-        for name, size in (("dim", self.dim), ("expand_k * dim", self.expand_k * self.dim)):
+        for name in ("expand_k", "expand_v"):
+            size = getattr(self, name) * self.dim
             _checks.require(
                 self,
-                size >= self.heads and size % self.heads == 0,
-                f"`{name}` must be a positive multiple of `heads`, got {size:g} and {self.heads}.",
+                math.isclose(size, round(size)) and size >= 1 and round(size) % self.heads == 0,
+                f"`{name} * dim` must be a positive multiple of `heads`, got {size:g} and"
+                f" {self.heads}.",
             )
 
     @property
     def inner(self) -> int:
-        """Value features of all heads: expand * dim in "xlstm", else dim."""
-        return self.expand * self.dim if self.variant == "xlstm" else self.dim
+        """Value features of all heads: expand * dim in "xlstm", else expand_v * dim."""
+        xlstm = self.variant == "xlstm"
+        return self.expand * self.dim if xlstm else round(self.expand_v * self.dim)
 
     @property
     def key_dim(self) -> int:
         """Key features per head K."""
-        keys = self.inner if self.variant == "xlstm" else int(self.expand_k * self.dim)
+        keys = self.inner if self.variant == "xlstm" else round(self.expand_k * self.dim)
         return keys // self.heads
 
     @property
@@ -145,6 +166,10 @@ class MLSTM(Layer):
         return ShortConv(
             self.inner, self.conv_size, bias=True, activation="silu", channel_axis="heads"
         )
+
+    @property
+    def _first_maximum(self) -> float:
+        return 0.0 if self.zero_maximum else -math.inf
 
     @property
     def _divides(self) -> bool:
@@ -186,7 +211,7 @@ class MLSTM(Layer):
         if self._divides:
             state["normalizer"] = jnp.zeros(shape[:3], dtype)
         if self.variant != "sig":
-            state["maximum"] = jnp.full(shape[:2], -jnp.inf, dtype)
+            state["maximum"] = jnp.full(shape[:2], self._first_maximum, dtype)
         if self.variant == "xlstm":
             state["conv"] = self._conv.make_state(batch_size, dtype)
         return state
@@ -242,7 +267,14 @@ class MLSTM(Layer):
         if self.variant == "sig":
             weight = jax.nn.sigmoid(gate)
         else:
-            stable = stabilize(log_decay, gate, state["maximum"], context)
+            stable = stabilize(
+                log_decay,
+                gate,
+                state["maximum"],
+                context,
+                fresh=self._first_maximum,
+                read=self.denominator_eps > 0,
+            )
             log_decay, weight = stable.log_decay, stable.weight
             # At m < -88 this is inf in float32, and the quotient the correct 0.
             floor, new_state["maximum"] = jnp.exp(-stable.maximum), stable.last
@@ -259,7 +291,8 @@ class MLSTM(Layer):
             )
             return h, new_state
         h, n, memory = normalized_attention(q, k, v, log_decay, state, context)
-        return h / jnp.maximum(jnp.abs(n), floor)[..., None], new_state | memory
+        denominator = jnp.maximum(jnp.abs(n), floor) + self.denominator_eps
+        return h / denominator[..., None], new_state | memory
 
     def _normalize(self, h: jax.Array, scale: jax.Array) -> jax.Array:
         """Normalize h [B, T, H, V] per head; return [B, T, H * V]."""

@@ -10,7 +10,7 @@ import numpy as np
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads, rms_normalize
-from seqjax.layers._matrix import MatrixLayer
+from seqjax.layers._matrix import MatrixLayer, is_integer
 from seqjax.layers._reductions import Rotation
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.linear_attention import linear_attention
@@ -36,7 +36,7 @@ class RetNet(MatrixLayer):
     features, uses rope_base^(-2i/(K-2)), and has no scale in the norm. It divides by sums of decays
     and of scores, which cancel in the norm up to its eps.
 
-    Parameters: q_proj, k_proj [dim, dim], v_proj, gate_proj [dim, H * V], norm [V], out_proj
+    Parameters: q_proj, k_proj [dim, H * K], v_proj, gate_proj [dim, H * V], norm [V], out_proj
     [H * V, dim]. State: {"memory": [B, H, K, V]}.
 
     Example:
@@ -50,8 +50,9 @@ class RetNet(MatrixLayer):
 
     Attributes:
       dim: features of input and output.
-      heads: number of heads H; K = dim / heads must be even.
-      expand_v: V = expand_v * K, which must be an integer.
+      heads: number of heads H.
+      expand_v: value features of all heads per feature of the input: V = expand_v * dim / H.
+      expand_k: the same for keys: K = expand_k * dim / H must be even.
       rope_base: base of the rotary frequencies.
       norm_eps: constant added to the mean square in the norm.
     """
@@ -59,6 +60,7 @@ class RetNet(MatrixLayer):
     dim: int
     heads: int
     expand_v: float = 2
+    expand_k: float = 1
     rope_base: float = 1e4
     norm_eps: float = 1e-6
 
@@ -66,17 +68,23 @@ class RetNet(MatrixLayer):
         self._check_heads()
         _checks.require(
             self,
-            self.dim % (2 * self.heads) == 0,
-            f"`dim` must be a multiple of 2 * heads, got dim={self.dim}, heads={self.heads};"
-            " rotations need an even number of features per head.",
+            is_integer(self.expand_k * self.dim / (2 * self.heads)),
+            "`expand_k` * dim must be a multiple of 2 * heads, got"
+            f" expand_k={self.expand_k}, dim={self.dim}, heads={self.heads}; rotations need an even"
+            " number of features per head.",
         )
-        self._check_width("expand_v", self.expand_v * self.key_dim)
+        self._check_width("expand_v", self.expand_v * self.dim / self.heads)
         self._check_positive("rope_base", "norm_eps")
+
+    @property
+    def key_dim(self) -> int:
+        """Key features per head K."""
+        return round(self.expand_k * self.dim / self.heads)
 
     @property
     def value_dim(self) -> int:
         """Value features per head V."""
-        return int(self.expand_v * self.key_dim)
+        return round(self.expand_v * self.dim / self.heads)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         inward = _init.xavier_uniform(2**-2.5)

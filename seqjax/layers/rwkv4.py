@@ -1,6 +1,7 @@
 """RWKV4: a weighted mean of values with an exponential weight per channel, and a fixed decay."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -34,8 +35,8 @@ class RWKV4(Layer):
     `layer` and `depth`.
 
     Departures: weights start normal with variance 1/fan_in, or with `zero_init` as in the authors'
-    code, W_k, W_r and W_o at 0 and W_v orthogonal. Checkpoints store the share of the present
-    input, 1 - x_c. `RWKVChannelMix(version=4)` is the other half of a block.
+    code, W_k, W_r and W_o at 0 and W_v orthogonal. `RWKVChannelMix(version=4)` is the other half of
+    a block.
 
     Parameters: x_k, x_v, x_r [dim], key_proj, value_proj, receptance_proj, out_proj [dim, dim],
     omega, bonus (u) [dim].
@@ -56,12 +57,15 @@ class RWKV4(Layer):
       layer: index of the block in the model, for the initial values.
       depth: number of blocks of the model, for the initial values.
       zero_init: whether W_k, W_r and W_o start at 0.
+      present_share: whether the shares x_c are those of the present input, as in checkpoints of
+        RWKV-4: x^c_t = x_{t-1} + (x_t - x_{t-1}) x_c.
     """
 
     dim: int
     layer: int = 0
     depth: int = 1
     zero_init: bool = False
+    present_share: bool = False
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
@@ -74,14 +78,15 @@ class RWKV4(Layer):
         def square(start: Any, *axes: str) -> Param:
             return Param((dim, dim), axes or ("embed", "heads"), "weight", start)
 
+        share = functools.partial(_rwkv.declare_share, dim, present=self.present_share)
         zero = _init.zeros if self.zero_init else _init.fan_in_normal
         values = jax.nn.initializers.orthogonal() if self.zero_init else _init.fan_in_normal
         omega = _rwkv.per_channel(lambda i: -5 + 8 * (i / max(dim - 1, 1)) ** (0.7 + 1.3 * rise))
         bonus = _rwkv.per_channel(lambda i: math.log(0.3) + 0.5 * ((i + 1) % 3 - 1))
         return {
-            "x_k": _rwkv.previous_share(dim, fall),
-            "x_v": _rwkv.previous_share(dim, fall, 0.3 * rise),
-            "x_r": _rwkv.previous_share(dim, 0.5 * fall),
+            "x_k": share(fall),
+            "x_v": share(fall, 0.3 * rise),
+            "x_r": share(0.5 * fall),
             "key_proj": square(zero),
             "value_proj": square(values),
             "receptance_proj": square(zero),
@@ -105,7 +110,7 @@ class RWKV4(Layer):
     ) -> tuple[jax.Array, State]:
         reset, sequence_axis = context.reset, context.sequence_axis
         earlier, last_input = shift(x, state["shift"], context)
-        mixed = {c: _rwkv.mix(x, earlier, params[f"x_{c}"]) for c in "kvr"}
+        mixed = {c: _rwkv.mix(x, earlier, params[f"x_{c}"], self.present_share) for c in "kvr"}
         k = wide_dense(mixed["k"], params["key_proj"])
         v = dense(mixed["v"], params["value_proj"]).astype(k.dtype)
         log_decay = -jnp.exp(params["omega"].astype(k.dtype))

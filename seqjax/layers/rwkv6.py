@@ -36,8 +36,8 @@ class RWKV6(Layer):
     depend on the place of the block in the model: pass `layer` and `depth`, with a list of layers
     for the backbone.
 
-    Departures: checkpoints of RWKV-5 store the share of the present input, 1 - x_c. Their norm is
-    of o / 8 with an eps of 1e-5, which is the same as 64e-5 without the division.
+    Departures: the norm of RWKV-5's code is of o / 8 with an eps of 1e-5, which is the same as an
+    eps of 64e-5 without the division.
 
     Parameters: x_w, x_k, x_v, x_r, x_g [dim], the shares of the previous input; r_proj, k_proj,
     v_proj, gate_proj, out_proj [dim, dim]; w0 [dim]; u [H, K]; norm_scale, norm_bias [dim]. RWKV-6
@@ -64,6 +64,8 @@ class RWKV6(Layer):
       depth: number of blocks of the model, for the initial values.
       zero_init: whether W_o starts at 0.
       norm_eps: constant added to the variance in the norm.
+      present_share: whether the shares x_c are those of the present input, as in checkpoints of
+        RWKV-5: x^c_t = x_{t-1} + (x_t - x_{t-1}) x_c.
     """
 
     dim: int
@@ -75,11 +77,18 @@ class RWKV6(Layer):
     depth: int = 1
     zero_init: bool = False
     norm_eps: float = 64e-5
+    present_share: bool = False
 
     def __post_init__(self) -> None:
         _checks.head_dim(self, self.dim, self.heads, None)
         _checks.positive(self, mix_rank=self.mix_rank, decay_rank=self.decay_rank)
         _rwkv.check_layer_index(self)
+        _checks.require(
+            self,
+            not (self.present_share and self.data_dependent),
+            "`present_share` must be False for data_dependent=True, whose shares are those of the"
+            " previous input; leave it out.",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -100,7 +109,7 @@ class RWKV6(Layer):
         def decay(i: jax.Array) -> jax.Array:
             return -6 + 5 * ramp(i) ** (0.7 + 1.3 * first_to_last)
 
-        share = functools.partial(_rwkv.previous_share, dim)
+        share = functools.partial(_rwkv.declare_share, dim, present=self.present_share)
         square = Param((dim, dim), ("embed", "heads"), "weight", _init.fan_in_normal)
         scale = ((self.layer + 1) / self.depth) ** 0.7
         params: dict[str, Param | Layer] = {
@@ -154,7 +163,10 @@ class RWKV6(Layer):
                 name: share + dense(low[..., i, :], up[i]).astype(share.dtype)
                 for i, (name, share) in enumerate(shares.items())
             }
-        return {name: _rwkv.mix(x, previous, share) for name, share in shares.items()}
+        return {
+            name: _rwkv.mix(x, previous, share, self.present_share)
+            for name, share in shares.items()
+        }
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context

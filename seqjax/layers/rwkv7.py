@@ -137,7 +137,7 @@ class RWKV7(Layer):
             "v": channels(_rwkv.per_channel(lambda i: 0.73 - 0.4 * (ramp(i) - 0.5)), "bias"),
         }
         params: dict[str, Param | Layer] = {
-            f"x_{name}": _rwkv.previous_share(dim, power * last_to_first)
+            f"x_{name}": _rwkv.declare_share(dim, power * last_to_first)
             for name, power in powers.items()
         }
         for name, rank in self.ranks.items():

@@ -1,6 +1,7 @@
 """RWKVChannelMix: the MLP of RWKV, which also reads the previous position."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,8 +28,7 @@ class RWKVChannelMix(Layer):
     x_r. For these pass the place of the block in the model, `layer` and `depth`.
 
     Departures: weights start normal with variance 1 / fan_in, or with `zero_init` W_v and W_r at 0
-    as in the authors' code. Checkpoints of RWKV-4 and -5 store the share of the present input,
-    1 - x_c.
+    as in the authors' code.
 
     Parameters: x_k [dim], key_proj [dim, hidden_dim], value_proj [hidden_dim, dim]; versions 4, 5
     and 6 also x_r [dim], receptance_proj [dim, dim].
@@ -50,6 +50,8 @@ class RWKVChannelMix(Layer):
       layer: index of the block in the model, for the initial values.
       depth: number of blocks of the model, for the initial values.
       zero_init: whether W_v and W_r start at 0.
+      present_share: whether the shares x_c are those of the present input, as in checkpoints of
+        RWKV-4 and -5: x^c_t = x_{t-1} + (x_t - x_{t-1}) x_c.
     """
 
     dim: int
@@ -58,6 +60,7 @@ class RWKVChannelMix(Layer):
     layer: int = 0
     depth: int = 1
     zero_init: bool = False
+    present_share: bool = False
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim, hidden_dim=self.inner_dim)
@@ -77,16 +80,17 @@ class RWKVChannelMix(Layer):
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, inner = self.dim, self.inner_dim
+        share = functools.partial(_rwkv.declare_share, dim, present=self.present_share)
         power = _rwkv.depth_ratios(self)[1] ** (4 if self.version == 7 else 1)
         last = _init.zeros if self.zero_init else _init.fan_in_normal
         params = {
-            "x_k": _rwkv.previous_share(dim, power),
+            "x_k": share(power),
             "key_proj": Param((dim, inner), ("embed", "mlp"), "weight", _init.fan_in_normal),
             "value_proj": Param((inner, dim), ("mlp", "embed"), "weight", last),
         }
         if self.version < 7:
             params |= {
-                "x_r": _rwkv.previous_share(dim, power),
+                "x_r": share(power),
                 "receptance_proj": Param((dim, dim), (None, "embed"), "weight", last),
             }
         return params
@@ -98,9 +102,13 @@ class RWKVChannelMix(Layer):
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         previous, last = shift(x, state, context)
-        key = dense(_rwkv.mix(x, previous, params["x_k"]), params["key_proj"])
+
+        def mixed(name: str) -> jax.Array:
+            return _rwkv.mix(x, previous, params[f"x_{name}"], self.present_share)
+
+        key = dense(mixed("k"), params["key_proj"])
         y = dense(jax.nn.relu(key) ** 2, params["value_proj"])
         if self.version < 7:
-            receptance = dense(_rwkv.mix(x, previous, params["x_r"]), params["receptance_proj"])
+            receptance = dense(mixed("r"), params["receptance_proj"])
             y = jax.nn.sigmoid(receptance) * y
         return y, last

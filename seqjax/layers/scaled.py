@@ -84,6 +84,9 @@ class Scaled(Layer):
     def declare_shared(self) -> Mapping[str, Layer]:
         return self.layer.declare_shared()
 
+    def visible_params(self, params: Params) -> dict[str, jax.Array]:
+        return self.layer.visible_params(params)
+
     def state_flops(self) -> int:
         return self.layer.state_flops()
 

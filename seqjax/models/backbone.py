@@ -171,6 +171,7 @@ class Backbone(Layer):
             values |= block.make_values(x.shape[0], x.shape[1], x.dtype)
         if BACKBONE_INPUT in values:
             values[BACKBONE_INPUT] = x
+        values |= self._visible_params(params)
         x, *leaves = jax_compat.match_varying(x, *values.values())
         values = dict(zip(values, leaves, strict=True))
         context = dataclasses.replace(context, shared=params.get("shared", {}))
@@ -178,6 +179,24 @@ class Backbone(Layer):
         x, new_state = run(params, x, state, values, context)
         x = self._constrained(x)
         return self._final_norm.forward(params["final_norm"], x, (), context)[0], new_state
+
+    def _visible_params(self, params: Params) -> dict[str, jax.Array]:
+        """Return the parameters that blocks share, stacked along a first axis by block."""
+        if self.scan:
+            blocks = {name: group.block for name, group in self._groups().items()}
+        else:
+            blocks = {f"block_{i}": block for i, block in enumerate(self.stack)}
+        found: dict[str, list[jax.Array]] = {}
+        for name, block in blocks.items():
+            for key, value in block.visible_params(params[name]).items():
+                found.setdefault(key, []).append(value)
+        if not self.scan:
+            return {key: jnp.stack(rows) for key, rows in found.items()}
+        # A group has the rows of its repetitions, which alternate with those of other groups.
+        return {
+            key: jnp.stack(rows, axis=1).reshape(-1, *rows[0].shape[1:])
+            for key, rows in found.items()
+        }
 
     def _constrained(self, x: jax.Array) -> jax.Array:
         return x if self.constrain is None else self.constrain(x, ("batch", None, None))

@@ -48,7 +48,7 @@ class LanguageModel(Layer):
       tie_embeddings: whether the output weights are those of the embedding.
       embedding_scale: factor of the embedded tokens; by default sqrt(dim).
       embedding_norm: kind of norm of the embedded tokens, as in `Block`; by default there is none.
-        Its eps is the `norm_eps` of the backbone.
+      embedding_norm_eps: constant of this norm; by default the `norm_eps` of the backbone.
       logit_scale: factor of the logits.
       logit_cap: bound on the absolute value of the logits; by default there is none.
       dtype: dtype of the model's computation.
@@ -60,6 +60,7 @@ class LanguageModel(Layer):
     tie_embeddings: bool = True
     embedding_scale: float | None = None
     embedding_norm: NormKind | None = None
+    embedding_norm_eps: float | None = None
     logit_scale: float = 1.0
     logit_cap: float | None = None
     dtype: str = "float32"
@@ -85,7 +86,8 @@ class LanguageModel(Layer):
     def _input_norm(self) -> Layer | None:
         if self.embedding_norm is None:
             return None
-        return NORMS[self.embedding_norm](self.dim, self.backbone.norm_eps)
+        eps = self.embedding_norm_eps
+        return NORMS[self.embedding_norm](self.dim, self.backbone.norm_eps if eps is None else eps)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         params: dict[str, Param | Layer] = {

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from seqjax.layers import Layer
@@ -99,6 +99,9 @@ class Architecture:
         return table
 
 
+Size = tuple[str, tuple[str, ...], int]
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A family of checkpoints.
@@ -109,12 +112,27 @@ class Family:
       ignored: regular expressions of tensors that are not read.
       text: the field that holds the config of the text model, for checkpoints that also have
         images.
+      sizes: sizes that the config may omit, as (field of the config, names of a tensor, its axis).
+        The first stored tensor has the size.
     """
 
     build: Callable[[Config, int], Architecture]
     prefixes: tuple[str, ...]
     ignored: tuple[str, ...] = ()
     text: str | None = None
+    sizes: tuple[Size, ...] = ()
+
+    def sizes_of(
+        self, prefix: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> tuple[tuple[str, int], ...]:
+        """Return the fields of `sizes` with their values in a checkpoint."""
+        found = []
+        for field, names, axis in self.sizes:
+            stored = (name.replace("@", prefix) for name in names)
+            shape = next((shapes[name] for name in stored if name in shapes), ())
+            if axis < len(shape):
+                found.append((field, shape[axis]))
+        return tuple(found)
 
     def config(self, values: dict[str, Any]) -> Config:
         """Return the config of the text model."""

@@ -89,7 +89,9 @@ def load(
             " checkpoints are not supported."
         )
     tensors = Tensors(folder)
-    source = Source(json.dumps(config), family.prefix(tensors.names))
+    prefix = family.prefix(tensors.names)
+    shapes = {name: shape for name, (_, _, shape) in tensors.names.items()}
+    source = Source(json.dumps(config), prefix, family.sizes_of(prefix, shapes))
     architecture = source.architecture(capacity)
     bare = [name.removeprefix(source.prefix) for name in tensors.names]
     variants = architecture.found_variants(bare)

@@ -21,11 +21,13 @@ class Source:
       config: the text of `config.json`.
       prefix: the prefix of the tensor names.
       variants: the names of the variants of tensors that it has, and that can be written.
+      sizes: sizes that the config omits, by their name.
     """
 
     config: str
     prefix: str
     variants: tuple[str, ...] = ()
+    sizes: tuple[tuple[str, int], ...] = ()
 
     def __repr__(self) -> str:
         """Return the type of the model."""
@@ -43,7 +45,9 @@ class Source:
 
     def architecture(self, capacity: int) -> Architecture:
         """Return the architecture of the config."""
-        return self.family.build(self.family.config(self.values), capacity)
+        config = self.family.config(self.values)
+        config.values |= {name: size for name, size in self.sizes if not config.has(name)}
+        return self.family.build(config, capacity)
 
     def table(self, architecture: Architecture) -> list[Tensor]:
         """Return the tensors to write."""

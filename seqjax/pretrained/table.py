@@ -63,10 +63,14 @@ class Tensor:
             pieces=tuple(stored + piece for piece in self.pieces),
         )
 
+    def with_aliases(self, *aliases: str) -> "Tensor":
+        """Return the tensor with these other names."""
+        return dataclasses.replace(self, aliases=aliases)
 
-def linear(name: str, *params: str, groups: int = 1) -> Tensor:
+
+def linear(name: str, *params: str, groups: int = 1, aliases: Iterable[str] = ()) -> Tensor:
     """Return the row of a linear map's weight, stored [out, in]."""
-    return Tensor(name, params, groups=groups)
+    return Tensor(name, params, groups=groups, aliases=tuple(aliases))
 
 
 def rows(

@@ -79,6 +79,12 @@ EXPONENTIAL = [
         _large_gates,
     ),
     _MLSTM(seqjax.layers.MLSTM(dim=8, heads=2, variant="7b"), name="MLSTM-7b"),
+    _MLSTM(
+        seqjax.layers.MLSTM(
+            dim=8, heads=2, variant="7b", expand_v=0.5, denominator_eps=0.1, zero_maximum=True
+        ),
+        name="MLSTM-7b_eps",
+    ),
     _MLSTM(seqjax.layers.MLSTM(dim=8, heads=2, variant="sig"), name="MLSTM-sig"),
     _MLSTM(
         seqjax.layers.MLSTM(dim=8, heads=2, variant="sig", normalizer=True),
@@ -89,6 +95,11 @@ EXPONENTIAL = [
     _LIGHTNET,
     _changed(_LIGHTNET, "LightNet-large_keys", _large_keys),
     _RWKV4,
+    layer_case(
+        seqjax.layers.RWKV4(dim=4, present_share=True),
+        exponential_oracles.rwkv4,
+        "RWKV4-present",
+    ),
     _changed(_RWKV4, "RWKV4-large_keys", _large_shifted_keys),
     layer_case(seqjax.layers.SRWM(dim=6, heads=2), exponential_oracles.srwm),
     layer_case(

@@ -156,6 +156,11 @@ LAYERS = [
         "RWKV6-5",
     ),
     _layer(
+        seqjax.layers.RWKV6(dim=8, heads=2, data_dependent=False, present_share=True),
+        rwkv_oracles.rwkv6,
+        "RWKV6-5_present",
+    ),
+    _layer(
         seqjax.layers.RWKV7(
             dim=8, heads=2, decay_rank=3, a_rank=3, value_rank=3, gate_rank=3, layer=1, depth=3
         ),
@@ -165,7 +170,17 @@ LAYERS = [
     _layer(
         seqjax.layers.RWKVChannelMix(dim=4, version=6), rwkv_oracles.channel_mix, "RWKVChannelMix-6"
     ),
+    _layer(
+        seqjax.layers.RWKVChannelMix(dim=4, version=4, present_share=True),
+        rwkv_oracles.channel_mix,
+        "RWKVChannelMix-4_present",
+    ),
     _layer(seqjax.layers.RetNet(dim=8, heads=2), attention_oracles.retnet),
+    _layer(
+        seqjax.layers.RetNet(dim=8, heads=2, expand_k=0.5, expand_v=1),
+        attention_oracles.retnet,
+        "RetNet-narrow_keys",
+    ),
     _layer(
         seqjax.layers.LightningAttention(dim=4, heads=3, head_dim=2),
         attention_oracles.lightning_attention,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from seqjax.layers import HGRN2, Context, LightningAttention
-from seqjax.layers._lower_bound import initial_values
+from seqjax.layers._lower_bound import names
 from seqjax.layers.lightning import alibi_slopes
 from tests.contract.harness import assert_close
 from tests.oracles import feature_oracles
@@ -19,24 +19,24 @@ def draws(layer):
     return jax.tree.map(np.asarray, params), np.random.default_rng(0).standard_normal((2, 7, 4))
 
 
-@pytest.mark.parametrize("room", [1.0, 0.6])
-def test_hgrn2_has_the_lower_bound_of_its_block(room):
-    """Check block 2 of 4, which takes half of what the blocks before left above their bound."""
+def test_hgrn2_has_the_lower_bound_of_its_block():
+    """Check the third of four blocks."""
     layer = HGRN2(dim=4, heads=2)
     params, x = draws(layer)
+    rows, count = names(4)
+    logits = np.random.default_rng(1).standard_normal((4, 4))
 
     @jax.jit
     def run(params, x):
-        values = {name: room * v for name, v in initial_values(4, jnp.float64).items()}
-        context = Context(block=2, depth=4, values=values)
+        context = Context(values={rows: jnp.asarray(logits), count: jnp.int32(2)})
         state = layer.initial_state(2, jnp.float64)
-        return layer.forward(params, x, state, context)[0], list(context.values.values())
+        return layer.forward(params, x, state, context)[0], context.values[count]
 
-    y, [left] = run(params, x)
-    taken = 1 / 3  # sigmoid(0 - log(4 - 2))
-    assert_close(left, np.full((1, 1, 4), room * (1 - taken)), 1e-12)
-    bound = 1 - room * (1 - taken)
-    assert_close(y, feature_oracles.hgrn2(layer, params, x, bound=bound), 1e-12)
+    y, blocks = run(params, x)
+    assert blocks == 3
+    bound = (np.exp(logits) / np.exp(logits).sum(0))[1:3].sum(0)
+    by_head = bound.reshape(1, 1, 4)
+    assert_close(y, feature_oracles.hgrn2(layer, params, x, bound=by_head), 1e-12)
 
 
 def test_hgrn2_has_finite_gradients_without_a_bound():

@@ -29,6 +29,9 @@ def test_values_of_rwkv4_by_block():
     np.testing.assert_allclose(1 - params["x_k"], (i / dim) ** fall, rtol=1e-5)
     np.testing.assert_allclose(1 - params["x_v"], (i / dim) ** fall + 0.3 * rise, rtol=1e-5)
     np.testing.assert_allclose(1 - params["x_r"], (i / dim) ** (0.5 * fall), rtol=1e-5)
+    present = start(RWKV4(dim, block, depth, present_share=True))
+    for name in ("x_k", "x_v", "x_r"):
+        np.testing.assert_allclose(1 - present[name], params[name], rtol=1e-5)
     omega = -5 + 8 * (i / (dim - 1)) ** (0.7 + 1.3 * rise)
     np.testing.assert_allclose(params["omega"], omega, rtol=1e-5)
     np.testing.assert_allclose(params["bonus"], np.log(0.3) + 0.5 * ((i + 1) % 3 - 1), rtol=1e-5)
@@ -56,6 +59,13 @@ def test_other_starts():
         (MLSTM, {"heads": 5}, "`expand` [*] dim must be a multiple of `heads`, got 16 and 5"),
         (MLSTM, {"block": 3}, "`expand` [*] dim must be a multiple of `block`, got 16 and 3"),
         (MLSTM, {"variant": "7b", "heads": 8}, "`expand_k [*] dim` must be a positive multiple"),
+        (
+            MLSTM,
+            {"variant": "7b", "expand_v": 0.3},
+            "`expand_v [*] dim` must be a positive multiple",
+        ),
+        (MLSTM, {"variant": "sig", "denominator_eps": 1e-6}, "`denominator_eps` must be >= 0, and"),
+        (MLSTM, {"variant": "sig", "zero_maximum": True}, "`zero_maximum` must be False for"),
         (MLSTM, {"gate_cap": 0.0}, "`gate_cap` must be > 0, got 0.0"),
         (LightNet, {"gate_rank": 0}, "`gate_rank` must be an integer >= 1, got 0"),
         (MesaNet, {"iterations": 0}, "`iterations` must be an integer >= 1, got 0"),

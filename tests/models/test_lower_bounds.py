@@ -6,22 +6,19 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from seqjax.layers import HGRN, Context
-from seqjax.layers._lower_bound import initial_values, room_above
+from seqjax.layers import HGRN, LRU, Context
+from seqjax.layers._lower_bound import initial_values, names, room_above
 from seqjax.models import Backbone
 from tests.contract.harness import assert_close
 from tests.contract.test_sequence_axis import TIME, split
 from tests.oracles import gated_oracles
 
 
-def bounds(shares):
+def bounds(rows):
     """Return the bound of each block, [L, N]."""
-    context = Context(values=initial_values(shares.shape[1], jnp.float64))
-    found = []
-    for block, share in enumerate(shares):
-        here = Context(block=block, depth=len(shares), values=context.values)
-        found.append(1 - room_above(jnp.asarray(share), jnp.float64, here)[0, 0])
-    return np.stack(found)
+    depth, width = rows.shape
+    context = Context(values=initial_values(width) | {names(width)[0]: jnp.asarray(rows)})
+    return np.stack([1 - room_above(width, jnp.float64, context)[0, 0] for _ in range(depth)])
 
 
 def test_bounds_start_evenly_spaced(x64):
@@ -29,14 +26,43 @@ def test_bounds_start_evenly_spaced(x64):
 
 
 def test_bounds_are_cumulative_sums_of_a_softmax(x64):
-    """Check that the shares reach the paper's bounds, by computing shares from a softmax."""
-    depth, logits = 4, np.random.default_rng(0).standard_normal((4, 3))
-    softmax = np.exp(logits) / np.exp(logits).sum(axis=0)
-    expected = np.cumsum(softmax, axis=0) - softmax[0]
-    taken = softmax[1:] / (1 - expected[:-1])
-    later = np.log(depth - np.arange(1, depth))[:, None]
-    shares = np.concatenate([np.zeros((1, 3)), np.log(taken / (1 - taken)) + later])
-    assert_close(bounds(shares), expected, 1e-12)
+    rows = np.random.default_rng(0).standard_normal((4, 3))
+    softmax = np.exp(rows) / np.exp(rows).sum(axis=0)
+    assert_close(bounds(rows), np.cumsum(softmax, axis=0) - softmax[0], 1e-12)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_rows_are_those_of_the_blocks_with_bounds(scan, x64, compiled_quickly):
+    """Compare a hybrid with single blocks that are given their bounds."""
+    mixers = [LRU(4), HGRN(4), HGRN(4, norm_eps=1e-3), HGRN(4, lower_bound=False)]
+    backbone = Backbone(mixers, depth=8, mlp_ratio=0, scan=scan)
+    params = backbone.init(jax.random.key(0), jnp.float64)
+    draw = np.random.default_rng(0).standard_normal
+    rows = draw((4, 4))
+    for i, row in enumerate(rows):  # the blocks 1, 2, 5 and 6
+        if scan:
+            mixer = params[f"group_{1 + i % 2}"]["mixer"]
+            mixer["lower_bound"] = mixer["lower_bound"].at[i // 2].set(row)
+        else:
+            params[f"block_{1 + i % 2 + 4 * (i // 2)}"]["mixer"]["lower_bound"] = jnp.asarray(row)
+    x = draw((2, 7, 4))
+    y, _ = jax.jit(backbone.apply)(params, x)
+    bound, h, count = bounds(rows), x, 0
+    for block in range(8):
+        if scan:
+            own = jax.tree.map(lambda leaf, i=block // 4: leaf[i], params[f"group_{block % 4}"])
+        else:
+            own = params[f"block_{block}"]
+        scaled = h / np.sqrt(np.mean(h * h, -1, keepdims=True) + 1e-6) * own["mixer_norm"]["scale"]
+        layer = mixers[block % 4]
+        if block % 4 == 0:
+            h = h + layer.apply(own["mixer"], scaled)[0]
+        else:
+            low = bound[count] if layer.lower_bound else 0.0
+            count += layer.lower_bound
+            h = h + gated_oracles.hgrn(layer, own["mixer"], scaled, bound=low)
+    h = h / np.sqrt(np.mean(h * h, -1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
+    assert_close(y, h, 1e-12)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -80,4 +106,4 @@ def test_bounds_with_time_split_over_devices(scan, x64, compiled_quickly):
         for path, leaf in jax.tree_util.tree_leaves_with_path(expected[0])
         if "lower_bound" in jax.tree_util.keystr(path)
     ]
-    assert np.count_nonzero(np.concatenate([np.ravel(leaf) for leaf in shares])) == 2 * 4
+    assert np.count_nonzero(np.concatenate([np.ravel(leaf) for leaf in shares])) == 3 * 4

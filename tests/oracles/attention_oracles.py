@@ -64,7 +64,7 @@ def mamba2(layer, params, x, reset=None):
 def retnet(layer, params, x, reset=None):
     """S = (1 - 2^(-5-h)) S + k v^T with q, k turned by absolute position (arXiv 2307.08621)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    heads, size, values = layer.heads, layer.dim // layer.heads, layer.value_dim
+    heads, size, values = layer.heads, layer.key_dim, layer.value_dim
     frequency = layer.rope_base ** (-2.0 * np.arange(size // 2) / size)
 
     def rotate(z, t):

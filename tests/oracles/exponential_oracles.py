@@ -21,7 +21,7 @@ def _head_norm(h, eps):
 
 
 def mlstm(layer, params, x, reset=None):
-    """C = f C + i k v^T, n = f n + i k, h = C^T q / max(|n^T q|, 1) (arXiv 2405.04517)."""
+    """C = f C + i k v^T, n = f n + i k, h = C^T q / (max(|n q|, 1) + eps e^m) (2405.04517)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
     return np.stack([_mlstm(layer, p, x[b], reset[b]) for b in range(len(x))])
 
@@ -44,11 +44,14 @@ def _mlstm(layer, p, x, reset):
     keep = _sigmoid(gates["f"])
     heads = layer.heads
     q, k, v = (y.reshape(len(x), heads, -1) for y in (q, k, v))
-    y = np.zeros_like(x)
+    y = np.zeros((len(x), layer.dim))
     C, n = np.zeros((heads, q.shape[-1], v.shape[-1])), np.zeros(q.shape[1:])
+    first = np.full(heads, 0.0 if layer.zero_maximum else -np.inf)
+    m = first
     for t in range(len(x)):
         if reset[t]:
-            C, n = np.zeros_like(C), np.zeros_like(n)
+            C, n, m = np.zeros_like(C), np.zeros_like(n), first
+        m = np.maximum(np.log(keep[t]) + m, gates["i"][t])
         h = np.zeros(v.shape[1:])
         for i in range(heads):
             C[i] = keep[t, i] * C[i] + write[t, i] * np.outer(k[t, i], v[t, i])
@@ -56,7 +59,7 @@ def _mlstm(layer, p, x, reset):
             query = q[t, i] / np.sqrt(q.shape[-1])
             h[i] = C[i].T @ query
             if layer.variant != "sig" or layer.normalizer:
-                h[i] /= max(abs(n[i] @ query), 1)
+                h[i] /= max(abs(n[i] @ query), 1) + layer.denominator_eps * np.exp(m[i])
         h = _head_norm(h, layer.norm_eps).reshape(-1)
         if xlstm:
             h = (1 + p["norm"]) * h + p["skip"] * c[t]
@@ -137,8 +140,10 @@ def _softmax(x):
 
 def rwkv4(layer, params, x, reset=None):
     """wkv = (a + e^(u + k) v) / (b + e^(u + k)), a = e^w a + e^k v (arXiv 2305.13048)."""
-    del layer
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    shares = {c: p[f"x_{c}"] for c in "kvr"}
+    if layer.present_share:
+        shares = {c: 1 - share for c, share in shares.items()}
     decay = np.exp(-np.exp(p["omega"]))
     y = np.zeros_like(x)
     for b in range(len(x)):
@@ -147,7 +152,7 @@ def rwkv4(layer, params, x, reset=None):
             if reset[b, t]:
                 before, top, bottom = np.zeros(x.shape[-1]), 0.0, 0.0
             k, v, r = (
-                (x[b, t] * (1 - p[f"x_{c}"]) + before * p[f"x_{c}"]) @ p[f"{name}_proj"]
+                (x[b, t] * (1 - shares[c]) + before * shares[c]) @ p[f"{name}_proj"]
                 for c, name in (("k", "key"), ("v", "value"), ("r", "receptance"))
             )
             now = np.exp(p["bonus"] + k)

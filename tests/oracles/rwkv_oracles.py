@@ -25,7 +25,8 @@ def _shifted(x, reset):
     return previous
 
 
-def _mixed(x, reset, share):
+def _mixed(x, reset, share, present=False):
+    share = 1 - share if present else share
     return x * (1 - share) + _shifted(x, reset) * share
 
 
@@ -38,10 +39,11 @@ def _head_norm(o, scale, bias, eps):
 def channel_mix(layer, params, x, reset=None):
     """relu(x^k W_k)^2 W_v, and before RWKV-7 times sigmoid(x^r W_r)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    y = np.maximum(_mixed(x, reset, p["x_k"]) @ p["key_proj"], 0) ** 2 @ p["value_proj"]
+    m = {c: _mixed(x, reset, p[f"x_{c}"], layer.present_share) for c in "kr" if f"x_{c}" in p}
+    y = np.maximum(m["k"] @ p["key_proj"], 0) ** 2 @ p["value_proj"]
     if layer.version == 7:
         return y
-    return _sigmoid(_mixed(x, reset, p["x_r"]) @ p["receptance_proj"]) * y
+    return _sigmoid(m["r"] @ p["receptance_proj"]) * y
 
 
 def rwkv7(layer, params, x, reset=None):
@@ -99,7 +101,7 @@ def rwkv6(layer, params, x, reset=None):
             shares[c] = shares[c] + low[..., i * rank : (i + 1) * rank] @ p["mix_up"][i]
         w = np.tanh(_mixed(x, reset, shares["w"]) @ p["w1"]) @ p["w2"]
         w = np.exp(-np.exp(p["w0"] + w))
-    m = {c: _mixed(x, reset, shares[c]) for c in names}
+    m = {c: _mixed(x, reset, shares[c], layer.present_share) for c in names}
     r, k, v = (m[c] @ p[f"{c}_proj"] for c in "rkv")
     g = m["g"] @ p["gate_proj"]
     y = np.zeros_like(x)

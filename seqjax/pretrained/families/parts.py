@@ -130,6 +130,15 @@ def mamba2_fields(config: Config, dim: int, inner: int | None = None) -> dict[st
     }
 
 
+def positive(config: Config, name: str, default: float, zero: bool = False) -> float:
+    """Return a field that must be a number > 0, or with `zero` >= 0."""
+    value = config.number(name, default)
+    if value < 0 or (value == 0 and not zero):
+        sign = ">=" if zero else ">"
+        raise ValueError(f"load: config field `{name}` must be {sign} 0, got {value!r}.")
+    return value
+
+
 def dt_limit(config: Config, name: str = "time_step_limit") -> tuple[float, float]:
     """Return the smallest and the largest step size."""
     low, high = config.list_of(name, (int, float), [0.0, math.inf])

@@ -42,6 +42,15 @@ QWEN = {
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 8,
 }
+XLSTM = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "ffn_round_up_to_multiple_of": 12,
+    "eps": 0.05,  # large enough to see
+    "norm_eps": 1e-3,
+    "mode": "inference",
+}
 CASES = {
     "mamba": {"model_type": "mamba", "state_size": 5, "time_step_rank": 3},
     "mamba_biases": {
@@ -198,6 +207,27 @@ CASES = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 4,
     },
+    "rwkv": {
+        "model_type": "rwkv",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 12,
+        "num_hidden_layers": 3,
+        "layer_norm_epsilon": 1e-3,
+        "rescale_every": 0,  # otherwise the reference changes its weights when it runs
+    },
+    "xlstm_7b": {"model_type": "xlstm", **XLSTM},
+    "xlstm_7b_fused": {
+        "model_type": "xlstm",
+        **XLSTM,
+        "num_hidden_layers": 1,
+        "num_blocks": 1,
+        "weight_mode": "fused",
+        "qk_dim_factor": 1.0,
+        "v_dim_factor": 0.5,
+        "gate_soft_cap": 3.0,
+        "output_logit_soft_cap": 2.0,
+    },
     "recurrent_gemma": {
         "model_type": "recurrent_gemma",
         "num_hidden_layers": 4,
@@ -231,7 +261,13 @@ def draw(name, parameter, generator):
         return 0.5 * normal()
     if name.endswith("A_log"):
         return torch.log(log_uniform(0.5, 16))
-    if name.endswith(".D") or "norm" in name.split(".")[-2]:
+    if name.endswith("time_decay"):
+        return 2 * normal() - 2
+    if "time_mix" in name:
+        return torch.rand(parameter.shape, generator=generator)
+    if "gate_preact" in name:  # wide enough for the maximum
+        return normal() if name.endswith("bias") else 0.4 * normal()
+    if name.endswith(".D") or any(part in name.split(".")[-2] for part in ("norm", "ln")):
         return (0 if name.endswith("bias") else 1) + 0.3 * normal()
     if parameter.ndim == 3 and parameter.shape[1] == 1:  # a convolution
         return 0.5 * normal()
@@ -317,6 +353,10 @@ def make(name):
     config = transformers.AutoConfig.for_model(kind, **values)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # the default requires multiples of 16 bytes
+    if kind == "xlstm":  # the reference cannot initialize fused weights
+        from transformers.models.xlstm import modeling_xlstm
+
+        modeling_xlstm.xLSTMPreTrainedModel._init_weights = lambda *_: None
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     generator = torch.Generator().manual_seed(sum(name.encode()))
     with torch.no_grad():
