@@ -1,6 +1,7 @@
 """Recurrences as pure functions of arrays: no parameters, no modules."""
 
 from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
+from seqjax.ops.core.residual_names import CHECKPOINT_NAMES as CHECKPOINT_NAMES
 from seqjax.ops.elementwise.block_scan import block_scan as block_scan
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
 from seqjax.ops.elementwise.log_scan import log_scan as log_scan
@@ -14,6 +15,7 @@ from seqjax.ops.matrix_state.generalized_delta_rule import (
     generalized_delta_rule as generalized_delta_rule,
 )
 from seqjax.ops.matrix_state.linear_attention import linear_attention as linear_attention
+from seqjax.ops.matrix_state.momentum_delta_rule import momentum_delta_rule as momentum_delta_rule
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence as MatrixRecurrence
 from seqjax.ops.monoid_scan import monoid_scan as monoid_scan
 from seqjax.ops.nonlinear.lyapunov import lyapunov as lyapunov
@@ -25,6 +27,7 @@ from seqjax.ops.segments import segment_starts as segment_starts
 from seqjax.ops.step_scan import step_scan as step_scan
 
 __all__ = [
+    "CHECKPOINT_NAMES",
     "ChunkMap",
     "MatrixRecurrence",
     "Newton",
@@ -39,6 +42,7 @@ __all__ = [
     "linear_scan",
     "log_scan",
     "lyapunov",
+    "momentum_delta_rule",
     "monoid_scan",
     "nonlinear_scan",
     "previous",

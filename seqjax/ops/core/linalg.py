@@ -41,7 +41,7 @@ def product(
 
     Args:
       a: [..., t, k].
-      b: [..., k, j].
+      b: [..., k, j], with as many axes as `a`; leading axes of 1 are repeated.
       subscripts: other axes, such as "tk,jk->tj" for a b^T.
       rows: [..., t, 1] bool, True for rows that are not zero, by default all. Non-finite elements
         of b then turn these rows into NaN and no cotangent: zero times NaN is NaN.
@@ -60,11 +60,17 @@ def product(
             ct = jnp.where(rows, ct, jnp.zeros_like(ct))
             b = jnp.where(jnp.isfinite(b), b, jnp.zeros_like(b))
         return [
-            _einsum(ct, b, result, right, left).astype(a.dtype),
-            _einsum(a, ct, left, result, right).astype(b.dtype),
+            sum_to(_einsum(ct, b, result, right, left), a.shape).astype(a.dtype),
+            sum_to(_einsum(a, ct, left, result, right), b.shape).astype(b.dtype),
         ]
 
     return custom_adjoint(forward, adjoint)(a, b, rows)
+
+
+def sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sum x over the axes that are repeated when an array of `shape` is broadcast to that of x."""
+    axes = tuple(n for n, size in enumerate(shape) if size == 1 and x.shape[n] != 1)
+    return jnp.sum(x, axis=axes, keepdims=True) if axes else x
 
 
 def _einsum(x: jax.Array, y: jax.Array, *axes: str) -> jax.Array:
