@@ -69,8 +69,30 @@ def product(
 
 def sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sum x over the axes that are repeated when an array of `shape` is broadcast to that of x."""
-    axes = tuple(n for n, size in enumerate(shape) if size == 1 and x.shape[n] != 1)
-    return jnp.sum(x, axis=axes, keepdims=True) if axes else x
+    for axis, size in enumerate(shape):
+        count = x.shape[axis]
+        if size != 1 or count == 1:
+            continue
+        if isinstance(count, int) and count <= 16:
+            parts = [lax.index_in_dim(x, n, axis) for n in range(count)]
+            x = functools.reduce(jnp.add, parts)
+        else:
+            rows = x.reshape(*x.shape[:axis], count, -1)
+            total = matmul(jnp.ones((*rows.shape[:-2], 1, count), x.dtype), rows)
+            x = total.reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    return x
+
+
+def spread(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Repeat leading axes of 1 of x [..., C, F] as in `like`; the last two axes may differ."""
+    shape = (*jnp.broadcast_shapes(x.shape[:-2], like.shape[:-2]), *x.shape[-2:])
+    if shape == x.shape:
+        return x
+
+    def adjoint(args: Any, ct: jax.Array) -> list[jax.Array]:
+        return [sum_to(ct, args[0].shape)]
+
+    return custom_adjoint(lambda x: jnp.broadcast_to(x, shape), adjoint)(x)
 
 
 def _einsum(x: jax.Array, y: jax.Array, *axes: str) -> jax.Array:

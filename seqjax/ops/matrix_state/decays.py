@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint
-from seqjax.ops.core.linalg import along_rows, down_columns, matmul, product
+from seqjax.ops.core.linalg import along_rows, down_columns, matmul, product, spread
 
 SUB = 16  # steps in the blocks inside which a mask selects the pairs
 NT = "tk,jk->tj"
@@ -156,7 +156,7 @@ def join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Arr
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Return x times a factor, computed in the dtype of the factor and rounded to that of x."""
-    return (x.astype(factor.dtype) * factor).astype(x.dtype)
+    return (spread(x, factor).astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def widen(x: jax.Array, channels: int) -> jax.Array:
@@ -227,7 +227,7 @@ def decayed_products(
         products = [jnp.where(same, p, jnp.zeros_like(p)) for p in products]
     else:
         factor = between(log_decay[..., 0])
-        products = [p * factor for p in products]
+        products = [spread(p, factor) * factor for p in products]
     count = len(rights)
     return [products[n : n + count] for n in range(0, len(products), count)]
 

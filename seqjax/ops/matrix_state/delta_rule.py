@@ -147,13 +147,14 @@ def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     inverse = linalg.inverse_unit_lower(along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1))
 
     # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.
-    wide = k.astype(to_end.dtype)
+    wide = linalg.spread(k, to_end).astype(to_end.dtype)
     by_step = linalg.matmul(scores, inverse) * down_columns(beta, k.shape[-2])
     at_end = linalg.matmul((wide * to_end).mT, inverse) * down_columns(beta, k.shape[-1])
     erase = (-wide * from_start).astype(k.dtype)
     return chunked.FactoredMap(
         outputs=linalg.product(by_step, v),
-        reads=q.astype(from_start.dtype) * from_start + linalg.product(by_step, erase),
+        reads=linalg.spread(q, to_end).astype(to_end.dtype) * from_start
+        + linalg.product(by_step, erase),
         decay=from_start[..., -1, :, None],
         write=at_end.astype(k.dtype),
         values=v,

@@ -111,7 +111,8 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
 
 def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     v, g = x["v"], x["log_decay"]
-    q, k, a, b = jnp.broadcast_arrays(*(x[name] for name in "qkab"))  # a head's own, or shared
+    # These may be shared by heads, or not. A reset alone is shared by all.
+    q, k, a, b = (linalg.spread(x[name], v) for name in "qkab")
     # a_t reads the state before step t: put it in row t - 1, and move the products back.
     next_a = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
     products = decays.decayed_products((q, next_a), (b, k), g)
