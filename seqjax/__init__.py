@@ -8,6 +8,7 @@ Ops are pure functions of arrays, and return their outputs and the final state:
 - `selective_scan`: diagonal state-space models with input-dependent transitions (Mamba).
 - `linear_attention`: matrix states with decays (GateLoop, RetNet, GLA, Mamba-2).
 - `delta_rule`: matrix states with a correction along the key (DeltaNet).
+- `momentum_delta_rule`: the delta rule with momentum (Titans with a linear memory).
 - `generalized_delta_rule`: matrix states with any rank-one correction (RWKV-7).
 - `nonlinear_scan`: any RNN cell, by Newton's method or step by step. `Newton` configures the
   solver, `SolveInfo` reports on the solution, and `lyapunov` predicts whether Newton is fast.
@@ -58,6 +59,7 @@ from seqjax.ops import linear_attention as linear_attention
 from seqjax.ops import linear_scan as linear_scan
 from seqjax.ops import log_scan as log_scan
 from seqjax.ops import lyapunov as lyapunov
+from seqjax.ops import momentum_delta_rule as momentum_delta_rule
 from seqjax.ops import monoid_scan as monoid_scan
 from seqjax.ops import nonlinear_scan as nonlinear_scan
 from seqjax.ops import plstm_2d as plstm_2d
@@ -89,6 +91,7 @@ __all__ = [
     "log_scan",
     "lyapunov",
     "models",
+    "momentum_delta_rule",
     "monoid_scan",
     "nonlinear_scan",
     "ops",

@@ -3,6 +3,7 @@
     python -m experiments.bench            # suites scan, ops, choice, newton: 40 minutes on 2 cores
     python -m experiments.bench scan       # elementwise scan
     python -m experiments.bench ops        # chunked algorithms
+    python -m experiments.bench options    # options of the matrix-state ops
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
     python -m experiments.bench generate   # tokens per second of generation
@@ -32,7 +33,7 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, device, generate, gpu, newton, tpu
+from experiments.bench import cases, device, generate, gpu, newton, options, tpu
 from experiments.bench.tools import ONLY, Candidates, Table, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -175,6 +176,7 @@ def _work(compiled: Any) -> str:
 SUITES = {
     "scan": bench_scan,
     "ops": bench_ops,
+    "options": options.bench_options,
     "choice": bench_choice,
     "newton": newton.bench_newton,
     "generate": generate.bench_generate,
@@ -195,7 +197,7 @@ def main(values: flags.FlagValues, words: Sequence[str]) -> int:
     """Run the suites named on the command line; by default all timed suites."""
     del values
     flags.FLAGS.mark_as_parsed()
-    names = words or [n for n in SUITES if n not in ("generate", "tpu", "gpu", "device")]
+    names = words or [n for n in SUITES if n not in ("options", "generate", "tpu", "gpu", "device")]
     for name in names:
         if name not in SUITES:
             raise UserError(f"unknown suite {name!r}: {nearest(name, SUITES)}")

@@ -21,6 +21,7 @@ from seqjax.layers.gated_conv import GatedConv as GatedConv
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2 as GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop as GateLoop
 from seqjax.layers.gla import GLA as GLA
+from seqjax.layers.gsa import GSA as GSA
 from seqjax.layers.hgrn import HGRN as HGRN
 from seqjax.layers.hgrn2 import HGRN2 as HGRN2
 from seqjax.layers.kda import KDA as KDA
@@ -36,6 +37,7 @@ from seqjax.layers.lru import LRU as LRU
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mamba3 import Mamba3 as Mamba3
+from seqjax.layers.mega import CEMA as CEMA
 from seqjax.layers.mega import DampedEMA as DampedEMA
 from seqjax.layers.mesanet import MesaNet as MesaNet
 from seqjax.layers.minrnn import MinGRU as MinGRU
@@ -86,9 +88,11 @@ from seqjax.layers.ttt import TTTLinear as TTTLinear
 from seqjax.layers.unitary import UnitaryRNN as UnitaryRNN
 
 __all__ = [
+    "CEMA",
     "FFM",
     "GLA",
     "GRU",
+    "GSA",
     "GSS",
     "HGRN",
     "HGRN2",

@@ -1,4 +1,4 @@
-"""Reads of matrix memories that see the last write late, or weighted differently."""
+"""Matrix memories in which every step writes its own and the previous keys and values."""
 
 import jax
 import jax.numpy as jnp
@@ -7,54 +7,6 @@ from seqjax.layers._reductions import at_substep
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 from seqjax.ops.previous import previous
-
-
-def read_before_write(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    log_decay: jax.Array,
-    memory: jax.Array,
-    bonus: jax.Array | None,
-    context: Context,
-) -> tuple[jax.Array, jax.Array]:
-    """Run linear attention whose outputs read the memory before the step's decay and write.
-
-        o_t = (S_{t-1} + diag(u) k_t v_t^T)^T q_t            S_t = diag(exp g_t) S_{t-1} + k_t v_t^T
-
-    `linear_attention` on keys, values and decays of one step earlier has S_{t-1} as its state.
-
-    Args:
-      q, k: [B, T, H, K].
-      v: [B, T, H, V].
-      log_decay: g, [B, T, H] or [B, T, H, K], in the state dtype.
-      memory: S before the first step, [B, H, K, V].
-      bonus: u [H, K]; None for 0.
-      context: supplies `reset` and `sequence_axis`.
-
-    Returns:
-      (o [B, T, H, V] in the dtype of `v`, S after the last step).
-    """
-    now = {"k": k, "v": v, "log_decay": log_decay}
-    late, last = previous(now, None, context.reset, context.sequence_axis)
-    o, memory = linear_attention(
-        q,
-        late["k"],
-        late["v"],
-        late["log_decay"],
-        memory,
-        scale=1.0,
-        reset=context.reset,
-        sequence_axis=context.sequence_axis,
-    )
-    wide = memory.dtype
-    if bonus is not None:
-        own = jnp.sum((q.astype(wide) * k.astype(wide)) * bonus.astype(wide), axis=-1)
-        o = (o.astype(wide) + own[..., None] * v.astype(wide)).astype(o.dtype)
-    decay = jnp.exp(last["log_decay"].astype(wide))
-    decay = decay.reshape(*decay.shape, *(1,) * (4 - decay.ndim))  # [B, H, K or 1, 1]
-    written = last["k"].astype(wide)[..., None] * last["v"].astype(wide)[..., None, :]
-    return o, decay * memory + written
 
 
 def two_point(

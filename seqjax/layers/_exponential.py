@@ -85,7 +85,7 @@ def normalized_attention(
     context: Context,
     scale: float | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Run `linear_attention` and its normalizer, the same recurrence on values of 1.
+    """Run `linear_attention` with its normalizer, on the state of a layer.
 
         S_t = decay_t S_{t-1} + k_t v_t^T,    n_t = decay_t n_{t-1} + k_t
 
@@ -100,18 +100,15 @@ def normalized_attention(
     Returns:
       (S_t^T q_t [B, T, H, V], n_t^T q_t [B, T, H], new state), all in the state's dtype.
     """
-    wide = state["memory"].dtype
-    ones = jnp.ones((*v.shape[:-1], 1), wide)
-    memory = jnp.concatenate([state["memory"], state["normalizer"][..., None]], axis=-1)
-    o, memory = linear_attention(
+    (o, total), (memory, normalizer) = linear_attention(
         q,
         k,
-        jnp.concatenate([v.astype(wide), ones], axis=-1),
+        v.astype(state["memory"].dtype),
         log_decay,
-        memory,
+        (state["memory"], state["normalizer"]),
         scale=scale,
+        normalizer=True,
         reset=context.reset,
         sequence_axis=context.sequence_axis,
     )
-    state = {"memory": memory[..., :-1], "normalizer": memory[..., -1]}
-    return o[..., :-1], o[..., -1], state
+    return o, total, {"memory": memory, "normalizer": normalizer}

@@ -8,7 +8,7 @@ import jax
 
 from seqjax.layers import _checks, _feature_maps
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import dense, l2_normalize, merge_heads, repeat_heads, rms_normalize
+from seqjax.layers._math import dense, l2_normalize, merge_heads, rms_normalize
 from seqjax.layers._matrix import MatrixLayer, decay_params, is_integer, log_decay
 from seqjax.layers._reductions import at_substep
 from seqjax.layers.context import Context
@@ -152,11 +152,9 @@ class DeltaNet(MatrixLayer):
     def _mapped(self, x: jax.Array) -> jax.Array:
         """Return queries or keys by head as the memory uses them."""
         if self.feature_map is None:
-            x = l2_normalize(x)
-        else:
-            made = _feature_maps.features(self.feature_map, x, self.dpfp_order)
-            x = _feature_maps.sum_normalize(made).astype(x.dtype)
-        return repeat_heads(x, self.memory_heads)
+            return l2_normalize(x)
+        made = _feature_maps.features(self.feature_map, x, self.dpfp_order)
+        return _feature_maps.sum_normalize(made).astype(x.dtype)
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers._base import Layer, Param, Params, state_dtype
-from seqjax.layers._math import dense, split_heads
+from seqjax.layers._math import dense, repeat_heads, split_heads
 from seqjax.layers.context import Context
 from seqjax.layers.kda import KDA
 from seqjax.ops.matrix_state.generalized_delta_rule import generalized_delta_rule
@@ -70,13 +70,14 @@ class GatedDeltaNet2(KDA):
             for name in ("erase", "write")
         )
         erase, k = erase.astype(wide), k.astype(wide)
+        erased = repeat_heads(k, self.memory_heads)
         if self.negative_eigenvalues:
             erase = 2 * erase
         return generalized_delta_rule(
             q,
             k,
             write * v,
-            jnp.exp(log_decay) * erase * k,
+            jnp.exp(log_decay) * erase * erased,
             -k,
             log_decay,
             memory,

@@ -12,7 +12,6 @@ from seqjax.layers._math import (
     dense,
     l2_normalize,
     merge_heads,
-    repeat_heads,
     rms_normalize,
     split_heads,
 )
@@ -175,7 +174,7 @@ class KDA(MatrixLayer):
     ) -> tuple[jax.Array, State]:
         heads = self.memory_heads
         q, k, v, new_state = self._project(params, x, state, context)
-        q, k = (repeat_heads(l2_normalize(z), heads) for z in (q, k))
+        q, k = l2_normalize(q), l2_normalize(k)
         decay = split_heads(self._log_decay(params, self._map("decay", params, x)), heads)
         o, new_state["memory"] = self._update(params, x, (q, k, v), decay, state["memory"], context)
         gate = self._map("gate", params, x)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import dense, merge_heads, repeat_heads, rms_normalize, split_heads
+from seqjax.layers._math import dense, merge_heads, rms_normalize, split_heads
 from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.matrix_state.linear_attention import linear_attention
@@ -212,7 +212,7 @@ class Mamba2(Layer):
             mixed.append(y)
         heads = self.head_count
         u = split_heads(mixed[0].astype(wide), heads)
-        B, C = (repeat_heads(split_heads(y, self.groups), heads) for y in mixed[1:])
+        B, C = (split_heads(y, self.groups) for y in mixed[1:])
         dt = project("dt", "dt_proj_bias").astype(wide) + params["dt_bias"].astype(wide)
         dt = jnp.clip(jax.nn.softplus(dt), *self.dt_limit)
         y, new_state["memory"] = linear_attention(

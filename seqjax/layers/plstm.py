@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._delayed import read_before_write
 from seqjax.layers._math import dense, merge_heads, rms_normalize
 from seqjax.layers._matrix import MatrixLayer
 from seqjax.layers._reductions import last_step, signs
 from seqjax.layers.context import Context
+from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +96,16 @@ class PLSTM(MatrixLayer):
         negative = transition < 0
         s = signs(negative, wide, axis)[..., None]
         s_before = jnp.where(negative[..., None], -s, s)  # without the sign of this step
-        o, memory = read_before_write(
+        o, memory = linear_attention(
             s_before * q,
             s * source * k,
             v,
             _log_tanh(jnp.abs(transition)),
             state["memory"],
-            None,
-            context,
+            scale=1.0,
+            exclusive=True,
+            reset=context.reset,
+            sequence_axis=axis,
         )
         present = jnp.sum(q * k, axis=-1, keepdims=True) * v
         o = (mark * o + direct * present) * self.key_dim**-0.5

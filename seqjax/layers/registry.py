@@ -23,6 +23,7 @@ from seqjax.layers.ffm import FFM
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
 from seqjax.layers.gateloop import GateLoop
 from seqjax.layers.gla import GLA
+from seqjax.layers.gsa import GSA
 from seqjax.layers.hgrn import HGRN
 from seqjax.layers.hgrn2 import HGRN2
 from seqjax.layers.kda import KDA
@@ -38,7 +39,7 @@ from seqjax.layers.lru import LRU
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.mamba3 import Mamba3
-from seqjax.layers.mega import DampedEMA
+from seqjax.layers.mega import CEMA, DampedEMA
 from seqjax.layers.mesanet import MesaNet
 from seqjax.layers.minrnn import MinGRU, MinLSTM
 from seqjax.layers.mlstm import MLSTM
@@ -250,6 +251,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "dss": Entry(S4D, "DSS", "2203.14343", "ssm_scan", _s4d, {"spectrum": "dss"}),
         "gss": Entry(GSS, "GSS", "2206.13947", "ssm_scan", _s4d),
         "damped_ema": Entry(DampedEMA, "Damped EMA of MEGA", "2209.10655", "ssm_scan", _averages),
+        "cema": Entry(CEMA, "Complex EMA of Megalodon", "2404.08801", "ssm_scan", _averages),
         "linoss": Entry(LinOSS, "LinOSS", "2410.03943", "block_scan", _states),
         "lmu": Entry(LMU, "LMU", "2102.11417", "block_scan", _lmu),
         "legs": Entry(LegS, "HiPPO-LegS", "2008.07669", "block_scan", _memory),
@@ -259,6 +261,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "unitary": Entry(UnitaryRNN, "URN", "2208.05719", "block_scan", _rotations),
         "gateloop": Entry(GateLoop, "GateLoop", "2311.01927", "linear_attention", _heads),
         "gla": Entry(GLA, "GLA", "2312.06635", "linear_attention", _heads),
+        "gsa": Entry(GSA, "Gated slot attention", "2409.07146", "linear_attention", _heads),
         "lightnet": Entry(LightNet, "LightNet", "2405.21022", "linear_attention", _heads),
         "mlstm": Entry(MLSTM, "mLSTM", "2405.04517", "linear_attention", _heads),
         "mlstm_7b": Entry(

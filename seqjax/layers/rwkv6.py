@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init, _rwkv
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._delayed import read_before_write
 from seqjax.layers._math import dense, layer_normalize, merge_heads, split_heads
 from seqjax.layers.context import Context
 from seqjax.layers.token_shift import initial_shift, shift
+from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,8 +181,17 @@ class RWKV6(Layer):
             low = jnp.tanh(dense(mixed["w"], params["w1"]))
             exponent = exponent + dense(low, params["w2"]).astype(wide)
         exponent = jnp.broadcast_to(exponent, x.shape)
-        o, memory = read_before_write(
-            r, k, v, heads(-jnp.exp(exponent)), state["memory"], params["u"], context
+        o, memory = linear_attention(
+            r,
+            k,
+            v,
+            heads(-jnp.exp(exponent)),
+            state["memory"],
+            scale=1.0,
+            exclusive=True,
+            bonus=params["u"],
+            reset=context.reset,
+            sequence_axis=context.sequence_axis,
         )
         scale, bias = (heads(params[f"norm_{name}"]) for name in ("scale", "bias"))
         o = merge_heads(layer_normalize(o.astype(wide), scale, bias, self.norm_eps))

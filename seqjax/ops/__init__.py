@@ -2,6 +2,7 @@
 
 from seqjax.ops.core.backends import default_implementation as default_implementation
 from seqjax.ops.core.custom_adjoint import custom_adjoint as custom_adjoint
+from seqjax.ops.core.residual_names import CHECKPOINT_NAMES as CHECKPOINT_NAMES
 from seqjax.ops.elementwise.block_scan import block_scan as block_scan
 from seqjax.ops.elementwise.linear_scan import linear_scan as linear_scan
 from seqjax.ops.elementwise.log_scan import log_scan as log_scan
@@ -17,6 +18,7 @@ from seqjax.ops.matrix_state.generalized_delta_rule import (
     generalized_delta_rule as generalized_delta_rule,
 )
 from seqjax.ops.matrix_state.linear_attention import linear_attention as linear_attention
+from seqjax.ops.matrix_state.momentum_delta_rule import momentum_delta_rule as momentum_delta_rule
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence as MatrixRecurrence
 from seqjax.ops.monoid_scan import monoid_scan as monoid_scan
 from seqjax.ops.nonlinear.lyapunov import lyapunov as lyapunov
@@ -28,6 +30,7 @@ from seqjax.ops.segments import segment_starts as segment_starts
 from seqjax.ops.step_scan import step_scan as step_scan
 
 __all__ = [
+    "CHECKPOINT_NAMES",
     "ChunkMap",
     "MatrixRecurrence",
     "Newton",
@@ -43,6 +46,7 @@ __all__ = [
     "linear_scan",
     "log_scan",
     "lyapunov",
+    "momentum_delta_rule",
     "monoid_scan",
     "nonlinear_scan",
     "plstm_2d",

@@ -88,3 +88,18 @@ def op(function: Callable[..., Any], names: tuple[str, ...], **fixed: Any) -> Ca
         return function(**arrays, initial_state=state, reset=reset, **fixed, **keywords)
 
     return run
+
+
+def hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
+    """Return decays 0, 1, exp(-30), 1 - 1e-7 and normal values, mixed; keep an absent decay."""
+
+    def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
+        if name not in inputs:
+            return inputs
+        values = np.array([0.0, 1.0, np.exp(-30.0), 1 - 1e-7, 0.9])
+        with np.errstate(divide="ignore"):
+            values = np.log(values) if kind == "log" else values
+        hard = rng.choice(values, inputs[name].shape)
+        return inputs | {name: hard.astype(inputs[name].dtype)}
+
+    return harden

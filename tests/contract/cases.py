@@ -9,35 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import seqjax
-from tests.contract.case import Arrays, Case, D, H, K, N, V, normal, unit
+from tests.contract.case import Arrays, Case, D, N, V, hard_decays, normal
 from tests.contract.case import op as _op
+from tests.contract.matrix_cases import MATRIX_OPS
 from tests.contract.scan_cases import SCANS
 from tests.contract.ssm_cases import SSM_OPS
 from tests.oracles import op_oracles, rnn_oracles
-
-
-def _hard_decays(name: str, kind: str) -> Callable[..., Arrays]:
-    """Return decays 0, 1, exp(-30), 1 - 1e-7 and normal values, mixed; keep an absent decay."""
-
-    def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
-        if name not in inputs:
-            return inputs
-        values = np.array([0.0, 1.0, np.exp(-30.0), 1 - 1e-7, 0.9])
-        with np.errstate(divide="ignore"):
-            values = np.log(values) if kind == "log" else values
-        hard = rng.choice(values, inputs[name].shape)
-        return inputs | {name: hard.astype(inputs[name].dtype)}
-
-    return harden
-
-
-def _hard_keys(rng: np.random.Generator, inputs: Arrays) -> Arrays:
-    """Return keys of any length, with beta |k|^2 in [0, 2], and hard decays."""
-    norms = 10 ** rng.uniform(-2, 2, inputs["beta"].shape)
-    k = unit(inputs["k"]) * norms[..., None]
-    strength = rng.choice([0.0, 0.3, 1.0, 1.7, 2.0], norms.shape)
-    made = inputs | {"k": k, "beta": strength / np.sum(k**2, axis=-1)}
-    return _hard_decays("log_decay", "log")(rng, made)
 
 
 def _hard_steps(rng: np.random.Generator, inputs: Arrays) -> Arrays:
@@ -66,7 +43,7 @@ def _linear(name: str, axes: str, complex_: bool = False, reverse: bool = False)
         algorithms=("sequential", "associative", "chunked", "pallas"),
         timed=("decay", "x") if axes == "BTD" else ("x",),
         shared=("decay",) if axes == "TD" else (),
-        hard=_hard_decays("decay", "linear"),
+        hard=hard_decays("decay", "linear"),
         reverse=reverse,
     )
 
@@ -114,87 +91,6 @@ def _selective_inputs(rng: np.random.Generator, batch: int, length: int) -> Arra
         "C": normal(rng, batch, length, N),
         "D": normal(rng, D),
     }
-
-
-def _attention_inputs(decay: str | None, complex_: bool = False) -> Callable[..., Arrays]:
-    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        made = {
-            "q": normal(rng, batch, length, H, K, complex_=complex_),
-            "k": normal(rng, batch, length, H, K, complex_=complex_),
-            "v": normal(rng, batch, length, H, V, complex_=complex_),
-        }
-        if decay is not None:
-            shape = (batch, length, H) if decay == "scalar" else (batch, length, H, K)
-            made["log_decay"] = -rng.uniform(0.0, 1.0, shape)
-            if complex_:
-                made["log_decay"] = made["log_decay"] + 1j * rng.uniform(-3, 3, shape)
-        return made
-
-    return make
-
-
-MATRIX = ("chunked", "sequential", "associative")
-
-
-def _in_small_chunks(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Use chunks of 8, the smallest of the kernels, so that a test has several chunks."""
-
-    def small(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
-        chunk = {"chunk_size": 8} if keywords.get("implementation") == "pallas" else {}
-        return run(inputs, state, reset, **chunk, **keywords)
-
-    return small
-
-
-def _attention(name: str, decay: str | None, complex_: bool = False) -> Case:
-    names = ("q", "k", "v") if decay is None else ("q", "k", "v", "log_decay")
-    return Case(
-        name=name,
-        inputs=_attention_inputs(decay, complex_),
-        run=_in_small_chunks(_op(seqjax.linear_attention, ("q", "k", "v", "log_decay"))),
-        oracle=op_oracles.linear_attention,
-        state=lambda rng, batch: normal(rng, batch, H, K, V, complex_=complex_),
-        # Interpreted kernels compile slowly: other forms are in test_matrix_kernels.
-        algorithms=(*MATRIX, "pallas") if decay == "scalar" else MATRIX,
-        timed=names,
-        hard=_hard_decays("log_decay", "log"),
-    )
-
-
-def _delta_inputs(decay: str | None, top: float) -> Callable[..., Arrays]:
-    attention = _attention_inputs(decay)
-
-    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-        made = attention(rng, batch, length)
-        # Unnormalised keys: beta |k|^2 anywhere up to `top`.
-        made["k"] = unit(made["k"]) * rng.uniform(0.3, 2.0, (batch, length, H, 1))
-        made["beta"] = rng.uniform(0, top, (batch, length, H)) / np.sum(made["k"] ** 2, axis=-1)
-        return made
-
-    return make
-
-
-def _delta(name: str, decay: str | None, top: float = 1.0) -> Case:
-    names = ("q", "k", "v", "beta", *(() if decay is None else ("log_decay",)))
-    return Case(
-        name=name,
-        inputs=_delta_inputs(decay, top),
-        run=_in_small_chunks(_op(seqjax.delta_rule, ("q", "k", "v", "beta", "log_decay"))),
-        oracle=op_oracles.delta_rule,
-        state=lambda rng, batch: normal(rng, batch, H, K, V),
-        algorithms=(*MATRIX, "pallas") if decay == "channel" else MATRIX,
-        timed=names,
-        hard=_hard_keys,
-    )
-
-
-def _generalized_inputs(rng: np.random.Generator, batch: int, length: int) -> Arrays:
-    """RWKV-7's transition, diag(w) - k (e k)^T with |k| = 1 and e in [0, 1]."""
-    made = _attention_inputs("channel")(rng, batch, length)
-    direction = unit(normal(rng, batch, length, H, K))
-    made["a"] = direction
-    made["b"] = -direction * rng.uniform(0, 1, (batch, length, H, K))
-    return made
 
 
 def softmax_combine(early: Arrays, late: Arrays) -> Arrays:
@@ -267,26 +163,7 @@ OPS = [
     _selective("selective_scan", "sequential", "chunked", "pallas"),
     _selective("selective_scan-signed", "sequential", "chunked", decay="signed"),
     _selective("selective_scan-online", "sequential", "chunked", decay="online"),
-    _attention("linear_attention", None),
-    _attention("linear_attention-scalar", "scalar"),
-    _attention("linear_attention-channel", "channel"),
-    _attention("linear_attention-complex", "channel", complex_=True),
-    _delta("delta_rule", None),
-    _delta("delta_rule-negative", None, top=2.0),
-    _delta("delta_rule-scalar", "scalar", top=2.0),
-    _delta("delta_rule-channel", "channel", top=2.0),
-    Case(
-        name="generalized_delta_rule",
-        inputs=_generalized_inputs,
-        run=_in_small_chunks(
-            _op(seqjax.generalized_delta_rule, ("q", "k", "v", "a", "b", "log_decay"))
-        ),
-        oracle=op_oracles.generalized_delta_rule,
-        state=lambda rng, batch: normal(rng, batch, H, K, V),
-        algorithms=(*MATRIX, "pallas"),
-        timed=("q", "k", "v", "a", "b", "log_decay"),
-        hard=_hard_decays("log_decay", "log"),
-    ),
+    *MATRIX_OPS,
     Case(
         name="monoid_scan-softmax",
         inputs=_softmax_inputs,

@@ -90,6 +90,7 @@ LAYERS = [
     _layer(seqjax.layers.S4D(dim=4, state_dim=3, spectrum="real"), ssm_oracles.s4d, "S4D-real"),
     _layer(seqjax.layers.GSS(dim=4, state_dim=4, inner=3, expand=2), ssm_oracles.gss),
     _layer(seqjax.layers.DampedEMA(dim=4, state_dim=3), ssm_oracles.damped_ema),
+    _layer(seqjax.layers.CEMA(dim=4, state_dim=3), ssm_oracles.cema),
     _layer(seqjax.layers.LinOSS(dim=4, state_dim=3), ssm_oracles.linoss),
     _layer(
         seqjax.layers.LinOSS(dim=4, state_dim=3, discretization="imex", output_glu=True),
@@ -142,6 +143,10 @@ LAYERS = [
         seqjax.layers.GLA(dim=4, heads=2, gate_rank=3, expand_k=1, expand_v=2, conv_size=3),
         layer_oracles.gla,
         "GLA-conv",
+    ),
+    _layer(seqjax.layers.GSA(dim=4, heads=2, slots=3), layer_oracles.gsa),
+    _layer(
+        seqjax.layers.GSA(dim=4, heads=1, head_dim=3, conv_size=2), layer_oracles.gsa, "GSA-conv"
     ),
     _layer(seqjax.layers.Comba(dim=4, heads=2, expand_v=2), rwkv_oracles.comba),
     _layer(seqjax.layers.GatedDeltaNet2(dim=4, heads=2, expand_v=2), rwkv_oracles.gated_deltanet2),

@@ -21,7 +21,12 @@ from tests.contract.harness import (
 PLATFORMS = ("cpu", "tpu", "cuda")
 ANY_LENGTH = (None, "sequential")  # the algorithms that run with a symbolic T
 QUICK = {"linear_scan", "delta_rule", "GRU"}  # one of each kind
-CHUNKED = {"linear_attention", "delta_rule", "generalized_delta_rule"}  # and their chunks
+CHUNKED = {
+    "linear_attention",
+    "delta_rule",
+    "generalized_delta_rule",
+    "momentum_delta_rule",
+}  # and their chunks
 VARIANTS = [
     pytest.param(
         case,

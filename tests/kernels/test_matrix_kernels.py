@@ -17,7 +17,9 @@ from tests.contract.cases import OPS
 from tests.contract.harness import assert_close, cast, make
 
 FORMS = [case for case in OPS if case.name.startswith(("linear_attention", "delta_rule"))]
-REAL = [case for case in FORMS if not case.name.endswith(("complex", "negative"))]
+# Forms without a kernel, and forms with the kernel of another form.
+OTHER = ("complex", "negative", "values", "normalizer", "exclusive")
+REAL = [case for case in FORMS if not case.name.endswith(OTHER)]
 
 
 def arrays(op, decay, batch, length, heads, keys, values, dtype, seed=0):
@@ -35,11 +37,11 @@ def arrays(op, decay, batch, length, heads, keys, values, dtype, seed=0):
     return {name: jnp.asarray(x, dtype) for name, x in made.items()}
 
 
-def both_ways(op, given, reset, chunk_size):
+def both_ways(op, given, reset, chunk_size, **options):
     """Return outputs, final state and gradients of a kernel and of the XLA form."""
     w = None
     for implementation in ("xla", "pallas"):
-        keywords = {"implementation": implementation, "reset": reset}
+        keywords = options | {"implementation": implementation, "reset": reset}
         if implementation == "pallas":
             keywords |= {"interpret": True, "chunk_size": chunk_size}
         run = jax.jit(functools.partial(getattr(seqjax, op), **keywords))
@@ -82,6 +84,19 @@ def test_more_heads_than_a_block_has(x64, strict, compiled_quickly):
     assert_close(found, expected, 1e-11)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+def test_slices_of_wide_values_share_keys(op, x64, strict, compiled_quickly):
+    """Check two slices, of 150 columns each, of two heads that share their keys."""
+    given = arrays(op, "scalar", 1, 9, 2, 3, 299, "float64")
+    given |= {name: given[name][:, :, :1] for name in ("q", "k")}
+    given["initial_state"] = jnp.ones((1, 2, 3, 299))
+    reset = np.arange(9)[None] == 5
+    exclusive = {"exclusive": True} if op == "linear_attention" else {}
+    expected, found = both_ways(op, given, reset, chunk_size=8, **exclusive)
+    assert_close(found, expected, 1e-11)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -99,7 +114,21 @@ def test_what_the_kernel_cannot_do(change, message, x64):
     seqjax.linear_attention(**given)
 
 
-def test_the_kernel_says_how_wide_it_can_be():
-    given = arrays("linear_attention", None, 1, 9, 1, 300, 2, "float32")
-    with pytest.raises(NotImplementedError, match="at most 256 numbers, got 300"):
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        (300, 2, "supports keys of at most 256 numbers, got 300"),
+        (2, 513, "supports values of at most 512 numbers, got 513"),
+    ],
+)
+def test_the_kernel_says_how_wide_it_can_be(keys, values, message):
+    given = arrays("linear_attention", None, 1, 9, 1, keys, values, "float32")
+    with pytest.raises(NotImplementedError, match=message):
+        seqjax.linear_attention(**given, implementation="pallas")
+
+
+def test_the_kernel_has_no_decays_of_values():
+    given = arrays("linear_attention", None, 1, 9, 1, 2, 2, "float32")
+    given["value_log_decay"] = -jnp.ones((1, 9, 1, 2))
+    with pytest.raises(NotImplementedError, match="has no decays of values"):
         seqjax.linear_attention(**given, implementation="pallas")

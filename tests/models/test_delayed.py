@@ -1,11 +1,12 @@
-"""Matrix memories read before a write, and written by two points, against loops in NumPy."""
+"""Matrix memories read before a write, or written by two points, against loops in NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqjax.layers._delayed import read_before_write, two_point
+import seqjax
+from seqjax.layers._delayed import two_point
 from seqjax.layers.context import Context
 from tests.contract.harness import assert_close
 
@@ -36,13 +37,15 @@ def pieces(run, state, sizes):
 
 @pytest.mark.parametrize("sizes", [(T,), (4, 1, 4), (1,) * T])
 @pytest.mark.parametrize("channels", [False, True])
-def test_read_before_write(channels, sizes, x64, strict):
+def test_exclusive_reads(channels, sizes, x64, strict):
     rng, q, k, v, decay, memory, reset = arrays(channels)
     bonus = rng.standard_normal((H, K))
 
     @jax.jit
     def call(q, k, v, decay, memory, reset):
-        return read_before_write(q, k, v, decay, memory, bonus, Context(reset))
+        return seqjax.linear_attention(
+            q, k, v, decay, memory, scale=1.0, exclusive=True, bonus=bonus, reset=reset
+        )
 
     o, final = pieces(
         lambda s, m: call(q[:, s], k[:, s], v[:, s], decay[:, s], m, reset[:, s]), memory, sizes

@@ -13,7 +13,7 @@ from jax import lax
 import seqjax
 from seqjax.ops.core import linalg
 from seqjax.ops.matrix_state import chunk_sizes
-from tests.contract.cases import unit
+from tests.contract.case import unit
 
 SHAPE = (1, 192, 2, 64)  # three chunks of 64 steps
 SLOW = pytest.mark.slow

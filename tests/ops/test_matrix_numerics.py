@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import seqjax
-from tests.contract.cases import unit
+from tests.contract.case import unit
 from tests.contract.harness import unoptimized
 
 STRONG = [-6.0, -9.0, -12.0, -16.0, -20.0, -50.0, -np.inf]

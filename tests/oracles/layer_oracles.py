@@ -178,6 +178,38 @@ def mamba(layer, params, x, reset=None):
     return y
 
 
+def gsa(layer, params, x, reset=None):
+    """P = P diag(a) + k s^T, S = diag(a) S + s v^T, o = S^T softmax(P^T q) (arXiv 2409.07146)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    heads, size, slots = layer.heads, layer.key_dim, layer.slot_count
+    q, k, v = (x @ p[f"{name}_proj"] for name in "qkv")
+    if layer.conv_size is None:
+        q, k, v = _silu(q), _silu(k), _silu(v)
+    else:
+        conv = _Conv(layer.conv_size, bias=False)
+        q, k, v = (
+            short_conv(conv, p[f"{name}_conv"], z, reset)
+            for name, z in zip("qkv", (q, k, v), strict=True)
+        )
+    decay = _sigmoid(x @ p["f_proj"]) ** (1 / layer.gate_temperature)
+    y = np.zeros_like(x)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            if t == 0 or reset[b, t]:
+                P, S = np.zeros((heads, size, slots)), np.zeros((heads, slots, size))
+            out = np.zeros((heads, size))
+            for h in range(heads):
+                own, a = slice(h * size, (h + 1) * size), decay[b, t, h * slots : (h + 1) * slots]
+                P[h] = P[h] * a + np.outer(k[b, t, own], 1 - a)
+                S[h] = S[h] * a[:, None] + np.outer(1 - a, v[b, t, own])
+                u = np.exp(P[h].T @ q[b, t, own])
+                out[h] = _silu(S[h].T @ (u / np.sum(u)))
+            out = out.reshape(-1)
+            norm = np.sqrt(np.mean(out * out) + layer.norm_eps)
+            y[b, t] = (out / norm * p["norm"]) @ p["out_proj"]
+    return y
+
+
 def gla(layer, params, x, reset=None):
     """S = diag(exp g) S + k v^T with g = log sigmoid(x W_1 W_2 + b) / tau (arXiv 2312.06635)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)

@@ -94,19 +94,33 @@ def ssm_scan(inputs, h, reset):
     return y, h
 
 
-def linear_attention(inputs, S, reset):
+def linear_attention(inputs, S, reset, exclusive=False):
     q, k, v = (inputs[name] for name in "qkv")
     g = inputs.get("log_decay")
     o = np.zeros(v.shape, np.result_type(q, v) if g is None else np.result_type(q, v, g))
     S = S.astype(o.dtype)
-    for b, t, h in np.ndindex(q.shape[:3]):
+    for b, t, h in np.ndindex(v.shape[:3]):
+        shared = h * q.shape[2] // v.shape[2]  # the head of q and k
         if reset[b, t]:
             S[b, h] = 0
+        before, write = S[b, h].copy(), np.outer(k[b, t, shared], v[b, t, h])
         if g is not None:
             S[b, h] = np.exp(np.atleast_1d(g[b, t, h]))[:, None] * S[b, h]
-        S[b, h] = S[b, h] + np.outer(k[b, t, h], v[b, t, h])
-        o[b, t, h] = S[b, h].T @ q[b, t, h] / np.sqrt(q.shape[-1])
+        if "value_log_decay" in inputs:
+            S[b, h] = S[b, h] * np.exp(inputs["value_log_decay"][b, t, h])
+        S[b, h] = S[b, h] + write
+        read = before + inputs["bonus"][h][:, None] * write if exclusive else S[b, h]
+        o[b, t, h] = read.T @ q[b, t, shared] / np.sqrt(q.shape[-1])
     return o, S
+
+
+def normalized_attention(inputs, state, reset):
+    """o_t = S_t^T q_t and z_t = n_t^T q_t, with n_t the state for values of 1."""
+    S, n = state
+    o, S = linear_attention(inputs, S, reset)
+    ones = inputs | {"v": np.ones_like(inputs["v"][..., :1])}
+    z, n = linear_attention(ones, n[..., None], reset)
+    return (o, z[..., 0]), (S, n[..., 0])
 
 
 def delta_rule(inputs, S, reset):
@@ -114,28 +128,49 @@ def delta_rule(inputs, S, reset):
     g = inputs.get("log_decay")
     o, S = np.zeros(v.shape), S.copy()
     identity = np.eye(q.shape[-1])
-    for b, t, h in np.ndindex(q.shape[:3]):
-        key, strength = k[b, t, h], beta[b, t, h]
+    for b, t, h in np.ndindex(v.shape[:3]):
+        shared = h * q.shape[2] // v.shape[2]  # the head of q and k
+        key, strength = k[b, t, shared], beta[b, t, h]
         if reset[b, t]:
             S[b, h] = 0
         decay = np.ones(1) if g is None else np.exp(np.atleast_1d(g[b, t, h]))
         transition = (identity - strength * np.outer(key, key)) * decay
         S[b, h] = transition @ S[b, h] + strength * np.outer(key, v[b, t, h])
-        o[b, t, h] = S[b, h].T @ q[b, t, h] / np.sqrt(q.shape[-1])
+        o[b, t, h] = S[b, h].T @ q[b, t, shared] / np.sqrt(q.shape[-1])
     return o, S
+
+
+def momentum_delta_rule(inputs, state, reset):
+    q, k, v, beta, g, h = (
+        inputs[name] for name in ("q", "k", "v", "beta", "log_decay", "log_momentum")
+    )
+    o, state = np.zeros(v.shape), state.copy()
+    for b, t, n in np.ndindex(q.shape[:3]):
+        if reset[b, t]:
+            state[b, n] = 0
+        M, P = state[b, n]
+        P = np.exp(h[b, t, n]) * P + beta[b, t, n] * np.outer(
+            k[b, t, n], v[b, t, n] - M.T @ k[b, t, n]
+        )
+        M = np.exp(g[b, t, n]) * M + P
+        state[b, n] = M, P
+        o[b, t, n] = M.T @ q[b, t, n] / np.sqrt(q.shape[-1])
+    return o, state
 
 
 def generalized_delta_rule(inputs, S, reset):
     q, k, v, a, b = (inputs[name] for name in "qkvab")
     g = inputs.get("log_decay")
     o, S = np.zeros(v.shape), S.copy()
-    for i, t, h in np.ndindex(q.shape[:3]):
+    a, b = (np.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (a, b))
+    for i, t, h in np.ndindex(v.shape[:3]):
+        shared = h * q.shape[2] // v.shape[2]  # the head of q and k
         if reset[i, t]:
             S[i, h] = 0
         decay = np.ones(q.shape[-1]) if g is None else np.exp(g[i, t, h]) * np.ones(q.shape[-1])
         transition = np.diag(decay) + np.outer(b[i, t, h], a[i, t, h])
-        S[i, h] = transition @ S[i, h] + np.outer(k[i, t, h], v[i, t, h])
-        o[i, t, h] = S[i, h].T @ q[i, t, h] / np.sqrt(q.shape[-1])
+        S[i, h] = transition @ S[i, h] + np.outer(k[i, t, shared], v[i, t, h])
+        o[i, t, h] = S[i, h].T @ q[i, t, shared] / np.sqrt(q.shape[-1])
     return o, S
 
 

@@ -103,6 +103,21 @@ def damped_ema(layer, params, x, reset=None):
     return _loop(x, reset, lambda: np.zeros(p.shape), step)
 
 
+def cema(layer, params, x, reset=None):
+    """h = (1 - p d) exp(i phi) h + p x; y = Re(gamma h) / sqrt(N) + omega x (arXiv 2404.08801)."""
+    w = _f64(params)
+    p, d = _sigmoid(w["alpha"]), _sigmoid(w["delta"])
+    phases = np.outer(_sigmoid(w["theta"]), np.arange(1, layer.state_dim + 1))
+    decay = (1 - p * d) * np.exp(2j * np.pi * phases / layer.state_dim)
+    gamma = _complex(w["gamma"]) / np.sqrt(layer.state_dim)
+
+    def step(h, x_t):
+        h = decay * h + p * x_t[:, None]
+        return h, np.sum(gamma * h, axis=-1).real + w["omega"] * x_t
+
+    return _loop(x, reset, lambda: np.zeros(p.shape, complex), step)
+
+
 def linoss(layer, params, x, reset=None):
     """z, w: velocity and position of forced oscillators; y = Re(w C) + D x (arXiv 2410.03943)."""
     p = _f64(params)

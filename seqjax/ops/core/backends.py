@@ -45,6 +45,7 @@ BACKENDS: dict[str, Kernels | None] = {
     "linear_attention": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "linear_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
     "log_scan": None,
+    "momentum_delta_rule": None,
     "monoid_scan": None,
     "nonlinear_scan": Kernels("sequential", {"cuda": "gpu"}, ()),
     "selective_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
+from seqjax.ops.core.residual_names import RESIDUALS, named
 from seqjax.types import PyTree
 
 Advance = Callable[[PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -40,11 +41,15 @@ def chunk_scan(
     whole = count * chunk_size
     xs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
     blocks = jax.tree.map(lambda x: x[:whole].reshape(count, chunk_size, *x.shape[1:]), xs)
-    advance = jax.checkpoint(advance, prevent_cse=False)
-    state, ys = lax.scan(advance, state, blocks)
+    recomputed = jax.checkpoint(advance, prevent_cse=False)
+
+    def advance_named(state: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
+        return recomputed(named(state, RESIDUALS), block)
+
+    state, ys = lax.scan(advance_named, state, blocks)
     ys = jax.tree.map(lambda y: y.reshape(whole, *y.shape[2:]), ys)
     if whole < length:
-        state, rest = advance(state, jax.tree.map(lambda x: x[whole:], xs))
+        state, rest = advance_named(state, jax.tree.map(lambda x: x[whole:], xs))
         ys = jax.tree.map(lambda y, r: jnp.concatenate([y, r]), ys, rest)
     return jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), ys), state
 

@@ -153,6 +153,16 @@ def check_scale(op: str, scale: Any) -> jax.Array | None:
     return array
 
 
+def check_state_dtype(op: str, dtype: Any, *arrays: jax.Array | None) -> None:
+    """Raise unless `dtype`, that of the final state, is None or bfloat16 for real arrays."""
+    if dtype is None:
+        return
+    is_complex = jnp.issubdtype(state_dtype(*arrays), jnp.complexfloating)
+    if dtype not in (jnp.bfloat16, jnp.dtype(jnp.bfloat16), "bfloat16") or is_complex:
+        wanted = "None for complex states" if is_complex else "bfloat16 or None"
+        raise ValueError(f"{op}: `state_dtype` must be {wanted}, got {dtype!r}.")
+
+
 def as_arrays(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments as jax arrays, by name."""
     return {name: None if a is None else jnp.asarray(a) for name, a in given.items()}

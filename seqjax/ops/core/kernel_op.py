@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from seqjax.ops.core import jax_compat
 from seqjax.ops.core.backends import KERNEL_ONLY, Backend, Mode, runs_kernel
 from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
+from seqjax.ops.core.residual_names import OUTPUTS, RESIDUALS, named
 from seqjax.types import PyTree
 
 Function = Callable[..., PyTree]
@@ -141,7 +142,7 @@ def kernel_op(
         pytrees of `jax.ShapeDtypeStruct`.
     """
     if backend.mode is Mode.OFF:
-        return xla
+        return lambda *args: named(xla(*args), OUTPUTS)
     kernel_only = backend.mode in KERNEL_ONLY
 
     def pulled(args: tuple[PyTree, ...]) -> tuple[PyTree, Any]:
@@ -195,7 +196,8 @@ def kernel_op(
             tangent_of=tangent_of,
             out_shapes=lambda *_: (out_shapes, (of_kernel, of_xla)),
         )
-        out, (kernel_residuals, xla_residuals) = run(*args)
+        out, residuals = run(*args)
+        kernel_residuals, xla_residuals = named(residuals, RESIDUALS)
         return out, _Residuals(kernel_residuals, xla_residuals, layout)
 
     def adjoint(args: Any, out: Any, residuals: _Residuals, cts: PyTree) -> list[jax.Array]:
@@ -225,12 +227,13 @@ def kernel_op(
         return list(backward(kernels, args, out, residuals.of_kernel, cts))
 
     # Tangents come from the XLA form, so the kernel does not run for them.
-    return custom_adjoint(
+    op = custom_adjoint(
         kernel_call(backend, xla, kernel_forward, out_shapes=lambda *args: shapes(*args)[0]),
         adjoint,
         with_residuals=with_residuals,
         tangent_of=xla,
     )
+    return lambda *args: named(op(*args), OUTPUTS)
 
 
 def inexact_leaves(tree: PyTree) -> list[jax.Array]:

@@ -41,7 +41,7 @@ def product(
 
     Args:
       a: [..., t, k].
-      b: [..., k, j].
+      b: [..., k, j], with as many axes as `a`; leading axes of 1 are repeated.
       subscripts: other axes, such as "tk,jk->tj" for a b^T.
       rows: [..., t, 1] bool, True for rows that are not zero, by default all. Non-finite elements
         of b then turn these rows into NaN and no cotangent: zero times NaN is NaN.
@@ -60,11 +60,39 @@ def product(
             ct = jnp.where(rows, ct, jnp.zeros_like(ct))
             b = jnp.where(jnp.isfinite(b), b, jnp.zeros_like(b))
         return [
-            _einsum(ct, b, result, right, left).astype(a.dtype),
-            _einsum(a, ct, left, result, right).astype(b.dtype),
+            sum_to(_einsum(ct, b, result, right, left), a.shape).astype(a.dtype),
+            sum_to(_einsum(a, ct, left, result, right), b.shape).astype(b.dtype),
         ]
 
     return custom_adjoint(forward, adjoint)(a, b, rows)
+
+
+def sum_to(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sum x over the axes that are repeated when an array of `shape` is broadcast to that of x."""
+    for axis, size in enumerate(shape):
+        count = x.shape[axis]
+        if size != 1 or count == 1:
+            continue
+        if isinstance(count, int) and count <= 16:
+            parts = [lax.index_in_dim(x, n, axis) for n in range(count)]
+            x = functools.reduce(jnp.add, parts)
+        else:
+            rows = x.reshape(*x.shape[:axis], count, -1)
+            total = matmul(jnp.ones((*rows.shape[:-2], 1, count), x.dtype), rows)
+            x = total.reshape(*x.shape[:axis], 1, *x.shape[axis + 1 :])
+    return x
+
+
+def spread(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Repeat leading axes of 1 of x [..., C, F] as in `like`; the last two axes may differ."""
+    shape = (*jnp.broadcast_shapes(x.shape[:-2], like.shape[:-2]), *x.shape[-2:])
+    if shape == x.shape:
+        return x
+
+    def adjoint(args: Any, ct: jax.Array) -> list[jax.Array]:
+        return [sum_to(ct, args[0].shape)]
+
+    return custom_adjoint(lambda x: jnp.broadcast_to(x, shape), adjoint)(x)
 
 
 def _einsum(x: jax.Array, y: jax.Array, *axes: str) -> jax.Array:

@@ -1,6 +1,9 @@
-"""Choice of the algorithm of a matrix-state recurrence, by sizes and platform."""
+"""Choice of the algorithm of a matrix-state recurrence, and the static options of a call."""
 
+import dataclasses
 from collections.abc import Mapping
+
+from seqjax.ops.core import backends
 
 
 def default_algorithms(
@@ -44,3 +47,27 @@ def default_algorithms(
         many &= isinstance(sizes["T"], int)
         on_cpu = "associative" if many else "chunked"
     return on_cpu, "sequential" if length < 8 else "chunked"
+
+
+@dataclasses.dataclass(frozen=True)
+class CallOptions:
+    """Static options of a call: each combination of them is compiled once.
+
+    Attributes:
+      on_cpu: the algorithm if the program is compiled for CPU.
+      elsewhere: the algorithm on other platforms.
+      chunk_size: the caller's choice.
+      backend: the backend of the call.
+      scale: the default, K**-0.5; None if the caller passes a scale, which is then an operand. As a
+        static option it would compile the op again for every new number.
+      exclusive: whether outputs read the state before their step.
+      narrow_state: whether the final state is bfloat16.
+    """
+
+    on_cpu: str
+    elsewhere: str
+    chunk_size: int | None
+    backend: backends.Backend
+    scale: float | None
+    exclusive: bool
+    narrow_state: bool

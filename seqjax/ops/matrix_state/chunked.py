@@ -30,7 +30,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from seqjax.ops.core.custom_adjoint import custom_adjoint
-from seqjax.ops.core.linalg import diagonal, matmul, product
+from seqjax.ops.core.linalg import diagonal, matmul, product, sum_to
+from seqjax.ops.core.residual_names import RESIDUALS, named
 from seqjax.ops.matrix_state.chunk_sizes import Division
 from seqjax.ops.matrix_state.decays import same_segment
 
@@ -47,13 +48,15 @@ class ChunkMap(NamedTuple):
       reads: R_c [..., C, K]; the outputs are O_c + R_c S.
       offset: X_c [..., K, V], the state after the chunk for S = 0.
       transition: M_c [..., K, K], or its diagonal [..., K, 1] or [..., 1, 1]; the state after the
-        chunk is X_c + M_c S.
+        chunk is X_c + M_c S. Decays of columns are [..., 1, V] and multiply the columns of S.
+      gain: G_c [..., C, V], or None for one; the outputs are O_c + G_c * (R_c S).
     """
 
     outputs: jax.Array
     reads: jax.Array
     offset: jax.Array
     transition: jax.Array
+    gain: jax.Array | None = None
 
 
 class FactoredMap(NamedTuple):
@@ -107,7 +110,7 @@ def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> ja
     """
     zero, nan = (jnp.asarray(value, state.dtype) for value in (0, jnp.nan))
     finite = jnp.isfinite(state)
-    if transition.shape[-1] == 1:  # a diagonal: `alive` holds for all rows or for none
+    if 1 in transition.shape[-2:]:  # a diagonal: `alive` holds for all rows or for none
         product = transition * jnp.where(alive & finite, state, zero)
     else:
         product = matmul(jnp.where(alive, transition, zero), jnp.where(finite, state, zero))
@@ -131,8 +134,9 @@ def scan_chunks(
     Args:
       chunk: computes the `ChunkMap` of chunks, from arrays [..., C, features] by name.
       arrays: [B, T, H, features] by name. Two names have a special role: "log_decay", which may be
-        -inf, and "q", which does not write. A step in which all other arrays are zero must change
-        the state by its decay only.
+        -inf, as all names that end so, and "q", which does not write. A step in which all other
+        arrays are zero must change the state by its decay only. In place of H there may be several
+        axes, as in the state. An axis of 1 is shared by all heads of the others.
       state: [B, H, K, V].
       reset: [B, T] or None.
       division: the division of T into blocks of chunks.
@@ -145,25 +149,26 @@ def scan_chunks(
       (outputs [B, T, H, V], final state).
     """
     batch, length = arrays["q"].shape[:2]
-    dtype = state.dtype
+    heads, dtype = arrays["q"].ndim - 3, state.dtype  # the number of axes of heads
     size, blocks, at_once, log_depth, factored, mixed = division
     narrow = set(vectors) if mixed else set()
 
     def chunks(x: jax.Array) -> jax.Array:  # [B, T, H, F] -> [blocks, at_once, B, H, C, F]
-        x = jnp.pad(x, [(0, 0), (0, blocks * at_once * size - length), (0, 0), (0, 0)])
+        padding = [(0, 0), (0, blocks * at_once * size - length), *[(0, 0)] * (heads + 1)]
+        x = jnp.pad(x, padding)
         x = x.reshape(x.shape[0], blocks, at_once, size, *x.shape[2:])
-        return jnp.transpose(x, (1, 2, 0, 4, 3, 5))
+        return jnp.moveaxis(jnp.moveaxis(x, 3, -2), 0, 2)
 
     # [blocks, at_once, B, 1, C]
-    resets = None if reset is None else chunks(reset[:, :, None, None])[..., 0]
+    resets = None if reset is None else chunks(jnp.expand_dims(reset, range(2, heads + 3)))[..., 0]
 
     def advance(state: jax.Array, block: Any, scale: jax.Array | None) -> Any:
         arrays, reset = block
         values = {name: x if name in narrow else x.astype(dtype) for name, x in arrays.items()}
         values, spoiled, bad_query = _zero_non_finite(values, reset)
         if reset is None:
-            values.setdefault("log_decay", jnp.zeros((*spoiled.shape, 1), bool))
-            alive = jnp.ones((1, 1, 1, 1, 1), bool)
+            values.setdefault("log_decay", jnp.zeros((*bad_query.shape, 1), bool))
+            alive = jnp.ones((1,) * values["q"].ndim, bool)
         else:
             clear, g = reset[..., None], values.get("log_decay")
             values["log_decay"] = (
@@ -182,6 +187,8 @@ def scan_chunks(
             offset = maps.offset + poison
             states, final = compute(maps.transition, offset, alive[..., -1:, :], state)
         reads = product(maps.reads, states, rows=alive)
+        if isinstance(maps, ChunkMap) and maps.gain is not None:
+            reads = maps.gain * reads
         out = maps.outputs + reads
         out = out if scale is None else scale * out
         return final, jnp.where((spoiled | bad_query)[..., None], nan, out).astype(out_dtype)
@@ -192,8 +199,10 @@ def scan_chunks(
     policy = None if jnp.iscomplexobj(state) else saved
     advance = jax.checkpoint(advance, prevent_cse=False, policy=policy)
     blocked = {name: chunks(x) for name, x in arrays.items()}
-    final, out = lax.scan(lambda S, block: advance(S, block, scale), state, (blocked, resets))
-    out = jnp.transpose(out, (2, 0, 1, 4, 3, 5))  # [B, blocks, at_once, C, H, V]
+    final, out = lax.scan(
+        lambda S, block: advance(named(S, RESIDUALS), block, scale), state, (blocked, resets)
+    )
+    out = jnp.moveaxis(jnp.moveaxis(out, 2, 0), -2, 3)  # [B, blocks, at_once, C, H, V]
     return out.reshape(batch, -1, *out.shape[4:])[:, :length], final
 
 
@@ -207,16 +216,28 @@ def _zero_non_finite(
       with a non-finite query.
     """
     finite = {name: jnp.all(jnp.isfinite(x), axis=-1) for name, x in values.items()}
-    if "log_decay" in values:  # -inf clears the state
-        g = values["log_decay"]
-        finite["log_decay"] = jnp.all(jnp.isfinite(g) | jnp.isneginf(jnp.real(g)), axis=-1)
+    for name in filter(is_log_decay, values):  # -inf clears the state
+        g = values[name]
+        finite[name] = jnp.all(jnp.isfinite(g) | jnp.isneginf(jnp.real(g)), axis=-1)
     query = finite.pop("q")
     write = functools.reduce(jnp.logical_and, finite.values())
+    # Shared arrays stay shared: a head's own non-finite numbers do not zero them.
+    shared = [x for x in finite.values() if x.shape != write.shape]
+    by_shape = {write.shape: write}
+    for shape in {x.shape for x in shared}:
+        by_shape[shape] = functools.reduce(jnp.logical_and, (x for x in shared if x.shape == shape))
     zeroed = {
-        name: jnp.where((query if name == "q" else write)[..., None], x, jnp.zeros_like(x))
+        name: jnp.where(
+            (query if name == "q" else by_shape[x.shape[:-1]])[..., None], x, jnp.zeros_like(x)
+        )
         for name, x in values.items()
     }
     return zeroed, _occurred(~write, reset), ~query
+
+
+def is_log_decay(name: str) -> bool:
+    """Return whether an input holds logarithms of decays."""
+    return name.endswith("log_decay")
 
 
 def _occurred(events: jax.Array, reset: jax.Array | None) -> jax.Array:
@@ -298,7 +319,7 @@ def _factored_states(
             None if erase is None else product(d_written, states, "cv,kv->ck"),
             None if offset is None else d_after,
         )
-        d_factors = jax.tree.map(lambda x, d: d.astype(x.dtype), factors, found)
+        d_factors = jax.tree.map(lambda x, d: sum_to(d, x.shape).astype(x.dtype), factors, found)
         return [*jax.tree.leaves(d_factors), d_first, jnp.zeros_like(poison)]
 
     compute = custom_adjoint(forward, adjoint, with_residuals=lambda *args: (forward(*args), ()))

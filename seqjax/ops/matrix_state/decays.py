@@ -21,18 +21,18 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint
-from seqjax.ops.core.linalg import along_rows, down_columns, matmul, product
+from seqjax.ops.core.linalg import along_rows, down_columns, matmul, product, spread
 
 SUB = 16  # steps in the blocks inside which a mask selects the pairs
 NT = "tk,jk->tj"
 
 
 def by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
-    """Return the decays in the shape of the keys, for the sequential algorithm."""
+    """Return the decays [..., H, K] for all channels of the keys, for the sequential algorithm."""
     if g is None:
         return None
-    g = g if g.ndim == 4 else g[..., None]
-    return jnp.broadcast_to(decay_of(g.astype(like.dtype)), like.shape)
+    shape = (*g.shape[:-1], like.shape[-1])
+    return jnp.broadcast_to(decay_of(g.astype(like.dtype)), shape)
 
 
 def decay_of(g: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ def shard_decay(g: jax.Array | None, state: jax.Array, reset: jax.Array | None) 
     return jnp.exp(total if total.ndim == 3 else total[..., None])[..., None]
 
 
-def _products(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.Array]]:
+def block_decays(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.Array]]:
     """Return products of the decays a_i = exp(g_i) in blocks of 1, 2, 4, ..., C steps.
 
     C is a power of two. The two lists hold arrays [..., C, K]. upto[n][t] is the product from the
@@ -62,12 +62,12 @@ def _products(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.Arr
     """
     upto, after = [decay_of(g)], [jnp.ones_like(g)]
     whole = upto[0]  # products of whole blocks
-    for width in _widths(1, g.shape[-2]):
+    for width in widths(1, g.shape[-2]):
         if not repeat:
-            first, second = _halves(upto[-1], width)
-            left, right = _halves(after[-1], width)
-            upto.append(_join(first, first[..., -1:, :] * second, g.shape))
-            after.append(_join(left * second[..., -1:, :], right, g.shape))
+            first, second = halves(upto[-1], width)
+            left, right = halves(after[-1], width)
+            upto.append(join(first, first[..., -1:, :] * second, g.shape))
+            after.append(join(left * second[..., -1:, :], right, g.shape))
             continue
         pairs = whole.reshape(*whole.shape[:-2], -1, 2, whole.shape[-1])
         other, second = jnp.flip(pairs, axis=-2), jnp.array([[False], [True]])
@@ -113,7 +113,7 @@ def cumulative_decays(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cumulative_decays(repeat: bool, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    upto, after = _products(g, repeat)
+    upto, after = block_decays(g, repeat)
     return upto[-1], after[-1]
 
 
@@ -143,19 +143,20 @@ sums_through = _summing(after=False)  # x_1 + ... + x_t over axis -2
 sums_after = _summing(after=True)  # x_{t+1} + ... + x_C
 
 
-def _halves(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def halves(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """Return the halves of blocks of 2 * width steps: two arrays [..., blocks, width, K]."""
     blocks = x.reshape(*x.shape[:-2], -1, 2, width, x.shape[-1])
     return blocks[..., 0, :, :], blocks[..., 1, :, :]
 
 
-def _join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Invert `halves`: return an array of this shape."""
     return jnp.concatenate([first, second], axis=-2).reshape(shape)
 
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Return x times a factor, computed in the dtype of the factor and rounded to that of x."""
-    return (x.astype(factor.dtype) * factor).astype(x.dtype)
+    return (spread(x, factor).astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def widen(x: jax.Array, channels: int) -> jax.Array:
@@ -179,7 +180,7 @@ def same_segment(events: jax.Array) -> jax.Array:
     return (count[..., :, None] == count[..., None, :]) & (j <= t)
 
 
-def _between(g: jax.Array) -> jax.Array:
+def between(g: jax.Array) -> jax.Array:
     """Return a_{j+1} ... a_t for j <= t, else 0; a = exp(g): [..., C] -> [..., C, C].
 
     Every sum of g is computed separately, as a product with zeros and ones.
@@ -225,8 +226,8 @@ def decayed_products(
         same = same_segment(log_decay[..., 0])
         products = [jnp.where(same, p, jnp.zeros_like(p)) for p in products]
     else:
-        factor = _between(log_decay[..., 0])
-        products = [p * factor for p in products]
+        factor = between(log_decay[..., 0])
+        products = [spread(p, factor) * factor for p in products]
     count = len(rights)
     return [products[n : n + count] for n in range(0, len(products), count)]
 
@@ -242,7 +243,7 @@ def _by_channel(
     block is such a step, and all pairs of that width are one matmul per block. Nothing is divided,
     no factor exceeds one, and no decay after t contributes.
     """
-    upto, after = _products(g, rights[0].dtype == jnp.bfloat16)
+    upto, after = block_decays(g, rights[0].dtype == jnp.bfloat16)
     return _pairs(
         lefts,
         rights,
@@ -282,17 +283,17 @@ def _pairs(
     rows, columns = steps[:, None, None], steps
     made = pairwise([blocks(x) for x in lefts], [blocks(x) for x in rights])
     made = jnp.where(rows == columns, made, jnp.zeros_like(made))
-    for level, width in enumerate(_widths(1, base)):
+    for level, width in enumerate(widths(1, base)):
         met = (rows // (2 * width) == columns // (2 * width)) & (rows // width > columns // width)
         pairs = pairwise(
             [blocks(x) for x in decayed_lefts[level]], [blocks(x) for x in decayed_rights[level]]
         )
         made = jnp.where(met, pairs, made)
     # For larger widths, compute only the pairs of the two halves.
-    for width in _widths(base, size):
+    for width in widths(base, size):
         level = width.bit_length() - 1
-        second = [_halves(x, width)[1] for x in decayed_lefts[level]]
-        corner = pairwise(second, [_halves(x, width)[0] for x in decayed_rights[level]])
+        second = [halves(x, width)[1] for x in decayed_lefts[level]]
+        corner = pairwise(second, [halves(x, width)[0] for x in decayed_rights[level]])
         own = made.reshape(*corner.shape[:-4], 2, *corner.shape[-4:])
         first, last = own[..., 0, :, :, :, :], own[..., 1, :, :, :, :]
         top = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
@@ -310,7 +311,7 @@ def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
     rounding, and where the decay is strong this rounding exceeds the gradient.
     """
     (lefts, rights, g), (d_lefts, d_rights, dg) = primals, tangents
-    upto, after = (decays[:-1] for decays in _products(g, rights[0].dtype == jnp.bfloat16))
+    upto, after = (decays[:-1] for decays in block_decays(g, rights[0].dtype == jnp.bfloat16))
     made = _by_channel(lefts, rights, g)
     sums = _sums_to_middle(dg)
 
@@ -359,7 +360,7 @@ def _to_middle(x: jax.Array, width: int, transposed: bool) -> jax.Array:
 
 
 def _all_to_middle(x: jax.Array) -> list[jax.Array]:
-    return [_to_middle(x, width, False) for width in _widths(1, x.shape[-2])]
+    return [_to_middle(x, width, False) for width in widths(1, x.shape[-2])]
 
 
 def _all_to_middle_back(_: Any, cts: list[jax.Array]) -> list[jax.Array]:
@@ -372,13 +373,13 @@ def _sums_to_middle(x: jax.Array) -> list[jax.Array]:
     return custom_adjoint(_all_to_middle, _all_to_middle_back)(x) if x.shape[-2] > 1 else []
 
 
-def _widths(start: int, stop: int) -> list[int]:
+def widths(start: int, stop: int) -> list[int]:
     """Return start, 2 start, 4 start, ... below stop."""
-    widths = []
+    found = []
     while start < stop:
-        widths.append(start)
+        found.append(start)
         start *= 2
-    return widths
+    return found
 
 
 def order(size: int) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,8 @@ and reading S_t with q_t gives the outputs (`_chunk`). JAX derives the derivativ
 forms. The Pallas kernel has a backward kernel.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from seqjax.ops.core import linalg
@@ -27,15 +29,16 @@ from seqjax.types import Array, Float, Reset
 
 
 def generalized_delta_rule(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
-    a: Float[Array, "B T H K"],
-    b: Float[Array, "B T H K"],
+    a: Float[Array, "B T G K"] | Float[Array, "B T H K"],
+    b: Float[Array, "B T G K"] | Float[Array, "B T H K"],
     log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
     initial_state: Float[Array, "B H K V"] | None = None,
     *,
     scale: float | Array | None = None,
+    state_dtype: Any = None,
     reset: Reset | None = None,
     chunk_size: int | None = None,
     algorithm: str | None = None,
@@ -54,12 +57,15 @@ def generalized_delta_rule(
     does not expand it; the op does not check this.
 
     Args:
-      q, k, a, b: [B, T, H, K].
+      q, k: [B, T, G, K]. G divides H, and head h uses q and k of head h // (H / G).
       v: [B, T, H, V].
+      a, b: [B, T, G, K] or [B, T, H, K].
       log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
       initial_state: [B, H, K, V]; by default zeros.
       scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
         do not recompile.
+      state_dtype: bfloat16 for a final state of half the size; by default float32 or float64. All
+        sums inside a call stay in float32, and the carried state is rounded once per call.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
         sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
@@ -93,6 +99,7 @@ def generalized_delta_rule(
         log_decay,
         initial_state,
         scale=scale,
+        state_dtype=state_dtype,
         reset=reset,
         chunk_size=chunk_size,
         algorithm=algorithm,
@@ -108,7 +115,9 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
 
 
 def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
-    q, k, v, a, b, g = (x[name] for name in ("q", "k", "v", "a", "b", "log_decay"))
+    v, g = x["v"], x["log_decay"]
+    # These may be shared by heads, or not. A reset alone is shared by all.
+    q, k, a, b = (linalg.spread(x[name], v) for name in "qkab")
     # a_t reads the state before step t: put it in row t - 1, and move the products back.
     next_a = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
     products = decays.decayed_products((q, next_a), (b, k), g)
@@ -147,7 +156,7 @@ _GENERALIZED_DELTA_RULE = MatrixRecurrence(
     "generalized_delta_rule",
     _step,
     _chunk,
-    {"k": "B T H K", "a": "B T H K", "b": "B T H K"},
+    {"k": "B T G K", "a": "B T G K | B T H K", "b": "B T G K | B T H K"},
     reads_before_decay=("a",),
     has_kernels=True,
     mixed=True,

@@ -14,29 +14,87 @@ same recurrence backwards in time. With F_t the gradient of S_t,
 F_{t-1} = diag(exp g_t) F_t + q_{t-1} do_{t-1}^T. JAX derives it from both forms.
 """
 
+from collections.abc import Mapping
+from typing import Any, Literal, overload
+
 import jax.numpy as jnp
 
-from seqjax.ops.core import linalg
+from seqjax.ops.core import checks, explicit_mesh, linalg
 from seqjax.ops.matrix_state import chunked, decays
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
+from seqjax.ops.matrix_state.value_decay import VALUE_DECAY
 from seqjax.types import Array, Inexact, Reset
 
 
+@overload
 def linear_attention(
-    q: Inexact[Array, "B T H K"],
-    k: Inexact[Array, "B T H K"],
+    q: Inexact[Array, "B T G K"],
+    k: Inexact[Array, "B T G K"],
     v: Inexact[Array, "B T H V"],
     log_decay: Inexact[Array, "B T H"] | Inexact[Array, "B T H K"] | None = None,
-    initial_state: Inexact[Array, "B H K V"] | None = None,
+    initial_state: tuple[Inexact[Array, "B H K V"], Inexact[Array, "B H K"]] | None = None,
     *,
+    normalizer: Literal[True],
     scale: float | Array | None = None,
+    exclusive: bool = False,
+    bonus: Inexact[Array, "H K"] | Inexact[Array, "H"] | None = None,
+    value_log_decay: None = None,
+    state_dtype: Any = None,
     reset: Reset | None = None,
     chunk_size: int | None = None,
     algorithm: str | None = None,
     implementation: str | None = None,
     sequence_axis: str | None = None,
     interpret: bool = False,
-) -> tuple[Inexact[Array, "B T H V"], Inexact[Array, "B H K V"]]:
+) -> tuple[
+    tuple[Inexact[Array, "B T H V"], Inexact[Array, "B T H"]],
+    tuple[Inexact[Array, "B H K V"], Inexact[Array, "B H K"]],
+]: ...
+
+
+@overload
+def linear_attention(
+    q: Inexact[Array, "B T G K"],
+    k: Inexact[Array, "B T G K"],
+    v: Inexact[Array, "B T H V"],
+    log_decay: Inexact[Array, "B T H"] | Inexact[Array, "B T H K"] | None = None,
+    initial_state: Inexact[Array, "B H K V"] | None = None,
+    *,
+    scale: float | Array | None = None,
+    exclusive: bool = False,
+    bonus: Inexact[Array, "H K"] | Inexact[Array, "H"] | None = None,
+    normalizer: Literal[False] = False,
+    value_log_decay: Inexact[Array, "B T H V"] | None = None,
+    state_dtype: Any = None,
+    reset: Reset | None = None,
+    chunk_size: int | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    sequence_axis: str | None = None,
+    interpret: bool = False,
+) -> tuple[Inexact[Array, "B T H V"], Inexact[Array, "B H K V"]]: ...
+
+
+def linear_attention(
+    q: Inexact[Array, "B T G K"],
+    k: Inexact[Array, "B T G K"],
+    v: Inexact[Array, "B T H V"],
+    log_decay: Inexact[Array, "B T H"] | Inexact[Array, "B T H K"] | None = None,
+    initial_state: Any = None,
+    *,
+    scale: float | Array | None = None,
+    exclusive: bool = False,
+    bonus: Inexact[Array, "H K"] | Inexact[Array, "H"] | None = None,
+    normalizer: bool = False,
+    value_log_decay: Inexact[Array, "B T H V"] | None = None,
+    state_dtype: Any = None,
+    reset: Reset | None = None,
+    chunk_size: int | None = None,
+    algorithm: str | None = None,
+    implementation: str | None = None,
+    sequence_axis: str | None = None,
+    interpret: bool = False,
+) -> Any:
     """Compute linear attention with decay over time.
 
         S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        S [K, V],   g = log_decay
@@ -44,20 +102,43 @@ def linear_attention(
 
     Where `reset` is true, S_{t-1} is cleared first. Published forms differ in the decay:
 
-    - none: Katharopoulos et al., arXiv 2006.16236 (without its normaliser);
+    - none: Katharopoulos et al., arXiv 2006.16236;
     - one per head: RetNet (2307.08621) and Mamba-2 (2405.21060);
     - one per key channel: GLA (2312.06635), RWKV-6 and HGRN2;
     - complex, per key channel: GateLoop (2311.01927).
 
+    With `exclusive`, outputs read the state before the decay and the write of their step, as in
+    RWKV-5 and RWKV-6 (2404.05892):
+
+        o_t = scale * (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t
+
+    With `normalizer`, the op also returns the sums that Katharopoulos et al. and the mLSTM (xLSTM,
+    2405.04517) divide by: the same recurrence on values of 1. It runs with V + 1 columns.
+
+        n_t = diag(exp g_t) n_{t-1} + k_t,    z_t = scale * n_t^T q_t
+
+    With `value_log_decay` h, columns decay in place of rows, as in Gated Slot Attention
+    (2409.07146):
+
+        S_t = S_{t-1} diag(exp h_t) + k_t v_t^T
+
     The op does not conjugate `q`: pass the conjugate if the paper uses one.
 
     Args:
-      q, k: [B, T, H, K], real or complex.
+      q, k: [B, T, G, K], real or complex. G divides H; head h uses q and k of head h // (H / G).
       v: [B, T, H, V].
       log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
-      initial_state: [B, H, K, V]; by default zeros.
+      initial_state: [B, H, K, V]; with `normalizer` a pair of it and [B, H, K]; by default zeros.
       scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
         do not recompile.
+      exclusive: whether outputs read S_{t-1}, after the reset and before the decay.
+      bonus: [H, K] or [H], the weight of the own step of an exclusive read; by default 0.
+      normalizer: whether to return the sums z and n.
+      value_log_decay: [B, T, H, V], in [-inf, 0]; it excludes `log_decay` and `normalizer`.
+      state_dtype: bfloat16 for a final state of half the size; by default float32 or float64. All
+        sums inside a call stay in float32, and the carried state is rounded once per call. Token by
+        token, the outputs of 4,096 tokens then had a relative error (root mean square) of 0.3 % for
+        decays of 0.9, 1.2 % for 0.99, 4.3 % for 0.999 and 5.9 % without decay.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
         sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
@@ -71,10 +152,12 @@ def linear_attention(
 
     Returns:
       (o [B, T, H, V] in the dtype of `v`, final state [B, H, K, V] in float32, or float64 if any
-      argument is); both complex if any argument is.
+      argument is); both complex if any argument is. With `normalizer` ((o, z [B, T, H]), (final
+      state, n [B, H, K])).
 
     Raises:
-      ValueError: if shapes or dtypes do not fit.
+      ValueError: if shapes or dtypes do not fit, `bonus` is given without `exclusive`, or
+        `value_log_decay` with `log_decay` or `normalizer`.
       NotImplementedError: if the algorithm or implementation does not support the call or the
         platform.
 
@@ -85,11 +168,22 @@ def linear_attention(
       >>> [round(float(value), 4) for value in o.ravel()]
       [1.0, 1.5, 1.75]
     """
-    return _LINEAR_ATTENTION(
-        {"q": q, "k": k, "v": v},
+    inputs, run = {"q": q, "k": k, "v": v}, _normalized if normalizer else _LINEAR_ATTENTION
+    if value_log_decay is not None:
+        if normalizer or log_decay is not None:
+            other = "normalizer" if normalizer else "log_decay"
+            raise ValueError(
+                f"linear_attention: `value_log_decay` must be None with `{other}`, got an array."
+            )
+        inputs, run = inputs | {"value_log_decay": value_log_decay}, VALUE_DECAY
+    return run(
+        inputs,
         log_decay,
         initial_state,
         scale=scale,
+        exclusive=exclusive,
+        bonus=bonus,
+        state_dtype=state_dtype,
         reset=reset,
         chunk_size=chunk_size,
         algorithm=algorithm,
@@ -121,9 +215,41 @@ _LINEAR_ATTENTION = MatrixRecurrence(
     "linear_attention",
     _step,
     _chunk,
+    {"k": "B T G K"},
     complex_ok=True,
     has_kernels=True,
     mixed=True,
     diagonal=True,
     cpu_chunks_from=(1, 32 * 32, 32 * 32),
 )
+
+
+def _normalized_specs(arguments: Mapping[str, Any], out: Any) -> Any:
+    """Return the specs of ((outputs, sums), (final state, its sums)), split as the inputs are."""
+    given, (_, (state, sums)) = {**arguments, **arguments["inputs"]}, out
+    initial, patterns = given.pop("initial_state"), _LINEAR_ATTENTION.patterns
+    initial = (None, None) if initial is None else initial
+    matrix = explicit_mesh.by_axes(patterns, "B T H V", "B H K V")
+    vector = explicit_mesh.by_axes(patterns, "B T H", "B H K")
+    o, S = matrix(given | {"initial_state": initial[0]}, state)
+    z, n = vector(given | {"initial_state": initial[1]}, sums)
+    return (o, z), (S, n)
+
+
+@explicit_mesh.auto_inside(_normalized_specs)
+def _normalized(
+    inputs: dict[str, Array], log_decay: Array | None, initial_state: Any, **keywords: Any
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Run linear attention with a column of ones in the values: the normalizer."""
+    memory, sums = (None, None) if initial_state is None else initial_state
+    patterns = _LINEAR_ATTENTION.patterns
+    given = checks.as_arrays({**inputs, "log_decay": log_decay, "initial_state": memory})
+    if memory is not None:
+        patterns, given["normalizer"] = patterns | {"normalizer": "B H K"}, jnp.asarray(sums)
+    checks.check_shapes("linear_attention", patterns, given)
+    v, memory = given["v"], given["initial_state"]
+    columns = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    if memory is not None:
+        memory = jnp.concatenate([memory, given["normalizer"][..., None]], axis=-1)
+    o, S = _LINEAR_ATTENTION(inputs | {"v": columns}, log_decay, memory, **keywords)
+    return (o[..., :-1], o[..., -1]), (S[..., :-1], S[..., -1])

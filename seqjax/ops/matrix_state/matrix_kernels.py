@@ -1,5 +1,11 @@
-"""Calls of the TPU kernels of the matrix-state ops."""
+"""Calls of the TPU kernels of the matrix-state ops.
 
+The kernels take equal numbers of heads and at most 256 columns. `_layout` repeats the queries and
+keys of shared heads, and divides wide values into slices: columns of a state are independent, so a
+slice is one more head.
+"""
+
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,22 +14,26 @@ import jax.numpy as jnp
 
 from pallas_kernels.tpu import chunk_steps
 from seqjax.ops.core import checks
+from seqjax.ops.matrix_state import grouped_heads
 
 KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every chip
+VALUE_WIDTH = 512  # the largest V, in slices of at most KERNEL_WIDTH
 
 
 def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
     """Return the reason why the kernels do not support a call, or None."""
     dtypes = {x.dtype for x in given.values() if x is not None}
+    if given.get("value_log_decay") is not None:
+        return "has no decays of values"
     if any(jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
         return "has no complex form"
     if jnp.dtype(jnp.float16) in dtypes:
         return "does not support float16; cast to bfloat16 or float32"
     if jnp.dtype(jnp.float64) in dtypes and not interpret:
         return "does not support float64, which TPUs do not have"
-    widest = max(given["q"].shape[-1], given["v"].shape[-1])
-    if widest > KERNEL_WIDTH:
-        return f"supports keys and values of at most {KERNEL_WIDTH} numbers, got {widest}"
+    for name, what, width in (("q", "keys", KERNEL_WIDTH), ("v", "values", VALUE_WIDTH)):
+        if given[name].shape[-1] > width:
+            return f"supports {what} of at most {width} numbers, got {given[name].shape[-1]}"
     return None
 
 
@@ -44,65 +54,87 @@ def functions(
         "interpret": interpret,
     }
 
-    def inputs(arrays: Any, log_decay: Any, scale: Any) -> tuple[Any, ...]:
-        q = arrays["q"]
-        if scale is not None:
-            q = (q.astype(scale.dtype) * scale).astype(q.dtype)
-        return q, arrays["k"], arrays["v"], arrays.get("beta"), log_decay
-
-    def vectors(arrays: Any, reset: Any) -> dict[str, Any]:
-        """Return `a` and `b`, if the op has them. `a` reads nothing where the state is cleared."""
-        found = {name: arrays[name] for name in ("a", "b") if name in arrays}
-        if "a" in found and reset is not None:
-            a = found["a"]
-            found["a"] = jnp.where(reset[..., None, None], jnp.zeros_like(a), a)
-        return {"vectors": found} if found else {}
-
     def forward(
         kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
     ) -> Any:
+        *inputs, vectors, state = _layout(reset, arrays, log_decay, S0, scale)
         out, final, *states = kernels.forward(
-            *inputs(arrays, log_decay, scale),
-            S0,
-            reset,
-            states=save,
-            **vectors(arrays, reset),
-            **shared,
+            *inputs, state, reset, vectors=vectors, states=save, **shared
         )
-        return (out, final), states
+        heads, values = arrays["v"].shape[2:]
+        out = _join(out[..., None, :], heads, values)[..., 0, :]
+        return (out, _join(final, heads, values)), states
 
     def backward(
         kernels: Any, args: Any, outputs: Any, residuals: Any, cotangents: Any
     ) -> list[jax.Array]:
         del outputs
-        arrays, log_decay, _, reset, scale = args
-        [states] = residuals
+        arrays, log_decay, S0, reset, scale = args
+        [states], (d_out, d_final) = residuals, cotangents
+        layout = functools.partial(_layout, reset)
+        (*inputs, vectors, _), transpose = jax.vjp(layout, arrays, log_decay, S0, scale)
+        d_out = _slices(d_out[..., None, :])[..., 0, :]
         grads = kernels.backward(
-            *inputs(arrays, log_decay, scale),
-            states,
-            reset,
-            *cotangents,
-            **vectors(arrays, reset),
-            **shared,
+            *inputs, states, reset, d_out, _slices(d_final), vectors=vectors, **shared
         )
-        if "a" in grads and reset is not None:
-            grads |= {"a": jnp.where(reset[..., None, None], 0, grads["a"])}
-        d_scale = []
-        if scale is not None:
-            q, d_scaled = arrays["q"], grads["q"].astype(scale.dtype)
-            d_scale = [jnp.sum(d_scaled * q.astype(scale.dtype))]
-            grads |= {"q": (d_scaled * scale).astype(q.dtype)}
-        last = [] if log_decay is None else [grads["log_decay"]]
-        return [*(grads[name] for name in sorted(arrays)), *last, grads["initial_state"], *d_scale]
+        found = tuple(grads.get(name) for name in ("q", "k", "v", "beta", "log_decay"))
+        of_vectors = {name: grads[name] for name in vectors}
+        return jax.tree.leaves(transpose((*found, of_vectors, grads["initial_state"])))
 
     def shapes(arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any) -> Any:
-        del reset
         dtype = checks.output_dtype(arrays["v"], *arrays.values(), log_decay, S0)
         outputs = jax.ShapeDtypeStruct(arrays["v"].shape, dtype)
-        steps = chunk_steps(*inputs(arrays, log_decay, scale), wanted=chunk_size)
-        count = -(-arrays["q"].shape[1] // steps)
-        batch, *rest = S0.shape
+        *inputs, _, state = jax.eval_shape(_layout, reset, arrays, log_decay, S0, scale)
+        count = -(-arrays["q"].shape[1] // chunk_steps(*inputs, wanted=chunk_size))
+        batch, *rest = state.shape
         states = jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)
         return (outputs, jax.ShapeDtypeStruct(S0.shape, S0.dtype)), [states]
 
     return forward, backward, shapes
+
+
+def _layout(reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any) -> tuple[Any, ...]:
+    """Return q, k, v, beta, log_decay, a dict of a and b, and the initial state for the kernels.
+
+    Arrays are [B, T, heads, F]. The dict is empty for ops without a and b. Where the state is
+    cleared before a step, its a is zero, because it reads the state before the decay.
+    """
+    q, v = arrays["q"], _slices(arrays["v"][..., None, :])[..., 0, :]
+    if scale is not None:
+        q = (q.astype(scale.dtype) * scale).astype(q.dtype)
+    heads = v.shape[2]
+    q, k = (grouped_heads.repeat(x, heads) for x in (q, arrays["k"]))
+    beta, decay = (
+        None if x is None else grouped_heads.repeat(x, heads)
+        for x in (arrays.get("beta"), log_decay)
+    )
+    vectors = {
+        name: grouped_heads.repeat(arrays[name], heads) for name in ("a", "b") if name in arrays
+    }
+    if vectors and reset is not None:
+        vectors["a"] = jnp.where(reset[..., None, None], 0, vectors["a"])
+    return q, k, v, beta, decay, vectors, _slices(S0)
+
+
+def _slices(x: jax.Array) -> jax.Array:
+    """Divide [..., H, K, V] into n slices of at most `KERNEL_WIDTH` columns: [..., n H, K, V / n].
+
+    The last slice is filled with zeros. Slices are in the order of their heads.
+    """
+    *lead, heads, keys, values = x.shape
+    count = -(-values // KERNEL_WIDTH)
+    if count == 1:
+        return x
+    width = -(-values // count)
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count * width - values)])
+    x = jnp.moveaxis(x.reshape(*lead, heads, keys, count, width), -2, -3)
+    return x.reshape(*lead, heads * count, keys, width)
+
+
+def _join(x: jax.Array, heads: int, values: int) -> jax.Array:
+    """Invert `_slices`: [..., n H, K, V / n] to [..., H, K, V]."""
+    *lead, total, keys, width = x.shape
+    if total == heads:
+        return x
+    x = jnp.moveaxis(x.reshape(*lead, heads, total // heads, keys, width), -3, -2)
+    return x.reshape(*lead, heads, keys, -1)[..., :values]

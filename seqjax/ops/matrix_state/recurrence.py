@@ -28,8 +28,15 @@ from seqjax.ops.core import (
 )
 from seqjax.ops.core.checkpointed_scan import time_scan
 from seqjax.ops.core.linalg import along_rows
-from seqjax.ops.matrix_state import chunk_sizes, chunked, decays, matrix_kernels
-from seqjax.ops.matrix_state.algorithm_choice import default_algorithms
+from seqjax.ops.matrix_state import (
+    chunk_sizes,
+    chunked,
+    decays,
+    exclusive_read,
+    grouped_heads,
+    matrix_kernels,
+)
+from seqjax.ops.matrix_state.algorithm_choice import CallOptions, default_algorithms
 from seqjax.types import Array
 
 ALGORITHMS = ("sequential", "chunked", "associative")
@@ -70,7 +77,9 @@ class MatrixRecurrence:
         A step whose inputs are zero must change the state by its decay only, because the last
         chunk is padded with such steps. Without `chunk`, the recurrence runs step by step.
       inputs: shapes of the other inputs than "q" [B, T, H, K] and "v" [B, T, H, V], by name:
-        "B T H", or "B T H" and one more axis, such as "B T H K".
+        "B T H", or "B T H" and one more axis, such as "B T H K". With G in place of H the input
+        and "q" may have fewer heads than "v". Then `step` and `chunk` get an axis more: [..., G, 1,
+        F] for these inputs and [..., G, H / G, F] for the others. They must broadcast.
       complex_ok: whether inputs may be complex.
       diagonal: whether S_t - D_t S_{t-1} does not depend on the state. This saves arithmetic with
         `sequence_axis`.
@@ -129,10 +138,11 @@ class MatrixRecurrence:
         reserved = {"q", "v", "log_decay", "initial_state"}
         for name, pattern in self.inputs.items():
             axes = [option.split() for option in pattern.split("|")]
-            if name in reserved or any(a[:3] != ["B", "T", "H"] or len(a) > 4 for a in axes):
+            fits = all(a[:2] == ["B", "T"] and a[2:3] in (["H"], ["G"]) for a in axes)
+            if name in reserved or not fits or any(len(a) > 4 for a in axes):
                 raise ValueError(
-                    f"{self.name}: `inputs` must have the shape 'B T H', or 'B T H' and one more"
-                    f" axis, and a name other than {', '.join(sorted(reserved))}, got"
+                    f"{self.name}: `inputs` must have the shape 'B T H' or 'B T G', with at most"
+                    f" one more axis, and a name other than {', '.join(sorted(reserved))}, got"
                     f" {name!r}: {pattern!r}."
                 )
         object.__setattr__(self, "inputs", types.MappingProxyType(dict(self.inputs)))
@@ -148,7 +158,9 @@ class MatrixRecurrence:
     def patterns(self) -> dict[str, str]:
         """The shapes of all arrays by name."""
         decays = {"log_decay": "B T H | B T H K", "initial_state": "B H K V"}
-        return {"q": "B T H K", **self.inputs, "v": "B T H V", **decays}
+        grouped = any(pattern.split()[2] == "G" for pattern in self.inputs.values())
+        query = "B T G K" if grouped else "B T H K"
+        return {"q": query, **self.inputs, "v": "B T H V", **decays}
 
     @explicit_mesh.auto_inside(_specs)
     def __call__(
@@ -158,6 +170,9 @@ class MatrixRecurrence:
         initial_state: Array | None = None,
         *,
         scale: float | Array | None = None,
+        exclusive: bool = False,
+        bonus: Array | None = None,
+        state_dtype: Any = None,
         reset: Array | None = None,
         chunk_size: int | None = None,
         algorithm: str | None = None,
@@ -173,6 +188,10 @@ class MatrixRecurrence:
           log_decay: None, [B, T, H] or [B, T, H, K]; real parts in [-inf, 0] for a stable state.
           initial_state: [B, H, K, V]; by default zeros.
           scale: factor of the queries, a real number or scalar array; by default K**-0.5.
+          exclusive: whether outputs read S_{t-1}, after the reset and before the decay, and not
+            S_t.
+          bonus: [H, K] or [H]; with `exclusive`, outputs read S_{t-1} + diag(bonus) k_t v_t^T.
+          state_dtype: bfloat16 for a final state of half the size; by default float32 or float64.
           reset: [B, T] bool, True where the state is cleared before the step.
           chunk_size: steps in a chunk, rounded up to a power of two; by default 64, or 16 for the
             sequential algorithm, which recomputes its states in chunks.
@@ -201,8 +220,15 @@ class MatrixRecurrence:
                 f"{op}: `inputs` must be a dict with the entries {names}, got"
                 f" {', '.join(sorted(inputs))}."
             )
+        if bonus is not None:
+            if not exclusive:
+                raise ValueError(f"{op}: `bonus` must be None without `exclusive`, got an array.")
+            given, wanted = given | {"bonus": jnp.asarray(bonus)}, wanted | {"bonus": "H K | H"}
         sizes = checks.check_shapes(op, {name: wanted[name] for name in given}, given)
+        grouped_heads.check(op, sizes)
         checks.check_dtypes(op, given, complex_ok=self.complex_ok)
+        bonus = given.pop("bonus", None)
+        checks.check_state_dtype(op, state_dtype, *given.values())
         reset = checks.check_reset(op, reset, sizes["B"], sizes["T"])
         checks.check_sequence_axis(op, sequence_axis)
         checks.check_positive(op, chunk_size=chunk_size)
@@ -231,30 +257,17 @@ class MatrixRecurrence:
         )
         default = sizes["K"] ** -0.5 if scale is None else None
         algorithms = (algorithm, algorithm) if algorithm else chosen
-        options = CallOptions(*algorithms, chunk_size, backend, default)
+        narrow = state_dtype is not None
+        options = CallOptions(*algorithms, chunk_size, backend, default, exclusive, narrow)
         return _recur(
-            given, reset, scale, recurrence=self, options=options, sequence_axis=sequence_axis
+            given,
+            reset,
+            scale,
+            bonus,
+            recurrence=self,
+            options=options,
+            sequence_axis=sequence_axis,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class CallOptions:
-    """Static options of a call: each combination of them is compiled once.
-
-    Attributes:
-      on_cpu: the algorithm if the program is compiled for CPU.
-      elsewhere: the algorithm on other platforms.
-      chunk_size: the caller's choice.
-      backend: the backend of the call.
-      scale: the default, K**-0.5; None if the caller passes a scale, which is then an operand. As a
-        static option it would compile the op again for every new number.
-    """
-
-    on_cpu: str
-    elsewhere: str
-    chunk_size: int | None
-    backend: backends.Backend
-    scale: float | None
 
 
 @functools.partial(jax.jit, static_argnames=("recurrence", "options", "sequence_axis"))
@@ -262,13 +275,14 @@ def _recur(
     given: dict[str, jax.Array | None],
     reset: jax.Array | None,
     scale: jax.Array | None,
+    bonus: jax.Array | None,
     *,
     recurrence: MatrixRecurrence,
     options: CallOptions,
     sequence_axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
     names = list(given)
-    *values, reset, scale = jax_compat.match_varying(*given.values(), reset, scale)
+    *values, reset, scale, bonus = jax_compat.match_varying(*given.values(), reset, scale, bonus)
     arrays = dict(zip(names, values, strict=True))
     state, out = checks.state_dtype(*values), checks.output_dtype(arrays["v"], *values)
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
@@ -278,22 +292,31 @@ def _recur(
         arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
     ) -> tuple[jax.Array, jax.Array]:
         arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
+        sizes = (arrays["v"].shape, options.chunk_size)
+        if log_decay is not None:
+            log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
+        arrays, log_decay, S0, ungroup = grouped_heads.group(arrays, log_decay, S0)
         factor = jnp.asarray(options.scale if scale is None else scale, state)
+
+        def cleared(x: jax.Array, reset: jax.Array) -> jax.Array:
+            reset = jnp.expand_dims(reset, range(reset.ndim, x.ndim))
+            return jnp.where(reset, jnp.zeros_like(x), x)
+
         if reset is not None:  # decays of -inf do not clear the state before the decay
             for name in recurrence.reads_before_decay:
-                x = arrays[name]
-                arrays[name] = jnp.where(reset[..., None, None], jnp.zeros_like(x), x)
+                arrays[name] = cleared(arrays[name], reset)
 
         def step(S: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
             x, decay, reset = inputs
             x = {name: value.astype(state) for name, value in x.items()}
             if reset is not None:
-                S = jnp.where(reset[:, None, None, None], jnp.zeros_like(S), S)
+                S = cleared(S, reset)
             decayed = S if decay is None else along_rows(decay, S.shape[-1]) * S
             S = recurrence.step(S, decayed, x)
             return S, linalg.read(S, x["q"]).astype(out)
 
-        vectors = [name for name in arrays if len(recurrence.patterns[name].split()) == 4]
+        axes = {name: recurrence.patterns[name].split("|")[0].split() for name in arrays}
+        vectors = [name for name in arrays if len(axes[name]) == 4]
         # A complex decay makes the states complex, for which there is no bfloat16.
         mixable = recurrence.mixed and not jnp.issubdtype(state, jnp.complexfloating)
         narrow = mixable and all(arrays[name].dtype == jnp.bfloat16 for name in vectors)
@@ -307,8 +330,7 @@ def _recur(
                 # The adjoint stores the states of one chunk: few enough for a cache.
                 return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
             if log_decay is not None:
-                g = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-                inputs = inputs | {"log_decay": g}
+                inputs = inputs | {"log_decay": log_decay}
             assert recurrence.chunk is not None
             return chunked.scan_chunks(
                 recurrence.chunk,
@@ -321,21 +343,25 @@ def _recur(
                 scale=factor if mixed else None,
             )
 
-        sizes = (arrays["q"].shape, options.chunk_size, narrow)
-        on_cpu = chunk_sizes.divide(options.on_cpu, chunk_sizes.CPU, *sizes)
-        elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes)
-        return backends.by_platform(run, on_cpu, elsewhere, S0, arrays)
+        on_cpu = chunk_sizes.divide(options.on_cpu, chunk_sizes.CPU, *sizes, narrow)
+        elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes, narrow)
+        return ungroup(*backends.by_platform(run, on_cpu, elsewhere, S0, arrays))
 
     kernels = matrix_kernels.functions(
         options.scale, options.chunk_size, options.backend.mode is backends.Mode.INTERPRET
     )
     compute = kernel_op.kernel_op(options.backend, xla, *kernels)
+    if options.exclusive:
+        compute = exclusive_read.exclusive(compute, options.scale, bonus)
 
     def local(S0: jax.Array, values: dict[str, jax.Array] | None = None) -> Any:
         return compute(arrays | (values or {}), log_decay, S0, reset, scale)
 
+    def carried(out: jax.Array, final: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return out, final.astype(jnp.bfloat16) if options.narrow_state else final
+
     if sequence_axis is None:
-        return local(S0)
+        return carried(*local(S0))
     apply: Callable[[jax.Array, jax.Array], jax.Array]
     if not recurrence.diagonal:
         # With values of zero the step is linear, and the identity becomes the transition.
@@ -349,4 +375,8 @@ def _recur(
         transition, apply = local(identity, no_values)[1], linalg.matmul
     else:
         transition, apply = decays.shard_decay(log_decay, S0, reset), jnp.multiply
-    return sequence_parallel.run_split(local, transition, S0, reset, sequence_axis, apply=apply)
+        if "value_log_decay" in arrays:
+            of_columns = decays.shard_decay(arrays["value_log_decay"], S0, reset)
+            transition = transition * of_columns.mT
+    split = sequence_parallel.run_split(local, transition, S0, reset, sequence_axis, apply=apply)
+    return carried(*split)
