@@ -50,8 +50,8 @@ class MoE(Layer):
     `apply_with_aux` returns "router_logits" [B, T, E], and "balance_loss", the auxiliary loss
     E sum_e f_e P_e of arXiv 2101.03961. f_e is the share of positions that chose e, and P_e the
     mean probability of e: of the softmax, or of the sigmoids divided by their sum. An even load
-    gives k. Add it to the loss with a small factor; `apply` does not compute it. Update `correction_bias`, which has no
-    gradient, outside the optimizer.
+    gives k. Add it to the loss with a small factor; `apply` does not compute it. Update
+    `correction_bias`, which has no gradient, outside the optimizer.
 
     Departures: the choice has no noise. With a sharding rule for the axis "experts", devices
     exchange the weights of the experts that they run; see `seqjax.sharding.RULES`.
