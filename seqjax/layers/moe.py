@@ -44,14 +44,14 @@ class MoE(Layer):
 
     The layer acts on one position at a time: its state is the empty tuple and `reset` has no
     effect. Each sequence sorts its positions by expert, and the experts run on blocks of positions.
-    There is no capacity: shapes are static, and at most as many rows as positions are padding.
+    There is no capacity: shapes are static, with at most three rows for each choice of an expert.
     A batch that is split over devices needs no communication.
 
     `apply_with_aux` returns "router_logits" [B, T, E], and "balance_loss", the auxiliary loss
     E sum_e f_e P_e of arXiv 2101.03961. f_e is the share of positions that chose e, and P_e the
-    mean probability of e: of the softmax, or of the sigmoids divided by their sum. Add it to the
-    loss with a small factor; `apply` does not compute it. Update `correction_bias`, which has no
-    gradient, outside the optimizer.
+    mean probability of e: of the softmax, or of the sigmoids divided by their sum. An even load
+    gives k. Add it to the loss with a small factor; `apply` does not compute it. Update
+    `correction_bias`, which has no gradient, outside the optimizer.
 
     Departures: the choice has no noise. With a sharding rule for the axis "experts", devices
     exchange the weights of the experts that they run; see `seqjax.sharding.RULES`.
@@ -257,7 +257,7 @@ class MoE(Layer):
         dispatch = functools.partial(plan, experts=self.experts)
         token, valid, owner, slot = jax.vmap(dispatch)(chosen)
         rows = jax.vmap(lambda x, token: x[token])(x, token)
-        # Zeros, because 0 * NaN of a row that nobody reads would reach the gradients of weights.
+        # Zeros, because 0 * NaN of an unused row would reach the gradients of weights.
         rows = jnp.where(valid[..., None], rows, 0)
         out = self._run_blocks(params, rows, owner)
         flat = out.reshape(out.shape[0], -1, out.shape[-1])

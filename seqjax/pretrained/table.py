@@ -50,7 +50,7 @@ class Tensor:
 
     @property
     def writable(self) -> bool:
-        """Whether the sizes of the stored tensors follow from the parameters."""
+        """True if the sizes of the stored tensors follow from the parameters."""
         return not self.pieces or self.layout == "experts"
 
     def inside(self, stored: str, ours: str) -> "Tensor":

@@ -3,6 +3,7 @@
 `test_pretrained.py` compares their logits, states and exports, as for every checkpoint.
 """
 
+import json
 import re
 
 import jax
@@ -88,6 +89,25 @@ def test_the_other_format_is_read_and_written(name, convert, tmp_path):
         assert written.keys() == other.keys()
         for tensor, value in other.items():
             np.testing.assert_array_equal(written[tensor], value, err_msg=tensor)
+
+
+def test_the_text_model_of_a_vision_language_checkpoint(tmp_path):
+    name = "qwen3_5_moe_text"
+    _, expected, *_ = load(name)
+    arrays = safetensors.load_file(FOLDER / name / "model.safetensors")
+    outer = {n.replace("model.", "model.language_model.", 1): v for n, v in arrays.items()}
+    text = json.loads((FOLDER / name / "config.json").read_text())
+    config = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": True}
+    for i, stored in enumerate((outer, separated(outer))):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        arrays = stored | {"model.visual.x": np.ones(3, "f4")}
+        safetensors.save_file(arrays, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        model, params = pretrained.load(folder, capacity=CAPACITY)
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+        pretrained.save(model, params, folder / "copy")
+        assert safetensors.load_file(folder / "copy" / "model.safetensors").keys() == stored.keys()
 
 
 @pytest.mark.parametrize("experts", [False, True])

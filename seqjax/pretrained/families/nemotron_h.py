@@ -83,7 +83,7 @@ def _build(config: Config, capacity: int) -> Architecture:
         final_norm="@norm_f",
         layers="@layers.{}.",
         vocab_size=config.integer("vocab_size", 131072),
-        tie_embeddings=False,  # in the reference, whatever `tie_word_embeddings` is
+        tie_embeddings=False,  # the reference does not read `tie_word_embeddings`
         norm="rms",
         norm_eps=eps,
         model={"embedding_scale": 1.0},
