@@ -25,6 +25,7 @@ CELLS = [
     cells.ParaGRU(D),
     cells.ParaLSTM(D),
     cells.SLSTM(D),
+    cells.DenseSLSTM(D),
     cells.LEM(D, dt=0.3),
     cells.LTC(D, dt=0.3),
     cells.IndRNN(D),
@@ -239,3 +240,28 @@ def test_layers_say_how_they_were_solved(kind, x64):
     assert again.iterations.sum() < info.iterations.sum()
     with pytest.raises(ValueError, match=f"{kind.__name__}.*`algorithm` must be"):
         kind(D, algorithm="associative")
+
+
+@pytest.mark.parametrize("base", [cells.GRU(3), cells.LSTM(3), cells.DenseSLSTM(3)], ids=repr)
+def test_a_headwise_cell_is_one_cell_per_head(base, x64, strict):
+    cell, rng = cells.Headwise(base, heads=2), np.random.default_rng(0)
+    params = jax.tree.map(jnp.asarray, cell_params(rng, cell))
+    u = jnp.asarray(rng.standard_normal((1, 5, cell.gates, 6)))
+    hs, last, _ = seqjax.nonlinear_scan(cell, params, u, cell.initial_state(1, "float64"))
+    assert last.shape == (1, 2, 3 * cell.width)
+    for head in range(2):
+        own = {
+            name: p[head] if p.ndim == 3 else p[3 * head : 3 * head + 3]
+            for name, p in params.items()
+        }
+        part = u[..., 3 * head : 3 * head + 3]
+        alone, *_ = seqjax.nonlinear_scan(base, own, part, base.initial_state(1, "float64"))
+        found = cell.output(hs)[..., 3 * head : 3 * head + 3]
+        np.testing.assert_allclose(found, base.output(alone), rtol=1e-12, atol=1e-12)
+
+
+def test_headwise_refuses_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="`heads` must be a positive integer, got 0"):
+        cells.Headwise(cells.GRU(3), 0)
+    with pytest.raises(ValueError, match="`heads` must divide state_dim=4, got 3"):
+        layers.GRU(4, heads=3)

@@ -26,6 +26,7 @@ CELLS = [
         for cell in (
             cells.Elman(D),
             cells.LSTM(D),
+            cells.Headwise(cells.GRU(2), 2),
             cells.ParaLSTM(D),
             cells.LEM(D),
             cells.LTC(D),

@@ -14,6 +14,17 @@ def _sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 
 
+def _full(weight):
+    """Return the block-diagonal matrix of heads [H, n, n]; other weights unchanged."""
+    if weight.ndim < 3:
+        return weight
+    heads, n, _ = weight.shape
+    full = np.zeros((heads * n, heads * n))
+    for h in range(heads):
+        full[h * n : (h + 1) * n, h * n : (h + 1) * n] = weight[h]
+    return full
+
+
 def elman_step(hyper, p, state, u):
     (h,) = state
     return [np.tanh(u[0] + h @ p["W"])]
@@ -53,10 +64,11 @@ def paralstm_step(hyper, p, state, u):
 def slstm_step(hyper, p, state, u):
     """Compute the sums without a stabilizer; the state is (c, n, h)."""
     c, n, h = state
-    i = np.exp(u[0] + p["R_i"] * h)
-    f = _sigmoid(u[1] + p["R_f"] * h)
-    z = np.tanh(u[2] + p["R_z"] * h)
-    o = _sigmoid(u[3] + p["R_o"] * h)
+    from_h = {name: h @ R if R.ndim == 2 else R * h for name, R in p.items() if name[0] == "R"}
+    i = np.exp(u[0] + from_h["R_i"])
+    f = _sigmoid(u[1] + from_h["R_f"])
+    z = np.tanh(u[2] + from_h["R_z"])
+    o = _sigmoid(u[3] + from_h["R_o"])
     c, n = f * c + i * z, f * n + i
     return [c, n, o * c / n]
 
@@ -123,6 +135,7 @@ STEPS = {
     "ParaGRU": (paragru_step, 1, 0),
     "ParaLSTM": (paralstm_step, 2, 1),
     "SLSTM": (slstm_step, 3, 2),
+    "DenseSLSTM": (slstm_step, 3, 2),
     "LEM": (lem_step, 2, 0),
     "LTC": (ltc_step, 1, 0),
     "IndRNN": (indrnn_step, 1, 0),
@@ -136,7 +149,7 @@ STEPS = {
 
 def _loop(name, layer, params, x, reset=None):
     step, width, read = STEPS[name]
-    p = {key: np.asarray(value, np.float64) for key, value in params.items()}
+    p = {key: _full(np.asarray(value, np.float64)) for key, value in params.items()}
     x = np.asarray(x, np.float64)
     batch, length, _ = x.shape
     reset = np.zeros((batch, length), bool) if reset is None else np.asarray(reset, bool)
@@ -153,12 +166,21 @@ def _loop(name, layer, params, x, reset=None):
     return y
 
 
-elman, gru, lstm, paragru, paralstm, slstm, lem, ltc = (
-    functools.partial(_loop, name) for name in list(STEPS)[:8]
-)
-indrnn, mgu, leakyrnn, cornn, unicornn = (
-    functools.partial(_loop, name) for name in ("IndRNN", "MGU", "LeakyRNN", "CoRNN", "UnICORNN")
-)
+(
+    elman,
+    gru,
+    lstm,
+    paragru,
+    paralstm,
+    slstm,
+    lem,
+    ltc,
+    indrnn,
+    mgu,
+    leakyrnn,
+    cornn,
+    unicornn,
+) = (functools.partial(_loop, name) for name in STEPS if name not in ("DenseSLSTM", "SRU"))
 
 
 def nonlinear_scan(cell, inputs, state, reset):

@@ -127,6 +127,8 @@ def jacobian(step: Step, h: jax.Array, structure: str) -> tuple[jax.Array, jax.A
         return out, push(jnp.ones_like(h))
     if structure == "block":
         units = jnp.eye(h.shape[-1], dtype=h.dtype)
+        if h.shape[-1] > 8:  # the channels of a head, too many to unroll
+            return out, jnp.moveaxis(jax.vmap(lambda unit: push(zero + unit))(units), 0, -1)
         columns = [push(zero + unit) for unit in units]
         return out, jnp.stack(columns, axis=-1)
     basis = jnp.eye(h.size, dtype=h.dtype).reshape(h.size, *h.shape)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan, state_parts
 from seqjax.types import PyTree
 
 
@@ -124,7 +125,7 @@ class Problem(NamedTuple):
       reset: [B, W] bool. Only `step_all` accepts None.
       guess: the states from which Newton's method starts.
       evaluate: (states before, x) -> next states.
-      step: `evaluate` for one step, with states [B, ...].
+      step: (state, x) -> next state, of one step of one sequence.
       linearise: (states before, x) -> (next states, Jacobians).
       correct: (Jacobians, gaps, reset) -> the d of a Newton step.
       previous: (state before the range, states, reset) -> states before each step.
@@ -311,16 +312,17 @@ def in_windows(
 
 def step_all(problem: Problem) -> jax.Array:
     """Compute all states one after the other."""
+    split, join = state_parts(problem.h0.shape[1:])
 
-    def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+    def step(parts: Any, inputs: Any) -> Any:
         x, reset = inputs
         if reset is not None:
-            h = jnp.where(as_state(reset, h), jnp.zeros_like(h), h)
-        h = problem.step(h, x)
-        return h, h
+            parts = [jnp.where(reset, jnp.zeros_like(part), part) for part in parts]
+        parts = split(problem.step(join(parts), x))
+        return parts, parts
 
-    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (problem.xs, problem.reset))
-    return jnp.moveaxis(lax.scan(step, problem.h0, inputs)[1], 0, 1)
+    _, parts = hoisted_scan(step, split(problem.h0), (problem.xs, problem.reset))
+    return join(parts)
 
 
 def step_through(problem: Problem, states: jax.Array, todo: jax.Array) -> jax.Array:
