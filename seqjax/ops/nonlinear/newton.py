@@ -49,6 +49,8 @@ class Newton:
         damping it changes the iterations and not the solution.
       scan_dtype: dtype of the linear recurrence of a step, by default that of the state. The
         convergence check always uses the dtype of the state.
+      memory_fraction: the largest part of the devices' memory that dense Jacobians, [B, T, n, n]
+        for n numbers in a state, may take. A call that needs more raises.
 
     Raises:
       ValueError: if a field is out of range, at construction.
@@ -73,6 +75,7 @@ class Newton:
     damping: float = 0.0
     jacobian_clip: float | None = None
     scan_dtype: Any = None
+    memory_fraction: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("whole_iterations", "max_iterations", "window"):
@@ -81,6 +84,10 @@ class Newton:
                 raise ValueError(f"Newton: `{name}` must be an integer >= {least}, got {value!r}.")
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"Newton: `tol` must be positive or None, got {self.tol!r}.")
+        if not self.memory_fraction > 0:
+            raise ValueError(
+                f"Newton: `memory_fraction` must be positive, got {self.memory_fraction!r}."
+            )
         if not 0 <= self.damping <= 1:
             raise ValueError(f"Newton: `damping` must be in [0, 1], got {self.damping!r}.")
         if self.jacobian_clip is not None and not self.jacobian_clip > 0:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.ops.core import backends, checks, explicit_mesh, jax_compat, sequence_parallel
-from seqjax.ops.nonlinear import cell_checks, cell_kernel, jacobian_structure, newton
+from seqjax.ops.nonlinear import cell_checks, cell_kernel, jacobian_structure, memory_check, newton
 from seqjax.ops.nonlinear.affine_scan import correction
 from seqjax.ops.nonlinear.implicit_diff import derivatives
 from seqjax.ops.nonlinear.newton import Newton, SolveInfo
@@ -94,8 +94,8 @@ def nonlinear_scan(
       if any argument is, and a `SolveInfo` with arrays [B].
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, or the Jacobian does not have the declared
-        structure.
+      ValueError: if shapes or dtypes do not fit, the Jacobian does not have the declared structure,
+        or dense Jacobians would take too much memory (see `Newton`).
       NotImplementedError: if the algorithm or implementation does not support the call or the
         platform.
       RuntimeError: if on_failure="error" and Newton does not converge (under `jit` as the error of
@@ -138,6 +138,11 @@ def nonlinear_scan(
             f" got {type(cell).__name__}."
         ) from None
     structure = jacobian_structure.resolve(op, cell, params, xs, h0, jacobian)
+    solver = solver or Newton()
+    if algorithm == "newton" and "dense" in structure:
+        steps = length if solver.whole_iterations else min(solver.window, length)
+        sizes = (batch, steps, *h0.shape[1:])
+        memory_check.check_memory(op, sizes, state.itemsize, solver.memory_fraction)
     own = getattr(cell, "bounds", None)
     if bounds is None and own is not None:
         bounds = own(params)
@@ -162,7 +167,7 @@ def nonlinear_scan(
         bounds,
         cell=cell,
         structure=structure,
-        solver=solver or Newton(),
+        solver=solver,
         algorithm=algorithm,
         on_failure=on_failure,
         sequence_axis=sequence_axis,
