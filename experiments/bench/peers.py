@@ -58,7 +58,7 @@ def torch_candidates(torch: Any, run: Callable[[Any], Any], x: jax.Array) -> tup
 
     def both() -> None:
         y = run(moving)
-        torch.autograd.grad(y, [moving, *run.parameters()], y.detach())  # type: ignore[attr-defined]
+        torch.autograd.grad(y, [moving, *run.parameters()], y.detach())
 
     return forward, both
 

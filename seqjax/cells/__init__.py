@@ -14,6 +14,7 @@ from seqjax.cells.ltc import LTC as LTC
 from seqjax.cells.mgu import MGU as MGU
 from seqjax.cells.paragru import ParaGRU as ParaGRU
 from seqjax.cells.paralstm import ParaLSTM as ParaLSTM
+from seqjax.cells.plrnn import PLRNN as PLRNN
 from seqjax.cells.slstm import SLSTM as SLSTM
 from seqjax.cells.slstm import DenseSLSTM as DenseSLSTM
 from seqjax.cells.sru import SRU as SRU
@@ -24,6 +25,7 @@ __all__ = [
     "LSTM",
     "LTC",
     "MGU",
+    "PLRNN",
     "SLSTM",
     "SRU",
     "Cell",

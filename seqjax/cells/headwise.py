@@ -1,4 +1,4 @@
-"""Head-wise cells: independent heads, each with a recurrent matrix of its own."""
+"""Head-wise cells: independent heads, each with a separate recurrent matrix."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ class Headwise(Cell):
       (3, 2)
 
     Attributes:
+      dim: channels D of all heads, which is not an argument.
       cell: the cell of one head, over D / H channels.
       heads: number of heads H.
     """

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -123,11 +123,15 @@ class RNN(Layer):
     def _draw_bias(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         del key
         bias = jnp.zeros((self.cell.gates, self.states), dtype)
-        for gate, (first, last) in self._bias_start.items():
+        for gate, (first, last) in self._gate_bias().items():
             bias = bias.at[gate].set(jnp.linspace(first, last, self.states, dtype=dtype))
         return bias.reshape(shape)
 
-    def _in_heads(self, cell: type[Cell], heads: int | None) -> Cell:
+    def _gate_bias(self) -> Mapping[int, tuple[float, float]]:
+        """Return `_bias_start`, for layers whose gates depend on their fields."""
+        return self._bias_start
+
+    def _in_heads(self, cell: Callable[[int], Cell], heads: int | None) -> Cell:
         """Return the cell, or one per head with block-diagonal recurrent matrices."""
         if heads is None:
             return cell(self.states)

@@ -1,10 +1,12 @@
 """Nonlinear RNNs: a layer around each cell of `seqjax.cells`, solved for all steps at once."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
 from seqjax import cells
+from seqjax.cells.lstm import Variant
 from seqjax.layers import _init
 from seqjax.layers._base import Initializer
 from seqjax.layers._rnn import RNN
@@ -120,16 +122,24 @@ class LSTM(RNN):
       dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
       heads: number of heads H, by default one that is full. With heads, every recurrent matrix is
         block-diagonal, [H, N / H, N / H], and the state is that of `seqjax.cells.Headwise`.
+      variant: a variant of A search space odyssey (arXiv 1503.04069); see `seqjax.cells.LSTM`, also
+        for its parameters and its state.
+      peepholes: whether the gates read the cell c, by vectors P_i, P_f, P_o [N].
     """
 
-    _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {1: (1.0, 1.0)}
-
     heads: int | None = None
+    variant: Variant | None = None
+    peepholes: bool = False
+
+    def _gate_bias(self) -> Mapping[int, tuple[float, float]]:
+        names = cells.LSTM(1, self.variant).names
+        return {names.index("f"): (1.0, 1.0)} if "f" in names else {}
 
     @property
     def cell(self) -> cells.Cell:
         """`seqjax.cells.LSTM`, or one per head."""
-        return self._in_heads(cells.LSTM, self.heads)
+        make = functools.partial(cells.LSTM, variant=self.variant, peepholes=self.peepholes)
+        return self._in_heads(make, self.heads)
 
 
 @dataclasses.dataclass(frozen=True)

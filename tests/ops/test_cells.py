@@ -31,6 +31,7 @@ CELLS = [
     cells.IndRNN(D),
     cells.IndRNN(D, activation="tanh"),
     cells.MGU(D),
+    cells.PLRNN(D),
     cells.LeakyRNN(D),
     cells.CoRNN(D, dt=0.3),
     cells.UnICORNN(D, alpha=2.0),
@@ -88,6 +89,8 @@ def test_bounds_leave_out_no_number_that_has_some(cell, x64):
     unbounded = {
         cells.LSTM: (1, 1),  # c
         cells.SLSTM: (2, 3),  # c and m, and n from above
+        cells.DenseSLSTM: (2, 3),
+        cells.PLRNN: (1, 1),
         cells.CoRNN: (2, 2),
         cells.UnICORNN: (2, 2),
         cells.SRU: (1, 1),
@@ -265,3 +268,31 @@ def test_headwise_refuses_sizes_that_do_not_fit():
         cells.Headwise(cells.GRU(3), 0)
     with pytest.raises(ValueError, match="`heads` must divide state_dim=4, got 3"):
         layers.GRU(4, heads=3)
+
+
+VARIANTS = ("nig", "nfg", "nog", "niaf", "noaf", "cifg", "fgr")
+
+
+def test_lstm_variants_are_the_equations(x64):
+    rng = np.random.default_rng(0)
+    for variant in VARIANTS:
+        cell = cells.LSTM(D, variant, peepholes=variant != "nog")
+        params = cell_params(rng, cell)
+        h = rng.uniform(0, 1, (D, cell.width))
+        u = rng.standard_normal((cell.gates, D))
+        expected = STEPS["LSTM"][0](cell, params, list(h.T), u)
+        got = jax.jit(cell)(params, h, u)
+        np.testing.assert_allclose(got, np.stack(expected, axis=-1), rtol=1e-12)
+    with pytest.raises(ValueError, match="`variant` must be one of nig, nfg"):
+        cells.LSTM(D, "np")
+
+
+def test_lstm_variants_start_with_a_forget_bias_of_one():
+    for variant in (None, *VARIANTS):
+        layer = layers.LSTM(D, variant=variant)
+        bias = layer.init(jax.random.key(0))["bias"].reshape(layer.cell.gates, D)
+        row = [name for name in "ifgo" if name != {"nig": "i"}.get(variant)].index("f")
+        wanted = np.zeros_like(bias)
+        if variant not in ("nfg", "cifg"):
+            wanted[row] = 1
+        np.testing.assert_array_equal(bias, wanted)

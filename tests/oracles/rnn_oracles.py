@@ -39,10 +39,27 @@ def gru_step(hyper, p, state, u):
 
 
 def lstm_step(hyper, p, state, u):
-    c, h = state
-    i, f, o = (_sigmoid(u[j] + h @ p[name]) for j, name in ((0, "W_i"), (1, "W_f"), (3, "W_o")))
-    c = f * c + i * np.tanh(u[2] + h @ p["W_g"])
-    return [c, o * np.tanh(c)]
+    c, h, *gates = state
+    missing = {"nig": "i", "nfg": "f", "cifg": "f", "nog": "o"}.get(hyper.variant)
+    rows = dict(zip((name for name in "ifgo" if name != missing), u, strict=True))
+
+    def gate(name, c):
+        if name == missing:
+            return np.ones_like(c)
+        before = rows[name] + h @ p[f"W_{name}"]
+        if hyper.variant == "fgr":
+            before = before + sum(
+                value @ p[f"W_{old}{name}"] for old, value in zip("ifo", gates, strict=True)
+            )
+        return _sigmoid(before + (p[f"P_{name}"] * c if hyper.peepholes else 0))
+
+    i = gate("i", c)
+    f = 1 - i if hyper.variant == "cifg" else gate("f", c)
+    g = rows["g"] + h @ p["W_g"]
+    c = f * c + i * (g if hyper.variant == "niaf" else np.tanh(g))
+    o = gate("o", c)
+    h = o * (c if hyper.variant == "noaf" else np.tanh(c))
+    return [c, h, i, f, o] if hyper.variant == "fgr" else [c, h]
 
 
 def paragru_step(hyper, p, state, u):
@@ -101,6 +118,11 @@ def mgu_step(hyper, p, state, u):
     return [(1 - f) * h + f * np.tanh(u[1] + (f * h) @ p["W_n"])]
 
 
+def plrnn_step(hyper, p, state, u):
+    (h,) = state
+    return [p["a"] * h + np.maximum(h, 0) @ p["W"] + u[0]]
+
+
 def leakyrnn_step(hyper, p, state, u):
     (h,) = state
     a = np.exp(-1 / np.exp(p["log_tau"]))
@@ -140,6 +162,7 @@ STEPS = {
     "LTC": (ltc_step, 1, 0),
     "IndRNN": (indrnn_step, 1, 0),
     "MGU": (mgu_step, 1, 0),
+    "PLRNN": (plrnn_step, 1, 0),
     "LeakyRNN": (leakyrnn_step, 1, 0),
     "CoRNN": (cornn_step, 2, 0),
     "UnICORNN": (unicornn_step, 2, 0),
@@ -149,6 +172,7 @@ STEPS = {
 
 def _loop(name, layer, params, x, reset=None):
     step, width, read = STEPS[name]
+    width = 5 if getattr(layer, "variant", None) == "fgr" else width
     p = {key: _full(np.asarray(value, np.float64)) for key, value in params.items()}
     x = np.asarray(x, np.float64)
     batch, length, _ = x.shape
@@ -177,6 +201,7 @@ def _loop(name, layer, params, x, reset=None):
     ltc,
     indrnn,
     mgu,
+    plrnn,
     leakyrnn,
     cornn,
     unicornn,

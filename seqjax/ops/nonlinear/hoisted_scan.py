@@ -1,9 +1,9 @@
 """Scan over time that computes all that does not depend on the carry outside of the loop.
 
-A step of a cell is small: on CPU, each of its operations costs about as much to start as to run,
-and slicing the gates of a step keeps XLA from vectorizing the rest. So the program of a step is
-split in three. Values of parameters alone are computed once, values of the inputs for all steps
-at once, and only the others in the loop.
+A step of a cell is small. On CPU, each of its operations costs about as much to start as to run,
+and slicing the gates of a step keeps XLA from vectorizing the rest. The program of a step is
+therefore split in three. Values of parameters alone are computed once, values of the inputs for all
+steps at once, and only the others in the loop.
 """
 
 import dataclasses

@@ -40,10 +40,13 @@ _ELEMENTWISE = primitive_names(
 _REDUCTIONS = ("reduce_", "argmax", "argmin")
 
 
-def keeps_channels_apart(program: Any, state: int) -> bool:
-    """Return whether channel i of the only output depends on channel i of input `state` alone."""
+def keeps_channels_apart(program: Any, state: int, axis: int = 0) -> bool:
+    """Return whether channel i of the only output depends on channel i of input `state` alone.
+
+    The channels of the output are its axis 0, those of the input are its axis `axis`.
+    """
     marks: list[int | None] = [None] * len(program.jaxpr.invars)
-    marks[state] = 0
+    marks[state] = axis
     [out] = interpret(program, marks, lambda _: None, _through)
     return out in (0, None)
 
