@@ -87,7 +87,9 @@ def hoisted_scan(
         return done[: len(flat)], done[len(flat) :]
 
     timed = [jnp.moveaxis(v.array.reshape(batch, length, *v.array.shape[1:]), 1, 0) for v in used]
-    final, ys = lax.scan(jax.vmap(body), flat, timed, length=length, reverse=reverse)
+    # `lax.scan` takes a symbolic T from arrays only.
+    steps = None if timed else length
+    final, ys = lax.scan(jax.vmap(body), flat, timed, length=steps, reverse=reverse)
     ys = jax.tree.unflatten(jax.tree.structure(shapes[1]), [jnp.moveaxis(y, 0, 1) for y in ys])
     return jax.tree.unflatten(tree, final), ys
 
