@@ -1,7 +1,8 @@
 """Interpreter of jaxprs that computes with other values than arrays.
 
-`nonlinear_scan/cell_trace.py` computes with rows of channels, and
-`seqjax/ops/nonlinear/jacobian_structure.py` with channel axes.
+`nonlinear_scan/cell_trace.py` computes with rows of channels,
+`seqjax/ops/nonlinear/jacobian_structure.py` with channel axes, and `hoisted_scan.py` beside it with
+the place of a value in or outside of a loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ def interpret(
     args: Sequence[Value],
     constant: Callable[[Any], Value],
     apply: Callable[[Any, list[Value]], Sequence[Value]],
+    inlined: frozenset[str] = _CALLS,
 ) -> list[Value]:
     """Run a jaxpr, and the jaxprs that it calls, on values of any type.
 
@@ -34,6 +36,7 @@ def interpret(
       constant: converts a literal, or an array that the program closes over, to a value.
       apply: (equation, values of its inputs) -> values of its outputs. Loops and branches count as
         single operations.
+      inlined: names of the primitives whose jaxprs are run; others count as single operations.
 
     Returns:
       The values of the program's outputs.
@@ -47,9 +50,9 @@ def interpret(
 
     for eqn in jaxpr.eqns:
         inputs = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in _CALLS:
+        if eqn.primitive.name in inlined:
             inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            outputs: Sequence[Value] = interpret(inner, inputs, constant, apply)
+            outputs: Sequence[Value] = interpret(inner, inputs, constant, apply, inlined)
         else:
             outputs = apply(eqn, inputs)
         known |= zip(eqn.outvars, outputs, strict=True)

@@ -21,6 +21,7 @@ Ops are pure functions of arrays, and return their outputs and the final state:
 Modules:
 - `ops`: the functions above.
 - `cells`: cells of nonlinear RNNs, for `nonlinear_scan`.
+- `methods`: training of nonlinear cells, and linear attention over a prefix.
 - `layers`: sequence layers, frozen dataclasses with `init`, `apply`, `step` and `initial_state`.
 - `models`: a backbone of any layers, a language model and a classifier.
 - `generation`: `generate`, `stream`, `beam_search` and `speculate` produce tokens from a language
@@ -36,6 +37,7 @@ The Flax adapters `seqjax.nnx` and `seqjax.linen` require Flax; import them by n
 from seqjax import cells as cells
 from seqjax import generation as generation
 from seqjax import layers as layers
+from seqjax import methods as methods
 from seqjax import models as models
 from seqjax import ops as ops
 from seqjax import pretrained as pretrained
@@ -90,6 +92,7 @@ __all__ = [
     "load_state",
     "log_scan",
     "lyapunov",
+    "methods",
     "models",
     "momentum_delta_rule",
     "monoid_scan",

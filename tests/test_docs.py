@@ -57,6 +57,7 @@ def public_names():
     names |= {
         f"seqjax.pretrained.{name}" for name in seqjax.pretrained.__all__ if name != "FAMILIES"
     }
+    names |= {f"seqjax.methods.{name}" for name in seqjax.methods.__all__}
     return names | {"seqjax.nnx.Recurrent", "seqjax.linen.Recurrent"}
 
 

@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = [
     ("pallas_kernels",),
     ("seqjax.types", "seqjax.ops"),
-    ("seqjax.cells",),
+    ("seqjax.cells", "seqjax.methods"),
     ("seqjax.layers",),
     ("seqjax.models",),
     ("seqjax.generation",),

@@ -7,6 +7,7 @@
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
     python -m experiments.bench generate   # tokens per second of generation
+    python -m experiments.bench peers      # layers of other libraries against those of seqjax
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
     python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
@@ -33,7 +34,7 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, device, generate, gpu, newton, options, tpu
+from experiments.bench import cases, device, generate, gpu, newton, options, peers, tpu
 from experiments.bench.tools import ONLY, Candidates, Table, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -180,6 +181,7 @@ SUITES = {
     "choice": bench_choice,
     "newton": newton.bench_newton,
     "generate": generate.bench_generate,
+    "peers": peers.bench_peers,
     "tpu": tpu.bench_tpu,
     "gpu": gpu.bench_gpu,
     "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
@@ -197,7 +199,7 @@ def main(values: flags.FlagValues, words: Sequence[str]) -> int:
     """Run the suites named on the command line; by default all timed suites."""
     del values
     flags.FLAGS.mark_as_parsed()
-    names = words or [n for n in SUITES if n not in ("options", "generate", "tpu", "gpu", "device")]
+    names = words or ["scan", "ops", "choice", "newton"]
     for name in names:
         if name not in SUITES:
             raise UserError(f"unknown suite {name!r}: {nearest(name, SUITES)}")

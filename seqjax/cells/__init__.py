@@ -5,6 +5,7 @@ from seqjax.cells.cornn import CoRNN as CoRNN
 from seqjax.cells.cornn import UnICORNN as UnICORNN
 from seqjax.cells.elman import Elman as Elman
 from seqjax.cells.gru import GRU as GRU
+from seqjax.cells.headwise import Headwise as Headwise
 from seqjax.cells.indrnn import IndRNN as IndRNN
 from seqjax.cells.leaky import LeakyRNN as LeakyRNN
 from seqjax.cells.lem import LEM as LEM
@@ -13,7 +14,9 @@ from seqjax.cells.ltc import LTC as LTC
 from seqjax.cells.mgu import MGU as MGU
 from seqjax.cells.paragru import ParaGRU as ParaGRU
 from seqjax.cells.paralstm import ParaLSTM as ParaLSTM
+from seqjax.cells.plrnn import PLRNN as PLRNN
 from seqjax.cells.slstm import SLSTM as SLSTM
+from seqjax.cells.slstm import DenseSLSTM as DenseSLSTM
 from seqjax.cells.sru import SRU as SRU
 
 __all__ = [
@@ -22,11 +25,14 @@ __all__ = [
     "LSTM",
     "LTC",
     "MGU",
+    "PLRNN",
     "SLSTM",
     "SRU",
     "Cell",
     "CoRNN",
+    "DenseSLSTM",
     "Elman",
+    "Headwise",
     "IndRNN",
     "LeakyRNN",
     "ParaGRU",

@@ -68,6 +68,10 @@ class Cell(abc.ABC):
         """Return the state before the first step: zeros [batch_size, D] or [batch_size, D, k]."""
         return jnp.zeros((batch_size, self.dim, self.width)[: 2 + (self.width > 1)], dtype)
 
+    def param_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a recurrent parameter: [D] or [D, D]."""
+        return (self.dim,) if self.recurrent[name] == "vector" else (self.dim, self.dim)
+
     def bounds(self, params: Params) -> Bounds | None:
         """Return bounds (lowest, highest) of the state that no step from within them leaves.
 

@@ -1,13 +1,16 @@
-"""LSTM: long short-term memory."""
+"""LSTM: long short-term memory, and its variants."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seqjax.cells._base import Bounds, Cell, Params, Recurrent, Structure
+
+Variant = Literal["nig", "nfg", "nog", "niaf", "noaf", "cifg", "fgr"]
+_MISSING = {"nig": "i", "nfg": "f", "cifg": "f", "nog": "o"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +24,23 @@ class LSTM(Cell):
         c' = f * c + i * g
         h' = o * tanh(c')
 
-    Departures: none from the form of PyTorch and cuDNN; no peepholes.
+    `peepholes` adds P_i * c, P_f * c and P_o * c' to the gates i, f and o. `variant` is one of
+    those of A search space odyssey (arXiv 1503.04069), whose LSTM has peepholes:
 
-    Parameters: W_i, W_f, W_g, W_o [D, D]. u [4, D] in the order i, f, g, o. State: (c, h) as
-    [D, 2]; a layer reads h. Jacobian: dense. Bounds: |h| <= 1. c is unbounded, because f and i may
-    both be near 1 for any number of steps.
+        nig, nfg, nog     no input, forget or output gate: the gate is 1
+        niaf              no input activation function: g = u_g + h W_g
+        noaf              no output activation function: h' = o * c'
+        cifg              coupled input and forget gate: f = 1 - i
+        fgr               full gate recurrence: i, f and o also read the three gates of the earlier
+                          step, by nine matrices
+
+    Departures: none from the form of PyTorch and cuDNN, by default.
+
+    Parameters: W_i, W_f, W_g, W_o [D, D], those of missing gates left out; with peepholes P_i, P_f,
+    P_o [D]; for "fgr" W_ii, W_if, .., W_oo [D, D] from the first gate to the second. u [4, D] in
+    the order i, f, g, o, or [3, D] without one. State: (c, h) as [D, 2], for "fgr" (c, h, i, f, o)
+    as [D, 5]; a layer reads h. Jacobian: dense. Bounds: |h| <= 1, except for "noaf". c is
+    unbounded, because f and i may both be near 1 for any number of steps.
 
     Example:
       >>> import jax.numpy as jnp
@@ -36,28 +51,72 @@ class LSTM(Cell):
 
     Attributes:
       dim: channels D.
+      variant: one of the variants above; by default none of them.
+      peepholes: whether the gates read the cell c.
     """
 
     dim: int
+    variant: Variant | None = None
+    peepholes: bool = False
     gates: ClassVar[int] = 4
     width: ClassVar[int] = 2
     structure: ClassVar[Structure] = "dense"
     recurrent: ClassVar[Recurrent] = dict.fromkeys(("W_i", "W_f", "W_g", "W_o"), "matrix")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variant not in (None, *get_args(Variant)):
+            raise ValueError(
+                f"LSTM: `variant` must be one of {', '.join(get_args(Variant))} or None, got"
+                f" {self.variant!r}."
+            )
+        sigmoids = [name for name in self.names if name != "g"]
+        recurrent: dict[str, Literal["vector", "matrix"]] = {
+            f"W_{name}": "matrix" for name in self.names
+        }
+        if self.variant == "fgr":
+            recurrent |= {f"W_{old}{new}": "matrix" for old in sigmoids for new in sigmoids}
+            object.__setattr__(self, "width", 5)
+        if self.peepholes:
+            recurrent |= {f"P_{name}": "vector" for name in sigmoids}
+        object.__setattr__(self, "gates", len(self.names))
+        object.__setattr__(self, "recurrent", recurrent)
+
+    @property
+    def names(self) -> str:
+        """The names of the gates in the order of u."""
+        return "ifgo".replace(_MISSING.get(self.variant or "", " "), "")
+
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
         """Return the next state, from (c, h) [D, 2] and u [4, D]."""
-        c, h = h[:, 0], h[:, 1]
-        i = jax.nn.sigmoid(u[0] + h @ params["W_i"])
-        f = jax.nn.sigmoid(u[1] + h @ params["W_f"])
-        g = jnp.tanh(u[2] + h @ params["W_g"])
-        o = jax.nn.sigmoid(u[3] + h @ params["W_o"])
-        c = f * c + i * g
-        return jnp.stack([c, o * jnp.tanh(c)], axis=-1)
+        c, h, *gates = (h[:, j] for j in range(self.width))
 
-    def bounds(self, params: Params) -> Bounds:
-        """Return no bounds for c, and [-1, 1] for h."""
-        high = np.array([np.inf, 1.0], params["W_i"].dtype)  # NumPy, because of `jax.debug_infs`
-        return -high, high
+        def gate(name: str, c: jax.Array) -> jax.Array:
+            if name not in self.names:
+                return jnp.ones_like(c)
+            before = u[self.names.index(name)] + h @ params[f"W_{name}"]
+            for old, value in zip("ifo", gates, strict=False):  # only "fgr" has gates in its state
+                before = before + value @ params[f"W_{old}{name}"]
+            if self.peepholes:
+                before = before + params[f"P_{name}"] * c
+            return jax.nn.sigmoid(before)
+
+        i = gate("i", c)
+        f = 1 - i if self.variant == "cifg" else gate("f", c)
+        g = u[self.names.index("g")] + h @ params["W_g"]
+        c = f * c + i * (g if self.variant == "niaf" else jnp.tanh(g))
+        o = gate("o", c)
+        h = o * (c if self.variant == "noaf" else jnp.tanh(c))
+        return jnp.stack([c, h, *((i, f, o) if gates else ())], axis=-1)
+
+    def bounds(self, params: Params) -> Bounds | None:
+        """Return no bounds for c, [-1, 1] for h, and [0, 1] for gates."""
+        if self.variant == "noaf":
+            return None
+        dtype = params["W_g"].dtype  # NumPy, because of `jax.debug_infs`
+        count = self.width - 2
+        low, high = [-np.inf, -1.0, *[0.0] * count], [np.inf, 1.0, *[1.0] * count]
+        return np.array(low, dtype), np.array(high, dtype)
 
     def output(self, h: jax.Array) -> jax.Array:
         """Return h from (c, h)."""

@@ -66,6 +66,7 @@ from seqjax.layers.rnn import Elman as Elman
 from seqjax.layers.rnn import ParaGRU as ParaGRU
 from seqjax.layers.rnn import ParaLSTM as ParaLSTM
 from seqjax.layers.rnn_variants import MGU as MGU
+from seqjax.layers.rnn_variants import PLRNN as PLRNN
 from seqjax.layers.rnn_variants import CoRNN as CoRNN
 from seqjax.layers.rnn_variants import IndRNN as IndRNN
 from seqjax.layers.rnn_variants import LeakyRNN as LeakyRNN
@@ -106,6 +107,7 @@ __all__ = [
     "MLA",
     "MLP",
     "MLSTM",
+    "PLRNN",
     "PLSTM",
     "PLSTM2D",
     "QRNN",

@@ -2,13 +2,13 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from seqjax.cells import Cell
+from seqjax.cells import Cell, Headwise
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import (
     Initializer,
@@ -31,8 +31,8 @@ class RNN(Layer):
         s_t = cell(s_{t-1}, u_t)
         y_t = output(s_t) W_out
 
-    The projections start normal with variance 1/fan_in. By default the cell's matrices start
-    uniform in +-1/sqrt(N), as in PyTorch, its vectors normal with standard deviation 2/sqrt(5 N),
+    The projections start normal with variance 1/fan_in. By default the cell's matrices [n, n] start
+    uniform in +-1/sqrt(n), as in PyTorch, its vectors normal with standard deviation 2/sqrt(5 N),
     as in ParaRNN's code, and all biases at 0.
 
     Parameters: in_proj [dim, gates * N], bias [gates * N], the cell's parameters by name (vectors
@@ -100,23 +100,21 @@ class RNN(Layer):
     def declare_params(self) -> Mapping[str, Param | Layer]:
         cell, states = self.cell, self.states
         width = cell.gates * states
-        start = {
-            "vector": _init.normal(2 / (5 * states) ** 0.5),
-            "matrix": _init.uniform(-(states**-0.5), states**-0.5),
-        }
-        recurrent = {
-            name: Param(
-                (states,) if kind == "vector" else (states, states),
-                ("state",) if kind == "vector" else (None, "state"),
-                "recurrence",
-                self._recurrent_start.get(name, start[kind]),
-            )
-            for name, kind in cell.recurrent.items()
-        }
+        axes = {1: ("state",), 2: (None, "state"), 3: ("heads", None, None)}
+
+        def recurrent(name: str) -> Param:
+            shape = cell.param_shape(name)
+            bound = shape[-1] ** -0.5
+            start = _init.uniform(-bound, bound)
+            if cell.recurrent[name] == "vector":
+                start = _init.normal(2 / (5 * states) ** 0.5)
+            start = self._recurrent_start.get(name, start)
+            return Param(shape, axes[len(shape)], "recurrence", start)
+
         return {
             "in_proj": Param((self.dim, width), ("embed", "state"), "weight", _init.fan_in_normal),
             "bias": Param((width,), ("state",), "recurrence", self._draw_bias),
-            **recurrent,
+            **{name: recurrent(name) for name in cell.recurrent},
             "out_proj": Param(
                 (states, self.dim), ("state", "embed"), "weight", _init.fan_in_normal
             ),
@@ -125,9 +123,25 @@ class RNN(Layer):
     def _draw_bias(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         del key
         bias = jnp.zeros((self.cell.gates, self.states), dtype)
-        for gate, (first, last) in self._bias_start.items():
+        for gate, (first, last) in self._gate_bias().items():
             bias = bias.at[gate].set(jnp.linspace(first, last, self.states, dtype=dtype))
         return bias.reshape(shape)
+
+    def _gate_bias(self) -> Mapping[int, tuple[float, float]]:
+        """Return `_bias_start`, for layers whose gates depend on their fields."""
+        return self._bias_start
+
+    def _in_heads(self, cell: Callable[[int], Cell], heads: int | None) -> Cell:
+        """Return the cell, or one per head with block-diagonal recurrent matrices."""
+        if heads is None:
+            return cell(self.states)
+        _checks.positive(self, heads=heads)
+        _checks.require(
+            self,
+            self.states % heads == 0,
+            f"`heads` must divide state_dim={self.states}, got {heads}.",
+        )
+        return Headwise(cell(self.states // heads), heads)
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return self.cell.initial_state(batch_size, dtype)

@@ -48,7 +48,7 @@ from seqjax.layers.qrnn import QRNN, QuasiLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
-from seqjax.layers.rnn_variants import MGU, CoRNN, IndRNN, LeakyRNN, UnICORNN
+from seqjax.layers.rnn_variants import MGU, PLRNN, CoRNN, IndRNN, LeakyRNN, UnICORNN
 from seqjax.layers.rwkv4 import RWKV4
 from seqjax.layers.rwkv6 import RWKV6
 from seqjax.layers.rwkv7 import RWKV7
@@ -353,6 +353,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "ltc": _rnn(LTC, "LTC", "2006.04439", _states_and_dt),
         "indrnn": _rnn(IndRNN, "IndRNN", "1803.04831"),
         "mgu": _rnn(MGU, "MGU", "1603.09420"),
+        "plrnn": _rnn(PLRNN, "PLRNN", "1612.07846"),
         "leaky": _rnn(LeakyRNN, "Leaky RNN", "1804.11188"),
         "cornn": _rnn(CoRNN, "coRNN", "2010.00951", _cornn),
         "unicornn": _rnn(UnICORNN, "UnICORNN", "2103.05487", _unicornn),

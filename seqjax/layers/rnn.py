@@ -1,10 +1,12 @@
 """Nonlinear RNNs: a layer around each cell of `seqjax.cells`, solved for all steps at once."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import ClassVar
 
 from seqjax import cells
+from seqjax.cells.lstm import Variant
 from seqjax.layers import _init
 from seqjax.layers._base import Initializer
 from seqjax.layers._rnn import RNN
@@ -34,12 +36,16 @@ class Elman(RNN):
 
     Attributes:
       dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
+      heads: number of heads H, by default one that is full. With heads, every recurrent matrix is
+        block-diagonal, [H, N / H, N / H], and the state is that of `seqjax.cells.Headwise`.
     """
 
+    heads: int | None = None
+
     @property
-    def cell(self) -> cells.Elman:
-        """`seqjax.cells.Elman`."""
-        return cells.Elman(self.states)
+    def cell(self) -> cells.Cell:
+        """`seqjax.cells.Elman`, or one per head."""
+        return self._in_heads(cells.Elman, self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +77,19 @@ class GRU(RNN):
 
     Attributes:
       dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
+      heads: number of heads H, by default one that is full. With heads, every recurrent matrix is
+        block-diagonal, [H, N / H, N / H], and the state is that of `seqjax.cells.Headwise`.
     """
 
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {1: (1.0, 1.0)}
     _recurrent_start: ClassVar[Mapping[str, Initializer]] = {"n_bias": _init.zeros}
 
+    heads: int | None = None
+
     @property
-    def cell(self) -> cells.GRU:
-        """`seqjax.cells.GRU`."""
-        return cells.GRU(self.states)
+    def cell(self) -> cells.Cell:
+        """`seqjax.cells.GRU`, or one per head."""
+        return self._in_heads(cells.GRU, self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +120,26 @@ class LSTM(RNN):
 
     Attributes:
       dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
+      heads: number of heads H, by default one that is full. With heads, every recurrent matrix is
+        block-diagonal, [H, N / H, N / H], and the state is that of `seqjax.cells.Headwise`.
+      variant: a variant of A search space odyssey (arXiv 1503.04069); see `seqjax.cells.LSTM`, also
+        for its parameters and its state.
+      peepholes: whether the gates read the cell c, by vectors P_i, P_f, P_o [N].
     """
 
-    _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {1: (1.0, 1.0)}
+    heads: int | None = None
+    variant: Variant | None = None
+    peepholes: bool = False
+
+    def _gate_bias(self) -> Mapping[int, tuple[float, float]]:
+        names = cells.LSTM(1, self.variant).names
+        return {names.index("f"): (1.0, 1.0)} if "f" in names else {}
 
     @property
-    def cell(self) -> cells.LSTM:
-        """`seqjax.cells.LSTM`."""
-        return cells.LSTM(self.states)
+    def cell(self) -> cells.Cell:
+        """`seqjax.cells.LSTM`, or one per head."""
+        make = functools.partial(cells.LSTM, variant=self.variant, peepholes=self.peepholes)
+        return self._in_heads(make, self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +229,7 @@ class ParaLSTM(RNN):
 
 @dataclasses.dataclass(frozen=True)
 class SLSTM(RNN):
-    """The sLSTM of xLSTM (arXiv 2405.04517), with one head per channel.
+    """The sLSTM of xLSTM (arXiv 2405.04517), by default with one head per channel.
 
         u_i, u_f, u_z, u_o = x_t W_in + bias
         i_t = exp(u_i + R_i * h_{t-1})
@@ -223,9 +245,9 @@ class SLSTM(RNN):
     spaced from 3 up to 6, one of two options of the authors' code, and the other biases at 0. All R
     start normal with standard deviation 2/sqrt(5 N).
 
-    Departures: each R is a vector, while the paper has a matrix per head, and does not start at 0
-    as in the authors' code. The paper's block around the cell (convolution, group norm, gated
-    projection) is not part of the layer.
+    Departures: without `heads` each R is a vector, while the paper has a matrix per head. R does
+    not start at 0 as in the authors' code. The paper's block around the cell (convolution, group
+    norm, gated projection) is not part of the layer.
 
     Parameters: in_proj [dim, 4 N], bias [4 N], R_i, R_f, R_z, R_o [N], out_proj [N, dim].
     State: (c, n, h, m) as [B, N, 4].
@@ -241,14 +263,20 @@ class SLSTM(RNN):
 
     Attributes:
       dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
+      heads: number of heads H with a full recurrent matrix each, as in the paper: each R is
+        [H, N / H, N / H], and the state is that of `seqjax.cells.Headwise`. By default R is a
+        vector.
     """
 
     _bias_start: ClassVar[Mapping[int, tuple[float, float]]] = {1: (3.0, 6.0)}
 
+    heads: int | None = None
+
     @property
-    def cell(self) -> cells.SLSTM:
-        """`seqjax.cells.SLSTM`."""
-        return cells.SLSTM(self.states)
+    def cell(self) -> cells.Cell:
+        """`seqjax.cells.SLSTM`, or one `DenseSLSTM` per head."""
+        kind = cells.SLSTM if self.heads is None else cells.DenseSLSTM
+        return self._in_heads(kind, self.heads)
 
 
 @dataclasses.dataclass(frozen=True)

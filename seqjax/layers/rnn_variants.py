@@ -1,4 +1,4 @@
-"""Nonlinear RNNs with fewer parameters (IndRNN, MGU) and of continuous time (the others)."""
+"""Nonlinear RNNs with fewer parameters (IndRNN, MGU), and of dynamical systems (the others)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -81,6 +81,46 @@ class MGU(RNN):
     def cell(self) -> cells.MGU:
         """`seqjax.cells.MGU`."""
         return cells.MGU(self.states)
+
+
+@dataclasses.dataclass(frozen=True)
+class PLRNN(RNN):
+    """Piecewise-linear RNN (Durstewitz, 2017, arXiv 1612.07846).
+
+        u_t = x_t W_in + bias
+        h_t = a * h_{t-1} + relu(h_{t-1}) W + u_t
+        y_t = h_t W_out
+
+    a starts uniform in [0, 0.5], W normal with standard deviation 0.01, the bias at 0, so that
+    states are bounded at the start. Train it on chaotic systems with
+    `seqjax.methods.TeacherForced`, because it can explode.
+
+    Departures: see `seqjax.cells.PLRNN`. The paper does not specify the initialisation.
+
+    Parameters: in_proj [dim, N], bias [N], a [N], W [N, N], out_proj [N, dim]. State: h [B, N].
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = PLRNN(dim=4, state_dim=8)
+      >>> params = layer.init(jax.random.key(0))
+      >>> y, state = layer.apply(params, jnp.ones((2, 5, 4)))
+      >>> y_next, state = layer.step(params, jnp.ones((2, 4)), state)
+      >>> y.shape, y_next.shape, state.shape
+      ((2, 5, 4), (2, 4), (2, 8))
+
+    Attributes:
+      dim, state_dim, algorithm, solver, implementation: see `seqjax.layers.RNN`.
+    """
+
+    _recurrent_start: ClassVar[Mapping[str, Initializer]] = {
+        "a": _init.uniform(0.0, 0.5),
+        "W": _init.normal(0.01),
+    }
+
+    @property
+    def cell(self) -> cells.PLRNN:
+        """`seqjax.cells.PLRNN`."""
+        return cells.PLRNN(self.states)
 
 
 @dataclasses.dataclass(frozen=True)

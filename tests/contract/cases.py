@@ -117,11 +117,7 @@ def _run_softmax(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any
 
 def cell_params(rng: np.random.Generator, cell: Any, scale: float = 1.0) -> Arrays:
     """Draw the recurrent parameters of a cell at a weight scale."""
-    size = cell.dim
-    return {
-        name: scale * rng.standard_normal((size, size) if kind == "matrix" else size)
-        for name, kind in cell.recurrent.items()
-    }
+    return {name: scale * rng.standard_normal(cell.param_shape(name)) for name in cell.recurrent}
 
 
 def _nonlinear(structure: str, cell: Any) -> Case:

@@ -25,11 +25,13 @@ CELLS = [
     cells.ParaGRU(D),
     cells.ParaLSTM(D),
     cells.SLSTM(D),
+    cells.DenseSLSTM(D),
     cells.LEM(D, dt=0.3),
     cells.LTC(D, dt=0.3),
     cells.IndRNN(D),
     cells.IndRNN(D, activation="tanh"),
     cells.MGU(D),
+    cells.PLRNN(D),
     cells.LeakyRNN(D),
     cells.CoRNN(D, dt=0.3),
     cells.UnICORNN(D, alpha=2.0),
@@ -87,6 +89,8 @@ def test_bounds_leave_out_no_number_that_has_some(cell, x64):
     unbounded = {
         cells.LSTM: (1, 1),  # c
         cells.SLSTM: (2, 3),  # c and m, and n from above
+        cells.DenseSLSTM: (2, 3),
+        cells.PLRNN: (1, 1),
         cells.CoRNN: (2, 2),
         cells.UnICORNN: (2, 2),
         cells.SRU: (1, 1),
@@ -239,3 +243,56 @@ def test_layers_say_how_they_were_solved(kind, x64):
     assert again.iterations.sum() < info.iterations.sum()
     with pytest.raises(ValueError, match=f"{kind.__name__}.*`algorithm` must be"):
         kind(D, algorithm="associative")
+
+
+@pytest.mark.parametrize("base", [cells.GRU(3), cells.LSTM(3), cells.DenseSLSTM(3)], ids=repr)
+def test_a_headwise_cell_is_one_cell_per_head(base, x64, strict):
+    cell, rng = cells.Headwise(base, heads=2), np.random.default_rng(0)
+    params = jax.tree.map(jnp.asarray, cell_params(rng, cell))
+    u = jnp.asarray(rng.standard_normal((1, 5, cell.gates, 6)))
+    hs, last, _ = seqjax.nonlinear_scan(cell, params, u, cell.initial_state(1, "float64"))
+    assert last.shape == (1, 2, 3 * cell.width)
+    for head in range(2):
+        own = {
+            name: p[head] if p.ndim == 3 else p[3 * head : 3 * head + 3]
+            for name, p in params.items()
+        }
+        part = u[..., 3 * head : 3 * head + 3]
+        alone, *_ = seqjax.nonlinear_scan(base, own, part, base.initial_state(1, "float64"))
+        found = cell.output(hs)[..., 3 * head : 3 * head + 3]
+        np.testing.assert_allclose(found, base.output(alone), rtol=1e-12, atol=1e-12)
+
+
+def test_headwise_refuses_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match="`heads` must be a positive integer, got 0"):
+        cells.Headwise(cells.GRU(3), 0)
+    with pytest.raises(ValueError, match="`heads` must divide state_dim=4, got 3"):
+        layers.GRU(4, heads=3)
+
+
+VARIANTS = ("nig", "nfg", "nog", "niaf", "noaf", "cifg", "fgr")
+
+
+def test_lstm_variants_are_the_equations(x64):
+    rng = np.random.default_rng(0)
+    for variant in VARIANTS:
+        cell = cells.LSTM(D, variant, peepholes=variant != "nog")
+        params = cell_params(rng, cell)
+        h = rng.uniform(0, 1, (D, cell.width))
+        u = rng.standard_normal((cell.gates, D))
+        expected = STEPS["LSTM"][0](cell, params, list(h.T), u)
+        got = jax.jit(cell)(params, h, u)
+        np.testing.assert_allclose(got, np.stack(expected, axis=-1), rtol=1e-12)
+    with pytest.raises(ValueError, match="`variant` must be one of nig, nfg"):
+        cells.LSTM(D, "np")
+
+
+def test_lstm_variants_start_with_a_forget_bias_of_one():
+    for variant in (None, *VARIANTS):
+        layer = layers.LSTM(D, variant=variant)
+        bias = layer.init(jax.random.key(0))["bias"].reshape(layer.cell.gates, D)
+        row = [name for name in "ifgo" if name != {"nig": "i"}.get(variant)].index("f")
+        wanted = np.zeros_like(bias)
+        if variant not in ("nfg", "cifg"):
+            wanted[row] = 1
+        np.testing.assert_array_equal(bias, wanted)

@@ -10,7 +10,7 @@ import pytest
 
 import seqjax
 from seqjax import cells
-from seqjax.ops.nonlinear import jacobian_structure
+from seqjax.ops.nonlinear import jacobian_structure, memory_check
 from tests.contract.cases import cell_params
 from tests.contract.harness import assert_close, error
 
@@ -26,6 +26,7 @@ CELLS = [
         for cell in (
             cells.Elman(D),
             cells.LSTM(D),
+            cells.Headwise(cells.GRU(2), 2),
             cells.ParaLSTM(D),
             cells.LEM(D),
             cells.LTC(D),
@@ -303,3 +304,19 @@ def test_the_exponent_is_that_of_a_known_map():
     double = seqjax.lyapunov(lambda p, h, x: jnp.mod(2 * h, 1.0), (), xs, hs)
     np.testing.assert_allclose(double, np.log(2), rtol=1e-5)
     assert seqjax.lyapunov(lambda p, h, x: 0 * h + x, (), xs, hs)[0] == -np.inf
+
+
+def test_dense_jacobians_beyond_the_memory_are_refused(monkeypatch):
+    cell = cells.GRU(D)
+    params, xs, h0 = draw(cell, 1.0, 8)
+    params, xs = cast((params, xs), "float32")
+    # Two sequences of 8 steps with Jacobians of 4 x 4 numbers of 4 bytes: 1,024 bytes.
+    monkeypatch.setattr(memory_check, "device_memory", lambda: 2000)
+    run = functools.partial(seqjax.nonlinear_scan, cell, params, xs, h0)
+    with pytest.raises(ValueError, match=r"at most 50% of 2e-06 GB .* got 1.02e-06 GB"):
+        run(algorithm="newton")
+    _, _, info = run(algorithm="newton", solver=seqjax.Newton(memory_fraction=0.6))
+    assert info.converged.all()
+    run(algorithm="sequential")
+    with pytest.raises(ValueError, match="`memory_fraction` must be positive, got 0"):
+        seqjax.Newton(memory_fraction=0)

@@ -14,6 +14,17 @@ def _sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 
 
+def _full(weight):
+    """Return the block-diagonal matrix of heads [H, n, n]; other weights unchanged."""
+    if weight.ndim < 3:
+        return weight
+    heads, n, _ = weight.shape
+    full = np.zeros((heads * n, heads * n))
+    for h in range(heads):
+        full[h * n : (h + 1) * n, h * n : (h + 1) * n] = weight[h]
+    return full
+
+
 def elman_step(hyper, p, state, u):
     (h,) = state
     return [np.tanh(u[0] + h @ p["W"])]
@@ -28,10 +39,27 @@ def gru_step(hyper, p, state, u):
 
 
 def lstm_step(hyper, p, state, u):
-    c, h = state
-    i, f, o = (_sigmoid(u[j] + h @ p[name]) for j, name in ((0, "W_i"), (1, "W_f"), (3, "W_o")))
-    c = f * c + i * np.tanh(u[2] + h @ p["W_g"])
-    return [c, o * np.tanh(c)]
+    c, h, *gates = state
+    missing = {"nig": "i", "nfg": "f", "cifg": "f", "nog": "o"}.get(hyper.variant)
+    rows = dict(zip((name for name in "ifgo" if name != missing), u, strict=True))
+
+    def gate(name, c):
+        if name == missing:
+            return np.ones_like(c)
+        before = rows[name] + h @ p[f"W_{name}"]
+        if hyper.variant == "fgr":
+            before = before + sum(
+                value @ p[f"W_{old}{name}"] for old, value in zip("ifo", gates, strict=True)
+            )
+        return _sigmoid(before + (p[f"P_{name}"] * c if hyper.peepholes else 0))
+
+    i = gate("i", c)
+    f = 1 - i if hyper.variant == "cifg" else gate("f", c)
+    g = rows["g"] + h @ p["W_g"]
+    c = f * c + i * (g if hyper.variant == "niaf" else np.tanh(g))
+    o = gate("o", c)
+    h = o * (c if hyper.variant == "noaf" else np.tanh(c))
+    return [c, h, i, f, o] if hyper.variant == "fgr" else [c, h]
 
 
 def paragru_step(hyper, p, state, u):
@@ -53,10 +81,11 @@ def paralstm_step(hyper, p, state, u):
 def slstm_step(hyper, p, state, u):
     """Compute the sums without a stabilizer; the state is (c, n, h)."""
     c, n, h = state
-    i = np.exp(u[0] + p["R_i"] * h)
-    f = _sigmoid(u[1] + p["R_f"] * h)
-    z = np.tanh(u[2] + p["R_z"] * h)
-    o = _sigmoid(u[3] + p["R_o"] * h)
+    from_h = {name: h @ R if R.ndim == 2 else R * h for name, R in p.items() if name[0] == "R"}
+    i = np.exp(u[0] + from_h["R_i"])
+    f = _sigmoid(u[1] + from_h["R_f"])
+    z = np.tanh(u[2] + from_h["R_z"])
+    o = _sigmoid(u[3] + from_h["R_o"])
     c, n = f * c + i * z, f * n + i
     return [c, n, o * c / n]
 
@@ -87,6 +116,11 @@ def mgu_step(hyper, p, state, u):
     (h,) = state
     f = _sigmoid(u[0] + h @ p["W_f"])
     return [(1 - f) * h + f * np.tanh(u[1] + (f * h) @ p["W_n"])]
+
+
+def plrnn_step(hyper, p, state, u):
+    (h,) = state
+    return [p["a"] * h + np.maximum(h, 0) @ p["W"] + u[0]]
 
 
 def leakyrnn_step(hyper, p, state, u):
@@ -123,10 +157,12 @@ STEPS = {
     "ParaGRU": (paragru_step, 1, 0),
     "ParaLSTM": (paralstm_step, 2, 1),
     "SLSTM": (slstm_step, 3, 2),
+    "DenseSLSTM": (slstm_step, 3, 2),
     "LEM": (lem_step, 2, 0),
     "LTC": (ltc_step, 1, 0),
     "IndRNN": (indrnn_step, 1, 0),
     "MGU": (mgu_step, 1, 0),
+    "PLRNN": (plrnn_step, 1, 0),
     "LeakyRNN": (leakyrnn_step, 1, 0),
     "CoRNN": (cornn_step, 2, 0),
     "UnICORNN": (unicornn_step, 2, 0),
@@ -136,7 +172,8 @@ STEPS = {
 
 def _loop(name, layer, params, x, reset=None):
     step, width, read = STEPS[name]
-    p = {key: np.asarray(value, np.float64) for key, value in params.items()}
+    width = 5 if getattr(layer, "variant", None) == "fgr" else width
+    p = {key: _full(np.asarray(value, np.float64)) for key, value in params.items()}
     x = np.asarray(x, np.float64)
     batch, length, _ = x.shape
     reset = np.zeros((batch, length), bool) if reset is None else np.asarray(reset, bool)
@@ -153,12 +190,22 @@ def _loop(name, layer, params, x, reset=None):
     return y
 
 
-elman, gru, lstm, paragru, paralstm, slstm, lem, ltc = (
-    functools.partial(_loop, name) for name in list(STEPS)[:8]
-)
-indrnn, mgu, leakyrnn, cornn, unicornn = (
-    functools.partial(_loop, name) for name in ("IndRNN", "MGU", "LeakyRNN", "CoRNN", "UnICORNN")
-)
+(
+    elman,
+    gru,
+    lstm,
+    paragru,
+    paralstm,
+    slstm,
+    lem,
+    ltc,
+    indrnn,
+    mgu,
+    plrnn,
+    leakyrnn,
+    cornn,
+    unicornn,
+) = (functools.partial(_loop, name) for name in STEPS if name not in ("DenseSLSTM", "SRU"))
 
 
 def nonlinear_scan(cell, inputs, state, reset):

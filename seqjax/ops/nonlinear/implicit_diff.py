@@ -6,13 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from seqjax.ops.core import backends, sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
 from seqjax.ops.nonlinear import jacobian_structure
 from seqjax.ops.nonlinear.affine_scan import correction
-from seqjax.ops.nonlinear.newton import as_state
+from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan, state_parts
 from seqjax.types import Array, PyTree
 
 
@@ -22,6 +21,8 @@ def derivatives(
     on_cpu: str,
     elsewhere: str,
     sequence_axis: str | None,
+    *,
+    has_resets: bool,
 ) -> Callable[..., Array]:
     """Return (params, xs, h0, reset, states) -> states, with the recurrence's derivatives.
 
@@ -32,7 +33,11 @@ def derivatives(
     """
 
     def evaluate(params: PyTree, xs: PyTree, found: Array) -> Array:
-        return jax.vmap(jax.vmap(functools.partial(cell, params)))(found, xs)
+        # One axis B * T: gradients of products over two axes transpose their operands on CPU.
+        lead = found.shape[:2]
+        rows = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), (found, xs))
+        out = jax.vmap(functools.partial(cell, params))(*rows)
+        return out.reshape(*lead, *out.shape[1:])
 
     def jacobians(params: PyTree, xs: PyTree, found: Array) -> Array:
         def at(h: Array, x: PyTree) -> Array:
@@ -73,34 +78,50 @@ def derivatives(
         params, xs, h0, reset, states = args
         hs = follow(*args)
         found = found_by(h0, hs, reset)
+        changed, _, alone = moving(params, xs, reset, hs)
 
-        def by(algorithm: str, ct: Array) -> Array:
+        def by(algorithm: str, ct: Array) -> list[Array]:
+            """Return the cotangents of the leaves that are differentiated and of h0."""
             if algorithm == "sequential" and sequence_axis is None:
-                return _step_back(functools.partial(evaluate, params), xs, found, reset, ct)
+                cut = reset if has_resets else None
+                weights, d_h0 = _step_back(functools.partial(cell, params), xs, found, cut, ct)
+                # d_h0 is known, so skip the product with dh_t / dh_{t-1} at all t.
+                [d_changed] = jax.vjp(lambda changed: alone(changed, h0), changed)[1](weights)
+                return [*d_changed, d_h0]
             J = jacobians(params, xs, found)
             forward = functools.partial(correction, J, reset=reset, sequence_axis=sequence_axis)
-            return jax.vjp(forward, jnp.zeros_like(ct))[1](ct)[0]
+            weights = jax.vjp(forward, jnp.zeros_like(ct))[1](ct)[0]
+            d_changed, d_h0 = jax.vjp(alone, changed, h0)[1](weights)
+            return [*d_changed, d_h0]
 
-        weights = backends.by_platform(by, on_cpu, elsewhere, ct)
-        changed, _, alone = moving(params, xs, reset, hs)
-        d_changed, d_h0 = jax.vjp(alone, changed, h0)[1](weights)
-        return [*d_changed, d_h0, jnp.zeros_like(states)]
+        return [*backends.by_platform(by, on_cpu, elsewhere, ct), jnp.zeros_like(states)]
 
     follow = custom_adjoint(states_of, adjoint)
     return follow
 
 
 def _step_back(
-    evaluate: Callable[..., Array], xs: PyTree, found: Array, reset: Array, ct: Array
-) -> Array:
-    """Compute lambda_t = ct_t + J_{t+1}^T lambda_{t+1} step by step, without a Jacobian."""
+    cell: Callable[[Array, PyTree], Array],
+    xs: PyTree,
+    found: Array,
+    reset: Array | None,
+    ct: Array,
+) -> tuple[Array, Array]:
+    """Compute lambda_t = ct_t + J_{t+1}^T lambda_{t+1} step by step, without a Jacobian.
 
-    def step(carried: Array, inputs: Any) -> tuple[Array, Array]:
-        x, h, cut, ct = jax.tree.map(lambda v: v[:, None], inputs)
-        weight = ct + carried
-        back = jax.vjp(lambda h: evaluate(x, h), h)[1](weight)[0]
-        return jnp.where(as_state(cut, back), jnp.zeros_like(back), back), weight[:, 0]
+    Returns:
+      lambda, and the cotangent J_1^T lambda_1 of the state before the first step.
+    """
+    split, join = state_parts(found.shape[2:])
 
-    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (xs, found, reset, ct))
-    _, weights = lax.scan(step, jnp.zeros_like(ct[:, :1]), inputs, reverse=True)
-    return jnp.moveaxis(weights, 0, 1)
+    def step(carried: Any, inputs: Any) -> Any:
+        x, h, cut, ct = inputs
+        weight = [c + d for c, d in zip(split(ct), carried, strict=True)]
+        parts = split(jax.vjp(lambda h: cell(h, x), h)[1](join(weight))[0])
+        if cut is not None:
+            parts = [jnp.where(cut, jnp.zeros_like(part), part) for part in parts]
+        return parts, weight
+
+    start = split(jnp.zeros_like(ct[:, 0]))
+    last, weights = hoisted_scan(step, start, (xs, found, reset, ct), reverse=True)
+    return join(weights), join(last)

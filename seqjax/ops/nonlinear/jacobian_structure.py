@@ -40,10 +40,13 @@ _ELEMENTWISE = primitive_names(
 _REDUCTIONS = ("reduce_", "argmax", "argmin")
 
 
-def keeps_channels_apart(program: Any, state: int) -> bool:
-    """Return whether channel i of the only output depends on channel i of input `state` alone."""
+def keeps_channels_apart(program: Any, state: int, axis: int = 0) -> bool:
+    """Return whether channel i of the only output depends on channel i of input `state` alone.
+
+    The channels of the output are its axis 0, those of the input are its axis `axis`.
+    """
     marks: list[int | None] = [None] * len(program.jaxpr.invars)
-    marks[state] = 0
+    marks[state] = axis
     [out] = interpret(program, marks, lambda _: None, _through)
     return out in (0, None)
 
@@ -127,6 +130,8 @@ def jacobian(step: Step, h: jax.Array, structure: str) -> tuple[jax.Array, jax.A
         return out, push(jnp.ones_like(h))
     if structure == "block":
         units = jnp.eye(h.shape[-1], dtype=h.dtype)
+        if h.shape[-1] > 8:  # the channels of a head, too many to unroll
+            return out, jnp.moveaxis(jax.vmap(lambda unit: push(zero + unit))(units), 0, -1)
         columns = [push(zero + unit) for unit in units]
         return out, jnp.stack(columns, axis=-1)
     basis = jnp.eye(h.size, dtype=h.dtype).reshape(h.size, *h.shape)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan, state_parts
 from seqjax.types import PyTree
 
 
@@ -48,6 +49,8 @@ class Newton:
         damping it changes the iterations and not the solution.
       scan_dtype: dtype of the linear recurrence of a step, by default that of the state. The
         convergence check always uses the dtype of the state.
+      memory_fraction: the largest part of the devices' memory that dense Jacobians, [B, T, n, n]
+        for n numbers in a state, may take. A call that needs more raises.
 
     Raises:
       ValueError: if a field is out of range, at construction.
@@ -72,6 +75,7 @@ class Newton:
     damping: float = 0.0
     jacobian_clip: float | None = None
     scan_dtype: Any = None
+    memory_fraction: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("whole_iterations", "max_iterations", "window"):
@@ -80,6 +84,10 @@ class Newton:
                 raise ValueError(f"Newton: `{name}` must be an integer >= {least}, got {value!r}.")
         if self.tol is not None and not self.tol > 0:
             raise ValueError(f"Newton: `tol` must be positive or None, got {self.tol!r}.")
+        if not self.memory_fraction > 0:
+            raise ValueError(
+                f"Newton: `memory_fraction` must be positive, got {self.memory_fraction!r}."
+            )
         if not 0 <= self.damping <= 1:
             raise ValueError(f"Newton: `damping` must be in [0, 1], got {self.damping!r}.")
         if self.jacobian_clip is not None and not self.jacobian_clip > 0:
@@ -124,7 +132,7 @@ class Problem(NamedTuple):
       reset: [B, W] bool. Only `step_all` accepts None.
       guess: the states from which Newton's method starts.
       evaluate: (states before, x) -> next states.
-      step: `evaluate` for one step, with states [B, ...].
+      step: (state, x) -> next state, of one step of one sequence.
       linearise: (states before, x) -> (next states, Jacobians).
       correct: (Jacobians, gaps, reset) -> the d of a Newton step.
       previous: (state before the range, states, reset) -> states before each step.
@@ -311,16 +319,17 @@ def in_windows(
 
 def step_all(problem: Problem) -> jax.Array:
     """Compute all states one after the other."""
+    split, join = state_parts(problem.h0.shape[1:])
 
-    def step(h: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
+    def step(parts: Any, inputs: Any) -> Any:
         x, reset = inputs
         if reset is not None:
-            h = jnp.where(as_state(reset, h), jnp.zeros_like(h), h)
-        h = problem.step(h, x)
-        return h, h
+            parts = [jnp.where(reset, jnp.zeros_like(part), part) for part in parts]
+        parts = split(problem.step(join(parts), x))
+        return parts, parts
 
-    inputs = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), (problem.xs, problem.reset))
-    return jnp.moveaxis(lax.scan(step, problem.h0, inputs)[1], 0, 1)
+    _, parts = hoisted_scan(step, split(problem.h0), (problem.xs, problem.reset))
+    return join(parts)
 
 
 def step_through(problem: Problem, states: jax.Array, todo: jax.Array) -> jax.Array:

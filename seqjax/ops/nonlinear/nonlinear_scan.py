@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqjax.ops.core import backends, checks, explicit_mesh, jax_compat, sequence_parallel
-from seqjax.ops.nonlinear import cell_checks, cell_kernel, jacobian_structure, newton
+from seqjax.ops.nonlinear import cell_checks, cell_kernel, jacobian_structure, memory_check, newton
 from seqjax.ops.nonlinear.affine_scan import correction
 from seqjax.ops.nonlinear.implicit_diff import derivatives
 from seqjax.ops.nonlinear.newton import Newton, SolveInfo
@@ -76,8 +76,8 @@ def nonlinear_scan(
       guess: [B, T, ...] states from which Newton starts, such as those of an earlier call with
         similar parameters.
       solver: a `Newton`.
-      algorithm: "newton" or "sequential". By default sequential on CPU and for dense cells (see
-        `jacobian`), Newton otherwise.
+      algorithm: "newton" or "sequential". By default sequential on CPU, for dense cells (see
+        `jacobian`) and for blocks of more than 8 numbers, Newton otherwise.
       implementation: "xla", the default, or "pallas" (a sequential kernel for GPU from Hopper on,
         forward and backward in one pass each). The kernel supports cells with independent channels
         (Jacobian "diagonal" or "block") that consist of elementwise operations. Every leaf of `xs`
@@ -94,8 +94,8 @@ def nonlinear_scan(
       if any argument is, and a `SolveInfo` with arrays [B].
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, or the Jacobian does not have the declared
-        structure.
+      ValueError: if shapes or dtypes do not fit, the Jacobian does not have the declared structure,
+        or dense Jacobians would take too much memory (see `Newton`).
       NotImplementedError: if the algorithm or implementation does not support the call or the
         platform.
       RuntimeError: if on_failure="error" and Newton does not converge (under `jit` as the error of
@@ -138,6 +138,11 @@ def nonlinear_scan(
             f" got {type(cell).__name__}."
         ) from None
     structure = jacobian_structure.resolve(op, cell, params, xs, h0, jacobian)
+    solver = solver or Newton()
+    if algorithm == "newton" and "dense" in structure:
+        steps = length if solver.whole_iterations else min(solver.window, length)
+        sizes = (batch, steps, *h0.shape[1:])
+        memory_check.check_memory(op, sizes, state.itemsize, solver.memory_fraction)
     own = getattr(cell, "bounds", None)
     if bounds is None and own is not None:
         bounds = own(params)
@@ -162,7 +167,7 @@ def nonlinear_scan(
         bounds,
         cell=cell,
         structure=structure,
-        solver=solver or Newton(),
+        solver=solver,
         algorithm=algorithm,
         on_failure=on_failure,
         sequence_axis=sequence_axis,
@@ -204,8 +209,7 @@ def _scan(
     out = jacobian_structure.float_leaves(xs)[0].dtype
     leaves, tree = jax.tree.flatten((params, xs, h0, reset, guess))
     params, xs, h0, reset, guess = jax.tree.unflatten(tree, jax_compat.match_varying(*leaves))
-    # On CPU a step of a small cell costs as much as a kernel launch. Without resets, skip the
-    # select in each step.
+    # Without resets, skip the select in each step.
     step_reset = reset if has_resets else None
     params = jax.tree.map(lambda x: _widened(x, h0.dtype), params)
     bounds = lax.stop_gradient(bounds)
@@ -252,15 +256,19 @@ def _scan(
 
     on_cpu = algorithm or "sequential"  # one Newton iteration costs more than all steps there
     # With a dense Jacobian an iteration multiplies D x D matrices at all t. On an H100 a GRU of
-    # width 256 took 3,599 ms and 25 GB by Newton, and 15 ms step by step.
-    elsewhere = algorithm or ("sequential" if "dense" in structure else "newton")
+    # width 256 took 3,599 ms and 25 GB by Newton, and 15 ms step by step. A block of a head's
+    # channels is a dense one in small.
+    dense = "dense" in structure or ("block" in structure and h0.shape[-1] > 8)
+    elsewhere = algorithm or ("sequential" if dense else "newton")
     # If the algorithms differ, both are traced here and again in the adjoint, because
     # `backends.by_platform` uses `lax.platform_dependent`.
     states, info = backends.by_platform(solve, on_cpu, elsewhere, problem.h0)
     if on_failure != "sequential":
         _report(info, on_failure)
 
-    follow = derivatives(cell, structure[1], on_cpu, elsewhere, sequence_axis)
+    follow = derivatives(
+        cell, structure[1], on_cpu, elsewhere, sequence_axis, has_resets=has_resets
+    )
     hs = follow(params, xs, h0, reset, lax.stop_gradient(states))
     final = hs[:, -1]
     if sequence_axis is not None:
@@ -289,8 +297,7 @@ def _problem(
     return newton.Problem(
         *arrays,
         evaluate=over_steps(lambda h, x: cell(params, h, x)),
-        # Not `evaluate` of one step: the extra axis doubles the number of kernels on CPU.
-        step=jax.vmap(lambda h, x: cell(params, h, x)),
+        step=lambda h, x: cell(params, h, x),
         linearise=over_steps(
             lambda h, x: jacobian_structure.jacobian(lambda h: cell(params, h, x), h, structure)
         ),

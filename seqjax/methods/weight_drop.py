@@ -1,0 +1,54 @@
+"""DropConnect on recurrent weights."""
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+
+from seqjax.types import PyTree
+
+
+def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Collection[str]) -> PyTree:
+    """Return parameters with entries of the named arrays set to zero at random.
+
+        W' = mask * W / (1 - rate)          mask_ij = 1 with probability 1 - rate
+
+    One mask serves all steps of a call, so that a dropped connection is absent from the whole
+    recurrence (AWD-LSTM, arXiv 1708.02182). Use it in training only, with a new key per step.
+
+    Args:
+      params: nested dictionaries of arrays.
+      rate: probability of zero, in [0, 1).
+      key: a random key.
+      names: names of the arrays that are dropped, at any depth, such as those of the recurrent
+        matrices.
+
+    Raises:
+      ValueError: if `rate` is out of range, or `params` has no array of a name.
+
+    Example:
+      >>> import jax, seqjax
+      >>> layer = seqjax.layers.LSTM(dim=4)
+      >>> params = layer.init(jax.random.key(0))
+      >>> names = ("W_i", "W_f", "W_g", "W_o")
+      >>> dropped = seqjax.methods.weight_drop(params, 0.5, jax.random.key(1), names)
+      >>> bool((dropped["W_i"] == 0).any()), bool((dropped["in_proj"] == params["in_proj"]).all())
+      (True, True)
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"weight_drop: `rate` must be in [0, 1), got {rate!r}.")
+    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    found = [getattr(path[-1], "key", None) if path else None for path, _ in paths]
+    if missing := sorted(set(names) - set(found)):
+        known = sorted(str(name) for name in found)
+        raise ValueError(f"weight_drop: `names` must be among {known}, got {missing[0]!r}.")
+
+    def drop(leaf: jax.Array, key: jax.Array) -> jax.Array:
+        kept = jax.random.bernoulli(key, 1 - rate, leaf.shape)
+        return jnp.where(kept, leaf / (1 - rate), jnp.zeros_like(leaf))
+
+    keys = jax.random.split(key, len(paths))
+    leaves = [
+        drop(leaf, keys[i]) if found[i] in names else leaf for i, (_, leaf) in enumerate(paths)
+    ]
+    return jax.tree.unflatten(tree, leaves)

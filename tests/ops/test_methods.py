@@ -1,0 +1,126 @@
+"""Methods around recurrences, against float64 loops and backpropagation through time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqjax
+from seqjax import cells, methods
+from tests.contract.cases import cell_params
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+
+def column(params, h, x):
+    """Compute a columnar network with input weights; one gate reads both numbers of a channel."""
+    u = x @ params["V"]
+    c = jax.nn.sigmoid(params["w"] * h[:, 1] + u) * h[:, 0] + u
+    return jnp.stack([c, jnp.tanh(params["a"] * c)], axis=-1)
+
+
+def squared(head, h, y):
+    return jnp.sum((h[..., -1] @ head - y) ** 2)
+
+
+def test_rtrl_is_backpropagation_through_time(x64):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape))
+
+    params, head = {"V": draw(3, 4), "w": draw(4), "a": draw(4)}, draw(4, 2)
+    xs, targets, h0 = draw(2, 11, 3), draw(2, 11, 2), draw(2, 4, 2)
+    reset = jnp.asarray(rng.random((2, 11)) < 0.2)
+
+    def total(params, head):
+        hs, *_ = seqjax.nonlinear_scan(column, params, xs, h0, reset=reset, algorithm="sequential")
+        return jax.vmap(jax.vmap(lambda h, y: squared(head, h, y)))(hs, targets).sum()
+
+    value, exact = jax.jit(jax.value_and_grad(total, (0, 1)))(params, head)
+    run = jax.jit(lambda *args, **kwargs: methods.rtrl(column, squared, *args, **kwargs))
+    losses, grads, _ = run(params, head, xs, targets, h0, reset=reset)
+    np.testing.assert_allclose(losses.sum(), value, rtol=1e-12)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), grads, exact
+    )
+
+    one, first, state = run(params, head, xs[:, :4], targets[:, :4], h0, reset=reset[:, :4])
+    two, second, _ = run(params, head, xs[:, 4:], targets[:, 4:], *state, reset=reset[:, 4:])
+    np.testing.assert_allclose(jnp.concatenate([one, two], axis=1), losses, rtol=1e-12)
+    both = jax.tree.map(jnp.add, first, second)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), both, exact)
+
+
+def test_rtrl_refuses_channels_that_mix():
+    args = (jnp.ones(2), jnp.ones((1, 3, 2)), jnp.ones((1, 3, 2)), jnp.zeros((1, 2)))
+    with pytest.raises(ValueError, match="`cell` must keep its channels apart"):
+        methods.rtrl(lambda w, h, x: jnp.tanh(h @ w + x), squared, jnp.ones((2, 2)), *args)
+    with pytest.raises(ValueError, match="`cell` must keep its channels apart"):
+        methods.rtrl(lambda w, h, x: jnp.tanh(w[::-1] * h + x), squared, jnp.ones(2), *args)
+    with pytest.raises(ValueError, match=r"`params` must be arrays \[..., D=2\]"):
+        methods.rtrl(lambda w, h, x: jnp.tanh(w[0] * h + x), squared, jnp.ones(3), *args)
+
+
+def test_teacher_forcing_is_the_loop_and_saves_iterations(x64):
+    rng, dim = np.random.default_rng(0), 4
+    params = cell_params(rng, cells.Elman(dim), 1.5)
+    u, targets = rng.standard_normal((1, 200, 1, dim)), np.tanh(rng.standard_normal((1, 200, dim)))
+    largest = np.linalg.norm(params["W"], 2)  # the slope of tanh is at most 1
+    alpha = methods.least_forcing(largest)
+    assert alpha > 0
+    np.testing.assert_allclose((1 - alpha) * largest, 1)
+    taken = {}
+    for forcing in (0.0, alpha):
+        cell = methods.TeacherForced(cells.Elman(dim), forcing)
+        hs, _, info = seqjax.nonlinear_scan(
+            cell, params, (u, targets), jnp.zeros((1, dim)), algorithm="newton"
+        )
+        h, hs = np.zeros(dim), np.asarray(hs)
+        for t in range(200):
+            h = np.tanh(u[0, t, 0] + ((1 - forcing) * h + forcing * targets[0, t]) @ params["W"])
+            np.testing.assert_allclose(hs[0, t], h, atol=1e-9)
+        taken[forcing] = int(info.iterations[0])
+    assert taken[alpha] < taken[0.0]
+    with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\]"):
+        methods.TeacherForced(cells.Elman(dim), 1.5)
+
+
+def test_weight_drop_keeps_the_mean_and_other_weights():
+    params = {"layer": {"W": jnp.ones((200, 50)), "V": jnp.ones(3)}}
+    dropped = methods.weight_drop(params, 0.25, jax.random.key(0), ("W",))["layer"]
+    assert set(np.unique(dropped["W"])) == {np.float32(0), np.float32(1 / 0.75)}
+    # 10,000 entries: the mean deviates by 0.006 at one standard deviation.
+    assert abs(dropped["W"].mean() - 1) < 0.03
+    assert (dropped["V"] == 1).all()
+    with pytest.raises(ValueError, match="`names` must be among"):
+        methods.weight_drop(params, 0.25, jax.random.key(0), ("U",))
+    with pytest.raises(ValueError, match=r"`rate` must be in \[0, 1\)"):
+        methods.weight_drop(params, 1.0, jax.random.key(0), ("W",))
+
+
+def test_prefix_linear_attention_is_the_sums_of_each_document(x64):
+    rng, (B, T, H, K, V) = np.random.default_rng(0), (2, 12, 2, 3, 4)
+    q, k, prefix_k = rng.standard_normal((3, B, T, H, K))
+    v, prefix_v = rng.standard_normal((2, B, T, H, V))
+    starts = np.zeros((B, T), bool)
+    starts[0, 5] = starts[1, 3] = starts[1, 8] = True
+    in_prefix = np.zeros((B, T), bool)
+    in_prefix[0, :3] = in_prefix[0, 5:9] = in_prefix[1, :2] = in_prefix[1, 8:] = True
+    prefix_v[~in_prefix] = np.nan  # ignored
+    y, state = methods.prefix_linear_attention(
+        *map(jnp.asarray, (q, k, v, prefix_k, prefix_v, in_prefix)), reset=jnp.asarray(starts)
+    )
+    documents, y, state = np.cumsum(starts, axis=1), np.asarray(y), np.asarray(state)
+    for b in range(B):
+        for t in range(T):
+            same = documents[b] == documents[b, t]
+            S = np.einsum(
+                "thk,thv->hkv", k[b, : t + 1][same[: t + 1]], v[b, : t + 1][same[: t + 1]]
+            )
+            own = same & in_prefix[b]
+            S = S + np.einsum("thk,thv->hkv", prefix_k[b, own], prefix_v[b, own])
+            np.testing.assert_allclose(
+                y[b, t], np.einsum("hk,hkv->hv", q[b, t], S) * K**-0.5, rtol=1e-10, atol=1e-10
+            )
+        np.testing.assert_allclose(state[b], S, rtol=1e-10, atol=1e-10)
