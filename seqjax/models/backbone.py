@@ -183,7 +183,7 @@ class Backbone(Layer):
     def _visible_params(self, params: Params) -> dict[str, jax.Array]:
         """Return the parameters that blocks share, stacked along a first axis by block."""
         if self.scan:
-            blocks = {name: group.block for name, group in self._groups().items()}
+            blocks: dict[str, Layer] = {name: group.layer for name, group in self._groups().items()}
         else:
             blocks = {f"block_{i}": block for i, block in enumerate(self.stack)}
         found: dict[str, list[jax.Array]] = {}

@@ -91,7 +91,7 @@ def load(
     tensors = Tensors(folder)
     prefix = family.prefix(tensors.names)
     shapes = {name: shape for name, (_, _, shape) in tensors.names.items()}
-    source = Source(json.dumps(config), prefix, family.sizes_of(prefix, shapes))
+    source = Source(json.dumps(config), prefix, sizes=family.sizes_of(prefix, shapes))
     architecture = source.architecture(capacity)
     bare = [name.removeprefix(source.prefix) for name in tensors.names]
     variants = architecture.found_variants(bare)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from tests.contract.cases import OPS, Case
 from tests.contract.layer_cases import LAYERS
@@ -86,6 +87,29 @@ def by_row(keep: Any = lambda case: True) -> Any:
             )
             for case in ROWS
             if keep(case)
+        ],
+    )
+
+
+def rows_with_meshes(quick: Any, kind: AxisType) -> Any:
+    """Parametrize by row and kind of mesh axes; the rows named in `quick` are not slow.
+
+    One or two rows of each op, and one layer of each kind, run on both kinds of mesh. The other
+    rows run on `kind`, because all rows of an op share the code that depends on the kind.
+    """
+    return pytest.mark.parametrize(
+        ("case", "kind"),
+        [
+            pytest.param(
+                case,
+                axis_type,
+                id=f"{case}-{axis_type.name}",
+                marks=[pytest.mark.xdist_group(str(case))]
+                + [pytest.mark.slow] * (case.name not in quick),
+            )
+            for case in ROWS
+            for axis_type in (AxisType.Auto, AxisType.Explicit)
+            if case.name in QUICK or case.name in quick or axis_type == kind
         ],
     )
 

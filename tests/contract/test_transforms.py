@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from tests.contract.cases import OPS
 from tests.contract.harness import (
     QUICK,
-    ROWS,
     assert_close,
     by_variant,
     cast,
@@ -21,6 +20,7 @@ from tests.contract.harness import (
     keywords,
     make,
     one_layer_of_each_kind,
+    rows_with_meshes,
     runner,
     runner_with_gradients,
     state_weights,
@@ -87,29 +87,6 @@ def test_inside_scan_and_checkpoint(case, algorithm, x64, strict):
         grads, _ = runner_with_gradients(case, algorithm)(scaled, state, reset, w, w_state)
         expected += scale * contract(grads, inputs)
     assert_close(got, np.float64(expected), 1e-10)
-
-
-def rows_with_meshes(quick, kind):
-    """Parametrize by row and kind of mesh axes; the rows named in `quick` are not slow.
-
-    One or two rows of each op, and one layer of each kind, run on both kinds of mesh. The other
-    rows run on `kind`, because all rows of an op share the code that depends on the kind.
-    """
-    return pytest.mark.parametrize(
-        ("case", "kind"),
-        [
-            pytest.param(
-                case,
-                axis_type,
-                id=f"{case}-{axis_type.name}",
-                marks=[pytest.mark.xdist_group(str(case))]
-                + [pytest.mark.slow] * (case.name not in quick),
-            )
-            for case in ROWS
-            for axis_type in (AxisType.Auto, AxisType.Explicit)
-            if case.name in QUICK or case.name in quick or axis_type == kind
-        ],
-    )
 
 
 @functools.cache
