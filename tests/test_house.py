@@ -174,6 +174,13 @@ def test_public_functions_are_documented(name):
         assert re.search(rf"^\s+(\w+, )*{argument}(, \w+)*:", function.__doc__, re.M), argument
 
 
+# Options that the arrays of a row require.
+OPTIONS = {
+    "linear_attention-exclusive": {"exclusive": True},
+    "linear_attention-normalizer": {"normalizer": True},
+}
+
+
 @pytest.mark.parametrize("case", OPS, ids=str)
 def test_annotations_are_true(case, compiled_quickly):
     inputs, state, reset = make(case)
@@ -184,4 +191,5 @@ def test_annotations_are_true(case, compiled_quickly):
         pytest.skip("the arrays of the other rows, without A")
     typed = jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
     arrays = cast(inputs, "float32")
-    typed(**arrays, initial_state=cast(state, "float32"), reset=jnp.asarray(reset))
+    options = OPTIONS.get(str(case), {})
+    typed(**arrays, initial_state=cast(state, "float32"), reset=jnp.asarray(reset), **options)

@@ -67,10 +67,13 @@ def default_implementation(implementation: str | None) -> contextlib.AbstractCon
     Args:
       implementation: "xla", so that no Pallas kernel runs, or None, the automatic choice.
 
+    Returns:
+      a context manager.
+
     Raises:
       ValueError: if the value is another one.
 
-    Examples:
+    Example:
       >>> import jax, jax.numpy as jnp, seqjax
       >>> layer = seqjax.layers.DeltaNet(dim=8, heads=2)
       >>> params = layer.init(jax.random.key(0))

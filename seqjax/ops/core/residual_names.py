@@ -14,6 +14,7 @@ from seqjax.types import PyTree
 OUTPUTS = "seqjax_outputs"
 RESIDUALS = "seqjax_residuals"
 CHECKPOINT_NAMES = (OUTPUTS, RESIDUALS)
+"""The names that the ops give, for `jax.checkpoint_policies.save_only_these_names`."""
 
 
 def named(tree: PyTree, name: str) -> PyTree:
