@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 
 import seqjax
 from experiments.base.errors import UserError
+from experiments.data.tokens import INSTALL, Tokenizer
 from experiments.objectives.sampling import GROUP_SIZE, Settings
-
-INSTALL = "pip install -e '.[pretrained]'"
 
 
 class Published:
@@ -27,24 +23,21 @@ class Published:
     def __init__(self, path: str, *, capacity: int = 4096) -> None:
         """Load a folder, or a name on the Hugging Face hub, in the dtype of its weights."""
         try:
-            import tokenizers
-
             from seqjax.pretrained import hub, load
-        except ImportError as error:
-            raise UserError(
-                f"--checkpoint={path}: {error.name} is missing; run {INSTALL}"
-            ) from None
-        try:
+
             folder = hub.find_folder(path)
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(_tokenizer_file(folder)))
+            self._tokenizer = Tokenizer(folder)
             self._model, self._params = load(folder, capacity=capacity)
-        except (ImportError, ValueError) as error:
+        except ImportError as error:
+            reason = f"{error.name} is missing; run {INSTALL}" if error.name else str(error)
+            raise UserError(f"--checkpoint={path}: {reason}") from None
+        except ValueError as error:
             raise UserError(f"--checkpoint={path}: {error}") from None
-        self.stop_tokens = _stop_tokens(folder)
+        self.stop_tokens = self._tokenizer.stop_tokens
 
     def stream(self, prompt: str, settings: Settings) -> Iterator[str]:
         """Yield the text that follows a prompt, up to `num_bytes` tokens or the stop string."""
-        tokens = self._tokenizer.encode(prompt).ids
+        tokens = self._tokenizer.encode(prompt)
         if not tokens:
             raise UserError("--prompt: must have at least one token for this tokenizer")
         groups = seqjax.stream(
@@ -87,24 +80,3 @@ def until(stop: str, pieces: Iterable[str]) -> Iterator[str]:
             return
         yield piece
         text += piece
-
-
-def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path:
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        raise ValueError(
-            f"{folder} must have a file tokenizer.json; save the tokenizer with"
-            " `tokenizer.save_pretrained` of transformers"
-        )
-    return file
-
-
-def _stop_tokens(folder: pathlib.Path) -> Sequence[int]:
-    """Return the end-of-text tokens that the configuration files name."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        if file.exists():
-            ids: Any = json.loads(file.read_text()).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    return ()
