@@ -83,7 +83,9 @@ def _compile(source: str) -> Any:
         import jinja2.ext
         import jinja2.sandbox
     except ImportError:
-        raise ValueError("`messages` must have the package jinja2; pip install jinja2") from None
+        raise ValueError(
+            "`messages` must have the package jinja2; run pip install jinja2"
+        ) from None
 
     class Generation(jinja2.ext.Extension):
         """The tag that marks text of the assistant in some templates; its body is kept."""

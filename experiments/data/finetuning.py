@@ -45,8 +45,10 @@ def load(path: str, tokenizer: Tokenizer, heldout_fraction: float) -> TokenCorpu
         cut = len(text) - int(len(text) * heldout_fraction)
         train, heldout = ([tokenizer.text(part)[0]] for part in (text[:cut], text[cut:]))
     digest = hashlib.sha256(text.encode() + tokenizer.file.read_bytes()).hexdigest()[:16]
-    parts = [[doc for doc in part if doc["counted"].any()] for part in (train, heldout)]
-    return TokenCorpus(path, *parts, digest)
+    train, heldout = (
+        [document for document in part if document["counted"].any()] for part in (train, heldout)
+    )
+    return TokenCorpus(path, train, heldout, digest)
 
 
 def read_text(path: str, flag: str) -> str:

@@ -220,16 +220,28 @@ def windows(documents: Sequence[dict[str, np.ndarray]], length: int) -> dict[str
 
 
 def lanes(documents: Sequence[bytes], count: int, length: int) -> dict[str, np.ndarray]:
+    """Return the lanes of documents of bytes; see `document_lanes`.
+
+    A lane starts like a document, with byte 0, so that it reads no byte of the lane before it.
+    """
+    return document_lanes(
+        [shift(text) for text in documents if text], count, length, DOCUMENT_START
+    )
+
+
+def document_lanes(
+    documents: Sequence[dict[str, np.ndarray]], count: int, length: int, first: int | None = None
+) -> dict[str, np.ndarray]:
     """Concatenate documents and split them into `count` lanes, to read with a carried state.
 
-    Returns `inputs`, `targets` uint8, `reset` and `counted` bool, each [count, n * length]. Every
-    byte is a target exactly once; `counted` is False on the padding at the end. A lane starts
-    like a document, with a reset, so that it reads no byte of the lane before it.
+    Returns `inputs`, `targets`, `reset` and `counted`, each [count, n * length]. Every target is in
+    one lane; `counted` is False on the padding at the end, and where the documents say so. A lane
+    starts with a reset and, if `first` is given, with this input.
     """
-    shifted = [shift(text) for text in documents if text]
-    targets = np.concatenate([part["targets"] for part in shifted])
-    inputs = np.concatenate([part["inputs"] for part in shifted])
-    starts = np.cumsum([0] + [len(part["targets"]) for part in shifted[:-1]])
+    targets = np.concatenate([part["targets"] for part in documents])
+    inputs = np.concatenate([part["inputs"] for part in documents])
+    counted = [part.get("counted", np.ones(len(part["targets"]), bool)) for part in documents]
+    starts = np.cumsum([0] + [len(part["targets"]) for part in documents[:-1]])
     reset = np.zeros(targets.shape, bool)
     reset[starts] = True
 
@@ -244,8 +256,9 @@ def lanes(documents: Sequence[bytes], count: int, length: int) -> dict[str, np.n
         "inputs": cut(inputs),
         "targets": cut(targets),
         "reset": cut(reset),
-        "counted": cut(np.ones(targets.shape, bool)),
+        "counted": cut(np.concatenate(counted)),
     }
-    result["inputs"][:, 0] = DOCUMENT_START
+    if first is not None:
+        result["inputs"][:, 0] = first
     result["reset"][:, 0] = True
     return result

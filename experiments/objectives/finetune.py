@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,9 @@ from experiments.base.devices import DeviceMesh
 from experiments.base.errors import UserError, check_positive
 from experiments.data import finetuning, pipeline, tokens
 from experiments.objectives.losses import counted_mean, counted_nats
+from experiments.objectives.published import one_line
 from seqjax import pretrained, sharding
+from seqjax.pretrained import hub
 
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -76,8 +77,8 @@ class FineTune(NextToken):
         if not data.path:
             raise UserError("no --data: give a file of text, or a .jsonl file")
         self._config = config
-        try:
-            self._folder = pretrained_folder(chosen.checkpoint)
+        with one_line(chosen.checkpoint):
+            self._folder = hub.find_folder(chosen.checkpoint)
             self._tokenizer = tokens.Tokenizer(self._folder)
             self._options = {
                 "capacity": data.length,
@@ -86,13 +87,6 @@ class FineTune(NextToken):
             }
             model = pretrained.read_model(self._folder, chosen.dtype or None, **self._options)
             super().__init__(model, chosen.lora_rank, chosen.lora_alpha)
-        except ImportError as error:
-            missing = error.name or str(error)
-            raise UserError(
-                f"--checkpoint={chosen.checkpoint}: {missing} is missing; run {tokens.INSTALL}"
-            ) from None
-        except ValueError as error:
-            raise UserError(f"--checkpoint={chosen.checkpoint}: {error}") from None
         corpus = finetuning.load(data.path, self._tokenizer, data.heldout_fraction)
         _check_size(corpus, data.length)
         self._corpus = corpus
@@ -108,10 +102,8 @@ class FineTune(NextToken):
         Trained weights are float32 and are converted to the model's dtype where they are used.
         """
         dtype = self.model.dtype if self.adapter else np.promote_types(self.model.dtype, "float32")
-        try:
+        with one_line(self._config.model.checkpoint):
             _, params = pretrained.load(self._folder, device_mesh.mesh, dtype, **self._options)
-        except ValueError as error:
-            raise UserError(f"--checkpoint={self._config.model.checkpoint}: {error}") from None
         if self.adapter is None:
             return params
         self.frozen = params
@@ -143,8 +135,10 @@ class FineTune(NextToken):
         without its beginning.
         """
 
+        model = sharding.constrain_activations(self.model, device_mesh.mesh)
+
         def nats(params: Any, batch: Any, sequence_axis: str | None) -> Any:
-            return counted_nats(self.model, params, batch, sequence_axis)
+            return counted_nats(model, params, batch, sequence_axis)
 
         split = sharding.split_time(
             nats, device_mesh.mesh, in_specs=(P(), P(None, "sequence")), out_specs=P()
@@ -203,13 +197,6 @@ class FineTune(NextToken):
             for file in sorted(self._folder.glob(pattern)):
                 if file.name != "config.json" and not file.name.endswith(".index.json"):
                     shutil.copy(file, folder)
-
-
-def pretrained_folder(path: str) -> pathlib.Path:
-    """Return the folder of a checkpoint: a local one, or a download from the hub."""
-    from seqjax.pretrained import hub
-
-    return hub.find_folder(path)
 
 
 def _padded(rows: np.ndarray, count: int) -> np.ndarray:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 import seqjax
 from experiments.base.errors import UserError
+from experiments.data import pipeline
 from experiments.data.tokens import INSTALL, Tokenizer
 from experiments.objectives.sampling import GROUP_SIZE, Settings
 
@@ -22,17 +26,12 @@ class Published:
 
     def __init__(self, path: str, *, capacity: int = 4096) -> None:
         """Load a folder, or a name on the Hugging Face hub, in the dtype of its weights."""
-        try:
+        with one_line(path):
             from seqjax.pretrained import hub, load
 
             folder = hub.find_folder(path)
             self._tokenizer = Tokenizer(folder)
             self._model, self._params = load(folder, capacity=capacity)
-        except ImportError as error:
-            reason = f"{error.name} is missing; run {INSTALL}" if error.name else str(error)
-            raise UserError(f"--checkpoint={path}: {reason}") from None
-        except ValueError as error:
-            raise UserError(f"--checkpoint={path}: {error}") from None
         self.stop_tokens = self._tokenizer.stop_tokens
 
     def stream(self, prompt: str, settings: Settings) -> Iterator[str]:
@@ -80,3 +79,88 @@ def until(stop: str, pieces: Iterable[str]) -> Iterator[str]:
             return
         yield piece
         text += piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A text in the tokens of a published model, before the weights are read.
+
+    Attributes:
+      model: the model.
+      params: function that reads the weights.
+      streams: the text in lanes; see `pipeline.document_lanes`.
+      window: tokens of a window.
+      num_tokens: number of predicted tokens.
+      num_bytes: number of bytes of the text that these tokens are.
+      context: tokens after which the state is cleared; 0 if it never is.
+    """
+
+    model: Any
+    params: Callable[[], Any]
+    streams: dict[str, np.ndarray]
+    window: int
+    num_tokens: int
+    num_bytes: int
+    context: int
+
+    @property
+    def remark(self) -> str:
+        """Return a part of a sentence on the context, or an empty string."""
+        if not self.context:
+            return ""
+        return f", with the state cleared every {self.context:,} tokens to bound attention caches"
+
+
+def read_text(
+    path: str, text: str, *, window: int, lanes: int, dtype: str | None, capacity: int = 4096
+) -> Reading:
+    """Return a text as windows of tokens for a published model.
+
+    The state of a recurrence is carried over the whole text. A model with full attention has a
+    cache of `capacity` tokens, and its state is cleared as often as this requires.
+
+    Args:
+      path: a folder, or a name on the Hugging Face hub.
+      text: the text, which is one document.
+      window: tokens of a window.
+      lanes: number of parts of the text that are read side by side.
+      dtype: dtype of the weights; None for that of the files.
+      capacity: tokens of attention caches.
+    """
+    with one_line(path):
+        from seqjax.pretrained import hub, load, read_model
+
+        folder = hub.find_folder(path)
+        document, characters = Tokenizer(folder).text(text, end=False)
+        model = read_model(folder, dtype, capacity=capacity)
+        cached = model.backbone != read_model(folder, dtype, capacity=2 * capacity).backbone
+    tokens = len(document["targets"])
+    if not 0 < lanes <= tokens:
+        raise UserError(
+            f"--text: must have more than {lanes} tokens for {lanes} lanes, got {tokens}"
+        )
+    if cached and window > capacity:
+        raise UserError(f"--window={window}: must be at most {capacity} for a model with attention")
+    streams = pipeline.document_lanes([document], lanes, window)
+    context = capacity // window * window if cached else 0
+    if context:
+        streams["reset"][:, ::context] = True
+
+    def params() -> Any:
+        with one_line(path):
+            return load(folder, dtype=dtype, capacity=capacity)[1]
+
+    size = len(text[len(text) - characters :].encode())
+    return Reading(model, params, streams, window, tokens, size, context)
+
+
+@contextlib.contextmanager
+def one_line(path: str) -> Iterator[None]:
+    """Turn errors of the loader into errors that name the flag."""
+    try:
+        yield
+    except ImportError as error:
+        reason = f"{error.name} is missing; run {INSTALL}" if error.name else str(error)
+        raise UserError(f"--checkpoint={path}: {reason}") from None
+    except ValueError as error:
+        raise UserError(f"--checkpoint={path}: {error}") from None

@@ -208,7 +208,8 @@ def test_templates_use_the_functions_of_the_reference(tmp_path):
     template = (
         "{% for m in messages %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
         "{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
-        "{% if messages and messages[0].role == 'user' %}{{ raise_exception('no user') }}{% endif %}"
+        "{% if messages and messages[0].role == 'user' %}"
+        "{{ raise_exception('no user') }}{% endif %}"
     )
     made = chat.Template(write_checkpoint(tmp_path, template))
     answer = [{"role": "assistant", "content": "w5 "}]
