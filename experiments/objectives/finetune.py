@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -90,7 +91,9 @@ class FineTune(NextToken):
         corpus = finetuning.load(data.path, self._tokenizer, data.heldout_fraction)
         _check_size(corpus, data.length)
         self._corpus = corpus
-        self._heldout = pipeline.windows(corpus.heldout, data.length)
+        heldout = pipeline.windows(corpus.heldout, data.length)
+        counts = heldout["counted"].any(axis=1)
+        self._heldout = {name: rows[counts] for name, rows in heldout.items()}
         config_text = (self._folder / "config.json").read_bytes()
         self.fingerprint = corpus.fingerprint + hashlib.sha256(config_text).hexdigest()[:16]
         self.name = corpus.name
@@ -101,7 +104,7 @@ class FineTune(NextToken):
 
         Trained weights are float32 and are converted to the model's dtype where they are used.
         """
-        dtype = self.model.dtype if self.adapter else np.promote_types(self.model.dtype, "float32")
+        dtype = self.model.dtype if self.adapter else jnp.promote_types(self.model.dtype, "float32")
         with one_line(self._config.model.checkpoint):
             _, params = pretrained.load(self._folder, device_mesh.mesh, dtype, **self._options)
         if self.adapter is None:

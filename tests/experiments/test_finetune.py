@@ -1,5 +1,6 @@
 """Fine-tuning of a published checkpoint: data, training, exact resume, export and errors."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -85,9 +86,8 @@ def test_the_export_is_the_trained_model(reference, folder, text):
     objective = finetune_objective(folder, text, rank)
     loaded = objective.load(finetune.devices.DeviceMesh(""))
     first = loaded if loaded is not None else objective.trained.init(jax.random.key(0))
-    with checkpoints.contextlib.closing(checkpoints.Checkpoints(workdir)) as saver:
-        like = {"params": first, "optimizer": {}}
-        abstract = jax.tree.map(checkpoints.ocp.utils.to_shape_dtype_struct, like["params"])
+    with contextlib.closing(checkpoints.Checkpoints(workdir)) as saver:
+        abstract = jax.tree.map(checkpoints.ocp.utils.to_shape_dtype_struct, first)
         restore = checkpoints.ocp.args.StandardRestore(abstract)
         params = checkpoints._restore(saver._latest, saver.latest_step(), params=restore)["params"]
     merged = objective.merge(params, objective.frozen)
@@ -149,6 +149,7 @@ def test_stop_and_resume_is_a_run_never_stopped(reference, folder, text, tmp_pat
     assert whole == again
 
 
+@pytest.mark.slow
 def test_the_loss_on_a_mesh_is_that_of_one_device(reference, folder, text, tmp_path):
     rank, workdir, _ = reference
     config = quick(folder, text, rank, mesh="data=1,fsdp=2,tensor=2,sequence=2")
@@ -157,6 +158,7 @@ def test_the_loss_on_a_mesh_is_that_of_one_device(reference, folder, text, tmp_p
         assert row == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_stacked_blocks_and_bfloat16_train(folder, text, tmp_path):
     """Check that adapters of a narrow model are float32, and that the export is narrow."""
     config = quick(folder, text, steps=2)
