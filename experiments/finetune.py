@@ -11,6 +11,7 @@ the result in the format of the checkpoint.
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from experiments import train
 from experiments.base import cli, devices
 from experiments.base.errors import UserError
 
-CONFIG = str(pathlib.Path(__file__).parent / "configs" / "finetune.py")
+CONFIG = os.path.relpath(pathlib.Path(__file__).parent / "configs" / "finetune.py")
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
