@@ -3,6 +3,7 @@
     python -m experiments.plan --topology=v5e:16x16 \\
         --config=experiments/configs/pod.py:gated_deltanet_1b
     python -m experiments.plan --table=v5e:16x16,v5p:4x4x4      # a table of every recipe
+    python -m experiments.plan --table=published                # of published models
 
 Compiles the training step ahead of time with the TPU compiler. Needs the `aot` extra.
 """
@@ -26,19 +27,22 @@ from absl import flags
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from experiments.base import build, cli
+from experiments.base import cli
 from experiments.base.errors import UserError, nearest
 from experiments.compiled import collectives, flops
 from experiments.compiled.chips import CHIPS as ALL_CHIPS
 from experiments.compiled.chips import Chip
-from experiments.configs import pod
-from experiments.objectives import language
+from experiments.configs import pod, published
+from experiments.objectives import abstract
 from experiments.training import optimizer
 from experiments.training.step import make_init, make_train_step
 from seqjax import sharding
 
 # TPU7x is left out: it has two devices per chip, and a plan assumes one.
 CHIPS = {name: ALL_CHIPS[name] for name in ("v5e", "v5p", "v6e")}
+
+
+TOPOLOGY = "v5e:16x16"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +119,17 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags of this script."""
     cli.define_config(values, argv)
     flags.DEFINE_string(
-        "topology", "v5e:16x16", "TPU slice, such as v5p:4x4x4.", flag_values=values
+        "topology",
+        "",
+        f"TPU slice, such as v5p:4x4x4; empty: that of the configuration, or {TOPOLOGY}.",
+        flag_values=values,
     )
     flags.DEFINE_string("mesh", "", "Mesh; empty: that of the configuration.", flag_values=values)
     flags.DEFINE_list(
-        "table", [], "Slices; prints a table of all recipes instead.", flag_values=values
+        "table",
+        [],
+        "Slices for a table of all recipes, or `published` for one of published models.",
+        flag_values=values,
     )
 
 
@@ -128,19 +138,30 @@ def main(values: Any) -> int:
     if values.table:
         return 0 if table(values.table) else 1
     config = cli.require_config(values)
-    plan = make_plan(config, values.topology, values.mesh or config.mesh)
+    topology = values.topology or config.get("published", {}).get("topology", TOPOLOGY)
+    plan = make_plan(config, topology, values.mesh or config.mesh)
     print(report(config, plan))
     return 0 if plan.fits else 1
 
 
 def table(topologies: Sequence[str]) -> bool:
-    """Print a row for every recipe, length and slice; return whether all fit."""
-    for topology in topologies:
+    """Print a row for every recipe, length and slice; return whether all fit.
+
+    With "published", print a row for each published model and what is trained, on its own slice.
+    """
+    if list(topologies) == ["published"]:
+        named = [published.get_config(",".join(words)) for words in published.SLICES]
+        jobs = [(config.published.topology, config) for config in named]
+    else:
+        jobs = [
+            (topology, pod.get_config(f"{name},{length}"))
+            for topology, name, length in itertools.product(topologies, pod.MODELS, pod.LENGTHS)
+        ]
+    for topology in {topology for topology, _ in jobs}:
         topology_devices(topology)  # report a mistake before the first compilation
     print(f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}\n\n{HEADER}")
     fit = []
-    for topology, name, length in itertools.product(topologies, pod.MODELS, pod.LENGTHS):
-        config = pod.get_config(f"{name},{length}")
+    for topology, config in jobs:
         plan = make_plan(config, topology, config.mesh)
         print(row(config, topology, plan), flush=True)
         fit.append(plan.fits)
@@ -170,16 +191,18 @@ def topology_devices(topology: str) -> tuple[Chip, list[Any]]:
 def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
     """Compile the training step of a configuration for a topology."""
     chip, chips = topology_devices(topology)
-    model = build.build_model(config.model)
-    transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())
+    made = abstract.make(config)
+    model, trained = made.objective.model, made.objective.trained
+    transform = optimizer.make_optimizer(config.optimizer, config.steps, trained.param_roles())
     schedule = optimizer.make_schedule(config.optimizer, config.steps)
-    state = jax.eval_shape(make_init(model, transform), jax.random.key(0))
+    state = jax.eval_shape(make_init(trained, transform), jax.random.key(0), made.params)
     shape = (config.data.batch_size, config.data.length)
     try:
         mesh = sharding.make_mesh(mesh_text, devices=chips)
         shardings = sharding.shard(
-            model, mesh, batch_shape=shape, optimizer_state=state["optimizer"]
+            trained, mesh, batch_shape=shape, optimizer_state=state["optimizer"]
         )
+        whole = sharding.shard(model, mesh).params
     except ValueError as error:
         raise UserError(f"the mesh {mesh_text!r} on {topology}: {error}") from error
 
@@ -191,16 +214,13 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
     )
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.batch)
-        for name, dtype in (
-            ("inputs", jnp.uint8),
-            ("targets", jnp.uint8),
-            ("segment_ids", jnp.int32),
-        )
+        for name, dtype in made.batch.items()
     }
+    frozen = None if made.frozen is None else jax.tree.map(sharded, made.frozen, whole)
     index = jax.ShapeDtypeStruct((), jnp.int32, sharding=shardings.replicated)
-    step: Any = make_train_step(language.NextByte(model), transform, schedule, shardings)
+    step: Any = make_train_step(made.objective, transform, schedule, shardings)
     began = time.perf_counter()
-    lowered = step.lower(state, batch, index)
+    lowered = step.lower(state, batch, index, frozen)
     known = {
         "chips": len(chips),
         "mesh": dict(mesh.shape),
@@ -216,7 +236,7 @@ def make_plan(config: ConfigDict, topology: str, mesh_text: str) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise
-        held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((state, batch)))
+        held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((state, batch, frozen)))
         used = _used(str(error), held)
         return Plan(
             **known,

@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,13 @@ def default_workdir(config: ConfigDict) -> str:
     return "runs/" + "-".join(name for name in names if name)
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: Path, finish: Callable[[Any, Any], None] | None = None
+) -> dict[str, Any]:
     """Train, evaluate and sample; return the content of summary.json.
 
-    After a signal, save a checkpoint and return the exit code and the step.
+    After a signal, save a checkpoint and return the exit code and the step. At the end of a
+    complete run, call `finish(objective, params)` with the trained parameters.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -86,15 +89,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # The model, its data, its optimizer and its training step.
     objective = protocol.make(config)
     model, shape = objective.model, objective.batch_shape
-    transform = optimizer.make_optimizer(config.optimizer, config.steps, model.param_roles())
+    roles = objective.trained.param_roles()
+    transform = optimizer.make_optimizer(config.optimizer, config.steps, roles)
     schedule = optimizer.make_schedule(config.optimizer, config.steps)
-    init, axis_types = make_init(model, transform), config.get("mesh_axis_types", "auto")
-    mesh = devices.DeviceMesh(config.mesh, model, shape, init, axis_types)
+    init = make_init(objective.trained, transform)
+    axis_types = config.get("mesh_axis_types", "auto")
+    mesh = devices.DeviceMesh(config.mesh, objective.trained, shape, init, axis_types)
     train_step = make_train_step(objective, transform, schedule, mesh.shardings)
     evaluate = objective.make_evaluate(mesh)
     solver_report = newton_report.make_report(model)
     batches = objective.batches(mesh.rows(shape[0]))
-    state, step = mesh.make_state(config.seed), 0
+    state, step = mesh.make_state(config.seed, objective.load(mesh)), 0
+    frozen = objective.frozen
     score: float | None = None  # of the current parameters, if evaluated; smaller is better
     best_score, timed = math.inf, {"steps": 0, "seconds": 0.0}
     target = config.stop_at if objective.lower_is_better else -config.stop_at
@@ -133,8 +139,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if good_enough():
             start = f"reached config.stop_at={config.stop_at:g} at step {step} of"
         say(
-            f"{config.name}: {sum(map(np.size, jax.tree.leaves(state['params']))):,} parameters, "
-            f"{start} {config.steps} steps of {' x '.join(map(str, shape))} {objective.unit} on "
+            f"{config.name}: {count_params(state['params']):,} parameters, "
+            + (f"{count_params(frozen):,} frozen, " if frozen is not None else "")
+            + f"{start} {config.steps} steps of {' x '.join(map(str, shape))} {objective.unit} on "
             f"{objective.name} in {workdir}"
             + (f" on {jax.device_count()} devices, {config.mesh}" if config.mesh else "")
         )
@@ -149,7 +156,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         ) as interrupt:
             while step < config.steps and not good_enough() and not stop:
                 batch = mesh.put(next(batches))
-                state, step_metrics = train_step(state, batch, np.int32(step))
+                state, step_metrics = train_step(state, batch, np.int32(step), frozen)
                 step, score = step + 1, None
                 metrics.add(step, step_metrics)
                 progress.step()
@@ -229,8 +236,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             )
         if devices.is_main():
             (workdir / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
+        if finish is not None:
+            finish(objective, state["params"])
         say(f"in {workdir}: {files}")
         return result
+
+
+def count_params(params: Any) -> int:
+    """Return the number of parameters in a tree."""
+    return sum(map(np.size, jax.tree.leaves(params)))
 
 
 def say(text: str) -> None:

@@ -29,7 +29,7 @@ if "COLAB_RELEASE_TAG" in os.environ:
                 "fill it in at the top of this cell, as you would give it to `git clone`."
             )
         subprocess.run(["git", "clone", "--depth=1", REPOSITORY, "seqjax-checkout"], check=True)
-        packages = "./seqjax-checkout[flax,experiments]"
+        packages = "./seqjax-checkout[flax,experiments,pretrained]"
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", packages], check=True)
     if "seqjax-checkout" not in sys.path:  # also after a restart of the kernel
         sys.path.insert(0, "seqjax-checkout")

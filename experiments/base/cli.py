@@ -23,11 +23,13 @@ from experiments.base.errors import UserError, is_disk_full, system_error
 EXAMPLE_CONFIG = "experiments/configs/lm.py:gated_deltanet"
 
 
-def define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
+def define_config(
+    values: flags.FlagValues, argv: Sequence[str], default: str | None = None
+) -> None:
     """Define `--config=FILE.py:ARG` and its `--config.FIELD=VALUE` overrides."""
     config_flags.DEFINE_config_file(
         "config",
-        None,
+        default,
         f"Configuration file and its words, for example {EXAMPLE_CONFIG}.",
         flag_values=values,
         sys_argv=list(argv),
@@ -177,11 +179,11 @@ def _parse(
     takes_words: bool,
 ) -> list[str]:
     usage.define_flags(values)
-    define_flags(values, argv)
     config_argument = next(
         (argument for argument in argv if argument.startswith("--config=")), "--config"
     )
     try:
+        define_flags(values, argv)  # reads the default of --config, with its overrides
         rest = values(argv)
     except UserError as error:
         raise UserError(f"{config_argument}: {error}") from error

@@ -138,16 +138,20 @@ class DeviceMesh:
             return None
         return {"params": self.shardings.params, "optimizer": self.shardings.optimizer}
 
-    def make_state(self, seed: int) -> Any:
-        """Return the initial state, each shard created on its device."""
+    def make_state(self, seed: int, params: Any = None) -> Any:
+        """Return the initial state, each shard created on its device.
+
+        `params` are the first parameters; by default they are drawn from the seed.
+        """
         key = jax.random.key(seed)
         if self.shardings is None:
-            return self._state(key)
-        return jax.jit(self._state, out_shardings=self.state)(key)
+            return self._state(key, params)
+        make = jax.jit(self._state, out_shardings=self.state, donate_argnums=1)
+        return make(key, params)
 
-    def _state(self, key: jax.Array) -> Any:
+    def _state(self, key: jax.Array, params: Any = None) -> Any:
         assert self._init is not None
-        return self._init(key)
+        return self._init(key, params)
 
     def rows(self, batch_size: int) -> Sequence[int]:
         """Return the rows of a global batch that the devices of this process hold."""

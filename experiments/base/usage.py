@@ -60,7 +60,10 @@ def _flags(values: flags.FlagValues, full: bool) -> str:
         flag = values[name]
         if name.startswith("config."):  # listed with the fields
             continue
-        shown = f"--[no]{name}" if flag.boolean else f"--{name}={_shown(flag.default)}"
+        # The default of `config` is a parsed configuration; its path is shown.
+        parsed = name == "config" and flag.default is not None
+        default = config_path(values) if parsed else flag.default
+        shown = f"--[no]{name}" if flag.boolean else f"--{name}={_shown(default)}"
         comment = " ".join((flag.help or "").split())
         lines += _entry(shown, comment)
     if full:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -14,6 +14,7 @@ from experiments.base.errors import UserError
 from experiments.data import corpus as corpora
 from experiments.data import tfds_sets
 
+Convert = Callable[[Any], dict[str, np.ndarray]]
 # Input byte for predicting the first byte of a document.
 DOCUMENT_START = 0
 
@@ -53,20 +54,21 @@ def _check_size(corpus: corpora.Corpus, length: int) -> None:
 
 
 class _TokenSource:
-    """Grain source of documents as input and target bytes.
+    """Grain source of documents as arrays of inputs and targets.
 
     Contains every `step`-th document from `start` on.
     """
 
-    def __init__(self, documents: corpora.Documents, start: int = 0, step: int = 1) -> None:
+    def __init__(self, documents: Any, convert: Convert, start: int = 0, step: int = 1) -> None:
         self._documents = documents
+        self._convert = convert
         self._indices = range(start, len(documents), step)
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return shift(self._documents[self._indices[int(index)]])
+        return self._convert(self._documents[self._indices[int(index)]])
 
     def __repr__(self) -> str:
         return f"_TokenSource({len(self)} documents)"
@@ -81,16 +83,8 @@ def shift(document: bytes) -> dict[str, np.ndarray]:
     return {"inputs": inputs, "targets": targets}
 
 
-def _window(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        "inputs": packed["inputs"],
-        "targets": packed["targets"],
-        "segment_ids": packed["inputs_segment_ids"],
-    }
-
-
 def train_batches(
-    documents: corpora.Documents,
+    documents: Any,
     *,
     length: int,
     batch_size: int,
@@ -98,8 +92,13 @@ def train_batches(
     shuffle_windows: int,
     streams: int = 1,
     rows: Sequence[int] | None = None,
+    convert: Convert | None = None,
+    features: Sequence[str] = ("inputs", "targets"),
 ) -> Streams:
     """Return an endless iterator of `inputs`, `targets` [B,T] uint8 and `segment_ids` [B,T] int32.
+
+    `documents` are bytes, or of any kind that `convert` returns as arrays of equal length, whose
+    names are `features`. The batches then have these arrays in place of inputs and targets.
 
     Documents are shuffled in each epoch and packed end to end into windows of `length` bytes. A
     buffer of `shuffle_windows` windows is shuffled again, so that a batch mixes many documents.
@@ -120,7 +119,12 @@ def train_batches(
     return Streams(
         {
             stream: _stream(
-                _TokenSource(documents, stream, streams), length, share, seed, shuffle_windows
+                _TokenSource(documents, convert or shift, stream, streams),
+                features,
+                length,
+                share,
+                seed,
+                shuffle_windows,
             )
             for stream in wanted
         },
@@ -163,8 +167,17 @@ class Streams:
 
 
 def _stream(
-    source: _TokenSource, length: int, batch_size: int, seed: int, shuffle_windows: int
+    source: _TokenSource,
+    features: Sequence[str],
+    length: int,
+    batch_size: int,
+    seed: int,
+    shuffle_windows: int,
 ) -> grain.DatasetIterator:
+    def window(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        arrays = {name: packed[name] for name in features}
+        return arrays | {"segment_ids": packed[f"{features[0]}_segment_ids"]}
+
     dataset = (
         grain.MapDataset.source(source)
         .seed(seed)
@@ -173,12 +186,12 @@ def _stream(
         .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
     )
     dataset = grain_experimental.ConcatThenSplitIterDataset(
-        dataset, length_struct={"inputs": length, "targets": length}
+        dataset, length_struct=dict.fromkeys(features, length)
     )
     dataset = grain_experimental.WindowShuffleIterDataset(
         dataset, window_size=shuffle_windows, seed=seed
     )
-    return iter(dataset.map(_window).batch(batch_size, drop_remainder=True))
+    return iter(dataset.map(window).batch(batch_size, drop_remainder=True))
 
 
 def resume(batches: Streams, state: Any) -> None:
@@ -194,17 +207,41 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+def windows(documents: Sequence[dict[str, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    """Concatenate documents of arrays and cut them into rows [N, length], padded with zeros.
+
+    Adds `segment_ids` int32, which number the documents from 1. Padding has the id 0.
+    """
+    sizes = [len(next(iter(document.values()))) for document in documents]
+    arrays = {name: np.concatenate([doc[name] for doc in documents]) for name in documents[0]}
+    arrays["segment_ids"] = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
+    pad = -sum(sizes) % length
+    return {name: np.pad(array, (0, pad)).reshape(-1, length) for name, array in arrays.items()}
+
+
 def lanes(documents: Sequence[bytes], count: int, length: int) -> dict[str, np.ndarray]:
+    """Return the lanes of documents of bytes; see `document_lanes`.
+
+    A lane starts like a document, with byte 0, so that it reads no byte of the lane before it.
+    """
+    return document_lanes(
+        [shift(text) for text in documents if text], count, length, DOCUMENT_START
+    )
+
+
+def document_lanes(
+    documents: Sequence[dict[str, np.ndarray]], count: int, length: int, first: int | None = None
+) -> dict[str, np.ndarray]:
     """Concatenate documents and split them into `count` lanes, to read with a carried state.
 
-    Returns `inputs`, `targets` uint8, `reset` and `counted` bool, each [count, n * length]. Every
-    byte is a target exactly once; `counted` is False on the padding at the end. A lane starts
-    like a document, with a reset, so that it reads no byte of the lane before it.
+    Returns `inputs`, `targets`, `reset` and `counted`, each [count, n * length]. Every target is in
+    one lane; `counted` is False on the padding at the end, and where the documents say so. A lane
+    starts with a reset and, if `first` is given, with this input.
     """
-    shifted = [shift(text) for text in documents if text]
-    targets = np.concatenate([part["targets"] for part in shifted])
-    inputs = np.concatenate([part["inputs"] for part in shifted])
-    starts = np.cumsum([0] + [len(part["targets"]) for part in shifted[:-1]])
+    targets = np.concatenate([part["targets"] for part in documents])
+    inputs = np.concatenate([part["inputs"] for part in documents])
+    counted = [part.get("counted", np.ones(len(part["targets"]), bool)) for part in documents]
+    starts = np.cumsum([0] + [len(part["targets"]) for part in documents[:-1]])
     reset = np.zeros(targets.shape, bool)
     reset[starts] = True
 
@@ -219,8 +256,9 @@ def lanes(documents: Sequence[bytes], count: int, length: int) -> dict[str, np.n
         "inputs": cut(inputs),
         "targets": cut(targets),
         "reset": cut(reset),
-        "counted": cut(np.ones(targets.shape, bool)),
+        "counted": cut(np.concatenate(counted)),
     }
-    result["inputs"][:, 0] = DOCUMENT_START
+    if first is not None:
+        result["inputs"][:, 0] = first
     result["reset"][:, 0] = True
     return result

@@ -19,10 +19,16 @@ from experiments.data import pipeline
 from seqjax import sharding
 
 Evaluate = Callable[[Any, Sequence[bytes]], float]
+Total = Callable[[Any, dict[str, np.ndarray], int], float]
 
 
 def make_evaluate(
-    model: Any, *, lanes: int, length: int, device_mesh: DeviceMesh | None = None
+    model: Any,
+    *,
+    lanes: int,
+    length: int,
+    device_mesh: DeviceMesh | None = None,
+    total: Total | None = None,
 ) -> Evaluate:
     """Return `evaluate(params, documents) -> bits per byte`, compiled once for all calls.
 
@@ -32,26 +38,52 @@ def make_evaluate(
     window to window and cleared at the start of a document. Every byte is predicted exactly once,
     from the bytes before it in its document and lane. The result is the total log-loss divided by
     ln 2 and by the number of bytes: the size of an arithmetic code made with the model.
-    """
 
+    `total` replaces the result of `make_total`.
+    """
+    total = make_total(model, device_mesh) if total is None else total
+
+    def evaluate(params: Any, documents: Sequence[bytes]) -> float:
+        streams = pipeline.lanes(documents, lanes, length)
+        nats = total(params, streams, length)
+        return float(nats / math.log(2) / sum(map(len, documents)))
+
+    return evaluate
+
+
+def window_nats(
+    model: Any,
+    params: Any,
+    state: Any,
+    part: dict[str, jax.Array],
+    sequence_axis: str | None,
+) -> tuple[Any, jax.Array]:
+    """Return the state after a window of streams, and the log-loss of each lane in nats."""
+    logits, state = model.apply(
+        params,
+        part["inputs"].astype(jnp.int32),
+        state,
+        reset=part["reset"],
+        sequence_axis=sequence_axis,
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, part["targets"].astype(jnp.int32)
+    )
+    sums = jnp.where(part["counted"], losses, 0.0).sum(axis=1)
+    return state, sums if sequence_axis is None else jax.lax.psum(sums, sequence_axis)
+
+
+def make_total(model: Any, device_mesh: DeviceMesh | None = None) -> Total:
+    """Return `total(params, streams, length)`, the log-loss in nats of streams [lanes, T].
+
+    The streams are those of `pipeline.lanes`. They are read `length` positions at a time, with a
+    carried state.
+    """
     device_mesh = DeviceMesh("") if device_mesh is None else device_mesh
     shardings = device_mesh.shardings
 
-    def nats(
-        params: Any, state: Any, part: dict[str, jax.Array], sequence_axis: str | None
-    ) -> tuple[Any, jax.Array]:
-        logits, state = model.apply(
-            params,
-            part["inputs"].astype(jnp.int32),
-            state,
-            reset=part["reset"],
-            sequence_axis=sequence_axis,
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, part["targets"].astype(jnp.int32)
-        )
-        sums = jnp.where(part["counted"], losses, 0.0).sum(axis=1)
-        return state, sums if sequence_axis is None else jax.lax.psum(sums, sequence_axis)
+    def nats(params: Any, state: Any, part: dict[str, jax.Array], sequence_axis: str | None) -> Any:
+        return window_nats(model, params, state, part, sequence_axis)
 
     split = sharding.split_time(
         nats, device_mesh.mesh, in_specs=(P(), P(), P(None, "sequence")), out_specs=P()
@@ -61,19 +93,18 @@ def make_evaluate(
         split, out_shardings=None if shardings is None else (None, shardings.replicated)
     )
 
-    def evaluate(params: Any, documents: Sequence[bytes]) -> float:
-        streams = pipeline.lanes(documents, lanes, length)
-        state = device_mesh.replicate(lambda: model.initial_state(lanes))
+    def total(params: Any, streams: dict[str, np.ndarray], length: int) -> float:
+        count = streams["inputs"].shape[0]
+        state = device_mesh.replicate(lambda: model.initial_state(count))
         sums = []
         for start in range(0, streams["inputs"].shape[1], length):
             part = {name: stream[:, start : start + length] for name, stream in streams.items()}
-            state, total = window(params, state, device_mesh.put(part))
-            sums.append(total)
+            state, lost = window(params, state, device_mesh.put(part))
+            sums.append(lost)
         # Summed in float64: a float32 total would lose digits over many windows.
-        nats = np.sum(np.asarray(jax.device_get(sums), np.float64))
-        return float(nats / math.log(2) / sum(map(len, documents)))
+        return float(np.sum(np.asarray(jax.device_get(sums), np.float64)))
 
-    return evaluate
+    return total
 
 
 def compressors(documents: Sequence[bytes]) -> dict[str, float]:

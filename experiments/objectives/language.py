@@ -17,9 +17,10 @@ from experiments.base.errors import UserError, check_positive
 from experiments.data import corpus as corpora
 from experiments.data import pipeline
 from experiments.objectives import heldout
+from experiments.objectives.whole import WholeModel
 
 
-class NextByte:
+class NextByte(WholeModel):
     """A byte-level language model and its loss, without data.
 
     Attributes:

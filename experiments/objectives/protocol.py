@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.base.devices import DeviceMesh
-from experiments.objectives import language
+from experiments.objectives import finetune, language
 from experiments.objectives import task as tasks
 
 
@@ -22,6 +22,11 @@ class Objective(Protocol):
       fingerprint: text that changes when the data changes.
 
       model: the model, which follows the protocol of a layer.
+
+      trained: the parameters to train, with `init`, `param_axes`, `param_roles` and
+        `param_shapes` as a layer has them: the model, or its adapters.
+
+      frozen: parameters that are not trained, after `load`; None without.
 
       batch_shape: (B, T) of a training batch.
 
@@ -37,11 +42,22 @@ class Objective(Protocol):
     name: str
     fingerprint: str
     model: Any
+    frozen: Any
     batch_shape: tuple[int, int]
     unit: str
     metric: str
     lower_is_better: bool
     curve: str
+
+    @property
+    def trained(self) -> Any:
+        """Return the model, or its adapters."""
+
+    def load(self, device_mesh: DeviceMesh) -> Any:
+        """Load published weights; return the first trained parameters, or None to draw them."""
+
+    def merge(self, params: Any, frozen: Any) -> Any:
+        """Return the parameters of the model from the trained and the frozen ones; traced."""
 
     def batches(self, rows: Any) -> Any:
         """Return an endless iterator of batches; its state is made of JSON values."""
@@ -66,5 +82,7 @@ class Objective(Protocol):
 
 
 def make(config: ConfigDict) -> Objective:
-    """Return the objective of a configuration: its task, or its text if it has no task."""
+    """Return the objective of a configuration: its task, its checkpoint, or its text."""
+    if "checkpoint" in config.model:
+        return finetune.FineTune(config)
     return tasks.make(config) if "task" in config else language.Text(config)

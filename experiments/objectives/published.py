@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ import numpy as np
 
 import seqjax
 from experiments.base.errors import UserError
+from experiments.data import pipeline
+from experiments.data.tokens import INSTALL, Tokenizer
 from experiments.objectives.sampling import GROUP_SIZE, Settings
-
-INSTALL = "pip install -e '.[pretrained]'"
 
 
 class Published:
@@ -26,25 +26,17 @@ class Published:
 
     def __init__(self, path: str, *, capacity: int = 4096) -> None:
         """Load a folder, or a name on the Hugging Face hub, in the dtype of its weights."""
-        try:
-            import tokenizers
-
+        with one_line(path):
             from seqjax.pretrained import hub, load
-        except ImportError as error:
-            raise UserError(
-                f"--checkpoint={path}: {error.name} is missing; run {INSTALL}"
-            ) from None
-        try:
+
             folder = hub.find_folder(path)
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(_tokenizer_file(folder)))
+            self._tokenizer = Tokenizer(folder)
             self._model, self._params = load(folder, capacity=capacity)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"--checkpoint={path}: {error}") from None
-        self.stop_tokens = _stop_tokens(folder)
+        self.stop_tokens = self._tokenizer.stop_tokens
 
     def stream(self, prompt: str, settings: Settings) -> Iterator[str]:
         """Yield the text that follows a prompt, up to `num_bytes` tokens or the stop string."""
-        tokens = self._tokenizer.encode(prompt).ids
+        tokens = self._tokenizer.encode(prompt)
         if not tokens:
             raise UserError("--prompt: must have at least one token for this tokenizer")
         groups = seqjax.stream(
@@ -89,22 +81,86 @@ def until(stop: str, pieces: Iterable[str]) -> Iterator[str]:
         text += piece
 
 
-def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path:
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        raise ValueError(
-            f"{folder} must have a file tokenizer.json; save the tokenizer with"
-            " `tokenizer.save_pretrained` of transformers"
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """A text in the tokens of a published model, before the weights are read.
+
+    Attributes:
+      model: the model.
+      params: function that reads the weights.
+      streams: the text in lanes; see `pipeline.document_lanes`.
+      window: tokens of a window.
+      num_tokens: number of predicted tokens.
+      num_bytes: number of bytes of the text that these tokens are.
+      context: tokens after which the state is cleared; 0 if it never is.
+    """
+
+    model: Any
+    params: Callable[[], Any]
+    streams: dict[str, np.ndarray]
+    window: int
+    num_tokens: int
+    num_bytes: int
+    context: int
+
+    @property
+    def remark(self) -> str:
+        """Return a part of a sentence on the context, or an empty string."""
+        if not self.context:
+            return ""
+        return f", with the state cleared every {self.context:,} tokens to bound attention caches"
+
+
+def read_text(
+    path: str, text: str, *, window: int, lanes: int, dtype: str | None, capacity: int = 4096
+) -> Reading:
+    """Return a text as windows of tokens for a published model.
+
+    The state of a recurrence is carried over the whole text. A model with full attention has a
+    cache of `capacity` tokens, and its state is cleared as often as this requires.
+
+    Args:
+      path: a folder, or a name on the Hugging Face hub.
+      text: the text, which is one document.
+      window: tokens of a window.
+      lanes: number of parts of the text that are read side by side.
+      dtype: dtype of the weights; None for that of the files.
+      capacity: tokens of attention caches.
+    """
+    with one_line(path):
+        from seqjax.pretrained import hub, load, read_model
+
+        folder = hub.find_folder(path)
+        document, characters = Tokenizer(folder).text(text, end=False)
+        model = read_model(folder, dtype, capacity=capacity)
+        cached = model.backbone != read_model(folder, dtype, capacity=2 * capacity).backbone
+    tokens = len(document["targets"])
+    if not 0 < lanes <= tokens:
+        raise UserError(
+            f"--text: must have more than {lanes} tokens for {lanes} lanes, got {tokens}"
         )
-    return file
+    if cached and window > capacity:
+        raise UserError(f"--window={window}: must be at most {capacity} for a model with attention")
+    streams = pipeline.document_lanes([document], lanes, window)
+    context = capacity // window * window if cached else 0
+    if context:
+        streams["reset"][:, ::context] = True
+
+    def params() -> Any:
+        with one_line(path):
+            return load(folder, dtype=dtype, capacity=capacity)[1]
+
+    size = len(text[len(text) - characters :].encode())
+    return Reading(model, params, streams, window, tokens, size, context)
 
 
-def _stop_tokens(folder: pathlib.Path) -> Sequence[int]:
-    """Return the end-of-text tokens that the configuration files name."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        if file.exists():
-            ids: Any = json.loads(file.read_text()).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    return ()
+@contextlib.contextmanager
+def one_line(path: str) -> Iterator[None]:
+    """Turn errors of the loader into errors that name the flag."""
+    try:
+        yield
+    except ImportError as error:
+        reason = f"{error.name} is missing; run {INSTALL}" if error.name else str(error)
+        raise UserError(f"--checkpoint={path}: {reason}") from None
+    except ValueError as error:
+        raise UserError(f"--checkpoint={path}: {error}") from None

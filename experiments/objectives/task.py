@@ -17,6 +17,8 @@ import seqjax
 from experiments.base import build, devices
 from experiments.base.errors import UserError, nearest
 from experiments.data import pipeline
+from experiments.objectives.losses import counted_mean
+from experiments.objectives.whole import WholeModel
 from experiments.tasks import batches, examples, labelled, recall, state_tracking
 
 SYNTHETIC: dict[str, Callable[[ConfigDict], examples.Task]] = {
@@ -64,7 +66,7 @@ def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
     )
 
 
-class _Judged:
+class _Judged(WholeModel):
     """Base class of both kinds of tasks; the metric is accuracy."""
 
     metric = "accuracy"
@@ -121,15 +123,7 @@ class TokenTask(_Judged):
 
     def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
         """Return the mean cross-entropy over the counted positions."""
-        logits, _ = model.apply(
-            params, batch["inputs"], reset=batch["reset"], sequence_axis=sequence_axis
-        )
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        counted = batch["counted"]
-        total, count = jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(counted)
-        if sequence_axis is not None:
-            total, count = jax.lax.psum((total, count), sequence_axis)
-        return total / jnp.maximum(count, 1)
+        return counted_mean(model, params, batch, sequence_axis)
 
     @functools.cached_property
     def _right(self) -> Callable[..., jax.Array]:

@@ -237,6 +237,11 @@ def load_for_inference(workdir: str, which: str) -> tuple[Any, Any, ConfigDict, 
             )
         meta = _restore_meta(manager, step)
         config = ConfigDict(meta["config"])
+        if "checkpoint" in config.model:
+            raise UserError(
+                f"--workdir={workdir}: must be a run of experiments.train, got one of"
+                " experiments.finetune; run it with --export=FOLDER, then use --checkpoint=FOLDER"
+            )
         model = protocol.make(config).model if "task" in config else build.build_model(config.model)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqjax import sharding
 
-TrainStep = Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
+TrainStep = Callable[..., tuple[Any, dict[str, jax.Array]]]
 
 
 class Trainable(Protocol):
@@ -24,6 +24,9 @@ class Trainable(Protocol):
     """
 
     model: Any
+
+    def merge(self, params: Any, frozen: Any) -> Any:
+        """Return the parameters of the model from the trained and the frozen ones; traced."""
 
     def prepare(self, batch: Any) -> Any:
         """Convert a batch to the arguments of the loss; traced, before time is split."""
@@ -42,11 +45,14 @@ class Trainable(Protocol):
         """
 
 
-def make_init(model: Any, transform: optax.GradientTransformation) -> Callable[[jax.Array], Any]:
-    """Return `init(key) -> state`, which creates the training state before the first step."""
+def make_init(model: Any, transform: optax.GradientTransformation) -> Callable[..., Any]:
+    """Return `init(key, params=None) -> state`, which creates the state before the first step.
 
-    def init(key: jax.Array) -> Any:
-        params = model.init(key)
+    By default the parameters are drawn from the key.
+    """
+
+    def init(key: jax.Array, params: Any = None) -> Any:
+        params = model.init(key) if params is None else params
         return {"params": params, "optimizer": transform.init(params)}
 
     return init
@@ -58,7 +64,9 @@ def make_train_step(
     schedule: optax.Schedule,
     shardings: sharding.Shardings | None = None,
 ) -> TrainStep:
-    """Return the jitted `train_step(state, batch, step) -> (state, metrics)`; it donates `state`.
+    """Return the jitted `train_step(state, batch, step, frozen=None) -> (state, metrics)`.
+
+    It donates `state`. `frozen` has the parameters that are not trained.
 
     Args:
       objective: the model and the loss to minimize.
@@ -76,8 +84,9 @@ def make_train_step(
     def local_loss(params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
         return objective.loss(model, params, batch, sequence_axis)
 
-    def loss(params: Any, batch: Any) -> jax.Array:
+    def loss(params: Any, frozen: Any, batch: Any) -> jax.Array:
         batch = objective.prepare(batch)
+        params = objective.merge(params, frozen)
         time_specs = jax.tree.map(lambda x: P(None, "sequence") if x.ndim > 1 else P(), batch)
         split = sharding.split_time(local_loss, mesh, in_specs=(P(), time_specs), out_specs=P())
         return split(params, batch)
@@ -88,8 +97,10 @@ def make_train_step(
         out_shardings = (state_shardings, shardings.replicated)
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=out_shardings)
-    def train_step(state: Any, batch: Any, step: jax.Array) -> tuple[Any, dict[str, jax.Array]]:
-        value, gradients = jax.value_and_grad(loss)(state["params"], batch)
+    def train_step(
+        state: Any, batch: Any, step: jax.Array, frozen: Any = None
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        value, gradients = jax.value_and_grad(loss)(state["params"], frozen, batch)
         updates, optimizer_state = transform.update(gradients, state["optimizer"], state["params"])
         metrics = {
             "loss": value,

@@ -80,43 +80,8 @@ def load(
       >>> logits.shape
       (1, 3, 32)
     """
-    folder = find_folder(path)
-    config = read_config(folder)
-    family = _family(config)
-    if config.get("quantization_config"):
-        raise ValueError(
-            "load: config field `quantization_config` must be absent, got one; quantized"
-            " checkpoints are not supported."
-        )
-    tensors = Tensors(folder)
-    prefix = family.prefix(tensors.names)
-    shapes = {name: shape for name, (_, _, shape) in tensors.names.items()}
-    source = Source(json.dumps(config), prefix, sizes=family.sizes_of(prefix, shapes))
-    architecture = source.architecture(capacity)
-    bare = [name.removeprefix(source.prefix) for name in tensors.names]
-    variants = architecture.found_variants(bare)
-    table = architecture.table(variants)
-    stored = _stored_names(table, architecture, source, tensors)
-    if dtype is None:
-        dtype = DTYPES.get(tensors.names[stored[architecture.embedding]][1], np.float32)
-    model = PretrainedModel(
-        vocab_size=architecture.vocab_size,
-        backbone=architecture.backbone(scan, remat),
-        tie_embeddings=architecture.tie_embeddings,
-        dtype=dtype,
-        source=dataclasses.replace(
-            source, variants=tuple(tensor.name for tensor in variants if tensor.writable)
-        ),
-        **architecture.model,
-    )
-    cached = architecture.with_cache_dtype(model.dtype)
-    model = dataclasses.replace(model, backbone=cached.backbone(scan, remat))
-    if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
-        raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
-    parts = parameter_parts(model, table, architecture.unused)
-    entries = (entry for leaf in parts.values() for entry in leaf if entry is not None)
-    for cut in {cut.tensor.name: cut for cut, _ in entries}.values():
-        _check_tensor(tensors, stored[cut.tensor.name], cut)
+    opened = _open(path, dtype, capacity, scan, remat)
+    model, tensors, parts = opened.model, opened.tensors, opened.parts
     shardings = {}
     if mesh is not None:
         known = {name: axis for name, axis in rules.items() if axis in mesh.shape}
@@ -128,7 +93,7 @@ def load(
     arrays = {
         name: _array(
             tensors,
-            stored,
+            opened.stored,
             leaf,
             is_stacked(name),
             *_declared(model, name, leaf),
@@ -140,7 +105,119 @@ def load(
     return model, nested(arrays)
 
 
+def read_model(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    dtype: Any = None,
+    *,
+    capacity: int = 4096,
+    scan: bool = False,
+    remat: bool = False,
+) -> PretrainedModel:
+    """Return the model of a checkpoint without reading its weights.
+
+    Args:
+      source: the `path` of `load`, or the content of a config.json.
+      dtype: as in `load`; by default float32 for the content of a config.json.
+      capacity, scan, remat: as in `load`.
+
+    Raises:
+      ValueError: as `load`. The names, shapes and dtypes of a folder's tensors are checked.
+      ImportError: as `load`, for a folder or a name on the hub.
+
+    Example:
+      >>> fields = {"model_type": "mamba2", "hidden_size": 64, "num_heads": 2, "n_groups": 1}
+      >>> model = read_model(fields | {"num_hidden_layers": 2, "vocab_size": 100})
+      >>> abstract_params(model)["embedding"]
+      ShapeDtypeStruct(shape=(100, 64), dtype=float32)
+    """
+    if not isinstance(source, Mapping):
+        opened = _open(source, dtype, capacity, scan, remat)
+        opened.tensors.close()
+        return opened.model
+    family = _family(source)
+    made = Source(json.dumps(dict(source)), family.prefixes[-1])
+    architecture = made.architecture(capacity)
+    return _model(made, architecture, np.float32 if dtype is None else dtype, scan, remat)
+
+
+def abstract_params(model: PretrainedModel) -> Params:
+    """Return the shapes and dtypes of the parameters that `load` returns for a model.
+
+    Args:
+      model: a result of `load` or `read_model`.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`.
+    """
+    assert model.source is not None
+    architecture = model.source.architecture(capacity=1)  # the table does not depend on it
+    parts = parameter_parts(model, model.source.table(architecture), architecture.unused)
+    declared = {name: _declared(model, name, leaf) for name, leaf in parts.items()}
+    return nested({name: jax.ShapeDtypeStruct(*entry) for name, entry in declared.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A checked checkpoint: the model, the open tensors, their names and their parts."""
+
+    model: PretrainedModel
+    tensors: Tensors
+    stored: Mapping[str, str]
+    parts: Mapping[str, Leaf]
+
+
+def _open(
+    path: str | os.PathLike[str], dtype: Any, capacity: int, scan: bool, remat: bool
+) -> _Opened:
+    """Read the config and the headers of the files; check all names, shapes and dtypes."""
+    folder = find_folder(path)
+    config = read_config(folder)
+    family = _family(config)
+    tensors = Tensors(folder)
+    prefix = family.prefix(tensors.names)
+    shapes = {name: shape for name, (_, _, shape) in tensors.names.items()}
+    source = Source(json.dumps(config), prefix, sizes=family.sizes_of(prefix, shapes))
+    architecture = source.architecture(capacity)
+    bare = [name.removeprefix(source.prefix) for name in tensors.names]
+    variants = architecture.found_variants(bare)
+    writable = tuple(tensor.name for tensor in variants if tensor.writable)
+    source = dataclasses.replace(source, variants=writable)
+    table = architecture.table(variants)
+    stored = _stored_names(table, architecture, source, tensors)
+    if dtype is None:
+        dtype = DTYPES.get(tensors.names[stored[architecture.embedding]][1], np.float32)
+    model = _model(source, architecture, dtype, scan, remat)
+    parts = parameter_parts(model, table, architecture.unused)
+    entries = (entry for leaf in parts.values() for entry in leaf if entry is not None)
+    for cut in {cut.tensor.name: cut for cut, _ in entries}.values():
+        _check_tensor(tensors, stored[cut.tensor.name], cut)
+    return _Opened(model, tensors, stored, parts)
+
+
+def _model(
+    source: Source, architecture: Architecture, dtype: Any, scan: bool, remat: bool
+) -> PretrainedModel:
+    model = PretrainedModel(
+        vocab_size=architecture.vocab_size,
+        backbone=architecture.backbone(scan, remat),
+        tie_embeddings=architecture.tie_embeddings,
+        dtype=dtype,
+        source=source,
+        **architecture.model,
+    )
+    cached = architecture.with_cache_dtype(model.dtype)
+    model = dataclasses.replace(model, backbone=cached.backbone(scan, remat))
+    if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
+    return model
+
+
 def _family(config: Mapping[str, Any]) -> Family:
+    if config.get("quantization_config"):
+        raise ValueError(
+            "load: config field `quantization_config` must be absent, got one; quantized"
+            " checkpoints are not supported."
+        )
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(

@@ -22,6 +22,7 @@ from experiments.configs import lm
 from experiments.data import pipeline
 from experiments.objectives import sampling
 from experiments.objectives.published import until
+from tests.experiments.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -170,16 +171,7 @@ def test_interactive(run, capsys, monkeypatch):
 @pytest.fixture
 def published(tmp_path):
     """Return the folder of a tiny published checkpoint with a tokenizer of words."""
-    tokenizers = pytest.importorskip("tokenizers")
-    pytest.importorskip("safetensors")
-    from seqjax.pretrained.example import write_tiny_mamba
-
-    write_tiny_mamba(tmp_path)
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path
+    return write_checkpoint(tmp_path)
 
 
 def test_a_published_checkpoint_continues_a_prompt(published, capsys):

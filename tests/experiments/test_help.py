@@ -11,7 +11,7 @@ pytest.importorskip("ml_collections")
 
 from experiments import train
 from experiments.base import cli, fields, usage
-from experiments.configs import classify, common, lm, pod, recall
+from experiments.configs import classify, common, finetune, lm, pod, recall
 from experiments.configs import state_tracking as state
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ COMMANDS = {
     )
     if "cli.run(" in path.read_text()
 }
-CONFIGS = [lm.get_config("deltanet"), pod.get_config()] + [
+CONFIGS = [lm.get_config("deltanet"), pod.get_config(), finetune.get_config()] + [
     module.get_config(task) for module in (recall, state, classify) for task in module.TASKS
 ]
 
@@ -45,7 +45,7 @@ def show(capsys, command, *arguments):
 
 
 def test_all_commands_are_here():
-    expected = "bench bench.weak_scaling evaluate generate plan report sweep train"
+    expected = "bench bench.weak_scaling evaluate finetune generate plan report sweep train"
     assert expected.split() == sorted(COMMANDS)
 
 

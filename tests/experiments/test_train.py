@@ -356,7 +356,8 @@ def test_evaluate_agrees_with_training(reference, tmp_path, capsys):
         assert result[name] == summary[name]
     file = tmp_path / "other.txt"
     file.write_bytes(b"line 1 of file 1: 1\n" * 20)
-    other = evaluate.evaluate(str(workdir), which="best", path=str(file), num_bytes=100)
+    options = evaluate.Options(num_bytes=100)
+    other = evaluate.evaluate(str(workdir), which="best", path=str(file), options=options)
     assert other["heldout_bytes"] == 100
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("bits per byte ")

@@ -1,0 +1,105 @@
+"""Tokenizer of a published checkpoint, and documents of tokens with the positions that count."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.data import chat
+
+INSTALL = "pip install -e '.[pretrained]'"
+# Names of a document's arrays: the tokens read, the tokens to predict, and whether these count.
+FEATURES = ("inputs", "targets", "counted")
+Document = dict[str, np.ndarray]
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder, from its file tokenizer.json.
+
+    Attributes:
+      stop_tokens: tokens that end a text, from the checkpoint's configuration.
+      file: the file of the tokenizer.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Read the tokenizer.
+
+        Raises:
+          ImportError: if the package tokenizers is missing.
+          ValueError: if the folder has no tokenizer.json, or the file is damaged.
+        """
+        import tokenizers
+
+        self.file = folder / "tokenizer.json"
+        if not self.file.exists():
+            raise ValueError(
+                f"{folder} must have a file tokenizer.json; save the tokenizer with"
+                " `tokenizer.save_pretrained` of transformers"
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
+        except Exception as error:  # the package raises no narrower class
+            raise ValueError(f"{self.file} must be a tokenizer file, got {error}") from None
+        self._folder = folder
+        self._template: chat.Template | None = None
+        self.stop_tokens = _stop_tokens(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, with the special tokens that the tokenizer adds."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, without special tokens."""
+        return self._tokenizer.decode(list(tokens))
+
+    def text(self, text: str, *, end: bool = True) -> tuple[Document, int]:
+        """Return a text as a document, and the number of characters that it predicts.
+
+        The first token is not predicted. It is a special token if the tokenizer adds one, or the
+        first token of the text. With `end`, the document ends with the first of `stop_tokens`.
+        """
+        encoding = self._tokenizer.encode(text)
+        ids = list(encoding.ids)
+        unpredicted = encoding.offsets[0][1] if ids else len(text)
+        if end and self.stop_tokens and ids[-1:] != [self.stop_tokens[0]]:
+            ids.append(self.stop_tokens[0])
+        return _document(ids, np.ones(len(ids), bool)), len(text) - unpredicted
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[Document]:
+        """Return the documents of a chat, in which the turns of the assistant count.
+
+        Raises:
+          ValueError: if the checkpoint has no chat template, or the template refuses the chat.
+        """
+        if self._template is None:
+            self._template = chat.Template(self._folder)
+        documents = []
+        for text, spans in self._template.render(messages):
+            # The template writes the special tokens.
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            counted = [
+                any(start < stop and low <= start < high for low, high in spans)
+                for start, stop in encoding.offsets
+            ]
+            documents.append(_document(encoding.ids, np.array(counted, bool)))
+        return documents
+
+
+def _document(ids: Sequence[int], counted: np.ndarray) -> Document:
+    tokens = np.asarray(ids, np.int32)
+    return {"inputs": tokens[:-1], "targets": tokens[1:], "counted": counted[1:]}
+
+
+def _stop_tokens(folder: pathlib.Path) -> Sequence[int]:
+    """Return the end-of-text tokens that the configuration files name."""
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        if file.exists():
+            ids: Any = json.loads(file.read_text()).get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    return ()
