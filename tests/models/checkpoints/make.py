@@ -7,6 +7,7 @@ random, because zeros and ones hide mistakes. The logits are those of the full f
 float32, without a cache.
 """
 
+import importlib
 import json
 import math
 import os
@@ -47,7 +48,6 @@ XLSTM = {
     "ffn_round_up_to_multiple_of": 12,
     "eps": 0.05,  # large enough to see
     "norm_eps": 1e-3,
-    "mode": "inference",
 }
 CASES = {
     "mamba": {"model_type": "mamba", "state_size": 5, "time_step_rank": 3},
@@ -219,7 +219,6 @@ CASES = {
         "model_type": "xlstm",
         **XLSTM,
         "num_hidden_layers": 1,
-        "num_blocks": 1,
         "weight_mode": "fused",
         "qk_dim_factor": 1.0,
         "v_dim_factor": 0.5,
@@ -350,8 +349,7 @@ def make(name):
     config = transformers.AutoConfig.for_model(kind, **values)
     config._attn_implementation = "eager"
     if kind == "xlstm":  # the reference cannot initialize fused weights
-        from transformers.models.xlstm import modeling_xlstm
-
+        modeling_xlstm = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
         modeling_xlstm.xLSTMPreTrainedModel._init_weights = lambda *_: None
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     generator = torch.Generator().manual_seed(sum(name.encode()))
