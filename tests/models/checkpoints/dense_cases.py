@@ -24,7 +24,6 @@ XLSTM = {
     "ffn_round_up_to_multiple_of": 12,
     "eps": 0.05,  # large enough to see
     "norm_eps": 1e-3,
-    "mode": "inference",
 }
 DENSE = {
     "mamba": {"model_type": "mamba", "state_size": 5, "time_step_rank": 3},
@@ -196,7 +195,6 @@ DENSE = {
         "model_type": "xlstm",
         **XLSTM,
         "num_hidden_layers": 1,
-        "num_blocks": 1,
         "weight_mode": "fused",
         "qk_dim_factor": 1.0,
         "v_dim_factor": 0.5,

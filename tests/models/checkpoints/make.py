@@ -7,6 +7,7 @@ random, because zeros and ones hide mistakes. The logits are those of the full f
 float32, without a cache.
 """
 
+import importlib
 import json
 import math
 import os
@@ -140,8 +141,7 @@ def make(name):
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"  # the default requires multiples of 16 bytes
     if kind == "xlstm":  # the reference cannot initialize fused weights
-        from transformers.models.xlstm import modeling_xlstm
-
+        modeling_xlstm = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
         modeling_xlstm.xLSTMPreTrainedModel._init_weights = lambda *_: None
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     generator = torch.Generator().manual_seed(sum(name.encode()))
