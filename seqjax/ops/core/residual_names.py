@@ -14,6 +14,7 @@ from seqjax.types import PyTree
 OUTPUTS = "seqjax_outputs"
 RESIDUALS = "seqjax_residuals"
 CHECKPOINT_NAMES = (OUTPUTS, RESIDUALS)
+"""The names of outputs and states of the ops, for `jax.checkpoint_policies`."""
 
 
 def named(tree: PyTree, name: str) -> PyTree:
