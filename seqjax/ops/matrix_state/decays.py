@@ -27,12 +27,16 @@ SUB = 16  # steps in the blocks inside which a mask selects the pairs
 NT = "tk,jk->tj"
 
 
-def by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
-    """Return the decays in the shape of the keys, for the sequential algorithm."""
+def by_step(g: jax.Array | None, like: jax.Array, *, repeat: bool) -> jax.Array | None:
+    """Return the decays [B, T, H, K] or [B, T, H, 1] for the sequential algorithm.
+
+    With `repeat` they have the shape of the keys, so that the gradient of a decay per head is one
+    sum over all steps, and not one sum for each step.
+    """
     if g is None:
         return None
-    g = g if g.ndim == 4 else g[..., None]
-    return jnp.broadcast_to(decay_of(g.astype(like.dtype)), like.shape)
+    decay = decay_of((g if g.ndim == 4 else g[..., None]).astype(like.dtype))
+    return jnp.broadcast_to(decay, like.shape) if repeat else decay
 
 
 def decay_of(g: jax.Array) -> jax.Array:

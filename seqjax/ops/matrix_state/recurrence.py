@@ -27,6 +27,7 @@ from seqjax.ops.core import (
     sequence_parallel,
 )
 from seqjax.ops.core.checkpointed_scan import time_scan
+from seqjax.ops.core.custom_adjoint import unless_differentiated
 from seqjax.ops.core.linalg import along_rows
 from seqjax.ops.matrix_state import chunk_sizes, chunked, decays, matrix_kernels
 from seqjax.ops.matrix_state.algorithm_choice import default_algorithms
@@ -62,7 +63,9 @@ class MatrixRecurrence:
       name: name of the op in error messages.
       step: maps (S, DS, x) to S_t. S is S_{t-1} after the reset, [B, H, K, V]. DS is D_t S_{t-1},
         or S without a `log_decay`. x holds the inputs of the step by name, [B, H, F] each, with
-        F = 1 for inputs [B, T, H], in the dtype of the state.
+        F = 1 for inputs [B, T, H], in the dtype of the state. With a `log_decay`, its entry "decay"
+        is the diagonal of D_t, [B, H, K] or [B, H, 1]. On CPU, S^T (D_t k) is faster than
+        (D_t S)^T k: the product D_t S then never exists as an array.
       chunk: maps the inputs of a chunk of C steps by name, [..., C, F] each, to a `ChunkMap`, for
         any number of leading axes. Its entry "log_decay" is [..., C, 1] or [..., C, K] and -inf
         where the state is reset. Without decays it is a boolean [..., C, 1], True at resets. Pass
@@ -126,7 +129,7 @@ class MatrixRecurrence:
                 f"{self.name}: `name` must not be that of an op with Pallas kernels, got"
                 f" {self.name!r}; choose another name."
             )
-        reserved = {"q", "v", "log_decay", "initial_state"}
+        reserved = {"q", "v", "decay", "log_decay", "initial_state"}
         for name, pattern in self.inputs.items():
             axes = [option.split() for option in pattern.split("|")]
             if name in reserved or any(a[:3] != ["B", "T", "H"] or len(a) > 4 for a in axes):
@@ -179,6 +182,7 @@ class MatrixRecurrence:
           algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after
             chunk) or "associative" (matmuls, and chunks in log depth). By default chunks are used
             if there is a `chunk`, the state is large enough and there are more than a few steps.
+            On CPU the default without derivatives is sequential.
           implementation: "xla" or "pallas". Only ops of the library have Pallas kernels.
           sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
           interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
@@ -230,7 +234,7 @@ class MatrixRecurrence:
             unsupported=matrix_kernels.unsupported(given, interpret),
         )
         default = sizes["K"] ** -0.5 if scale is None else None
-        algorithms = (algorithm, algorithm) if algorithm else chosen
+        algorithms = (algorithm,) * 3 if algorithm else chosen
         options = CallOptions(*algorithms, chunk_size, backend, default)
         return _recur(
             given, reset, scale, recurrence=self, options=options, sequence_axis=sequence_axis
@@ -242,7 +246,8 @@ class CallOptions:
     """Static options of a call: each combination of them is compiled once.
 
     Attributes:
-      on_cpu: the algorithm if the program is compiled for CPU.
+      forward_on_cpu: the algorithm if the program is compiled for CPU and has no derivatives.
+      on_cpu: the algorithm if the program is compiled for CPU and has derivatives.
       elsewhere: the algorithm on other platforms.
       chunk_size: the caller's choice.
       backend: the backend of the call.
@@ -250,6 +255,7 @@ class CallOptions:
         static option it would compile the op again for every new number.
     """
 
+    forward_on_cpu: str
     on_cpu: str
     elsewhere: str
     chunk_size: int | None
@@ -274,8 +280,8 @@ def _recur(
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
     scale = None if scale is None else scale.astype(jnp.finfo(state).dtype)
 
-    def xla(
-        arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
+    def run_xla(
+        differentiated: bool, arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
     ) -> tuple[jax.Array, jax.Array]:
         arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
         factor = jnp.asarray(options.scale if scale is None else scale, state)
@@ -289,7 +295,10 @@ def _recur(
             x = {name: value.astype(state) for name, value in x.items()}
             if reset is not None:
                 S = jnp.where(reset[:, None, None, None], jnp.zeros_like(S), S)
-            decayed = S if decay is None else along_rows(decay, S.shape[-1]) * S
+            decayed = S
+            if decay is not None:
+                x["decay"] = decay
+                decayed = along_rows(decay, S.shape[-1]) * S
             S = recurrence.step(S, decayed, x)
             return S, linalg.read(S, x["q"]).astype(out)
 
@@ -303,7 +312,7 @@ def _recur(
             if not mixed:
                 inputs = inputs | {"q": inputs["q"].astype(state) * factor}
             if division is None:
-                decay = decays.by_step(log_decay, inputs["q"])
+                decay = decays.by_step(log_decay, inputs["q"], repeat=differentiated)
                 # The adjoint stores the states of one chunk: few enough for a cache.
                 return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
             if log_decay is not None:
@@ -322,10 +331,12 @@ def _recur(
             )
 
         sizes = (arrays["q"].shape, options.chunk_size, narrow)
-        on_cpu = chunk_sizes.divide(options.on_cpu, chunk_sizes.CPU, *sizes)
+        algorithm = options.on_cpu if differentiated else options.forward_on_cpu
+        on_cpu = chunk_sizes.divide(algorithm, chunk_sizes.CPU, *sizes)
         elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes)
         return backends.by_platform(run, on_cpu, elsewhere, S0, arrays)
 
+    xla = unless_differentiated(*(functools.partial(run_xla, grad) for grad in (False, True)))
     kernels = matrix_kernels.functions(
         options.scale, options.chunk_size, options.backend.mode is backends.Mode.INTERPRET
     )
