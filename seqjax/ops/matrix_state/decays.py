@@ -30,8 +30,8 @@ NT = "tk,jk->tj"
 def by_step(g: jax.Array | None, like: jax.Array, *, repeat: bool) -> jax.Array | None:
     """Return the decays [B, T, H, K] or [B, T, H, 1] for the sequential algorithm.
 
-    With `repeat` they have the shape of the keys, so that the gradient of a decay per head is one
-    sum over all steps, and not one sum for each step.
+    With `repeat` they have the shape of the keys. The gradient of a decay per head is then one sum
+    over channels after the loop, and not one sum for each step.
     """
     if g is None:
         return None
