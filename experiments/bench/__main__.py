@@ -4,6 +4,7 @@
     python -m experiments.bench scan       # elementwise scan
     python -m experiments.bench ops        # chunked algorithms
     python -m experiments.bench options    # options of the matrix-state ops
+    python -m experiments.bench forward    # forward passes in processor time
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
     python -m experiments.bench generate   # tokens per second of generation
@@ -35,7 +36,7 @@ import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
 from experiments.bench import cases, device, generate, gpu, newton, options, peers, tpu
-from experiments.bench.tools import ONLY, Candidates, Table, ratios, seconds
+from experiments.bench.tools import ONLY, Candidates, Table, cpu_seconds, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
@@ -124,6 +125,23 @@ def bench_ops(rounds: int) -> None:
         table.row(f"{name}, B={batch}, T={length}", row)
 
 
+def bench_forward(rounds: int) -> None:
+    """Compare the processor time of forward passes with that of `lax.scan`."""
+    table = Table("Forward passes, float32: processor time of plain `lax.scan` over that of an op")
+    for name, batch in itertools.product(cases.NAMES, (1, 4)):
+        if not f"{name}, B={batch}".startswith(ONLY.value):
+            continue
+        arrays = cases.arrays(name, batch, 2048)
+        runs = {"plain": cases.plain(name)}
+        runs |= {str(a or "default"): cases.by(a, name) for a in (None, "chunked")}
+        candidates: Candidates = {
+            n: functools.partial(jax.jit(run), *arrays) for n, run in runs.items()
+        }
+        times = cpu_seconds(candidates, rounds)
+        row = {n: times["plain"] / times[n] for n in times if n != "plain"}
+        table.row(f"{name}, B={batch}, T=2048", row)
+
+
 def temporary_bytes(compiled: Any) -> int:
     """Return the bytes of temporaries of a compiled program, without arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
@@ -178,6 +196,7 @@ SUITES = {
     "scan": bench_scan,
     "ops": bench_ops,
     "options": options.bench_options,
+    "forward": bench_forward,
     "choice": bench_choice,
     "newton": newton.bench_newton,
     "generate": generate.bench_generate,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+import seqjax
 from experiments.bench import cases
 from experiments.bench.tools import ONLY, Candidates, Table, seconds
 from seqjax import layers
@@ -78,7 +79,7 @@ def rnn_row(name: str, batch: int, length: int, dim: int) -> Row:
         found["flax"] = jax_candidates(model.apply, model.init(jax.random.key(1), x), x)
     if torch := installed("torch"):
         found["torch"] = torch_candidates(torch, _torch_rnn(torch, name, dim), x)
-    return Row(*({key: pair[i] for key, pair in found.items()} for i in range(2)))
+    return _row(found)
 
 
 def _torch_rnn(torch: Any, name: str, dim: int) -> Any:
@@ -94,10 +95,104 @@ def _torch_rnn(torch: Any, name: str, dim: int) -> Any:
     return Model()
 
 
+def mamba_row(batch: int, length: int, dim: int) -> Row:
+    """Return Mamba over inputs [B, T, D], and the plain PyTorch form of transformers."""
+    x = jax.random.normal(jax.random.key(0), (batch, length, dim))
+    layer = layers.Mamba(dim)
+    ours = jax_candidates(
+        lambda params, x: layer.apply(params, x)[0], layer.init(jax.random.key(1)), x
+    )
+    found = {US: ours}
+    torch = installed("torch")
+    if torch and (theirs := installed("transformers.models.mamba.modeling_mamba")):
+        config = theirs.MambaConfig(hidden_size=dim, state_size=layer.state_dim)
+        found["transformers"] = torch_candidates(torch, theirs.MambaMixer(config, 0).eval(), x)
+    return _row(found)
+
+
+def delta_rule_row(batch: int, length: int) -> Row:
+    """Return the gated delta rule, and the chunked plain PyTorch form of transformers."""
+    arrays = cases.arrays("delta_rule, scalar", batch, length)
+    found = {US: jax_candidates(cases.by(None, "delta_rule, scalar"), *arrays)}
+    torch = installed("torch")
+    if torch and (theirs := installed("transformers.models.qwen3_next.modeling_qwen3_next")):
+        q, k, v, beta, g = (torch.from_numpy(np.array(x)).requires_grad_() for x in arrays)
+
+        def run() -> Any:
+            return theirs.torch_chunk_gated_delta_rule(q, k, v, g, beta)[0]
+
+        def forward() -> None:
+            with torch.no_grad():
+                run()
+
+        def both() -> None:
+            y = run()
+            torch.autograd.grad(y, [q, k, v, beta, g], y.detach())
+
+        found["transformers"] = forward, both
+    return _row(found)
+
+
+def linear_scan_row(*shape: int) -> Row:
+    """Return the elementwise scan over [B, T, D], and loops that numba compiles for one core."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    arrays = jax.random.uniform(keys[0], shape), jax.random.normal(keys[1], shape)
+    found = {
+        US: jax_candidates(lambda decay, x: seqjax.linear_scan(decay, x)[0], *arrays),
+        "decay + x": (functools.partial(jax.jit(jax.numpy.add), *arrays),) * 2,
+    }
+    if numba := installed("numba"):
+        scan, adjoint = (numba.njit(loop, fastmath=True) for loop in (_scan_loop, _adjoint_loop))
+        a, x = (np.array(array) for array in arrays)
+
+        def both() -> Any:
+            y = scan(a, x)
+            return y, adjoint(a, y, y)
+
+        found["numba"] = functools.partial(scan, a, x), both
+    return _row(found)
+
+
+def _scan_loop(a: Any, x: Any) -> Any:
+    y = np.empty_like(x)
+    for b in range(x.shape[0]):
+        y[b, 0] = x[b, 0]
+        for t in range(1, x.shape[1]):
+            for d in range(x.shape[2]):
+                y[b, t, d] = a[b, t, d] * y[b, t - 1, d] + x[b, t, d]
+    return y
+
+
+def _adjoint_loop(a: Any, y: Any, dy: Any) -> Any:
+    da, dx = np.empty_like(y), np.empty_like(y)
+    for b in range(y.shape[0]):
+        for d in range(y.shape[2]):
+            dx[b, -1, d] = dy[b, -1, d]
+            da[b, 0, d] = 0
+        for t in range(y.shape[1] - 1, 0, -1):
+            for d in range(y.shape[2]):
+                da[b, t, d] = dx[b, t, d] * y[b, t - 1, d]
+                dx[b, t - 1, d] = dy[b, t - 1, d] + a[b, t, d] * dx[b, t, d]
+    return da, dx
+
+
+def _row(found: dict[str, tuple[Any, Any]]) -> Row:
+    return Row(*({key: pair[i] for key, pair in found.items()} for i in range(2)))
+
+
 ROWS: dict[str, Callable[[], Row]] = {
     f"{name}, {list(size)}": functools.partial(rnn_row, name, *size)
     for name in ("GRU", "LSTM")
     for size in SIZES
+}
+ROWS |= {f"Mamba, {[*size]}": functools.partial(mamba_row, *size) for size in SIZES[1:3]}
+ROWS |= {
+    f"delta_rule, decay per head, B={batch}, T=2048": functools.partial(delta_rule_row, batch, 2048)
+    for batch in (1, 4)
+}
+ROWS |= {
+    f"linear_scan, {[*shape]}": functools.partial(linear_scan_row, *shape)
+    for shape in ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
 }
 
 

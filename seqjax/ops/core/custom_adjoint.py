@@ -99,6 +99,24 @@ def custom_adjoint(
     return run
 
 
+def unless_differentiated(
+    forward: Callable[..., PyTree], differentiated: Callable[..., PyTree]
+) -> Callable[..., PyTree]:
+    """Return `forward`, with `differentiated` in its place where JAX takes derivatives.
+
+    An algorithm that saves memory in the backward pass may be slower in a forward pass alone, which
+    prefill and evaluation consist of.
+
+    Args:
+      forward: takes pytrees of arrays and returns a pytree of arrays. It must not close over arrays
+        that are differentiated.
+      differentiated: a function with the same results up to rounding.
+    """
+    run = jax.custom_jvp(forward)
+    run.defjvp(lambda primals, tangents: jax.jvp(differentiated, primals, tangents))
+    return run
+
+
 def _push(
     *operands: jax.Array, function: Flat, primals: int, saved: int, **_: Any
 ) -> Sequence[jax.Array]:

@@ -11,16 +11,22 @@ def default_algorithms(
     decay_axes: int,
     diagonal: bool,
     cpu_chunks_from: tuple[int, int, int] | None,
-) -> tuple[str, str]:
-    """Return the algorithms on CPU and elsewhere, for T steps of B x H states of K x V elements.
+) -> tuple[str, str, str]:
+    """Return the algorithms for T steps of B x H states of K x V elements.
+
+    They are those on CPU without derivatives, on CPU with derivatives, and on other platforms.
 
     On CPU, a step on a small state costs little more than a kernel call, and small matmuls run far
     below their peak. The size from which chunks are faster depends on the number of matmuls in a
     chunk, which is small for a chunk of a few steps. If all states together are small, the number
     of kernel calls decides: chunks have fewer, unless their decays require many. The small chunks
     of a diagonal recurrence are faster all at once. These limits were measured with gradients
-    (`experiments.bench choice`). Without gradients, steps stay faster up to larger sizes. On other
-    platforms chunks are the default from 8 steps on, which has not been measured there.
+    (`experiments.bench choice`). On other platforms chunks are the default from 8 steps on, which
+    has not been measured there.
+
+    Without gradients, steps store no states and are the default on CPU. At T=2048 and K=V=64 chunks
+    take 1.2 times as long for linear attention without decay, and longer for the other ops
+    (`experiments.bench forward`).
 
     Args:
       sizes: B, T, H, K and V.
@@ -29,7 +35,7 @@ def default_algorithms(
       cpu_chunks_from: see `MatrixRecurrence`; None for recurrences without a chunked form.
     """
     if cpu_chunks_from is None:
-        return "sequential", "sequential"
+        return "sequential", "sequential", "sequential"
     # Treat symbolic sizes, under `jax.export`, as large ones.
     batch, length = (size if isinstance(size, int) else 2**31 for size in (sizes["B"], sizes["T"]))
     elements = sizes["K"] * sizes["V"]
@@ -46,7 +52,7 @@ def default_algorithms(
         many = diagonal and elements <= 1024 and length >= 256
         many &= isinstance(sizes["T"], int)
         on_cpu = "associative" if many else "chunked"
-    return on_cpu, "sequential" if length < 8 else "chunked"
+    return "sequential", on_cpu, "sequential" if length < 8 else "chunked"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,8 @@ class CallOptions:
     """Static options of a call: each combination of them is compiled once.
 
     Attributes:
-      on_cpu: the algorithm if the program is compiled for CPU.
+      forward_on_cpu: the algorithm if the program is compiled for CPU and has no derivatives.
+      on_cpu: the algorithm if the program is compiled for CPU and has derivatives.
       elsewhere: the algorithm on other platforms.
       chunk_size: the caller's choice.
       backend: the backend of the call.
@@ -64,6 +71,7 @@ class CallOptions:
       narrow_state: whether the final state is bfloat16.
     """
 
+    forward_on_cpu: str
     on_cpu: str
     elsewhere: str
     chunk_size: int | None

@@ -27,12 +27,16 @@ SUB = 16  # steps in the blocks inside which a mask selects the pairs
 NT = "tk,jk->tj"
 
 
-def by_step(g: jax.Array | None, like: jax.Array) -> jax.Array | None:
-    """Return the decays [..., H, K] for all channels of the keys, for the sequential algorithm."""
+def by_step(g: jax.Array | None, like: jax.Array, *, repeat: bool) -> jax.Array | None:
+    """Return the decays [..., H, K] or [..., H, 1] for the sequential algorithm.
+
+    With `repeat` they are repeated for all channels of the keys. The gradient of a decay per head
+    is then one sum over channels after the loop, and not one sum for each step.
+    """
     if g is None:
         return None
-    shape = (*g.shape[:-1], like.shape[-1])
-    return jnp.broadcast_to(decay_of(g.astype(like.dtype)), shape)
+    decay = decay_of(g.astype(like.dtype))
+    return jnp.broadcast_to(decay, (*g.shape[:-1], like.shape[-1])) if repeat else decay
 
 
 def decay_of(g: jax.Array) -> jax.Array:

@@ -95,7 +95,7 @@ def delta_rule(
         The backward pass stores at most one state per chunk.
       algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
-        few steps, and for small states on CPU.
+        few steps, and on CPU for small states and without derivatives.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
@@ -133,8 +133,8 @@ def delta_rule(
 
 
 def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
-    del S
-    error = x["v"] - linalg.read(decayed, x["k"])
+    key = x["decay"] * x["k"] if "decay" in x else x["k"]
+    error = x["v"] - linalg.read(S, key)
     return decayed + linalg.outer(x["k"], x["beta"] * error)
 
 

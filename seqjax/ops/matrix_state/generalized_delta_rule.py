@@ -72,7 +72,7 @@ def generalized_delta_rule(
         The backward pass stores at most one state per chunk.
       algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
-        few steps, and for small states on CPU.
+        few steps, and on CPU for small states and without derivatives.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.

@@ -27,6 +27,7 @@ from seqjax.ops.core import (
     sequence_parallel,
 )
 from seqjax.ops.core.checkpointed_scan import time_scan
+from seqjax.ops.core.custom_adjoint import unless_differentiated
 from seqjax.ops.core.linalg import along_rows
 from seqjax.ops.matrix_state import (
     chunk_sizes,
@@ -69,7 +70,9 @@ class MatrixRecurrence:
       name: name of the op in error messages.
       step: maps (S, DS, x) to S_t. S is S_{t-1} after the reset, [B, H, K, V]. DS is D_t S_{t-1},
         or S without a `log_decay`. x holds the inputs of the step by name, [B, H, F] each, with
-        F = 1 for inputs [B, T, H], in the dtype of the state.
+        F = 1 for inputs [B, T, H], in the dtype of the state. With a `log_decay`, its entry "decay"
+        is the diagonal of D_t, [B, H, K] or [B, H, 1]. On CPU, S^T (D_t k) is faster than
+        (D_t S)^T k: the product D_t S then never exists as an array.
       chunk: maps the inputs of a chunk of C steps by name, [..., C, F] each, to a `ChunkMap`, for
         any number of leading axes. Its entry "log_decay" is [..., C, 1] or [..., C, K] and -inf
         where the state is reset. Without decays it is a boolean [..., C, 1], True at resets. Pass
@@ -135,7 +138,7 @@ class MatrixRecurrence:
                 f"{self.name}: `name` must not be that of an op with Pallas kernels, got"
                 f" {self.name!r}; choose another name."
             )
-        reserved = {"q", "v", "log_decay", "initial_state"}
+        reserved = {"q", "v", "decay", "log_decay", "initial_state"}
         for name, pattern in self.inputs.items():
             axes = [option.split() for option in pattern.split("|")]
             fits = all(a[:2] == ["B", "T"] and a[2:3] in (["H"], ["G"]) for a in axes)
@@ -198,6 +201,7 @@ class MatrixRecurrence:
           algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after
             chunk) or "associative" (matmuls, and chunks in log depth). By default chunks are used
             if there is a `chunk`, the state is large enough and there are more than a few steps.
+            On CPU the default without derivatives is sequential.
           implementation: "xla" or "pallas". Only ops of the library have Pallas kernels.
           sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
           interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
@@ -256,7 +260,7 @@ class MatrixRecurrence:
             unsupported=matrix_kernels.unsupported(given, interpret),
         )
         default = sizes["K"] ** -0.5 if scale is None else None
-        algorithms = (algorithm, algorithm) if algorithm else chosen
+        algorithms = (algorithm,) * 3 if algorithm else chosen
         narrow = state_dtype is not None
         options = CallOptions(*algorithms, chunk_size, backend, default, exclusive, narrow)
         return _recur(
@@ -288,8 +292,8 @@ def _recur(
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
     scale = None if scale is None else scale.astype(jnp.finfo(state).dtype)
 
-    def xla(
-        arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
+    def run_xla(
+        differentiated: bool, arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
     ) -> tuple[jax.Array, jax.Array]:
         arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
         sizes = (arrays["v"].shape, options.chunk_size)
@@ -311,7 +315,10 @@ def _recur(
             x = {name: value.astype(state) for name, value in x.items()}
             if reset is not None:
                 S = cleared(S, reset)
-            decayed = S if decay is None else along_rows(decay, S.shape[-1]) * S
+            decayed = S
+            if decay is not None:
+                x["decay"] = decay
+                decayed = along_rows(decay, S.shape[-1]) * S
             S = recurrence.step(S, decayed, x)
             return S, linalg.read(S, x["q"]).astype(out)
 
@@ -326,7 +333,7 @@ def _recur(
             if not mixed:
                 inputs = inputs | {"q": inputs["q"].astype(state) * factor}
             if division is None:
-                decay = decays.by_step(log_decay, inputs["q"])
+                decay = decays.by_step(log_decay, inputs["q"], repeat=differentiated)
                 # The adjoint stores the states of one chunk: few enough for a cache.
                 return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
             if log_decay is not None:
@@ -343,10 +350,12 @@ def _recur(
                 scale=factor if mixed else None,
             )
 
-        on_cpu = chunk_sizes.divide(options.on_cpu, chunk_sizes.CPU, *sizes, narrow)
+        algorithm = options.on_cpu if differentiated else options.forward_on_cpu
+        on_cpu = chunk_sizes.divide(algorithm, chunk_sizes.CPU, *sizes, narrow)
         elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes, narrow)
         return ungroup(*backends.by_platform(run, on_cpu, elsewhere, S0, arrays))
 
+    xla = unless_differentiated(*(functools.partial(run_xla, grad) for grad in (False, True)))
     kernels = matrix_kernels.functions(
         options.scale, options.chunk_size, options.backend.mode is backends.Mode.INTERPRET
     )
