@@ -133,7 +133,9 @@ def bench_forward(rounds: int) -> None:
         arrays = cases.arrays(name, batch, 2048)
         runs = {"plain": cases.plain(name)}
         runs |= {str(a or "default"): cases.by(a, name) for a in (None, "chunked")}
-        candidates = {n: functools.partial(jax.jit(run), *arrays) for n, run in runs.items()}
+        candidates: Candidates = {
+            n: functools.partial(jax.jit(run), *arrays) for n, run in runs.items()
+        }
         times = cpu_seconds(candidates, rounds)
         row = {n: times["plain"] / times[n] for n in times if n != "plain"}
         table.row(f"{name}, B={batch}, T=2048", row)

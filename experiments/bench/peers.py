@@ -48,7 +48,7 @@ def jax_candidates(run: Callable[..., jax.Array], *arrays: Any) -> tuple[Any, An
     return functools.partial(jax.jit(run), *arrays), functools.partial(jax.jit(both), *arrays)
 
 
-def torch_candidates(torch: Any, run: Callable[[Any], Any], x: jax.Array) -> tuple[Any, Any]:
+def torch_candidates(torch: Any, run: Any, x: jax.Array) -> tuple[Any, Any]:
     """Return the forward pass and the pass with gradients of a `torch.nn.Module`."""
     given = torch.from_numpy(np.array(x))
     moving = given.clone().requires_grad_()
@@ -83,7 +83,7 @@ def rnn_row(name: str, batch: int, length: int, dim: int) -> Row:
 
 
 def _torch_rnn(torch: Any, name: str, dim: int) -> Any:
-    class Model(torch.nn.Module):  # type: ignore[misc]
+    class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.rnn = getattr(torch.nn, name)(dim, dim, batch_first=True)
