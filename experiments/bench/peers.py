@@ -59,7 +59,7 @@ def torch_candidates(torch: Any, run: Any, x: jax.Array) -> tuple[Any, Any]:
 
     def both() -> None:
         y = run(moving)
-        torch.autograd.grad(y, [moving, *run.parameters()], y.detach())  # type: ignore[attr-defined]
+        torch.autograd.grad(y, [moving, *run.parameters()], y.detach())
 
     return forward, both
 
