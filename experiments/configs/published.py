@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from experiments.configs import common, finetune
 
-# Word -> fields of config.json. Fields with the default of the reference are left out.
+# Word -> fields of config.json. Fields with the default of the reference are left
+# out, and those that do not change sizes (Falcon-H1: multipliers and rotary base).
 MODELS: dict[str, dict[str, Any]] = {
     "qwen3.5-27b": {
         "model_type": "qwen3_5_text",
@@ -50,6 +51,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "mamba_d_head": 128,
         "mamba_d_state": 256,
         "mamba_n_groups": 2,
+        "mamba_rms_norm": True,
+        "mamba_norm_before_gate": False,
         "vocab_size": 261_120,
         "tie_word_embeddings": False,
     },

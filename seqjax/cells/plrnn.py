@@ -16,7 +16,8 @@ class PLRNN(Cell):
 
     Between the planes h_i = 0 the step is affine, so that fixed points and cycles can be computed.
 
-    Departures: W has a diagonal, which the paper sets to zero; the noise of the paper's
+    Departures: the paper has relu(h - theta) with thresholds theta, later work relu(h) as here; W
+    has a diagonal, which the paper sets to zero; the noise of the paper's
     probabilistic model is not part of the cell.
 
     Parameters: a [D], W [D, D]. u [1, D]. State: h [D]. Jacobian: dense. Bounds: none.

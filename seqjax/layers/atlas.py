@@ -53,8 +53,10 @@ class Atlas(Layer):
     paper takes gradients at the start of a chunk instead, to compute them in parallel. One token
     costs about 30 times the operations of a linear recurrence of the same state.
 
-    Departures: memories of the paper are deeper networks in part; here the memory is linear in phi.
-    The paper leaves open the range of eta, the forms of the output gate and norm, and all initial
+    Departures: the memories of the paper are MLPs; here the memory is linear in phi. 1 -
+    alpha_t is the paper's alpha_t. A token has the same weight c_i in all windows; the paper's
+    depends on the window too. The appendix of the paper has eta inside of the momentum. The
+    paper leaves open the range of eta, the forms of the output gate and norm, and all initial
     values.
 
     Initialization: projections normal with variance 1/fan_in; M_0 normal with variance 1/F; biases

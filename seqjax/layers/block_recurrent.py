@@ -37,8 +37,8 @@ class BlockRecurrent(Layer):
     A block is `window` tokens. It begins at the start of a sequence and at every reset, so that a
     token sees the states C of the block's start. The attention over tokens slides, and has rotary
     embeddings; that over states has no positions but the learned E. All scores are scaled by
-    K^-0.5. This is the variant with a fixed gate and without an inner MLP, the best one of the
-    paper ("fixed, skip").
+    K^-0.5. This is the variant with a fixed gate and without an inner MLP, the best one on three
+    of the paper's four data sets ("fixed, skip").
 
     One update per block depends on the one before. All else runs in parallel. With `sequence_axis`
     the devices work in turn.
@@ -48,7 +48,7 @@ class BlockRecurrent(Layer):
     connections and MLPs are those of the block around the layer.
 
     Initialization: projections normal with variance 1/fan_in; C_0, E and b_g normal with standard
-    deviation 0.1.
+    deviation 0.1 (E has 1 in the authors' code).
 
     Parameters: q_proj, k_proj, v_proj, cross_proj (W_p) [dim, dim], out_proj [2 dim, dim];
     state_q_proj, state_k_proj, state_v_proj, state_cross_proj [dim, dim], state_out_proj

@@ -33,8 +33,10 @@ class Chimera(GridLayer):
 
     Departures: the paper has two such modules, for the trend and for seasonal patterns, with
     different step sizes. Here channels start with different step sizes, and a model has several
-    layers. The paper's decoder is left out. The 2-D SSM of arXiv 2306.06635 has constant dt, B and
-    C, and complex states.
+    layers. The paper's decoder is left out. It gives A along the time a structured form; here all
+    A are diagonal. The products with a_pq for p != q are our reading of its step.
+    The 2-D SSM of arXiv 2306.06635 has no step sizes, constant A, B and C, real or complex states,
+    and halves the sum of both states.
 
     Initialization: projections normal with variance 1/fan_in; a_p = log(1..N); A_01 and A_10 zero;
     dt log-uniform in [dt_min, dt_max]; D one.

@@ -100,7 +100,7 @@ class CEMA(Layer):
     its imaginary part at 0. omega starts normal with standard deviation 0.25, cut off at 1.
 
     Departures: none from the authors' code. In the paper the input has the phase of the decay as
-    well, which gamma can express, and there is no omega.
+    well, and a factor beta, which gamma can express, and there is no omega.
 
     Parameters: alpha, delta [dim, N]; theta, omega [dim]; gamma [2, dim, N], real and imaginary
     part. State: h [B, dim, N], complex64 (complex128).

@@ -41,12 +41,14 @@ class PLSTM2D(GridLayer):
 
     In P-mode the angle alpha sends a state in one direction, and the weights of the two edges that
     an edge enters sum to |tau| < 1. In D-mode there is one path between two nodes. Both keep states
-    bounded. The RMS norm is per head, with one scale [K] for all heads. `seqjax.plstm_2d` has the
+    bounded, but `complement=True` does not where tau < 0: T_1j is then above 1. The RMS norm is per
+    head, with one scale [K] for all heads. `seqjax.plstm_2d` has the
     recurrence. Alternate both modes in a model, as the paper does.
 
     Departures: transitions are numbers (J = 1 in the paper). In P-mode the authors' code has
     s_1 = 1 - s_0 and T_1j = 1 - T_0j; `complement=True` selects that form. The authors' code also
-    has a convolution before the gates. Put one before the layer. Projections of q, k, v and the
+    has a convolution before the gates, the queries and the keys, and a norm scale for each head.
+    Put a convolution before the layer. Projections of q, k, v and the
     output start normal with variance 1/fan_in.
 
     Initialization: projections of the gates start at 0, their biases at -5 (source, mark, direct)

@@ -46,7 +46,8 @@ def selective_scan_2d(
     h_0 is carried along the axis X and h_1 along the axis Y. The products are elementwise. dt, B
     and C are those of the node (i, j). This is the zero-order hold of a continuous model of
     Roesser's form. With A_01 = A_10 = 0, it is the sum of two one-dimensional state spaces. The
-    2-D SSM of arXiv 2306.06635 is the case of constant dt, B and C.
+    2-D SSM of arXiv 2306.06635 has this recurrence with constant a and b, without step sizes, and
+    with separate B and C for each channel.
 
     An output depends on the nodes (i', j') with i' <= i and j' <= j only. Flip the arrays for other
     orientations. The op has no initial state and no resets. Both algorithms are exact for every A.
