@@ -73,7 +73,7 @@ def functions(
         [states], (d_out, d_final) = residuals, cotangents
         layout = functools.partial(_layout, reset)
         (*inputs, vectors, _), transpose = jax.vjp(layout, arrays, log_decay, S0, scale)
-        d_out = _slices(d_out[..., None, :])[..., 0, :]
+        d_out = _columns(d_out)
         grads = kernels.backward(
             *inputs, states, reset, d_out, _slices(d_final), vectors=vectors, **shared
         )
@@ -84,7 +84,8 @@ def functions(
     def shapes(arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any) -> Any:
         dtype = checks.output_dtype(arrays["v"], *arrays.values(), log_decay, S0)
         outputs = jax.ShapeDtypeStruct(arrays["v"].shape, dtype)
-        *inputs, _, state = jax.eval_shape(_layout, reset, arrays, log_decay, S0, scale)
+        v, state = jax.eval_shape(_columns, arrays["v"]), jax.eval_shape(_slices, S0)
+        inputs = (arrays["q"], arrays["k"], v, arrays.get("beta"), log_decay)
         count = -(-arrays["q"].shape[1] // chunk_steps(*inputs, wanted=chunk_size))
         batch, *rest = state.shape
         states = jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)
@@ -99,7 +100,7 @@ def _layout(reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any) 
     Arrays are [B, T, heads, F]. The dict is empty for ops without a and b. Where the state is
     cleared before a step, its a is zero, because it reads the state before the decay.
     """
-    q, v = arrays["q"], _slices(arrays["v"][..., None, :])[..., 0, :]
+    q, v = arrays["q"], _columns(arrays["v"])
     if scale is not None:
         q = (q.astype(scale.dtype) * scale).astype(q.dtype)
     heads = v.shape[2]
@@ -114,6 +115,11 @@ def _layout(reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any) 
     if vectors and reset is not None:
         vectors["a"] = jnp.where(reset[..., None, None], 0, vectors["a"])
     return q, k, v, beta, decay, vectors, _slices(S0)
+
+
+def _columns(x: jax.Array) -> jax.Array:
+    """Divide [..., H, V] into slices of columns that are heads; see `_slices`."""
+    return _slices(x[..., None, :])[..., 0, :]
 
 
 def _slices(x: jax.Array) -> jax.Array:

@@ -37,7 +37,13 @@ DENSE = {
         "tie_word_embeddings": False,
     },
     "falcon_mamba": {"model_type": "falcon_mamba", "state_size": 4, "mixer_rms_eps": 1e-3},
-    "qwen3_5_text": {"model_type": "qwen3_5_text", **QWEN},
+    # Few layers: each norm of an output near zero amplifies the rounding of the reference.
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text",
+        **QWEN,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "mamba2": {
         "model_type": "mamba2",
         "num_heads": 6,
