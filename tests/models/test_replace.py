@@ -103,7 +103,7 @@ def test_replaced_layers_equal_those_built_directly(layer):
     names = {f.name for f in fields} - {"dim", "depth", "input_dim", "num_classes"} - needed
     # `layer` must stay below `depth`, and the variants of `MLSTM` determine `normalizer`. Fields of
     # `MoE` require others, which one of its rows has.
-    fixed = {"layer", "normalizer"}
+    fixed = {"layer", "normalizer", "present_share"}
     if isinstance(layer, seqjax.layers.MoE):
         fixed |= {"groups", "latent_bias", "shared_gate"}
     if not getattr(layer, "inner_norm_eps", True):  # a row of `Mamba` has it
