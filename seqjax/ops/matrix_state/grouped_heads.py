@@ -13,19 +13,10 @@ import jax.numpy as jnp
 Ungroup = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def check(op: str, sizes: Mapping[str, int]) -> None:
-    """Raise unless the number of key heads divides the number of value heads."""
-    groups, heads = sizes.get("G", sizes["H"]), sizes["H"]
-    if heads % groups:
-        raise ValueError(
-            f"{op}: `v` must have a multiple of the G={groups} heads of `q`, got {heads} heads."
-        )
-
-
 def group(
     arrays: Mapping[str, jax.Array], log_decay: jax.Array | None, state: jax.Array
 ) -> tuple[dict[str, jax.Array], jax.Array | None, jax.Array, Ungroup]:
-    """Split the axis of heads into groups, if "q" has fewer heads than the state.
+    """Split the axis of heads into groups; "q" has fewer heads than the state.
 
     Args:
       arrays: [B, T, G or H, F] by name.
@@ -37,8 +28,6 @@ def group(
       [B, T, G, n, V] and of the final state.
     """
     heads, groups = state.shape[1], arrays["q"].shape[2]
-    if groups == heads:
-        return dict(arrays), log_decay, state, lambda out, final: (out, final)
 
     def split(x: jax.Array, axis: int) -> jax.Array:
         before, after = x.shape[:axis], x.shape[axis + 1 :]

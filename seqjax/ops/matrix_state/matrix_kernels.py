@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import chunk_steps
-from seqjax.ops.core import checks
 from seqjax.ops.matrix_state import grouped_heads
 
 KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every chip
@@ -38,7 +37,7 @@ def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
 
 
 def functions(
-    default_scale: float | None, chunk_size: int | None, interpret: bool
+    default_scale: float | None, chunk_size: int | None, interpret: bool, dtype: Any
 ) -> tuple[Callable[..., Any], ...]:
     """Return the functions forward, backward and shapes for `kernel_op`.
 
@@ -46,6 +45,7 @@ def functions(
       default_scale: K**-0.5, or None if the caller passes a scale, which is then an operand.
       chunk_size: the caller's choice.
       interpret: the caller's choice.
+      dtype: the dtype of the outputs.
     """
     # A kernel is compiled with the default scale. Other scales multiply the queries beforehand.
     shared = {
@@ -82,7 +82,6 @@ def functions(
         return jax.tree.leaves(transpose((*found, of_vectors, grads["initial_state"])))
 
     def shapes(arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any) -> Any:
-        dtype = checks.output_dtype(arrays["v"], *arrays.values(), log_decay, S0)
         outputs = jax.ShapeDtypeStruct(arrays["v"].shape, dtype)
         v, state = jax.eval_shape(_columns, arrays["v"]), jax.eval_shape(_slices, S0)
         inputs = (arrays["q"], arrays["k"], v, arrays.get("beta"), log_decay)

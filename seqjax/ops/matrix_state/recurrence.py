@@ -229,7 +229,12 @@ class MatrixRecurrence:
                 raise ValueError(f"{op}: `bonus` must be None without `exclusive`, got an array.")
             given, wanted = given | {"bonus": jnp.asarray(bonus)}, wanted | {"bonus": "H K | H"}
         sizes = checks.check_shapes(op, {name: wanted[name] for name in given}, given)
-        grouped_heads.check(op, sizes)
+        groups = sizes.get("G", sizes["H"])
+        if sizes["H"] % groups:
+            raise ValueError(
+                f"{op}: `v` must have a multiple of the G={groups} heads of `q`, got"
+                f" {sizes['H']} heads."
+            )
         checks.check_dtypes(op, given, complex_ok=self.complex_ok)
         bonus = given.pop("bonus", None)
         checks.check_state_dtype(op, state_dtype, *given.values())
@@ -237,6 +242,9 @@ class MatrixRecurrence:
         checks.check_sequence_axis(op, sequence_axis)
         checks.check_positive(op, chunk_size=chunk_size)
         scale = checks.check_scale(op, scale)
+        if given["initial_state"] is None:
+            shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
+            given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values()))
         algorithm = backends.select_algorithm(
             op,
             algorithm,
@@ -244,9 +252,6 @@ class MatrixRecurrence:
             length=sizes["T"],
             any_length=("sequential", "chunked"),
         )
-        if given["initial_state"] is None:
-            shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
-            given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values()))
         decay_axes = 0 if log_decay is None else given["log_decay"].ndim - 2
         chosen = default_algorithms(
             sizes, decay_axes, self.diagonal, self.cpu_chunks_from if self.chunk else None
@@ -299,7 +304,8 @@ def _recur(
         sizes = (arrays["v"].shape, options.chunk_size)
         if log_decay is not None:
             log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        arrays, log_decay, S0, ungroup = grouped_heads.group(arrays, log_decay, S0)
+        if shared := arrays["q"].shape[2] != S0.shape[1]:
+            arrays, log_decay, S0, ungroup = grouped_heads.group(arrays, log_decay, S0)
         factor = jnp.asarray(options.scale if scale is None else scale, state)
 
         def cleared(x: jax.Array, reset: jax.Array) -> jax.Array:
@@ -353,12 +359,12 @@ def _recur(
         algorithm = options.on_cpu if differentiated else options.forward_on_cpu
         on_cpu = chunk_sizes.divide(algorithm, chunk_sizes.CPU, *sizes, narrow)
         elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes, narrow)
-        return ungroup(*backends.by_platform(run, on_cpu, elsewhere, S0, arrays))
+        results = backends.by_platform(run, on_cpu, elsewhere, S0, arrays)
+        return ungroup(*results) if shared else results
 
-    xla = unless_differentiated(*(functools.partial(run_xla, grad) for grad in (False, True)))
-    kernels = matrix_kernels.functions(
-        options.scale, options.chunk_size, options.backend.mode is backends.Mode.INTERPRET
-    )
+    xla = unless_differentiated(functools.partial(run_xla, False), functools.partial(run_xla, True))
+    interpret = options.backend.mode is backends.Mode.INTERPRET
+    kernels = matrix_kernels.functions(options.scale, options.chunk_size, interpret, out)
     compute = kernel_op.kernel_op(options.backend, xla, *kernels)
     if options.exclusive:
         compute = exclusive_read.exclusive(compute, options.scale, bonus)
