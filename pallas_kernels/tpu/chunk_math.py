@@ -31,7 +31,13 @@ CHUNK = 128  # steps in a chunk: the side of a matrix unit
 
 
 def chunk_steps(
-    q: jax.Array, k: jax.Array, v: jax.Array, beta: Any, log_decay: Any, *, wanted: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: Any,
+    log_decay: Any,
+    *vectors: jax.Array,
+    wanted: int | None,
 ) -> int:
     """Return the steps in a chunk: a power of two, and whole tiles of the narrowest array.
 
@@ -39,7 +45,7 @@ def chunk_steps(
     states are read and written half as often. Wide keys or values and float32 decays per channel
     use more memory per step, and 128 steps would not fit the VMEM of a v5p.
     """
-    arrays = [x for x in (q, k, v, beta, log_decay) if x is not None]
+    arrays = [x for x in (q, k, v, beta, log_decay, *vectors) if x is not None]
     usual = CHUNK
     if log_decay is not None and log_decay.ndim == 4 and q.dtype != jnp.bfloat16:
         usual = CHUNK // 2

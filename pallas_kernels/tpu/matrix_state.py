@@ -41,7 +41,9 @@ def _variant(
     return Variant(
         recurrence=recurrence,
         num=Numerics(jnp.dtype(jnp.float64 if float64 else jnp.float32), bfloat16),
-        chunk=chunk_steps(q, k, v, arrays["beta"], g, wanted=chunk_size),
+        chunk=chunk_steps(
+            q, k, v, arrays["beta"], g, *(arrays[name] for name in vectors), wanted=chunk_size
+        ),
         heads=block_heads,
         head_blocks=-(-heads // block_heads),
         length=length,

@@ -108,3 +108,38 @@ def test_a_bfloat16_state_is_the_rounded_state(op):
     assert_close((o, final), (expected, wide.astype(jnp.bfloat16)), 1e-6)
     with pytest.raises(ValueError, match=f"^{op}: `state_dtype` must be bfloat16 or None, got"):
         run(state_dtype=jnp.float16)
+
+
+@pytest.mark.parametrize("algorithm", ["sequential", "chunked", "associative"])
+def test_exclusive_reads_see_nothing_across_a_reset(algorithm):
+    """Check values and gradients with a NaN before a reset, and with a query of NaN at it."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 8, 1, n)), jnp.float32) for n in (2, 2, 3))
+    reset = (jnp.arange(8) == 4)[None]
+
+    def run(q, k, v):
+        return seqjax.linear_attention(
+            q, k, v, exclusive=True, reset=reset, algorithm=algorithm, chunk_size=4
+        )[0]
+
+    def loss(*arrays):
+        return jnp.sum(run(*arrays)[:, 4:] ** 2)
+
+    poisoned = k.at[0, 2].set(jnp.nan)
+    for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(q, poisoned, v):
+        assert bool(jnp.isfinite(gradient[:, 4:]).all())
+    found = jnp.isnan(run(q.at[0, 4].set(jnp.nan), k, v)[0, :, 0]).all(-1)
+    assert found.tolist() == [t == 4 for t in range(8)]
+
+
+def test_a_bonus_takes_part_in_the_dtypes():
+    one = jnp.ones((1, 2, 1, 1))
+    o, _ = seqjax.linear_attention(one, one, one, exclusive=True, bonus=jnp.full(1, 1j))
+    assert o.ravel().tolist() == [1j, 1 + 1j]
+
+
+@pytest.mark.parametrize("state", [jnp.ones((2, 1, 1, 1)), (jnp.ones((2, 1, 1, 1)), None)])
+def test_a_normalizer_needs_both_parts_of_the_state(state):
+    one = jnp.ones((2, 2, 1, 1))
+    with pytest.raises(ValueError, match=r"^linear_attention: `initial_state` must be a pair"):
+        seqjax.linear_attention(one, one, one, None, state, normalizer=True)

@@ -241,6 +241,12 @@ def _normalized(
     inputs: dict[str, Array], log_decay: Array | None, initial_state: Any, **keywords: Any
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Run linear attention with a column of ones in the values: the normalizer."""
+    pair = isinstance(initial_state, tuple | list) and len(initial_state) == 2
+    if initial_state is not None and not (pair and all(x is not None for x in initial_state)):
+        raise ValueError(
+            "linear_attention: `initial_state` must be a pair of the state and its sums with"
+            " `normalizer`, as the op returns it, or None."
+        )
     memory, sums = (None, None) if initial_state is None else initial_state
     patterns = _LINEAR_ATTENTION.patterns
     given = checks.as_arrays({**inputs, "log_decay": log_decay, "initial_state": memory})

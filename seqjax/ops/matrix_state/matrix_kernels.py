@@ -84,7 +84,8 @@ def functions(
     def shapes(arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any) -> Any:
         outputs = jax.ShapeDtypeStruct(arrays["v"].shape, dtype)
         v, state = jax.eval_shape(_columns, arrays["v"]), jax.eval_shape(_slices, S0)
-        inputs = (arrays["q"], arrays["k"], v, arrays.get("beta"), log_decay)
+        vectors = (arrays[name] for name in ("a", "b") if name in arrays)
+        inputs = (arrays["q"], arrays["k"], v, arrays.get("beta"), log_decay, *vectors)
         count = -(-arrays["q"].shape[1] // chunk_steps(*inputs, wanted=chunk_size))
         batch, *rest = state.shape
         states = jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)

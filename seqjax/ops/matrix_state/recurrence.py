@@ -227,6 +227,8 @@ class MatrixRecurrence:
         if bonus is not None:
             if not exclusive:
                 raise ValueError(f"{op}: `bonus` must be None without `exclusive`, got an array.")
+            if "k" not in self.inputs:
+                raise ValueError(f"{op}: `bonus` must be None without an input `k`, got an array.")
             given, wanted = given | {"bonus": jnp.asarray(bonus)}, wanted | {"bonus": "H K | H"}
         sizes = checks.check_shapes(op, {name: wanted[name] for name in given}, given)
         groups = sizes.get("G", sizes["H"])
@@ -244,7 +246,7 @@ class MatrixRecurrence:
         scale = checks.check_scale(op, scale)
         if given["initial_state"] is None:
             shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
-            given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values()))
+            given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values(), bonus))
         algorithm = backends.select_algorithm(
             op,
             algorithm,
@@ -293,7 +295,8 @@ def _recur(
     names = list(given)
     *values, reset, scale, bonus = jax_compat.match_varying(*given.values(), reset, scale, bonus)
     arrays = dict(zip(names, values, strict=True))
-    state, out = checks.state_dtype(*values), checks.output_dtype(arrays["v"], *values)
+    state = checks.state_dtype(*values, bonus)
+    out = checks.output_dtype(arrays["v"], *values, bonus)
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
     scale = None if scale is None else scale.astype(jnp.finfo(state).dtype)
 
