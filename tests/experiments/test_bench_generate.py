@@ -1,8 +1,11 @@
 """The benchmark of generation, at tiny sizes."""
 
+import pytest
+
 from experiments.bench import generate
 
 
+@pytest.mark.slow
 def test_a_row_has_rates_and_ratios(monkeypatch):
     monkeypatch.setattr(generate, "DIM", 16)
     monkeypatch.setattr(generate, "PROMPT", 8)

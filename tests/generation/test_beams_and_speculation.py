@@ -45,7 +45,13 @@ def test_one_beam_is_greedy():
     assert_close(leaves(jax.tree.map(lambda x: x[:, 0], beams.state)), leaves(out.state), 1e-4)
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["target as draft", "small draft"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        pytest.param(True, id="target as draft", marks=pytest.mark.slow),
+        pytest.param(False, id="small draft"),
+    ],
+)
 def test_greedy_speculation_is_greedy_decoding(own):
     model, params = hybrid()
     draft, draft_params = hybrid() if own else small()

@@ -140,7 +140,11 @@ def test_values_do_not_compile_again():
     assert not compilations
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(AxisType.Auto, id="Auto", marks=pytest.mark.slow), AxisType.Explicit],
+    ids=lambda kind: kind.name,
+)
 def test_on_a_mesh(kind):
     model, params = hybrid()
     prompt, lengths = prompts(batch=4), np.array([21, 5, 13, 8])

@@ -138,7 +138,10 @@ def test_mlstm_equals_the_papers_loop(form, x64):
 
 
 @pytest.mark.parametrize("form", ["chunked", pytest.param("steps only", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "explicit",
+    [pytest.param(False, id="auto", marks=pytest.mark.slow), pytest.param(True, id="explicit")],
+)
 def test_mlstm_on_several_devices(form, explicit, x64):
     """Split T over eight devices, or the batch over two of an Explicit mesh, with gradients."""
     inputs, reset = draw()
@@ -262,6 +265,7 @@ class MLSTM(seqjax.layers.Layer):
         return dropped @ params["out"], state
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 def test_two_kinds_of_blocks():
     """Scan and remat change nothing; step equals apply; dropout draws with a key only."""
     dim = 8

@@ -101,7 +101,12 @@ def times_the_floor(op, decay, identical, seed=0):
 
 
 CASES = [
-    pytest.param(op, decay, identical, marks=() if (op, decay) == ("delta_rule", "head") else SLOW)
+    pytest.param(
+        op,
+        decay,
+        identical,
+        marks=() if (op, decay, identical) == ("delta_rule", "head", True) else SLOW,
+    )
     for op in ("linear_attention", "delta_rule", "generalized_delta_rule")
     for decay in (None, "head", "channel")
     for identical in (False, True)

@@ -39,7 +39,13 @@ def temporary_bytes(op, shapes, **keywords):
     return memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", matrix_shapes(1))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "delta_rule, channel" else pytest.param(name, marks=pytest.mark.slow)
+        for name in matrix_shapes(1)
+    ],
+)
 def test_matrix_states_are_not_stored(name):
     op = getattr(seqjax, name.split(",")[0])
     sizes = {t: temporary_bytes(op, matrix_shapes(t)[name]) for t in (4096, 16384)}

