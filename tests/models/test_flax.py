@@ -18,6 +18,7 @@ from flax import linen, nnx
 import seqjax
 import seqjax.linen
 import seqjax.nnx
+from seqjax.layers._grid import GridLayer
 from tests.contract.harness import assert_close, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -101,15 +102,32 @@ def test_every_layer_can_be_wrapped(name):
         or inspect.isabstract(kind)
     ):
         pytest.skip("not a layer by itself")
-    sizes = {"dim": 32, "heads": 2, "window": 3, "layer": LRU}
+    sizes = {
+        "dim": 32,
+        "heads": 2,
+        "window": 3,
+        "layer": LRU,
+        "kv_rank": 4,
+        "head_dim": 8,
+        "experts": 4,
+        "top_k": 2,
+        "name": "attention",
+        "attention": seqjax.layers.Attention(16, heads=2, out_dim=8),
+        "mlp": seqjax.layers.GatedMLP(8),
+    }
     needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
     layer = kind(**{field: sizes[field] for field in needed})
+    if kind is seqjax.layers.SharedTransformer:  # it runs inside a backbone only
+        block = seqjax.models.Block(seqjax.layers.LRU(8), injection=layer)
+        layer = seqjax.models.Backbone(block, depth=1)
     wanted = jax.tree.map(tuple, layer.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     state = nnx.state(nnx.eval_shape(lambda: seqjax.nnx.Recurrent(layer, rngs=nnx.Rngs(0))))
     axes = {path[1:]: leaf.out_sharding for path, leaf in nnx.to_flat_state(state)}
     assert axes == dict(nnx.traversals.flatten_mapping(wanted))
     twin = seqjax.linen.Recurrent(layer)
-    variables = jax.eval_shape(twin.init, jax.random.key(0), jnp.ones((B, T, layer.dim)))
+    positions = (3, 4) if issubclass(kind, GridLayer) else (T,)
+    x = jnp.ones((B, *positions, layer.dim))
+    variables = jax.eval_shape(twin.init, jax.random.key(0), x)
     names = jax.tree.map(
         lambda box: box.names,
         variables["params"],
