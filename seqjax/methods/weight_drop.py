@@ -1,14 +1,25 @@
 """DropConnect on recurrent weights."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from seqjax.ops.core import explicit_mesh
 from seqjax.types import PyTree
 
 
-def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Collection[str]) -> PyTree:
+def _specs(arguments: explicit_mesh.Arguments, out: Any) -> PyTree:
+    """Return the specs of the parameters."""
+    del out
+    return jax.tree.map(
+        lambda p: explicit_mesh.joined(*explicit_mesh.spec_of(p)), arguments["params"]
+    )
+
+
+@explicit_mesh.auto_inside(_specs)
+def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Iterable[str]) -> PyTree:
     """Return parameters with entries of the named arrays set to zero at random.
 
         W' = mask * W / (1 - rate)          mask_ij = 1 with probability 1 - rate
@@ -24,7 +35,8 @@ def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Collection[s
         matrices.
 
     Raises:
-      ValueError: if `rate` is out of range, or `params` has no array of a name.
+      ValueError: if `rate` is out of range, `names` is one string, or `params` has no array of a
+        name.
 
     Example:
       >>> import jax, seqjax
@@ -37,9 +49,14 @@ def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Collection[s
     """
     if not 0 <= rate < 1:
         raise ValueError(f"weight_drop: `rate` must be in [0, 1), got {rate!r}.")
+    if isinstance(names, str):
+        raise ValueError(
+            f"weight_drop: `names` must be a collection of names, got {names!r}; pass ({names!r},)."
+        )
+    names = frozenset(names)
     paths, tree = jax.tree_util.tree_flatten_with_path(params)
     found = [getattr(path[-1], "key", None) if path else None for path, _ in paths]
-    if missing := sorted(set(names) - set(found)):
+    if missing := sorted(names - set(found)):
         known = sorted(str(name) for name in found)
         raise ValueError(f"weight_drop: `names` must be among {known}, got {missing[0]!r}.")
 
