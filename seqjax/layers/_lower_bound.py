@@ -1,9 +1,9 @@
 """Lower bounds of decays that grow with depth, shared by the blocks of a backbone (HGRN).
 
-With the parameters p [L, N] of all L layers that have bounds, in the order of their calls, the
-bound of layer l is the sum of softmax(p) over the layers 1 to l, with the softmax over depth. The
-first layer's bound is 0. With equal parameters layer l has the bound l / L. A block may have
-several such layers.
+All L layers that have bounds together have the parameters p [L, N], in the order of their calls. A
+block may have several such layers. The bound of layer l is the sum of softmax(p) over the layers 1
+to l, with the softmax over depth. The first layer's bound is 0. With equal parameters layer l has
+the bound l / L.
 """
 
 from typing import Any

@@ -18,7 +18,6 @@ def _specs(arguments: explicit_mesh.Arguments, out: Any) -> PyTree:
     )
 
 
-@explicit_mesh.auto_inside(_specs)
 def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Iterable[str]) -> PyTree:
     """Return parameters with entries of the named arrays set to zero at random.
 
@@ -54,18 +53,23 @@ def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Iterable[str
             f"weight_drop: `names` must be a collection of names, got {names!r}; pass ({names!r},)."
         )
     names = frozenset(names)
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
     found = [getattr(path[-1], "key", None) if path else None for path, _ in paths]
     if missing := sorted(names - set(found)):
         known = sorted(str(name) for name in found)
         raise ValueError(f"weight_drop: `names` must be among {known}, got {missing[0]!r}.")
+    return _drop(params, rate, key, [name in names for name in found])
+
+
+@explicit_mesh.auto_inside(_specs)
+def _drop(params: PyTree, rate: float, key: jax.Array, chosen: list[bool]) -> PyTree:
+    """Drop entries of the chosen leaves."""
+    leaves, tree = jax.tree.flatten(params)
 
     def drop(leaf: jax.Array, key: jax.Array) -> jax.Array:
         kept = jax.random.bernoulli(key, 1 - rate, leaf.shape)
         return jnp.where(kept, leaf / (1 - rate), jnp.zeros_like(leaf))
 
-    keys = jax.random.split(key, len(paths))
-    leaves = [
-        drop(leaf, keys[i]) if found[i] in names else leaf for i, (_, leaf) in enumerate(paths)
-    ]
-    return jax.tree.unflatten(tree, leaves)
+    keys = jax.random.split(key, len(leaves))
+    dropped = [drop(leaf, keys[i]) if chosen[i] else leaf for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(tree, dropped)
