@@ -19,8 +19,8 @@ class Headwise(Cell):
     takes H (k D / H)^3 operations a step, not (k D)^3, for k numbers per channel.
 
     Parameters: those of `cell`; a matrix [D, D] becomes [H, D / H, D / H], a vector stays [D].
-    u [gates, D]. State: [H, k D / H], the k numbers of a channel one after the other. Jacobian:
-    blocks of that size. Bounds: those of `cell`.
+    u [gates, D]. State: [H, k D / H]: for each of the k numbers, that of all channels of the head.
+    Jacobian: blocks of that size. Bounds: those of `cell`.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -48,16 +48,18 @@ class Headwise(Cell):
 
     def __call__(self, params: Params, h: jax.Array, u: jax.Array) -> jax.Array:
         """Return the next state, from h [H, k D / H] and u [gates, D]."""
-        own = {
-            name: params[name].reshape(self.heads, *self.cell.param_shape(name))
-            for name in self.recurrent
-        }
 
         def step(own: Params, h: jax.Array, u: jax.Array) -> jax.Array:
             return self._flat(self.cell(own, self._channels(h), u))
 
         u = u.reshape(self.gates, self.heads, self.cell.dim)
-        return jax.vmap(step, in_axes=(0, 0, 1))(own, h, u)
+        return jax.vmap(step, in_axes=(0, 0, 1))(self._by_head(params), h, u)
+
+    def _by_head(self, params: Params) -> Params:
+        return {
+            name: params[name].reshape(self.heads, *self.cell.param_shape(name))
+            for name in self.recurrent
+        }
 
     def _channels(self, h: jax.Array) -> jax.Array:
         """Return states [..., k D / H] of a head as its cell has them: [..., D / H (, k)]."""
@@ -78,12 +80,22 @@ class Headwise(Cell):
         return jnp.zeros((batch_size, self.heads, self.width * self.cell.dim), dtype)
 
     def bounds(self, params: Params) -> Bounds | None:
-        """Return the bounds of a head's cell, in the layout of the state."""
-        found = self.cell.bounds(params)
-        if found is None or self.width == 1:
+        """Return the bounds of the heads' cells, in the layout of the state."""
+        heads = self._by_head(params)
+        found = self.cell.bounds({name: p[0] for name, p in heads.items()})
+        # Constants hold for all numbers. As arrays they would have a dtype, which may not be h's.
+        if found is None or all(type(bound) in (int, float) for bound in found):
             return found
-        low, high = (jnp.repeat(jnp.asarray(b), self.cell.dim) for b in found)
-        return low, high
+        shape = (self.cell.dim, self.width)[: 1 + (self.width > 1)]
+
+        def of_head(own: Params) -> Bounds:
+            found = self.cell.bounds(own)
+            assert found is not None
+            dtype = jnp.result_type(*found)
+            low, high = (self._flat(jnp.broadcast_to(jnp.asarray(b, dtype), shape)) for b in found)
+            return low, high
+
+        return jax.vmap(of_head, axis_size=self.heads)(heads)
 
     def output(self, h: jax.Array) -> jax.Array:
         """Return what the cells of all heads return, next to each other: [..., D]."""

@@ -142,10 +142,12 @@ class Layer(abc.ABC):
         """Return layers whose parameters a backbone holds once, in `context.shared`, by name."""
         return {}
 
-    def visible_params(self, params: Params) -> dict[str, jax.Array]:
-        """Return parameters of this layer that all blocks of a backbone read, by name.
+    def visible_params(self, params: Params) -> dict[str, list[jax.Array]]:
+        """Return lists of parameters that all blocks of a backbone read, by name.
 
-        `context.values` has each of them stacked along a first axis, in the order of the blocks.
+        A layer with sublayers returns those of the sublayers in the order of their calls.
+        `context.values` has the arrays of a name stacked along a first axis, in the order of the
+        blocks.
         """
         return {}
 

@@ -65,15 +65,16 @@ class GridLayer(Layer):
 
     def _check_flips(self) -> None:
         try:
-            pairs = [tuple(map(bool, pair)) for pair in self.flips]
+            pairs = tuple(tuple(map(bool, pair)) for pair in self.flips)
         except TypeError:
-            pairs = []
+            pairs = ()
         _checks.require(
             self,
             0 < len(pairs) == len(set(pairs)) and all(len(pair) == 2 for pair in pairs),
             "`flips` must be different pairs of booleans (backwards along X, backwards along Y),"
             f" got {self.flips!r}.",
         )
+        object.__setattr__(self, "flips", pairs)  # hashable, also if they were lists
 
     def oriented(self, z: jax.Array) -> jax.Array:
         """Return z [B, X, Y, ...] flipped for each orientation: [O, B, X, Y, ...]."""

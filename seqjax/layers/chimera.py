@@ -126,7 +126,9 @@ class Chimera(GridLayer):
         A = jnp.stack([jnp.stack(row, axis=1) for row in rows], axis=1)
         arrays = [self.oriented(u.astype(wide)), self.each_oriented(dt), A]
         arrays += [self.each_oriented(z) for z in (B, C)]
-        o = self.summed(jax.vmap(selective_scan_2d)(*arrays)) + params["D"].astype(wide) * u
+        o = self.summed(jax.vmap(selective_scan_2d)(*arrays)) + params["D"].astype(wide) * u.astype(
+            wide
+        )
         gate = jax.nn.silu(dense(x, params["gate_proj"]))
         return dense(o.astype(x.dtype) * gate, params["out_proj"])
 

@@ -87,7 +87,7 @@ class HGRN2(MatrixLayer):
     def make_values(self, batch_size: int, length: int, dtype: Any) -> dict[str, jax.Array]:
         return _lower_bound.initial_values(self.heads * self.key_dim) if self.lower_bound else {}
 
-    def visible_params(self, params: Params) -> dict[str, jax.Array]:
+    def visible_params(self, params: Params) -> dict[str, list[jax.Array]]:
         return _lower_bound.visible_params(params["lower_bound"]) if self.lower_bound else {}
 
     def forward(

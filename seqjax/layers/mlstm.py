@@ -17,6 +17,11 @@ from seqjax.layers.conv import ShortConv
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 
 VARIANTS = ("xlstm", "7b", "sig")
+UNUSED = {
+    "xlstm": ("expand_k", "expand_v", "gate_cap"),
+    "7b": ("expand", "conv_size", "block"),
+    "sig": ("expand", "conv_size", "block"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +114,14 @@ class MLSTM(Layer):
         )
         _checks.one_of(self, "variant", self.variant, VARIANTS)
         _checks.require(self, self.gate_cap > 0, f"`gate_cap` must be > 0, got {self.gate_cap}.")
+        for name in UNUSED[self.variant]:
+            given, default = getattr(self, name), getattr(type(self), name)
+            _checks.require(
+                self,
+                given == default,
+                f"`{name}` must be {default} for variant={self.variant!r}, which does not read"
+                f" it, got {given}; leave it out.",
+            )
         _checks.require(
             self,
             self.variant == "sig" or not self.normalizer,

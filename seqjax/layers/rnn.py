@@ -243,14 +243,15 @@ class SLSTM(RNN):
 
     c and n are stored as multiples of exp(m), see `seqjax.cells.SLSTM`. The bias of f starts evenly
     spaced from 3 up to 6, one of two options of the authors' code, and the other biases at 0. All R
-    start normal with standard deviation 2/sqrt(5 N).
+    start normal with standard deviation 2/sqrt(5 N); with `heads` uniform in +-1/sqrt(N / H).
 
     Departures: without `heads` each R is a vector, while the paper has a matrix per head. R does
     not start at 0 as in the authors' code. The paper's block around the cell (convolution, group
     norm, gated projection) is not part of the layer.
 
-    Parameters: in_proj [dim, 4 N], bias [4 N], R_i, R_f, R_z, R_o [N], out_proj [N, dim].
-    State: (c, n, h, m) as [B, N, 4].
+    Parameters: in_proj [dim, 4 N], bias [4 N], R_i, R_f, R_z, R_o [N], with `heads`
+    [H, N / H, N / H], out_proj [N, dim].
+    State: (c, n, h, m) as [B, N, 4], with `heads` as [B, H, 4 N / H].
 
     Example:
       >>> import jax, jax.numpy as jnp

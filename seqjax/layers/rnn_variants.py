@@ -92,8 +92,9 @@ class PLRNN(RNN):
         y_t = h_t W_out
 
     a starts uniform in [0, 0.5], W normal with standard deviation 0.01, the bias at 0, so that
-    states are bounded at the start. Train it on chaotic systems with
-    `seqjax.methods.TeacherForced`, because it can explode.
+    states are bounded at the start. States can explode in training on chaotic systems. The layer
+    has no teacher forcing: for it wrap the cell `seqjax.cells.PLRNN` in
+    `seqjax.methods.TeacherForced`, and run it with `seqjax.nonlinear_scan`.
 
     Departures: see `seqjax.cells.PLRNN`. The paper does not specify the initialisation.
 

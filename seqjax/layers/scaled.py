@@ -84,8 +84,13 @@ class Scaled(Layer):
     def declare_shared(self) -> Mapping[str, Layer]:
         return self.layer.declare_shared()
 
-    def visible_params(self, params: Params) -> dict[str, jax.Array]:
-        return self.layer.visible_params(params)
+    def visible_params(self, params: Params) -> dict[str, list[jax.Array]]:
+        return self.layer.visible_params(self._scaled(params))
+
+    def _scaled(self, params: Params) -> Params:
+        return params | {
+            name: params[name] * scale for name, scale in dict(self.param_scales).items()
+        }
 
     def state_flops(self) -> int:
         return self.layer.state_flops()
@@ -93,10 +98,7 @@ class Scaled(Layer):
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        params = params | {
-            name: params[name] * scale for name, scale in dict(self.param_scales).items()
-        }
         if self.input_scale != 1:
             x = x * self.input_scale
-        y, state = self.layer.forward(params, x, state, context)
+        y, state = self.layer.forward(self._scaled(params), x, state, context)
         return y if self.output_scale == 1 else y * self.output_scale, state

@@ -186,7 +186,16 @@ class Titans(MemoryLayer):
 
         Returns:
           y [B, T, dim].
+
+        Raises:
+          ValueError: if an argument has the wrong structure, shape or dtype.
         """
+        x = _checks.array(self, "x", x)
+        if state is None:
+            raise ValueError(
+                f"{type(self).__name__}: `state` must be the state to read, got None; start from"
+                " layer.initial_state(batch_size, x.dtype)."
+            )
         self._check_call(params, x, state, None, one_step=False)
         wide = state_dtype(x.dtype)
         q = dense(x, params["q_proj"])

@@ -21,12 +21,17 @@ class TeacherForced:
     steps are independent; with 0 the cell is unchanged. Anneal alpha to 0 in training.
 
     Pass it to `nonlinear_scan` with `xs` = (the cell's inputs, the targets one step earlier). The
-    targets are states, [B, T, D] or [B, T, D, k], for example from an encoder.
+    targets are states, [B, T, D] or [B, T, D, k], for example from an encoder. Shift them with
+    `seqjax.ops.previous(targets, None, reset)`, as below. Where a sequence starts, at t = 0 and at
+    resets, the earlier target must equal the fresh state, which is zero. Any other value leaks
+    into the new sequence, because the cell pulls the state towards it after the reset. To continue
+    from a state, pass the last target of the earlier call instead of None.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
       >>> cell = seqjax.methods.TeacherForced(seqjax.cells.Elman(dim=2), alpha=0.5)
-      >>> xs = jnp.ones((1, 6, 1, 2)), jnp.zeros((1, 6, 2))
+      >>> earlier, last = seqjax.ops.previous(jnp.ones((1, 6, 2)), None, reset=None)
+      >>> xs = jnp.ones((1, 6, 1, 2)), earlier
       >>> hs, *_ = seqjax.nonlinear_scan(cell, {"W": 3 * jnp.eye(2)}, xs, jnp.zeros((1, 2)))
       >>> hs.shape
       (1, 6, 2)

@@ -1,14 +1,24 @@
 """DropConnect on recurrent weights."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from seqjax.ops.core import explicit_mesh
 from seqjax.types import PyTree
 
 
-def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Collection[str]) -> PyTree:
+def _specs(arguments: explicit_mesh.Arguments, out: Any) -> PyTree:
+    """Return the specs of the parameters."""
+    del out
+    return jax.tree.map(
+        lambda p: explicit_mesh.joined(*explicit_mesh.spec_of(p)), arguments["params"]
+    )
+
+
+def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Iterable[str]) -> PyTree:
     """Return parameters with entries of the named arrays set to zero at random.
 
         W' = mask * W / (1 - rate)          mask_ij = 1 with probability 1 - rate
@@ -24,7 +34,8 @@ def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Collection[s
         matrices.
 
     Raises:
-      ValueError: if `rate` is out of range, or `params` has no array of a name.
+      ValueError: if `rate` is out of range, `names` is one string, or `params` has no array of a
+        name.
 
     Example:
       >>> import jax, seqjax
@@ -37,18 +48,28 @@ def weight_drop(params: PyTree, rate: float, key: jax.Array, names: Collection[s
     """
     if not 0 <= rate < 1:
         raise ValueError(f"weight_drop: `rate` must be in [0, 1), got {rate!r}.")
-    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    if isinstance(names, str):
+        raise ValueError(
+            f"weight_drop: `names` must be a collection of names, got {names!r}; pass ({names!r},)."
+        )
+    names = frozenset(names)
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
     found = [getattr(path[-1], "key", None) if path else None for path, _ in paths]
-    if missing := sorted(set(names) - set(found)):
+    if missing := sorted(names - set(found)):
         known = sorted(str(name) for name in found)
         raise ValueError(f"weight_drop: `names` must be among {known}, got {missing[0]!r}.")
+    return _drop(params, rate, key, [name in names for name in found])
+
+
+@explicit_mesh.auto_inside(_specs)
+def _drop(params: PyTree, rate: float, key: jax.Array, chosen: list[bool]) -> PyTree:
+    """Drop entries of the chosen leaves."""
+    leaves, tree = jax.tree.flatten(params)
 
     def drop(leaf: jax.Array, key: jax.Array) -> jax.Array:
         kept = jax.random.bernoulli(key, 1 - rate, leaf.shape)
         return jnp.where(kept, leaf / (1 - rate), jnp.zeros_like(leaf))
 
-    keys = jax.random.split(key, len(paths))
-    leaves = [
-        drop(leaf, keys[i]) if found[i] in names else leaf for i, (_, leaf) in enumerate(paths)
-    ]
-    return jax.tree.unflatten(tree, leaves)
+    keys = jax.random.split(key, len(leaves))
+    dropped = [drop(leaf, keys[i]) if chosen[i] else leaf for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(tree, dropped)

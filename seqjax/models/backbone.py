@@ -188,8 +188,8 @@ class Backbone(Layer):
             blocks = {f"block_{i}": block for i, block in enumerate(self.stack)}
         found: dict[str, list[jax.Array]] = {}
         for name, block in blocks.items():
-            for key, value in block.visible_params(params[name]).items():
-                found.setdefault(key, []).append(value)
+            for key, values in block.visible_params(params[name]).items():
+                found.setdefault(key, []).extend(values)
         if not self.scan:
             return {key: jnp.stack(rows) for key, rows in found.items()}
         # A group has the rows of its repetitions, which alternate with those of other groups.

@@ -167,12 +167,13 @@ class Block(Layer):
     def declare_shared(self) -> Mapping[str, Layer]:
         return merge_shared(self, self._layers)
 
-    def visible_params(self, params: Params) -> dict[str, jax.Array]:
-        shared: dict[str, jax.Array] = {}
-        for name, layer in (*self.mixers.items(), ("mlp", self.mlp)):
+    def visible_params(self, params: Params) -> dict[str, list[jax.Array]]:
+        found: dict[str, list[jax.Array]] = {}
+        for name, layer in (("injection", self.injection), *self.mixers.items(), ("mlp", self.mlp)):
             if layer is not None:
-                shared |= layer.visible_params(params[name])
-        return shared
+                for key, values in layer.visible_params(params[name]).items():
+                    found.setdefault(key, []).extend(values)
+        return found
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context

@@ -77,3 +77,15 @@ def test_other_starts():
 def test_arguments_are_checked(layer, fields, message):
     with pytest.raises(ValueError, match=f"^{layer.__name__}: {message}"):
         layer(**{"dim": 8, "heads": 2, **fields})
+
+
+@pytest.mark.parametrize(
+    ("variant", "unused"),
+    [
+        *(("xlstm", name) for name in ("expand_k", "expand_v", "gate_cap")),
+        *(("7b", "expand"), ("7b", "block"), ("sig", "conv_size")),
+    ],
+)
+def test_mlstm_refuses_arguments_of_another_variant(variant, unused):
+    with pytest.raises(ValueError, match=f"^MLSTM: `{unused}` must be .* for variant='{variant}'"):
+        MLSTM(8, 2, variant=variant, **{unused: 8})

@@ -18,6 +18,7 @@ from flax import linen, nnx
 import seqjax
 import seqjax.linen
 import seqjax.nnx
+from seqjax.layers._grid import GridLayer
 from tests.contract.harness import assert_close, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -27,6 +28,7 @@ LRU = seqjax.layers.LRU(DIM)
 DELTANET = seqjax.layers.DeltaNet(DIM, heads=2, gated=True)
 HYBRID = seqjax.models.Backbone([LRU, seqjax.layers.ParaGRU(DIM)], mlp_ratio=0)
 LANGUAGE = seqjax.models.LanguageModel(11, seqjax.models.Backbone([DELTANET]))
+MLP = seqjax.layers.GatedMLP(8)
 slow = pytest.mark.slow
 BOTH = [
     pytest.param(LRU, id="LRU"),
@@ -95,21 +97,22 @@ def test_parameters_start_as_the_layer_starts_them():
 def test_every_layer_can_be_wrapped(name):
     """Check that no parameter name collides with an attribute of Flax."""
     kind = getattr(seqjax.layers, name)
-    if (
-        not inspect.isclass(kind)
-        or not issubclass(kind, seqjax.layers.Layer)
-        or inspect.isabstract(kind)
-    ):
+    is_layer = inspect.isclass(kind) and issubclass(kind, seqjax.layers.Layer)
+    if not is_layer or inspect.isabstract(kind):
         pytest.skip("not a layer by itself")
-    sizes = {"dim": 32, "heads": 2, "window": 3, "layer": LRU}
+    sizes = {"dim": 32, "heads": 2, "window": 3, "layer": LRU, "kv_rank": 4, "head_dim": 8}
+    sizes |= {"experts": 4, "top_k": 2, "name": "a", "mlp": MLP}
+    sizes["attention"] = seqjax.layers.Attention(16, heads=2, out_dim=8)
     needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
     layer = kind(**{field: sizes[field] for field in needed})
+    if kind is seqjax.layers.SharedTransformer:  # it runs inside a backbone only
+        layer = seqjax.models.Backbone(seqjax.models.Block(MLP, injection=layer))
     wanted = jax.tree.map(tuple, layer.param_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
     state = nnx.state(nnx.eval_shape(lambda: seqjax.nnx.Recurrent(layer, rngs=nnx.Rngs(0))))
     axes = {path[1:]: leaf.out_sharding for path, leaf in nnx.to_flat_state(state)}
     assert axes == dict(nnx.traversals.flatten_mapping(wanted))
-    twin = seqjax.linen.Recurrent(layer)
-    variables = jax.eval_shape(twin.init, jax.random.key(0), jnp.ones((B, T, layer.dim)))
+    x = jnp.ones((B, T, 1, layer.dim) if issubclass(kind, GridLayer) else (B, T, layer.dim))
+    variables = jax.eval_shape(seqjax.linen.Recurrent(layer).init, jax.random.key(0), x)
     names = jax.tree.map(
         lambda box: box.names,
         variables["params"],

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from seqjax.layers import HGRN, LRU, Context
+from seqjax.layers import HGRN, LRU, Context, Scaled
 from seqjax.layers._lower_bound import initial_values, names, room_above
-from seqjax.models import Backbone
+from seqjax.models import Backbone, Block
 from tests.contract.harness import assert_close
 from tests.contract.test_sequence_axis import TIME, split
 from tests.oracles import gated_oracles
@@ -82,6 +82,49 @@ def test_backbone_passes_bounds_on(scan, x64, compiled_quickly):
         h = h + gated_oracles.hgrn(layer, own["mixer"], scaled, bound=block / depth)
     h = h / np.sqrt(np.mean(h * h, -1, keepdims=True) + 1e-6) * params["final_norm"]["scale"]
     assert_close(y, h, 1e-12)
+
+
+def rms(h):
+    return h / np.sqrt(np.mean(h * h, -1, keepdims=True) + 1e-6)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_layers_of_one_block_have_rows_in_the_order_of_their_calls(scan, x64, compiled_quickly):
+    """Compare two mixers and an injection per block, all with bounds, with single layers."""
+    layer, depth = HGRN(4), 2
+    block = Block([layer, layer], injection=layer)
+    backbone = Backbone(block, depth=depth, scan=scan)
+    draw = np.random.default_rng(0).standard_normal
+    params = jax.tree.map(
+        lambda p: p + 0.3 * draw(p.shape), backbone.init(jax.random.key(0), jnp.float64)
+    )
+    x = draw((2, 7, 4))
+    y, _ = jax.jit(backbone.apply)(params, x)
+    if scan:
+        every = [jax.tree.map(lambda p, i=i: p[i], params["group_0"]) for i in range(depth)]
+    else:
+        every = [params[f"block_{i}"] for i in range(depth)]
+    names = ("injection", "mixer_0", "mixer_1")
+    bound = iter(bounds(np.stack([own[n]["lower_bound"] for own in every for n in names])))
+    h = x
+    for own in every:
+        injected = gated_oracles.hgrn(layer, own["injection"], h, bound=next(bound))
+        inputs = rms(h + injected) * own["mixer_norm"]["scale"]
+        for name in names[1:]:
+            h = h + gated_oracles.hgrn(layer, own[name], inputs, bound=next(bound))
+    assert_close(y, rms(h) * params["final_norm"]["scale"], 1e-12)
+
+
+def test_scaled_bounds_are_bounds_of_scaled_parameters(x64, compiled_quickly):
+    scaled = Backbone(Scaled(HGRN(4), param_scales={"lower_bound": 3.0}), depth=3, mlp_ratio=0)
+    draw = np.random.default_rng(0).standard_normal
+    params = jax.tree.map(lambda p: p + draw(p.shape), scaled.init(jax.random.key(0), jnp.float64))
+    tripled = jax.tree_util.tree_map_with_path(
+        lambda path, p: 3 * p if path[-1].key == "lower_bound" else p, params
+    )
+    plain, x = Backbone(HGRN(4), depth=3, mlp_ratio=0), draw((2, 7, 4))
+    y, _ = jax.jit(plain.apply)(tripled, x)
+    assert_close(jax.jit(scaled.apply)(params, x)[0], y, 1e-12)
 
 
 @pytest.mark.slow

@@ -34,6 +34,18 @@ def test_mini_batches_of_one_token_are_the_delta_rule(x64):
     np.testing.assert_allclose(final["change"][0][:, :, 1], memory, atol=1e-12)
 
 
+def test_recall_checks_its_arguments():
+    layer = Titans(dim=4, heads=2)
+    params = layer.init(jax.random.key(0))
+    x, state = np.ones((1, 2, 4), np.float32), layer.initial_state(1)
+    with pytest.raises(ValueError, match=r"^Titans: `state` must be the state to read, got None;"):
+        layer.recall(params, x, None)
+    with pytest.raises(ValueError, match=r"^Titans: `x` must"):
+        layer.recall(params, [[1.0], [2.0, 3.0]], state)
+    recalled = jax.eval_shape(lambda state: layer.recall(params, x, state), state)
+    assert recalled.shape == x.shape
+
+
 @pytest.mark.parametrize("hidden", [None, pytest.param(6, marks=pytest.mark.slow)])
 def test_recall_reads_without_learning(hidden, x64):
     """Check against the last output of `apply`, which reads the memory after its own write."""

@@ -263,6 +263,44 @@ def test_a_headwise_cell_is_one_cell_per_head(base, x64, strict):
         np.testing.assert_allclose(found, base.output(alone), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        *(cells.GRU(2), cells.LSTM(2), cells.DenseSLSTM(2), cells.LEM(2), cells.ParaLSTM(2)),
+        *(cells.LTC(1), cells.LTC(2), cells.IndRNN(2)),
+    ],
+    ids=repr,
+)
+def test_bounds_of_a_headwise_cell_are_those_of_its_heads(base, x64):
+    cell, rng, dim = cells.Headwise(base, heads=3), np.random.default_rng(0), base.dim
+    params = cell_params(rng, cell)
+    shape = (dim, base.width)[: 1 + (base.width > 1)]
+    found = [np.broadcast_to(b, (3, dim * base.width)) for b in cell.bounds(params)]
+    for head in range(3):
+        own = {
+            name: p[head] if p.ndim == 3 else p[dim * head : dim * (head + 1)]
+            for name, p in params.items()
+        }
+        for bound, wanted in zip(found, base.bounds(own), strict=True):
+            np.testing.assert_array_equal(
+                cell._channels(jnp.asarray(bound[head])), np.broadcast_to(wanted, shape)
+            )
+
+
+@pytest.mark.parametrize("base", [cells.LEM(2), cells.ParaLSTM(2), cells.LTC(1)], ids=repr)
+def test_newton_solves_headwise_cells_with_bounds(base, x64, strict):
+    cell, rng = cells.Headwise(base, heads=3), np.random.default_rng(0)
+    params = jax.tree.map(jnp.asarray, cell_params(rng, cell))
+    u = jnp.asarray(rng.standard_normal((1, 9, cell.gates, cell.dim)))
+    newton, steps = (
+        seqjax.nonlinear_scan(
+            cell, params, u, cell.initial_state(1, "float64"), algorithm=algorithm
+        )[0]
+        for algorithm in ("newton", "sequential")
+    )
+    np.testing.assert_allclose(newton, steps, rtol=1e-8, atol=1e-9)
+
+
 def test_headwise_refuses_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="`heads` must be a positive integer, got 0"):
         cells.Headwise(cells.GRU(3), 0)

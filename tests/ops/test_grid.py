@@ -207,6 +207,24 @@ def test_layers(name, x64):
     assert state == ()
 
 
+@pytest.mark.parametrize("name", ["PLSTM2D-P", "Chimera"])
+def test_layers_in_bfloat16(name, x64, strict):
+    layer, params, x, _ = layer_case(name)
+    x = jnp.asarray(x, jnp.bfloat16)
+    y = LAYERS[name][1](layer, params, np.asarray(x, np.float64))
+    out, _ = jax.jit(layer.apply)(cast(params, "float32"), x)
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, y, 2e-2)
+
+
+@pytest.mark.parametrize("kind", [functools.partial(PLSTM2D, heads=2), Chimera])
+def test_flips_may_be_lists(kind):
+    layer = kind(4, flips=[[0, False], [True, np.True_]])
+    assert layer == kind(4, flips=((False, False), (True, True)))
+    assert hash(layer) == hash(kind(4, flips=layer.flips))
+    jax.eval_shape(functools.partial(apply, layer), jnp.ones((1, 2, 2, 4)))
+
+
 @pytest.mark.slow
 @EACH_LAYER
 def test_gradients_of_layers(name, x64):

@@ -1,9 +1,13 @@
 """Methods around recurrences, against float64 loops and backpropagation through time."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import seqjax
 from seqjax import cells, methods
@@ -21,6 +25,14 @@ def column(params, h, x):
 
 def squared(head, h, y):
     return jnp.sum((h[..., -1] @ head - y) ** 2)
+
+
+def squared_sum(head, h, y):
+    return jnp.sum((h @ head - y) ** 2)
+
+
+def tanh(w, h, x):
+    return jnp.tanh(w * h + x)
 
 
 def test_rtrl_is_backpropagation_through_time(x64):
@@ -50,6 +62,51 @@ def test_rtrl_is_backpropagation_through_time(x64):
     np.testing.assert_allclose(jnp.concatenate([one, two], axis=1), losses, rtol=1e-12)
     both = jax.tree.map(jnp.add, first, second)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), both, exact)
+
+
+def test_rtrl_of_narrow_numbers_is_computed_in_float32(strict):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+
+    args = draw(3), draw(3, 2), draw(2, 7, 3), draw(2, 7, 2), draw(2, 3)
+    run = jax.jit(functools.partial(methods.rtrl, tanh, squared_sum))
+    losses, grads, (state, S) = run(*args)
+    assert {g.dtype for g in grads} == {jnp.dtype("bfloat16")}
+    assert state.dtype == S.dtype == losses.dtype == jnp.float32
+    wide = run(*(a.astype(jnp.float32) for a in args))
+    np.testing.assert_array_equal(losses, wide[0])
+    for narrow, exact in zip(grads, wide[1], strict=True):
+        np.testing.assert_array_equal(narrow, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_methods_on_a_mesh(kind):
+    rng = np.random.default_rng(0)
+    draw = rng.standard_normal
+    values = draw(4), draw((4, 2)), draw((8, 5, 4)), draw((8, 5, 2)), draw((8, 4))
+    args = [jnp.asarray(v, jnp.float32) for v in values]
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    specs = P("model"), P("model"), P("data"), P("data"), P("data")
+    placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(args, specs, strict=True)]
+    run = jax.jit(functools.partial(methods.rtrl, tanh, squared_sum))
+    found = run(*placed)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), found, run(*args))
+    drop = jax.jit(lambda p: methods.weight_drop(p, 0.5, jax.random.key(0), ("W",)))
+    dropped = drop({"W": placed[1]})["W"]
+    np.testing.assert_array_equal(dropped, drop({"W": args[1]})["W"])
+    if kind == AxisType.Explicit:
+        assert found[0].sharding.spec[0] == "data"
+        assert found[1][0].sharding.spec[0] == dropped.sharding.spec[0] == "model"
+
+
+def test_rtrl_refuses_targets_of_another_length():
+    args = (tanh, squared_sum, jnp.ones(2), jnp.ones((2, 2)), jnp.ones((1, 3, 2)))
+    with pytest.raises(ValueError, match=r"`targets` must have shape \[B=1, T=3, ...\]"):
+        methods.rtrl(*args, jnp.ones((1, 4, 2)), jnp.zeros((1, 2)))
+    with pytest.raises(ValueError, match=r"`initial_state` must have shape \[B=1, D\]"):
+        methods.rtrl(*args, jnp.ones((1, 3, 2)), jnp.zeros((2, 2)))
 
 
 def test_rtrl_refuses_channels_that_mix():
@@ -84,6 +141,32 @@ def test_teacher_forcing_is_the_loop_and_saves_iterations(x64):
     assert taken[alpha] < taken[0.0]
     with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\]"):
         methods.TeacherForced(cells.Elman(dim), 1.5)
+
+
+def test_teacher_forcing_does_not_cross_resets(x64):
+    rng, dim, start = np.random.default_rng(0), 3, 4
+    params = cell_params(rng, cells.Elman(dim))
+    u, targets = rng.standard_normal((1, 9, 1, dim)), rng.standard_normal((1, 9, dim))
+    reset = jnp.arange(9)[None] == start
+    cell = methods.TeacherForced(cells.Elman(dim), 0.7)
+
+    def run(u, targets, reset):
+        earlier, _ = seqjax.ops.previous(targets, None, reset)
+        h0 = jnp.zeros((1, dim))
+        return seqjax.nonlinear_scan(cell, params, (u, earlier), h0, reset=reset)[0]
+
+    hs = run(u, targets, reset)
+    for part in (slice(start), slice(start, None)):
+        alone = run(u[:, part], targets[:, part], None)
+        np.testing.assert_allclose(hs[:, part], alone, rtol=1e-12)
+
+
+def test_weight_drop_reads_names_once():
+    params, key = {"W": jnp.ones(50), "V": jnp.ones(50)}, jax.random.key(0)
+    dropped = methods.weight_drop(params, 0.5, key, iter(["W"]))
+    assert (dropped["W"] == 0).any()
+    with pytest.raises(ValueError, match=r"`names` must be a collection of names, got 'WV'"):
+        methods.weight_drop(params, 0.5, key, "WV")
 
 
 def test_weight_drop_keeps_the_mean_and_other_weights():
