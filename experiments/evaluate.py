@@ -25,8 +25,8 @@ from experiments.base import cli
 from experiments.base.devices import DeviceMesh
 from experiments.base.errors import UserError
 from experiments.data import corpus as corpora
-from experiments.data import pipeline
-from experiments.objectives import dynamic, heldout, language, protocol, published
+from experiments.data import finetuning, pipeline
+from experiments.objectives import dynamic, heldout, language, losses, protocol, published
 from experiments.training import checkpoints
 
 CHECKPOINT_WINDOW = 512
@@ -176,10 +176,9 @@ def evaluate(
 
 def evaluate_checkpoint(path: str, text: str, options: Options) -> dict[str, Any]:
     """Evaluate a published checkpoint on a file of text; print and return the result."""
-    content = read_file(text, "--text")
-    limit = options.num_bytes or len(content)
+    content = finetuning.read_text(text, "--text").encode()
     # A character that the limit splits is left out.
-    chosen = content[:limit].decode("utf-8", "ignore" if limit < len(content) else "strict")
+    chosen = content[: options.num_bytes or None].decode("utf-8", "ignore")
     read = published.read_text(
         path,
         chosen,
@@ -191,7 +190,7 @@ def evaluate_checkpoint(path: str, text: str, options: Options) -> dict[str, Any
     bits = nats / math.log(2) / read.num_bytes
     _check_finite(bits, options)
     result = {
-        "perplexity": math.exp(nats / read.num_tokens),
+        "perplexity": losses.perplexity(nats / read.num_tokens),
         "tokens": read.num_tokens,
         "context": read.context,
     } | heldout.report(bits, [chosen.encode()], len(content))
@@ -224,14 +223,14 @@ def evaluate_task(
     return result
 
 
-def read_file(path: str, flag: str = "--path") -> bytes:
-    """Return the bytes of the file `path`, which a flag names."""
+def read_file(path: str) -> bytes:
+    """Return the bytes of the file of the flag `--path`."""
     try:
         text = Path(path).expanduser().read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {flag}={path}: {error.strerror}") from error
+        raise UserError(f"cannot read --path={path}: {error.strerror}") from error
     if not text:
-        raise UserError(f"{flag}={path} is empty: give a file with text in it")
+        raise UserError(f"--path={path} is empty: give a file with text in it")
     return text
 
 

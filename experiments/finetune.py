@@ -55,9 +55,9 @@ def main(values: Any) -> int:
     config = cli.require_config(values)
     _apply_flags(config, values)
     devices.initialize(values)
-    if values.export:
-        _check_export(values.export, config)
     workdir = pathlib.Path(values.workdir or train.default_workdir(config))
+    if values.export:
+        _check_export(values.export, workdir)
     return finetune(config, workdir, values.export)["exit_code"]
 
 
@@ -84,15 +84,15 @@ def _apply_flags(config: ConfigDict, values: Any) -> None:
         raise UserError("no --checkpoint: give the folder of a published checkpoint")
 
 
-def _check_export(folder: str, config: ConfigDict) -> None:
+def _check_export(folder: str, workdir: pathlib.Path) -> None:
     """Check before the training that the result can be written."""
     if jax.process_count() > 1:
         raise UserError("--export: must have one process; run the command again in one process")
-    path = pathlib.Path(folder)
+    path = pathlib.Path(folder).expanduser().resolve()
+    if workdir.resolve().is_relative_to(path):
+        raise UserError(f"--export={folder}: must not be or contain the workdir {workdir}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--export={folder}: must be a new or empty folder")
-    if path.resolve() == pathlib.Path(config.model.checkpoint).resolve():
-        raise UserError(f"--export={folder}: must not be the folder of the checkpoint")
 
 
 if __name__ == "__main__":

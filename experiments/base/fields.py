@@ -32,6 +32,7 @@ COMMENTS = {
     "optimizer.clip_norm": "largest global norm of the gradients; 0 disables",
     "optimizer.recurrence_rate": "factor on the learning rate of recurrence parameters",
     "data.path": "file or folder of text; empty: Python's standard library",
+    "data.date": "date that chat templates see",
     "data.tfds": "text data set of TensorFlow Datasets, prepared on this machine",
     "data.tfds_dir": "folder of prepared data sets; empty: TFDS's default",
     "data.tfds_train": "split to train on",
@@ -78,6 +79,7 @@ COMMENTS = {
 # Options of the layers; the same option means the same in every layer.
 OPTIONS = {
     "state_dim": "size of the state",
+    "states": "number of state vectors",
     "heads": "number of heads",
     "window": "steps that attention reads",
     "conv_size": "width of the short convolution",

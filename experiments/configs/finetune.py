@@ -46,6 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "data": {
                 "path": "",
+                "date": "2025-01-01",  # fixed, so that a resumed run has the same chats
                 "heldout_fraction": 0.05,
                 "length": 512,
                 "batch_size": 8,

@@ -14,16 +14,18 @@ Span = tuple[int, int]
 class Template:
     """The chat template of a checkpoint folder, a program in the language of Jinja."""
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, date: str | None = None) -> None:
         """Read chat_template.jinja, or the field `chat_template` of tokenizer_config.json.
+
+        Args:
+          folder: the folder of the checkpoint.
+          date: the date of the template's `strftime_now`, such as "2025-01-01", so that the text of
+            a run does not depend on the day; by default the template has no such function.
 
         Raises:
           ValueError: if the folder has no chat template, or the template is not valid.
         """
-        config: dict[str, Any] = {}
-        file = folder / "tokenizer_config.json"
-        if file.exists():
-            config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(folder / "tokenizer_config.json")
         source = config.get("chat_template")
         if isinstance(source, list):  # several templates by name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
@@ -35,7 +37,7 @@ class Template:
                 "`messages` must have a tokenizer with a chat template, got a checkpoint without"
                 ' one; write {"text": ...} lines'
             )
-        self._template = _compile(source)
+        self._template = _compile(source, date)
         self._tokens = {}
         for name, value in config.items():
             if name.endswith("_token") and value is not None:
@@ -64,7 +66,8 @@ class Template:
     def _text(self, messages: list[dict[str, Any]], **options: Any) -> str:
         import jinja2
 
-        options = {"add_generation_prompt": False} | options
+        # Templates compare the last two with none, as the reference passes them.
+        options = {"add_generation_prompt": False, "tools": None, "documents": None} | options
         try:
             return self._template.render(messages=messages, **options, **self._tokens)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
@@ -77,7 +80,28 @@ def _common(a: str, b: str) -> int:
     )
 
 
-def _compile(source: str) -> Any:
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+    """Return the fields of a JSON file; none if there is no file.
+
+    Raises:
+      ValueError: if the file is not a JSON object.
+    """
+    if not file.exists():
+        return {}
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} must be valid JSON, got {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file.name} must be an object, got {type(fields).__name__}")
+    return fields
+
+
+def _compile(source: str, date: str | None) -> Any:
+    try:
+        now = None if date is None else datetime.datetime.fromisoformat(date)
+    except ValueError:
+        raise ValueError(f"config.data.date must be such as 2025-01-01, got {date!r}") from None
     try:
         import jinja2
         import jinja2.ext
@@ -109,7 +133,8 @@ def _compile(source: str) -> Any:
     )
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    if now is not None:
+        environment.globals["strftime_now"] = now.strftime
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.base.errors import UserError
 from experiments.data.corpus import position
-from experiments.data.tokens import Document, Tokenizer
+from experiments.data.tokens import FEATURES, Document, Tokenizer
 
 FORMS = 'write {"text": ...} or {"messages": [{"role": ..., "content": ...}]}'
 
@@ -22,7 +23,7 @@ class TokenCorpus:
     Attributes:
       name: name of the file, for messages.
       train, heldout: the documents.
-      fingerprint: text that changes with the file or the tokenizer.
+      fingerprint: text that changes with the documents: the file, the tokenizer, the template.
     """
 
     name: str
@@ -44,11 +45,22 @@ def load(path: str, tokenizer: Tokenizer, heldout_fraction: float) -> TokenCorpu
     else:
         cut = len(text) - int(len(text) * heldout_fraction)
         train, heldout = ([tokenizer.text(part)[0]] for part in (text[:cut], text[cut:]))
-    digest = hashlib.sha256(text.encode() + tokenizer.file.read_bytes()).hexdigest()[:16]
     train, heldout = (
         [document for document in part if document["counted"].any()] for part in (train, heldout)
     )
-    return TokenCorpus(path, train, heldout, digest)
+    return TokenCorpus(path, train, heldout, _fingerprint(train, heldout))
+
+
+def _fingerprint(*parts: Sequence[Document]) -> str:
+    """Return a hash of all documents, and of the places where these begin and end."""
+    digest = hashlib.sha256()
+    for documents in parts:
+        digest.update(b"%d documents" % len(documents))
+        for document in documents:
+            for name in FEATURES:
+                digest.update(b"%d %s" % (len(document[name]), name.encode()))
+                digest.update(document[name].tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_text(path: str, flag: str) -> str:
@@ -99,6 +111,11 @@ def _record(path: str, number: int, line: str) -> dict[str, Any]:
         raise UserError(f"{where}: must be valid JSON, got {error}; {FORMS}") from None
     if not isinstance(record, dict) or len({"text", "messages"} & record.keys()) != 1:
         raise UserError(f"{where}: must be an object with `text` or `messages`; {FORMS}")
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):x}"
+        raise UserError(f"{where}: must be Unicode text, got {half} without its pair") from None
     if "text" in record:
         if not isinstance(record["text"], str):
             raise UserError(f"{where}: `text` must be a string; {FORMS}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from experiments.base.errors import UserError
 from experiments.data import chat
 
 INSTALL = "pip install -e '.[pretrained]'"
@@ -25,12 +25,16 @@ class Tokenizer:
       file: the file of the tokenizer.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, date: str | None = None) -> None:
         """Read the tokenizer.
+
+        Args:
+          folder: the folder of the checkpoint.
+          date: the date that the chat template sees; see `chat.Template`.
 
         Raises:
           ImportError: if the package tokenizers is missing.
-          ValueError: if the folder has no tokenizer.json, or the file is damaged.
+          ValueError: if the folder has no tokenizer.json, or a file is damaged.
         """
         import tokenizers
 
@@ -44,7 +48,10 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
         except Exception as error:  # the package raises no narrower class
             raise ValueError(f"{self.file} must be a tokenizer file, got {error}") from None
-        self._folder = folder
+        # Files may have the settings of someone's batches, which would cut or fill documents.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._folder, self._date = folder, date
         self._template: chat.Template | None = None
         self.stop_tokens = _stop_tokens(folder)
 
@@ -76,7 +83,7 @@ class Tokenizer:
           ValueError: if the checkpoint has no chat template, or the template refuses the chat.
         """
         if self._template is None:
-            self._template = chat.Template(self._folder)
+            self._template = chat.Template(self._folder, self._date)
         documents = []
         for text, spans in self._template.render(messages):
             # The template writes the special tokens.
@@ -94,12 +101,27 @@ def _document(ids: Sequence[int], counted: np.ndarray) -> Document:
     return {"inputs": tokens[:-1], "targets": tokens[1:], "counted": counted[1:]}
 
 
-def _stop_tokens(folder: pathlib.Path) -> Sequence[int]:
+def check_vocabulary(ids: Iterable[Sequence[int] | np.ndarray], vocab_size: int) -> None:
+    """Raise an error if a token is not in the vocabulary of the model, which would read NaN."""
+    largest = max((int(np.max(part)) for part in ids if len(part)), default=0)
+    if largest >= vocab_size:
+        raise UserError(
+            f"tokenizer.json: tokens must be below vocab_size = {vocab_size} of config.json, got"
+            f" {largest}; use the tokenizer of this checkpoint"
+        )
+
+
+def _stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
     """Return the end-of-text tokens that the configuration files name."""
     for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        if file.exists():
-            ids: Any = json.loads(file.read_text()).get("eos_token_id")
-            if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        fields = chat.read_object(folder / name)
+        # Checkpoints that also have images have a config of the text model.
+        for config in (fields, fields.get("text_config")):
+            ids = config.get("eos_token_id") if isinstance(config, dict) else None
+            if ids is None:
+                continue
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(type(entry) is int and entry >= 0 for entry in ids):
+                raise ValueError(f"{name}: `eos_token_id` must have integers >= 0, got {ids!r}")
+            return tuple(ids)
     return ()

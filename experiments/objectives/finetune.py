@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import pathlib
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,12 @@ import seqjax
 from experiments.base.devices import DeviceMesh
 from experiments.base.errors import UserError, check_positive
 from experiments.data import finetuning, pipeline, tokens
-from experiments.objectives.losses import counted_mean, counted_nats
+from experiments.objectives.losses import counted_mean, counted_nats, perplexity
 from experiments.objectives.published import one_line
 from seqjax import pretrained, sharding
 from seqjax.pretrained import hub
 
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_SAMPLE = 1 << 20  # bytes of a file of weights to hash at its start, and at its end
 
 
 class NextToken:
@@ -80,7 +80,7 @@ class FineTune(NextToken):
         self._config = config
         with one_line(chosen.checkpoint):
             self._folder = hub.find_folder(chosen.checkpoint)
-            self._tokenizer = tokens.Tokenizer(self._folder)
+            self._tokenizer = tokens.Tokenizer(self._folder, data.date)
             self._options = {
                 "capacity": data.length,
                 "scan": chosen.scan,
@@ -90,12 +90,14 @@ class FineTune(NextToken):
             super().__init__(model, chosen.lora_rank, chosen.lora_alpha)
         corpus = finetuning.load(data.path, self._tokenizer, data.heldout_fraction)
         _check_size(corpus, data.length)
+        for part in (corpus.train, corpus.heldout):
+            ids = (document[name] for document in part for name in ("inputs", "targets"))
+            tokens.check_vocabulary(ids, model.vocab_size)
         self._corpus = corpus
         heldout = pipeline.windows(corpus.heldout, data.length)
         counts = heldout["counted"].any(axis=1)
         self._heldout = {name: rows[counts] for name, rows in heldout.items()}
-        config_text = (self._folder / "config.json").read_bytes()
-        self.fingerprint = corpus.fingerprint + hashlib.sha256(config_text).hexdigest()[:16]
+        self.fingerprint = corpus.fingerprint + _checkpoint_fingerprint(self._folder)
         self.name = corpus.name
         self.batch_shape = (data.batch_size, data.length)
 
@@ -129,7 +131,7 @@ class FineTune(NextToken):
 
     def log(self, nats: float) -> dict[str, float]:
         """Return the perplexity."""
-        return {"perplexity": math.exp(min(nats, 700.0))}
+        return {"perplexity": perplexity(nats)}
 
     def make_evaluate(self, device_mesh: DeviceMesh) -> Callable[[Any, bool], dict[str, Any]]:
         """Return `evaluate(params, final)`: the mean loss over held-out windows.
@@ -187,7 +189,11 @@ class FineTune(NextToken):
         )
 
     def export(self, params: Any, folder: str) -> None:
-        """Write the model in its published format, with merged adapters and the tokenizer."""
+        """Write the model in its published format, with merged adapters and the tokenizer.
+
+        The folder must be new or empty. It appears with all its files, so that an interrupted
+        export leaves nothing that looks like a checkpoint.
+        """
         dtypes = pretrained.abstract_params(self.model)
 
         @jax.jit
@@ -195,11 +201,32 @@ class FineTune(NextToken):
             whole = self.merge(params, frozen)
             return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), whole, dtypes)
 
-        pretrained.save(self.model, final(params, self.frozen), folder)
-        for pattern in _TOKENIZER_FILES:
-            for file in sorted(self._folder.glob(pattern)):
-                if file.name != "config.json" and not file.name.endswith(".index.json"):
-                    shutil.copy(file, folder)
+        target = pathlib.Path(folder).expanduser().resolve()
+        partial = target.with_name(f".{target.name}.partial-export")
+        try:
+            if partial.exists():  # of an interrupted export
+                shutil.rmtree(partial)
+            pretrained.save(self.model, final(params, self.frozen), partial)
+            for pattern in hub.TEXT_FILES:
+                for file in sorted(self._folder.glob(pattern)):
+                    if file.name != "config.json" and not file.name.endswith(".index.json"):
+                        shutil.copy(file, partial)
+            partial.replace(target)
+        except OSError as error:
+            raise UserError(f"cannot write --export={folder}: {error.strerror}") from error
+
+
+def _checkpoint_fingerprint(folder: pathlib.Path) -> str:
+    """Return a hash of config.json and of a sample of the weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as stream:
+            for start in (0, max(size - _SAMPLE, 0)):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def _padded(rows: np.ndarray, count: int) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Log-loss of the positions that count."""
+"""Log-loss of the positions that count, and perplexity."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -40,3 +41,8 @@ def counted_mean(
     """Return the mean log-loss over the counted positions; 0 if there are none."""
     total, count = counted_nats(model, params, batch, sequence_axis)
     return total / jnp.maximum(count, 1)
+
+
+def perplexity(nats: float) -> float:
+    """Return the perplexity of a mean loss in nats, at most exp(700): more is no float."""
+    return math.exp(min(nats, 700.0))

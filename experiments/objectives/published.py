@@ -13,7 +13,7 @@ import numpy as np
 import seqjax
 from experiments.base.errors import UserError
 from experiments.data import pipeline
-from experiments.data.tokens import INSTALL, Tokenizer
+from experiments.data.tokens import INSTALL, Tokenizer, check_vocabulary
 from experiments.objectives.sampling import GROUP_SIZE, Settings
 
 
@@ -39,6 +39,7 @@ class Published:
         tokens = self._tokenizer.encode(prompt)
         if not tokens:
             raise UserError("--prompt: must have at least one token for this tokenizer")
+        check_vocabulary([tokens], self._model.vocab_size)
         groups = seqjax.stream(
             self._model,
             self._params,
@@ -134,6 +135,7 @@ def read_text(
         document, characters = Tokenizer(folder).text(text, end=False)
         model = read_model(folder, dtype, capacity=capacity)
         cached = model.backbone != read_model(folder, dtype, capacity=2 * capacity).backbone
+    check_vocabulary((document["inputs"], document["targets"]), model.vocab_size)
     tokens = len(document["targets"])
     if not 0 < lanes <= tokens:
         raise UserError(

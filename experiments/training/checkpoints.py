@@ -214,8 +214,8 @@ def check_same_run(
         )
     if meta["fingerprint"] != fingerprint:
         raise UserError(
-            f"the text has changed since the checkpoint in {workdir} was made, so the run cannot "
-            "resume: start with a new --workdir"
+            f"the text or the published model has changed since the checkpoint in {workdir} was "
+            "made, so the run cannot resume: start with a new --workdir"
         )
 
 

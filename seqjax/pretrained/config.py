@@ -47,12 +47,15 @@ class Config:
             raise _error(name, f"at most {what} = {limit}", value)
         return value
 
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """Return a field that must be a number."""
+    def number(self, name: str, default: Any = _REQUIRED, least: float = -math.inf) -> float:
+        """Return a field that must be a finite number, at least `least`."""
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _error(name, "a number", value)
-        return float(value)
+        number = _float(value)
+        if number is None or not math.isfinite(number):
+            raise _error(name, "a finite number" if _is_number(value) else "a number", value)
+        if number < least:
+            raise _error(name, f">= {least}", value)
+        return number
 
     def boolean(self, name: str, default: Any = _REQUIRED) -> bool:
         """Return a field that must be true or false."""
@@ -61,14 +64,42 @@ class Config:
             raise _error(name, "true or false", value)
         return value
 
-    def list_of(self, name: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> list:
-        """Return a field that must be a list whose elements have the given type."""
+    def list_of(
+        self,
+        name: str,
+        kind: type,
+        default: Any = _REQUIRED,
+        *,
+        length: int | None = None,
+        least: int = 0,
+    ) -> list:
+        """Return a field that must be a list whose elements have the given type.
+
+        With the type float, the elements are numbers, which may be infinite and are not NaN.
+
+        Args:
+          name: the field.
+          kind: the type: str, int or float.
+          default: the value of a missing field.
+          length: the number of elements; by default any.
+          least: the smallest number of elements.
+        """
         value = self.get(name, default)
-        if isinstance(value, list):
-            value = [_number_of(entry) for entry in value]
-        if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
-            raise _error(name, "a list", value)
-        return value
+        entries = [_number_of(entry) for entry in value] if isinstance(value, list) else None
+        if entries is not None and kind is float:
+            entries = [_float(entry) for entry in entries]
+        valid = entries is not None and all(
+            isinstance(entry, kind) and not isinstance(entry, bool) and entry == entry
+            for entry in entries
+        )
+        if entries is None or not valid:
+            names = {str: "strings", int: "integers", float: "numbers"}
+            raise _error(name, f"a list of {names[kind]}", value)
+        if length is not None and len(entries) != length:
+            raise _error(name, f"a list of {length} elements", value)
+        if len(entries) < least:
+            raise _error(name, f"a list of {least} or more elements", value)
+        return entries
 
     def expect(self, name: str, *supported: Any, default: Any = _REQUIRED) -> Any:
         """Return a field that must have one of the supported values."""
@@ -84,18 +115,26 @@ class Config:
             raise _error(name, "an object", value)
         return Config(value)
 
+    def rope_fields(self) -> "Config":
+        """Return the fields of the rotary embedding: `rope_scaling`, if it is not empty, wins."""
+        scaling = self.inner("rope_scaling")
+        return scaling if scaling.values else self.inner("rope_parameters")
+
     def rope(self, theta: float, partial: float = 1.0) -> tuple[float, float]:
         """Return the base of the rotary frequencies and the rotated share of each head.
 
-        Newer configs have `rope_parameters`, older ones the same fields at the top level. Types
-        other than 'default' scale frequencies or positions and are not supported.
+        Newer configs have `rope_parameters`, older ones `rope_scaling` and fields at the top level.
+        Types other than 'default' scale frequencies or positions and are not supported.
 
         Args:
           theta: the reference's default base.
           partial: the reference's default share.
         """
-        nested = self.inner("rope_parameters" if self.has("rope_parameters") else "rope_scaling")
-        nested.expect("rope_type", "default", default=nested.get("type", "default"))
+        nested = self.rope_fields()
+        kind = nested.get("rope_type", nested.get("type", None))
+        nested.expect("rope_type", "default", default="default" if kind is None else kind)
+        if kind is None:
+            nested.expect("factor", 1, default=1)  # the type would say what it scales
         theta = nested.number("rope_theta", self.number("rope_theta", theta))
         share = self.number("partial_rotary_factor", partial)
         return theta, nested.number("partial_rotary_factor", share)
@@ -105,11 +144,25 @@ def _error(name: str, wanted: str, value: Any) -> ValueError:
     return ValueError(f"load: config field `{name}` must be {wanted}, got {value!r}.")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _float(value: Any) -> float | None:
+    """Return a number as a float, too large integers as infinity; None for other values."""
+    if not _is_number(value):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _number_of(value: Any) -> Any:
     """Return infinity for {"__float__": "Infinity"}; other values unchanged."""
     if isinstance(value, Mapping) and set(value) == {"__float__"}:
-        number = float(value["__float__"])
-        return number if math.isinf(number) else value
+        number = value["__float__"]
+        return float(number) if number in ("Infinity", "-Infinity") else value
     return value
 
 

@@ -136,11 +136,11 @@ class Family:
 
     def config(self, values: dict[str, Any]) -> Config:
         """Return the config of the text model."""
-        inner = values.get(self.text) if self.text else None
-        if inner is None:
-            return Config(values)
+        config = Config(values)
+        if self.text is None or not config.has(self.text):
+            return config
         outer = {name: values[name] for name in ("tie_word_embeddings",) if name in values}
-        return Config({**inner, **outer})
+        return Config({**config.inner(self.text).values, **outer})
 
     def prefix(self, names: Iterable[str]) -> str:
         """Return the prefix that the names of a checkpoint have."""

@@ -4,14 +4,16 @@ import os
 import pathlib
 import re
 
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+# Files of the config, the tokenizer and its chat template.
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     """Return a local folder, or download a repository of the hub and return its folder.
 
     Raises:
-      ValueError: if the path is neither a folder nor a name such as "owner/model".
+      ValueError: if the path is neither a folder nor a name such as "owner/model", or the download
+        fails.
       ImportError: if the package huggingface_hub is missing for a name.
     """
     folder = pathlib.Path(path)
@@ -30,4 +32,14 @@ def find_folder(path: str | os.PathLike[str]) -> pathlib.Path:
             f"load: {text!r} is not a folder, and the package huggingface_hub must be installed to"
             ' download it; run pip install -e ".[pretrained]".'
         ) from None
-    return pathlib.Path(huggingface_hub.snapshot_download(text, allow_patterns=_FILES))
+    try:
+        found = huggingface_hub.snapshot_download(
+            text, allow_patterns=[*TEXT_FILES, "*.safetensors"]
+        )
+    except (OSError, ValueError) as error:  # wrong names, missing rights, no network
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"load: `path` must be a folder or a repository that can be read, got {text!r};"
+            f" {reason.rstrip('.')}."
+        ) from None
+    return pathlib.Path(found)

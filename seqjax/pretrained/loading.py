@@ -148,8 +148,15 @@ def abstract_params(model: PretrainedModel) -> Params:
 
     Returns:
       A tree of `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: if the model is not such a result.
     """
-    assert model.source is not None
+    if not isinstance(model, PretrainedModel) or model.source is None:
+        raise ValueError(
+            "abstract_params: `model` must come from seqjax.pretrained.load, got"
+            f" {type(model).__name__}."
+        )
     architecture = model.source.architecture(capacity=1)  # the table does not depend on it
     parts = parameter_parts(model, model.source.table(architecture), architecture.unused)
     declared = {name: _declared(model, name, leaf) for name, leaf in parts.items()}
@@ -219,12 +226,12 @@ def _family(config: Mapping[str, Any]) -> Family:
             " checkpoints are not supported."
         )
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
             f"load: config field `model_type` must be one of {', '.join(sorted(FAMILIES))}, got"
             f" {kind!r}."
         )
-    return FAMILIES[str(kind)]
+    return FAMILIES[kind]
 
 
 def _stored_names(

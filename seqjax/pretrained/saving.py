@@ -98,7 +98,7 @@ def save(
         for name, (cut, found) in sorted(renamed.items())
     }
     values = model.source.values
-    inner = values.get(model.source.family.text, {}) if model.source.family.text else {}
+    inner = (values.get(model.source.family.text) if model.source.family.text else None) or {}
     for fields in (values, inner):
         for name in ("dtype", "torch_dtype"):
             if name in fields:

@@ -62,7 +62,7 @@ def one_line(capsys, script, *arguments):
         ([f"--config={CONFIG}", "--config.steps='many'"], "base 10: \"'many'\""),
         (
             [f"--config={CONFIG}:qqq"],
-            f"--config={CONFIG}:qqq: unknown word 'qqq': known: aaren, attention",
+            f"--config={CONFIG}:qqq: unknown word 'qqq': known: aaren, atlas, attention",
         ),
         ([f"--config={CONFIG}:qqq"], " elman, ffm"),
         (["--config=experiments/configs/pod.py:mamba_1b,9k"], "_1b,9k: unknown word '9k'"),

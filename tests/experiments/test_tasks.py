@@ -130,10 +130,10 @@ def test_a_run_resumed_is_the_run(tmp_path, monkeypatch):
     def stopping(*args):
         step = make(*args)
 
-        def stopped(state, batch, index):
+        def stopped(state, batch, index, *args):
             if index == 1:
                 signal.raise_signal(signal.SIGTERM)
-            return step(state, batch, index)
+            return step(state, batch, index, *args)
 
         return stopped
 

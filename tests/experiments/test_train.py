@@ -289,7 +289,7 @@ def test_another_model_or_other_text_is_refused(reference, text, tmp_path):
         (copy / file.name).write_bytes(file.read_bytes())
     train.train(quick(copy, steps=1), tmp_path / "run")
     (copy / "0.txt").write_text("changed")
-    with pytest.raises(UserError, match="text has changed"):
+    with pytest.raises(UserError, match="text or the published model has changed"):
         train.train(quick(copy, steps=2), tmp_path / "run")
 
 
@@ -312,8 +312,8 @@ def test_parameters_that_are_not_finite_are_never_saved(text, tmp_path, monkeypa
     def poisoned(*args):
         step = make(*args)
 
-        def wrapped(state, batch, index):
-            state, metrics = step(state, batch, index)
+        def wrapped(state, batch, index, *args):
+            state, metrics = step(state, batch, index, *args)
             if index == 3:
                 state["params"] = jax.tree.map(lambda leaf: leaf * jnp.nan, state["params"])
             return state, metrics

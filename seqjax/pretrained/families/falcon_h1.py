@@ -8,7 +8,7 @@ from seqjax.pretrained.family import Architecture, Family, norm
 
 
 def _build(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-5, least=0)
     config.expect("hidden_act", "silu", default="silu")
     mamba, attention, mlp = (
         _mamba(config, dim, eps),
@@ -70,7 +70,8 @@ def _build(config: Config, capacity: int) -> Architecture:
 
 def _mamba(config: Config, dim: int, eps: float) -> Mamba2:
     # The reference's default is 1024; null stands for mamba_expand * hidden_size.
-    inner = config.values.get("mamba_d_ssm", 1024)
+    null = "mamba_d_ssm" in config.values and not config.has("mamba_d_ssm")
+    inner = None if null else config.integer("mamba_d_ssm", 1024)
     norm_first = config.boolean("mamba_norm_before_gate", True)
     normed = config.boolean("mamba_rms_norm", False)
     return Mamba2(
@@ -108,10 +109,7 @@ def _mlp(config: Config) -> GatedMLP:
 
 
 def _multipliers(config: Config, name: str, count: int) -> list[float]:
-    found = config.list_of(name, (int, float), [1.0] * count)
-    if len(found) != count:
-        raise ValueError(f"load: config field `{name}` must have {count} numbers, got {found!r}.")
-    return [float(value) for value in found]
+    return config.list_of(name, float, [1.0] * count, length=count)
 
 
 FALCON_H1 = Family(_build, ("model.",), ignored=(r"\.inv_freq$", r"\.mup_vector$"))

@@ -17,7 +17,7 @@ Make = Callable[[Config, int, float], Mixer]
 
 def _build(config: Config, capacity: int, make: Make, ratio: int, depth: int) -> Architecture:
     del capacity
-    dim, eps = config.integer("hidden_size", 2048), config.number("norm_eps", 1e-6)
+    dim, eps = config.integer("hidden_size", 2048), config.number("norm_eps", 1e-6, least=0)
     config.expect("hidden_act", "swish", "silu", default="swish")
     for name in ("attn", "attnres_block_size"):
         config.expect(name, None, default=None)
@@ -119,7 +119,7 @@ def _hgrn2(config: Config, dim: int, eps: float) -> Mixer:
     # As in the reference, `expand_ratio` comes before `num_heads`; null stands for the quotient.
     size = config.values.get("expand_ratio", 128)
     if size is None:
-        size = dim // config.integer("num_heads")
+        size = dim // config.at_most("num_heads", dim, "hidden_size")
     else:
         size = config.integer("expand_ratio", 128)
     if dim % size:

@@ -13,7 +13,7 @@ from seqjax.pretrained.table import experts as each
 
 
 def _granite(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-6)
+    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-6, least=0)
     config.expect("hidden_act", "silu", default="silu")
     bias = config.boolean("attention_bias", False)
     rope = config.expect("position_embedding_type", None, "rope", "nope", default=None) == "rope"
@@ -48,7 +48,7 @@ def _granite(config: Config, capacity: int) -> Architecture:
         residual=config.number("residual_multiplier", 1.0),
         model={
             "embedding_scale": config.number("embedding_multiplier", 1.0),
-            "logit_scale": 1 / config.number("logits_scaling", 1.0),
+            "logit_scale": 1 / parts.positive(config, "logits_scaling", 1.0),
         },
     )
 
@@ -84,7 +84,7 @@ def _granite_mlp(config: Config, dim: int) -> tuple[Layer, list[Tensor], list[Te
 
 
 def _bamba(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-5, least=0)
     for name, only in (("hidden_act", "silu"), ("attention_bias", False)):
         config.expect(name, only, default=only)
     counts = parts.heads(config, 32, 8)

@@ -9,7 +9,7 @@ from seqjax.pretrained.table import Tensor
 
 
 def _build(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-6)
+    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-6, least=0)
     config.expect("hidden_act", "silu", default="silu")
     config.expect("mamba_inner_layernorms", True, default=True)
     depth = config.integer("num_hidden_layers", 32)

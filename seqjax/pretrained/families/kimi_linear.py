@@ -19,7 +19,7 @@ _ONLY = {
 
 
 def _build(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 2304), config.number("rms_norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 2304), config.number("rms_norm_eps", 1e-5, least=0)
     for name, only in _ONLY.items():
         config.expect(name, only, default=only)
     depth = config.integer("num_hidden_layers", 27)
@@ -151,7 +151,7 @@ def _kinds(config: Config, inner: Config, depth: int) -> list[str]:
 
 def _mlp_kinds(config: Config, depth: int) -> list[str]:
     """Return "dense" or "sparse" for each layer."""
-    first = config.get("first_k_dense_replace", 1)
+    first = config.integer("first_k_dense_replace", 1, least=0)
     kinds = config.list_of(
         "mlp_layer_types", str, ["dense" if i < first else "sparse" for i in range(depth)]
     )

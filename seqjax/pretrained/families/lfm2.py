@@ -9,7 +9,7 @@ from seqjax.pretrained.table import Tensor, conv, linear, rows
 
 
 def _build(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 2560), config.number("norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 2560), config.number("norm_eps", 1e-5, least=0)
     counts = parts.heads(config, 32, 8)
     head_dim = dim // counts["heads"]
     theta, share = config.rope(1e6)

@@ -12,7 +12,7 @@ from seqjax.pretrained.family import Architecture, Family, norm
 
 def _build(config: Config, capacity: int, **defaults: Any) -> Architecture:
     del capacity
-    dim, eps = config.integer("hidden_size"), config.number("layer_norm_epsilon", 1e-5)
+    dim, eps = config.integer("hidden_size"), config.number("layer_norm_epsilon", 1e-5, least=0)
     config.expect("hidden_act", "silu", default="silu")
     rank = config.get("time_step_rank", "auto")
     mixer = Mamba(
@@ -23,7 +23,9 @@ def _build(config: Config, capacity: int, **defaults: Any) -> Architecture:
         dt_rank=None if rank == "auto" else config.integer("time_step_rank"),
         bias=config.boolean("use_bias", False),
         conv_bias=config.boolean("use_conv_bias", True),
-        inner_norm_eps=config.number("mixer_rms_eps", 1e-6) if defaults["inner_norms"] else None,
+        inner_norm_eps=config.number("mixer_rms_eps", 1e-6, least=0)
+        if defaults["inner_norms"]
+        else None,
     )
     depth = config.integer("num_hidden_layers", 32)
     block = Block(mixer, norm_eps=eps)

@@ -9,7 +9,10 @@ from seqjax.pretrained.family import Architecture, Family, norm
 
 def _build(config: Config, capacity: int) -> Architecture:
     del capacity
-    dim, eps = config.integer("hidden_size", 4096), config.number("layer_norm_epsilon", 1e-5)
+    dim, eps = (
+        config.integer("hidden_size", 4096),
+        config.number("layer_norm_epsilon", 1e-5, least=0),
+    )
     config.expect("hidden_act", "silu", default="silu")
     bias = config.boolean("use_bias", False)
     mixer = Mamba2(

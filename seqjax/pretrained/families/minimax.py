@@ -9,7 +9,7 @@ from seqjax.pretrained.table import Tensor, linear, rows
 
 
 def _build(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 4096), config.number("rms_norm_eps", 1e-5, least=0)
     config.expect("hidden_act", "silu", default="silu")
     counts = parts.heads(config, 32, 8)
     head_dim = config.integer("head_dim", dim // counts["heads"])

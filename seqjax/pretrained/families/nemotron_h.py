@@ -22,7 +22,10 @@ _KINDS = {
 
 
 def _build(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 4096), config.number("layer_norm_epsilon", 1e-5)
+    dim, eps = (
+        config.integer("hidden_size", 4096),
+        config.number("layer_norm_epsilon", 1e-5, least=0),
+    )
     for name, only in (
         ("mlp_hidden_act", "relu2"),
         ("mamba_hidden_act", "silu"),
@@ -95,7 +98,10 @@ def _pattern(config: Config) -> list[str]:
     """Return the kind of each block: the pattern's length is the depth."""
     fields = ("layers_block_type", "layer_types", "hybrid_override_pattern")
     name = next((name for name in fields if config.has(name)), fields[0])
-    kinds = list(config.get(name))
+    value = config.get(name)
+    # A pattern has a letter for each block.
+    letters = isinstance(value, str) and bool(value)
+    kinds = list(value) if letters else config.list_of(name, str, least=1)
     for kind in kinds:
         if kind not in _KINDS:
             raise ValueError(

@@ -11,12 +11,12 @@ _NORM_EPS = 1e-5  # of the mixer's norm, whatever `rms_norm_eps` is
 
 
 def _build(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 3840), config.number("rms_norm_eps", 1e-6)
+    dim, eps = config.integer("hidden_size", 3840), config.number("rms_norm_eps", 1e-6, least=0)
     for name, only in (("hidden_act", "silu"), ("attention_bias", False)):
         config.expect(name, only, default=only)
     counts = parts.heads(config, 30)
     head_dim = config.integer("head_dim", dim // counts["heads"])
-    rope = config.has("rope_theta") or config.inner("rope_parameters").has("rope_theta")
+    rope = config.has("rope_theta") or config.rope_fields().has("rope_theta")
     theta, share = config.rope(10000.0)
     attention = Attention(
         dim,

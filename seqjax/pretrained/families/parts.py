@@ -130,19 +130,18 @@ def mamba2_fields(config: Config, dim: int, inner: int | None = None) -> dict[st
     }
 
 
-def positive(config: Config, name: str, default: float, zero: bool = False) -> float:
-    """Return a field that must be a number > 0, or with `zero` >= 0."""
+def positive(config: Config, name: str, default: float) -> float:
+    """Return a field that must be a number > 0."""
     value = config.number(name, default)
-    if value < 0 or (value == 0 and not zero):
-        sign = ">=" if zero else ">"
-        raise ValueError(f"load: config field `{name}` must be {sign} 0, got {value!r}.")
+    if value <= 0:
+        raise ValueError(f"load: config field `{name}` must be > 0, got {value!r}.")
     return value
 
 
 def dt_limit(config: Config, name: str = "time_step_limit") -> tuple[float, float]:
     """Return the smallest and the largest step size."""
-    low, high = config.list_of(name, (int, float), [0.0, math.inf])
-    return float(low), float(high)
+    low, high = config.list_of(name, float, [0.0, math.inf], length=2)
+    return low, high
 
 
 def mamba2(layer: Mamba2, stored: str = "mamba.", ours: str = "mixer.") -> list[Tensor]:

@@ -41,7 +41,10 @@ def hybrid(
       delta: function that returns the tensors of a DeltaNet layer.
       variants: see `Architecture`.
     """
-    dim, eps = config.integer("hidden_size", defaults["dim"]), config.number("rms_norm_eps", 1e-6)
+    dim, eps = (
+        config.integer("hidden_size", defaults["dim"]),
+        config.number("rms_norm_eps", 1e-6, least=0),
+    )
     config.expect("hidden_act", "silu", default="silu")
     config.expect("attn_output_gate", True, default=True)
     config.expect("output_gate_type", "swish", "silu", default="swish")

@@ -13,7 +13,7 @@ from seqjax.pretrained.table import Tensor, conv, linear, rows
 
 def _build(config: Config, capacity: int) -> Architecture:
     del capacity  # the attention has a window
-    dim, eps = config.integer("hidden_size", 2560), config.number("rms_norm_eps", 1e-6)
+    dim, eps = config.integer("hidden_size", 2560), config.number("rms_norm_eps", 1e-6, least=0)
     activation = "gelu_pytorch_tanh"
     config.expect("hidden_activation", activation, default=activation)
     counts = parts.heads(config, 10)
@@ -39,7 +39,7 @@ def _build(config: Config, capacity: int) -> Architecture:
         raise ValueError(f"load: config field `intermediate_size` must be even, got {width}.")
     mlp = GatedMLP(dim, width // 2, activation="gelu_tanh", bias=True)
     field = "_block_types" if config.has("_block_types") else "block_types"
-    pattern = config.list_of(field, str, ["recurrent", "recurrent", "attention"])
+    pattern = config.list_of(field, str, ["recurrent", "recurrent", "attention"], least=1)
     mixers = {"recurrent": recurrent, "attention": attention}
     for kind in pattern:
         if kind not in mixers:

@@ -9,6 +9,7 @@ from seqjax.layers import RWKV4, RWKV6, RWKVChannelMix
 from seqjax.layers._base import Layer
 from seqjax.models import Block
 from seqjax.pretrained.config import Config
+from seqjax.pretrained.families import parts
 from seqjax.pretrained.family import Architecture, Family, norm
 from seqjax.pretrained.table import Tensor, linear, rows
 
@@ -20,7 +21,7 @@ def _build(config: Config, capacity: int, version: int) -> Architecture:
     dim = config.integer("hidden_size", 4096 if version == 4 else 768)
     for name in ("attention_hidden_size", "dim_att"):
         config.expect(name, dim, default=dim)
-    eps = config.number("layer_norm_epsilon", 1e-5)
+    eps = config.number("layer_norm_epsilon", 1e-5, least=0)
     mixer = RWKV4(dim, present_share=True) if version == 4 else _matrix(config, dim, version)
     default = 4 * dim if version == 4 else int(dim * 3.5) // 32 * 32
     mlp = RWKVChannelMix(
@@ -84,7 +85,7 @@ def _matrix(config: Config, dim: int, version: int) -> RWKV6:
         data_dependent=version == 6,
         mix_rank=config.integer("time_mix_extra_dim", 64 if large else 32),
         decay_rank=config.integer("time_decay_extra_dim", 128 if large else 64),
-        norm_eps=1e-5 * config.number("head_size_divisor", 8) ** 2,
+        norm_eps=1e-5 * parts.positive(config, "head_size_divisor", 8.0) ** 2,
         present_share=version == 5,
     )
 

@@ -12,13 +12,13 @@ _UNUSED = ("mixer.v0", "mixer.v1", "mixer.v2")  # in the first layer, whose valu
 
 def _build(config: Config, capacity: int) -> Architecture:
     del capacity
-    dim, eps = config.integer("hidden_size", 2048), config.number("norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 2048), config.number("norm_eps", 1e-5, least=0)
     config.expect("hidden_act", "sqrelu", default="sqrelu")
     config.expect("attn", None, default=None)
     config.expect("norm_first", True, default=True)
     config.expect("norm_bias", True, default=True)
     head_dim = config.integer("head_dim", 64)
-    heads = config.get("num_heads", None) or dim // head_dim
+    heads = config.integer("num_heads", max(dim // head_dim, 1))
     if heads * head_dim != dim or config.get("value_dim", None) not in (
         None,
         dim,

@@ -15,7 +15,7 @@ def _build(config: Config, capacity: int) -> Architecture:
     for name, only in (("use_bias", False), ("add_out_norm", True), ("tie_word_embeddings", False)):
         config.expect(name, only, default=only)
     fused = config.expect("weight_mode", "single", "fused", default="single") == "fused"
-    eps = config.number("norm_eps", 1e-6)
+    eps = config.number("norm_eps", 1e-6, least=0)
     heads = config.integer("num_heads", 8)
     mixer = MLSTM(
         dim,
@@ -25,7 +25,7 @@ def _build(config: Config, capacity: int) -> Architecture:
         expand_v=_width(config, "v_dim_factor", 1.0, dim, heads) / dim,
         gate_cap=parts.positive(config, "gate_soft_cap", 15.0),
         norm_eps=eps,
-        denominator_eps=parts.positive(config, "eps", 1e-6, zero=True),
+        denominator_eps=config.number("eps", 1e-6, least=0),
         zero_maximum=True,
     )
     mlp = GatedMLP(dim, _hidden(config, dim))

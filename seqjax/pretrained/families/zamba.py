@@ -12,7 +12,7 @@ from seqjax.pretrained.table import Tensor, conv, experts, linear, rows
 
 
 def _zamba(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 3712), config.number("rms_norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 3712), config.number("rms_norm_eps", 1e-5, least=0)
     config.expect("hidden_mamba_act", "silu", default="silu")
     config.expect("attention_hidden_size", 2 * dim, default=2 * dim)
     counts = parts.heads(config, 16, 16)
@@ -60,7 +60,7 @@ def _zamba(config: Config, capacity: int) -> Architecture:
 
 
 def _zamba2(config: Config, capacity: int) -> Architecture:
-    dim, eps = config.integer("hidden_size", 2560), config.number("rms_norm_eps", 1e-5)
+    dim, eps = config.integer("hidden_size", 2560), config.number("rms_norm_eps", 1e-5, least=0)
     rotate = config.boolean("use_mem_rope", False)
     if rotate:  # the reference does not rescale the base, its warning says that it does
         config.expect("use_long_context", False, default=False)
