@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.cells._base import Bounds, Cell, Params, Structure
 
@@ -42,6 +43,11 @@ class Headwise(Cell):
     def __post_init__(self) -> None:
         if isinstance(self.heads, bool) or not isinstance(self.heads, int) or self.heads < 1:
             raise ValueError(f"Headwise: `heads` must be a positive integer, got {self.heads!r}.")
+        if isinstance(self.cell, Headwise):
+            raise ValueError(
+                "Headwise: `cell` must be the cell of one head, got a `Headwise`; pass its cell and"
+                " the product of the heads."
+            )
         object.__setattr__(self, "dim", self.heads * self.cell.dim)
         for name in ("gates", "width", "recurrent"):
             object.__setattr__(self, name, getattr(self.cell, name))
@@ -87,6 +93,11 @@ class Headwise(Cell):
         if found is None or all(type(bound) in (int, float) for bound in found):
             return found
         shape = (self.cell.dim, self.width)[: 1 + (self.width > 1)]
+        if all(isinstance(bound, np.ndarray | np.generic | int | float) for bound in found):
+            # In NumPy as the cell's: an eager array of infinities fails under `jax.debug_infs`.
+            rows = (np.broadcast_to(bound, shape).T.reshape(-1) for bound in found)
+            low, high = (np.broadcast_to(row, (self.heads, row.size)) for row in rows)
+            return low, high
 
         def of_head(own: Params) -> Bounds:
             found = self.cell.bounds(own)

@@ -334,3 +334,18 @@ def test_lstm_variants_start_with_a_forget_bias_of_one():
         if variant not in ("nfg", "cifg"):
             wanted[row] = 1
         np.testing.assert_array_equal(bias, wanted)
+
+
+def test_heads_of_heads_are_refused():
+    inner = cells.Headwise(cells.GRU(2), 2)
+    with pytest.raises(ValueError, match=r"^Headwise: `cell` must be the cell of one head"):
+        cells.Headwise(inner, 2)
+
+
+def test_infinite_bounds_of_heads_are_no_infinities_of_a_computation():
+    cell = cells.Headwise(cells.LSTM(2), 2)
+    params = {name: jnp.ones(cell.param_shape(name)) for name in cell.recurrent}
+    xs = jnp.ones((1, 3, cell.gates, cell.dim))
+    with jax.debug_infs(True):
+        hs, _, _ = seqjax.nonlinear_scan(cell, params, xs, cell.initial_state(1))
+    assert bool(jnp.isfinite(hs).all())
