@@ -21,6 +21,7 @@ from seqjax.layers._minibatch import MemoryLayer, Updates
 from seqjax.layers._network import Network
 from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv, qkv_convs
+from seqjax.ops.core import explicit_mesh
 from seqjax.ops.core.linalg import matmul
 
 GATES = ("rate", "momentum", "forget")
@@ -176,6 +177,9 @@ class Titans(MemoryLayer):
         o, new_state["memory"] = self.scan_memory(params, tokens, state["memory"], context)
         return self._output(params, x, o), new_state
 
+    @explicit_mesh.auto_inside(
+        lambda arguments, _: explicit_mesh.joined(*explicit_mesh.spec_of(arguments["x"]))
+    )
     def recall(self, params: Params, x: jax.Array, state: State) -> jax.Array:
         """Return f(M; q_t), normalized and gated, for the memory M of `state`, without learning.
 

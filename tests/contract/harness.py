@@ -36,7 +36,9 @@ QUICK = {
     "MLSTM",
     "ParaLSTM",
 }
-assert {case.name for case in ROWS} > QUICK
+# Layers with their own loops over time, whose derivatives do not follow from those of the ops.
+OWN_LOOPS = {"BlockRecurrent"}
+assert {case.name for case in ROWS} > QUICK | OWN_LOOPS
 # Every row with each of its algorithms; "pallas" is the interpreted kernel.
 VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]
 B, T = 2, 13
@@ -124,8 +126,8 @@ def wrapped(case: Case, algorithm: str | None) -> bool:
 
 
 def one_layer_of_each_kind(case: Case) -> bool:
-    """Return True for every op and one layer of each kind, if the property comes from the ops."""
-    return case.layer is None or case.name in QUICK
+    """Return True for every op, one layer of each kind, and layers with their own loops."""
+    return case.layer is None or case.name in QUICK | OWN_LOOPS
 
 
 def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:

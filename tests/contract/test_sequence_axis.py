@@ -24,6 +24,7 @@ GRADIENTS = {
     *QUICK,
     *("LRU", "Mamba", "DeltaNet-gated", "RWKV7", "MLSTM", "ParaLSTM", "GRU", "SRWM"),
     *("Attention", "ShortConv", "TokenShift", "LogLinearAttention", "MesaNet", "TTTMLP", "Titans"),
+    "BlockRecurrent",
 }
 
 
@@ -62,8 +63,9 @@ def resets():
 def test_layer(case, x64, strict):
     """Compare outputs and final state of a continuing call, and gradients shard by shard.
 
-    A layer has no derivative rules. Its gradients follow from those of its ops and exchanges, so
-    they run for one layer of each kind, and for layers with exchanges of their own (`GRADIENTS`).
+    Few layers have code for derivatives. The gradients of the others follow from those of their ops
+    and exchanges. So gradients run for one layer of each kind, and for layers with their own loops
+    or exchanges (`GRADIENTS`).
     """
     layer, rng = case.layer, np.random.default_rng(0)
     params = cast(case.inputs(rng, B, T)["params"], "float64")

@@ -74,8 +74,9 @@ def test_every_layer_can_be_placed_on_a_mesh(layer, text):
     jax.tree.map(lambda p, place: place.shard_shape(p.shape), params, found.params)
 
 
-# One layer of each kind. The training step uses the protocol of layers only, and the contract
-# tests split every layer, with gradients, over batch, heads and time.
+# One layer of each kind. The training step uses the protocol of layers only. The contract tests
+# split every layer over batch, heads and time. They take gradients over time of one layer of each
+# kind, and of the few layers that have code for them.
 KINDS = ("lru", "mamba", "gated_deltanet", "rwkv7", "mlstm", "paralstm", "gru", "hybrid")
 
 

@@ -42,8 +42,23 @@ def test_recall_checks_its_arguments():
         layer.recall(params, x, None)
     with pytest.raises(ValueError, match=r"^Titans: `x` must"):
         layer.recall(params, [[1.0], [2.0, 3.0]], state)
-    recalled = jax.eval_shape(lambda state: layer.recall(params, x, state), state)
-    assert recalled.shape == x.shape
+
+
+def test_recall_on_an_explicit_mesh():
+    """Check the trace alone, in which JAX checks the shardings."""
+    layer = Titans(dim=4, heads=2)
+    mesh = jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+
+    def placed(tree, spec):
+        return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+    params = placed(layer.init(jax.random.key(0)), jax.P("model"))
+    x, state = placed((np.ones((4, 2, 4), np.float32), layer.initial_state(4)), jax.P("data"))
+    y = jax.eval_shape(layer.recall, params, x, state)
+    assert y.shape == x.shape
+    assert y.sharding.spec[0] == "data"
 
 
 @pytest.mark.parametrize("hidden", [None, pytest.param(6, marks=pytest.mark.slow)])
