@@ -98,11 +98,12 @@ def save(
         for name, (cut, found) in sorted(renamed.items())
     }
     values = model.source.values
-    inner = (values.get(model.source.family.text) if model.source.family.text else None) or {}
-    for fields in (values, inner):
+    text = model.source.family.text
+    text_values: dict[str, Any] = (values.get(text) if text else None) or {}
+    for fields in (values, text_values):
         for name in ("dtype", "torch_dtype"):
             if name in fields:
                 fields[name] = model.dtype
-    text = json.dumps(values, indent=2) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    content = json.dumps(values, indent=2) + "\n"
+    (folder / "config.json").write_text(content, encoding="utf-8")
     write(folder, layout, make, shard_bytes)

@@ -278,7 +278,7 @@ YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.
         ("granite", {"mamba_d_head": 7}, "`mamba_d_head` must be the inner width over .*, got 7"),
         ("bamba", {"attention_bias": True}, "`attention_bias` must be False, got True"),
         ("nemotron_h", {"layers_block_type": ["x"]}, "must have entries of .*, got 'x'"),
-        ("falcon_h1", {"mlp_multipliers": [1.0]}, "`mlp_multipliers` must have 2 numbers"),
+        ("falcon_h1", {"mlp_multipliers": [1.0]}, "`mlp_multipliers` must be a list of 2 elements"),
         ("rwkv7", {"norm_bias": False}, "`norm_bias` must be True, got False"),
         ("rwkv7", {"decay_low_rank_dim": 6}, r"w_lora.lora.0.weight` must have shape \[6, 24\]"),
         ("recurrent_gemma", {"block_types": ["x"]}, "entries of 'recurrent' and 'attention'"),
