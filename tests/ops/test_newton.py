@@ -320,3 +320,61 @@ def test_dense_jacobians_beyond_the_memory_are_refused(monkeypatch):
     run(algorithm="sequential")
     with pytest.raises(ValueError, match="`memory_fraction` must be positive, got 0"):
         seqjax.Newton(memory_fraction=0)
+
+
+@pytest.mark.parametrize("cell", [cells.GRU(D), cells.Headwise(cells.GRU(D), 1)], ids=repr)
+def test_jacobians_of_all_steps_are_counted_in_derivatives(cell, monkeypatch):
+    """Check windows of 4 of 8 steps: 512 bytes in the solver, 1,024 in derivatives."""
+    params, xs, h0 = draw(cell, 1.0, 8)
+    params, xs = cast((params, xs), "float32")
+    monkeypatch.setattr(memory_check, "device_memory", lambda: 2000)
+    solver = seqjax.Newton(whole_iterations=0, window=4)
+
+    def run(xs, algorithm="newton", solver=solver):
+        return seqjax.nonlinear_scan(cell, params, xs, h0, algorithm=algorithm, solver=solver)[0]
+
+    def grad(*options):
+        return jax.eval_shape(jax.grad(lambda xs: jnp.sum(run(xs, *options))), xs)
+
+    jax.eval_shape(run, xs)
+    with pytest.raises(ValueError, match=r"Jacobians of 8 steps must .* got 1.02e-06 GB"):
+        run(xs, "newton", None)
+    with pytest.raises(ValueError, match=r"Jacobians of 8 steps must .* got 1.02e-06 GB"):
+        grad()
+    with pytest.raises(ValueError, match="Jacobians of 8 steps must"):
+        jax.jit(lambda x: jax.jvp(run, (x,), (x,))).lower(xs)
+    grad("sequential")
+    grad(None)
+    grad("newton", seqjax.Newton(whole_iterations=0, window=4, memory_fraction=0.6))
+
+
+def test_the_memory_of_a_shard_is_that_of_one_device(monkeypatch):
+    class Device:
+        platform = "gpu"
+
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    def local(*stats):
+        monkeypatch.setattr(jax, "local_devices", lambda: [*map(Device, stats)])
+
+    found = []
+
+    def record(x):
+        found.append(memory_check.device_memory())
+        return x
+
+    def within(*manual):
+        mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+        spec = jax.sharding.PartitionSpec()
+        run = jax.shard_map(record, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={*manual})
+        jax.eval_shape(jax.jit(run), jnp.ones(8))
+        return found[-1]
+
+    local({"bytes_limit": 100}, {"bytes_limit": 90})
+    assert memory_check.device_memory() == 90 * jax.device_count()
+    assert within("a", "b") == 90
+    assert within("a") == 2 * 90
+    for nothing in (None, {}):
+        local(nothing)
+        assert memory_check.device_memory() is None

@@ -3,22 +3,27 @@
 A step of a cell is small. On CPU, each of its operations costs about as much to start as to run,
 and slicing the gates of a step keeps XLA from vectorizing the rest. The program of a step is
 therefore split in three. Values of parameters alone are computed once, values of the inputs for all
-steps at once, and only the others in the loop.
+steps at once, and only the others in the loop. Values that are much larger than the inputs and the
+state of a step stay in the loop too, because those of all steps would need too much memory.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.core import jaxprs_in_params
 
 from pallas_kernels.jaxpr_interpreter import interpret, primitive_names
 from seqjax.types import PyTree
 
 CONSTANT, PER_STEP, IN_LOOP = range(3)
 FEW = 8  # coupled numbers of a channel; more are the channels of a head
+# Largest size of a value that is computed for all steps, relative to a step's inputs and carry.
+LARGEST = 2
 # Functions with custom derivatives stay whole.
 _INLINED = primitive_names("jit pjit closed_call")
 
@@ -41,7 +46,8 @@ def hoisted_scan(
     """Compute a recurrence as `lax.scan` over axis 1 of `xs` does, with a loop that is minimal.
 
     Args:
-      step: (carry, x) -> (carry, y), for one step of one sequence. It may close over arrays.
+      step: (carry, x) -> (carry, y), for one step of one sequence. It may close over arrays. If it
+        has effects, such as callbacks, all of it runs in the loop.
       carry: pytree of [B, ...] arrays.
       xs: pytree of [B, T, ...] arrays.
       reverse: run from the last step to the first.
@@ -54,11 +60,14 @@ def hoisted_scan(
     batch, length = leaves[0].shape[:2]
     row = jax.tree.map(lambda c: c[0], carry), jax.tree.map(lambda x: x[0, 0], xs)
     program, shapes = jax.make_jaxpr(step, return_shape=True)(*row)
+    if program.effects:
+        return _plain_scan(step, carry, xs, reverse=reverse)
+    largest = LARGEST * sum(math.prod(x.shape) for x in jax.tree.leaves(row))
     loop: list[_Operation] = []
 
     def apply(eqn: Any, ins: list[_Value]) -> list[_Value]:
         kind = max((v.kind for v in ins), default=CONSTANT)
-        if kind == IN_LOOP:
+        if kind == IN_LOOP or (kind == PER_STEP and _size(eqn) > largest):
             operation = _in_loop(eqn, ins)
             loop.append(operation)
             return operation.outs
@@ -94,6 +103,19 @@ def hoisted_scan(
     return jax.tree.unflatten(tree, final), ys
 
 
+def _plain_scan(
+    step: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    xs: PyTree,
+    *,
+    reverse: bool,
+) -> tuple[PyTree, PyTree]:
+    """Compute the same in one loop, which keeps the effects of a step and their order."""
+    timed = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), xs)
+    final, ys = lax.scan(jax.vmap(step), carry, timed, reverse=reverse)
+    return final, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), ys)
+
+
 class _Operation(NamedTuple):
     """An operation of the loop: a function, its inputs and its outputs."""
 
@@ -115,6 +137,12 @@ def _in_loop(eqn: Any, ins: list[_Value]) -> _Operation:
             params = params | {"dimension_numbers": ((left, (0,)), batch)}
             ins = [ins[0], _Value(CONSTANT, matrix.T)]
     return _Operation(_bind(eqn, params), ins, outs)
+
+
+def _size(eqn: Any) -> int:
+    """Return the elements of the largest value of an operation, including those inside of it."""
+    inner = (_size(e) for program in jaxprs_in_params(eqn.params) for e in program.eqns)
+    return max((*(math.prod(v.aval.shape) for v in eqn.outvars), *inner), default=0)
 
 
 def _bind(eqn: Any, params: Any) -> Callable[..., Sequence[Any]]:

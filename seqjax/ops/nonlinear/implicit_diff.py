@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import backends, sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
-from seqjax.ops.nonlinear import jacobian_structure
+from seqjax.ops.nonlinear import jacobian_structure, memory_check
 from seqjax.ops.nonlinear.affine_scan import correction
 from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan, state_parts
+from seqjax.ops.nonlinear.newton import Newton
 from seqjax.types import Array, PyTree
 
 
@@ -21,6 +22,7 @@ def derivatives(
     on_cpu: str,
     elsewhere: str,
     sequence_axis: str | None,
+    solver: Newton,
     *,
     has_resets: bool,
 ) -> Callable[..., Array]:
@@ -40,6 +42,12 @@ def derivatives(
         return out.reshape(*lead, *out.shape[1:])
 
     def jacobians(params: PyTree, xs: PyTree, found: Array) -> Array:
+        # Windows bound the memory of the solver only. If the platform decides on the algorithm, the
+        # branch of Newton is traced and may not run.
+        if on_cpu == elsewhere == "newton":
+            fraction, itemsize = solver.memory_fraction, found.dtype.itemsize
+            memory_check.check_memory("nonlinear_scan", structure, found.shape, itemsize, fraction)
+
         def at(h: Array, x: PyTree) -> Array:
             return jacobian_structure.jacobian(lambda h: cell(params, h, x), h, structure)[1]
 

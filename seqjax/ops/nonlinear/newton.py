@@ -40,7 +40,8 @@ class Newton:
         numbers; by default 128 times the resolution of the state's dtype.
       whole_iterations: Newton steps on all of T before the solver switches to windows. A sequence
         continues beyond this limit while each step brings at least a window's length to
-        convergence. With 0, a solve needs the memory of one window only.
+        convergence. With 0, a solve needs the memory of one window only, and its derivatives
+        that of all steps.
       max_iterations: Newton steps in a window.
       window: steps in a window. Smaller windows need fewer iterations each and less memory.
       projection: clip iterates to the cell's bounds, and pass them through the cell once more.
@@ -49,8 +50,9 @@ class Newton:
         damping it changes the iterations and not the solution.
       scan_dtype: dtype of the linear recurrence of a step, by default that of the state. The
         convergence check always uses the dtype of the state.
-      memory_fraction: the largest part of the devices' memory that dense Jacobians, [B, T, n, n]
-        for n numbers in a state, may take. A call that needs more raises.
+      memory_fraction: the largest part of the devices' memory that Jacobians may take, such as
+        dense ones, [B, T, n, n] for n numbers in a state. A call or its gradient that needs more
+        raises. Inside `jax.shard_map` the memory is that of one device.
 
     Raises:
       ValueError: if a field is out of range, at construction.

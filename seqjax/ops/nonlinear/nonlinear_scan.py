@@ -95,7 +95,7 @@ def nonlinear_scan(
 
     Raises:
       ValueError: if shapes or dtypes do not fit, the Jacobian does not have the declared structure,
-        or dense Jacobians would take too much memory (see `Newton`).
+        or Jacobians would take too much memory (see `Newton`).
       NotImplementedError: if the algorithm or implementation does not support the call or the
         platform.
       RuntimeError: if on_failure="error" and Newton does not converge (under `jit` as the error of
@@ -139,10 +139,10 @@ def nonlinear_scan(
         ) from None
     structure = jacobian_structure.resolve(op, cell, params, xs, h0, jacobian)
     solver = solver or Newton()
-    if algorithm == "newton" and "dense" in structure:
+    if algorithm == "newton":
         steps = length if solver.whole_iterations else min(solver.window, length)
         sizes = (batch, steps, *h0.shape[1:])
-        memory_check.check_memory(op, sizes, state.itemsize, solver.memory_fraction)
+        memory_check.check_memory(op, structure[0], sizes, state.itemsize, solver.memory_fraction)
     own = getattr(cell, "bounds", None)
     if bounds is None and own is not None:
         bounds = own(params)
@@ -267,7 +267,7 @@ def _scan(
         _report(info, on_failure)
 
     follow = derivatives(
-        cell, structure[1], on_cpu, elsewhere, sequence_axis, has_resets=has_resets
+        cell, structure[1], on_cpu, elsewhere, sequence_axis, solver, has_resets=has_resets
     )
     hs = follow(params, xs, h0, reset, lax.stop_gradient(states))
     final = hs[:, -1]
