@@ -30,8 +30,8 @@ def _memory_of_one() -> int | None:
             return None
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
     try:
-        return min(device.memory_stats()["bytes_limit"] for device in devices)
-    except (TypeError, KeyError, jax.errors.JaxRuntimeError):  # the platform has no statistics
+        return min((device.memory_stats() or {})["bytes_limit"] for device in devices)
+    except (KeyError, jax.errors.JaxRuntimeError):  # the platform has no statistics
         return None
 
 
