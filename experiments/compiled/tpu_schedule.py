@@ -203,10 +203,15 @@ def add(*costs: Cost) -> Cost:
     )
 
 
+ESTIMATED_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
 def _estimate(operation: str) -> float:
     """Return the cycles of an operation from the profile, or the estimate before scheduling."""
     for where in ("bundle_analysis_data", ""):
-        found = re.search(rf'{where}.*?"estimated_cycles":"(\d+)"', operation)
+        # No pattern begins with `.*?`: the text of a kernel has megabytes without a match.
+        start = operation.find(where)
+        found = ESTIMATED_CYCLES.search(operation, start) if start >= 0 else None
         if found:
             return float(found[1])
     return 0.0
