@@ -54,13 +54,11 @@ def _solve(
     """Compute Z and the intermediate results for every head."""
     # Each product for all heads before the next product, to hide the latency.
     next_a = [rows_up(x["a"]) for x in heads]
-    by_b, by_k = (
-        [
-            d.pairs([x["q"], shifted], x[right])
-            for d, x, shifted in zip(decays, heads, next_a, strict=True)
-        ]
-        for right in ("b", "k")
-    )
+    pairs = [
+        d.pairs_with([x["q"], shifted], [x["b"], x["k"]])
+        for d, x, shifted in zip(decays, heads, next_a, strict=True)
+    ]
+    by_b, by_k = ([own[n] for own in pairs] for n in (0, 1))
     copies = [rows_down(own) for _, own in by_k]
     right_sides = [
         d.read_before(x["a"], state, exact=True) + num.dot(copy, x["v"], exact=True)

@@ -135,9 +135,21 @@ class SharedDecay:
 
     def pairs(self, lefts: list[jax.Array], right: jax.Array) -> list[jax.Array]:
         """Compute P [C, C] for every left factor."""
-        size = right.shape[0]
-        stacked = self.num.dot(jnp.concatenate(lefts, axis=0), right, NT)
-        return [self._masked(stacked[n * size : (n + 1) * size]) for n in range(len(lefts))]
+        return self.pairs_with(lefts, [right])[0]
+
+    def pairs_with(self, lefts: list[jax.Array], rights: list[jax.Array]) -> list[list[jax.Array]]:
+        """Compute P [C, C] for every right factor and every left factor."""
+        products = self._products(jnp.concatenate(lefts, axis=0), jnp.concatenate(rights, axis=0))
+        return [[self._masked(p) for p in by_left] for by_left in products]
+
+    def _products(
+        self, lefts: jax.Array, rights: jax.Array, exact: bool = False
+    ) -> list[list[jax.Array]]:
+        """Multiply stacked factors; return the blocks [C, C] of every right and left factor."""
+        size = self.lower.shape[0]
+        stacked = self.num.dot(lefts, rights, NT, exact)
+        rows, columns = (range(0, n, size) for n in stacked.shape)
+        return [[stacked[i : i + size, j : j + size] for i in rows] for j in columns]
 
     def pairs_back(
         self,
@@ -282,20 +294,19 @@ class ChannelDecays(SharedDecay):
         ones = num.ones(row_indices(size, values) >= 0)
         self.total = jnp.exp(num.dot(g, ones, TN, exact=True))
 
-    def pairs(self, lefts: list[jax.Array], right: jax.Array) -> list[jax.Array]:
-        """Compute P [C, C] for every left factor."""
-        size, count = right.shape[0], len(lefts)
-        both = jnp.concatenate(lefts, axis=0)
+    def pairs_with(self, lefts: list[jax.Array], rights: list[jax.Array]) -> list[list[jax.Array]]:
+        """Compute P [C, C] for every right factor and every left factor."""
+        size = self.lower.shape[0]
         diagonal = row_indices(size) == column_indices(size)
-        products = self.num.dot(both, right, NT)
-        result = [
-            jnp.where(diagonal, products[n * size : (n + 1) * size], 0.0) for n in range(count)
-        ]
+        products = self._products(jnp.concatenate(lefts, axis=0), jnp.concatenate(rights, axis=0))
+        result = [[jnp.where(diagonal, p, 0.0) for p in by_left] for by_left in products]
         for mask, (upto, after) in zip(self.pair_masks, self.levels, strict=True):
             left = jnp.concatenate([x.astype(upto.dtype) * upto for x in lefts], axis=0)
-            pair = self.num.dot(left, right.astype(after.dtype) * after, NT, exact=True)
+            right = jnp.concatenate([x.astype(after.dtype) * after for x in rights], axis=0)
+            found = self._products(left, right, exact=True)
             result = [
-                jnp.where(mask, pair[n * size : (n + 1) * size], p) for n, p in enumerate(result)
+                [jnp.where(mask, new, p) for new, p in zip(*by_left, strict=True)]
+                for by_left in zip(found, result, strict=True)
             ]
         return result
 

@@ -104,6 +104,8 @@ def test_replaced_layers_equal_those_built_directly(layer):
     # `layer` must stay below `depth`, and the variants of `MLSTM` determine `normalizer`. Fields of
     # `MoE` require others, which one of its rows has.
     fixed = {"layer", "normalizer", "present_share"}
+    if isinstance(layer, seqjax.layers.MLSTM):  # its other variants read these
+        fixed |= {"expand", "expand_k", "expand_v", "gate_cap", "conv_size", "block"}
     if isinstance(layer, seqjax.layers.MoE):
         fixed |= {"groups", "latent_bias", "shared_gate"}
     if not getattr(layer, "inner_norm_eps", True):  # a row of `Mamba` has it
