@@ -41,7 +41,10 @@ def test_many_sequences_run_in_pieces():
     (whole, of_x), y = gradient(params, x)
     np.testing.assert_allclose(y, expert_oracles.moe(LAYER, params, x), atol=1e-5)
     singles = [gradient(params, x[i : i + 1]) for i in range(12)]
-    np.testing.assert_allclose(of_x, jnp.concatenate([s[0][1] for s in singles]), atol=1e-5)
+    # Gradients of about 10, summed in another order.
+    np.testing.assert_allclose(
+        of_x, jnp.concatenate([s[0][1] for s in singles]), rtol=1e-5, atol=1e-5
+    )
     summed = jax.tree.map(lambda *parts: sum(parts), *(s[0][0] for s in singles))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole, summed)
 
