@@ -90,6 +90,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.update({"name": f"{model}-{trained}", "mesh": mesh})
     config.model.update(lora_rank=TRAINED[trained], dtype="bfloat16", scan=True)
     config.data.update(length=length, batch_size=batch_size)
-    # An entry of its own type, because its fields differ between the models.
+    # Not a field of the defaults, because the fields of the models differ.
     config.published = ConfigDict({"topology": topology, "config": MODELS[model]})
     return config

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.tpu import matrix_state
 from pallas_kernels.tpu.chunk_math import SharedDecay
-from pallas_kernels.tpu.head_layout import interleave
+from pallas_kernels.tpu.head_layout import backward_by_head
 from pallas_kernels.tpu.inverse import inverses
 from pallas_kernels.tpu.matrix_kernel import ChunkRecurrence
 from pallas_kernels.tpu.numerics import NT, TN, Numerics, column_indices, row_indices
@@ -90,20 +90,6 @@ def _forward(
     return list(zip(outs, final, strict=True))
 
 
-def _backward(
-    num: Numerics,
-    decays: list[SharedDecay],
-    heads: list[Inputs],
-    states: list[jax.Array],
-    scale: float,
-    d_outs: list[jax.Array],
-    d_states: list[jax.Array],
-) -> list[dict[str, Any]]:
-    solutions = _solve(num, decays, heads, states)
-    by_head = zip(decays, heads, states, d_outs, d_states, solutions, strict=True)
-    return interleave([_head_backward(num, scale, *head) for head in by_head])
-
-
 def _head_backward(
     num: Numerics,
     scale: float,
@@ -156,7 +142,7 @@ def _head_backward(
     }
 
 
-_RECURRENCE = ChunkRecurrence("delta_rule", _forward, _backward)
+_RECURRENCE = ChunkRecurrence("delta_rule", _forward, backward_by_head(_solve, _head_backward))
 
 
 forward = functools.partial(matrix_state.forward, _RECURRENCE)

@@ -5,7 +5,7 @@ are read with a stride, which is as fast as reading them in order. Two bfloat16 
 sublane, and shifts separate them. The compiler transposes other shapes, which is slower.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
@@ -100,3 +100,24 @@ def interleave(heads: list[Generator[None, None, Any]]) -> list[Any]:
                 results[n] = stop.value
                 del running[n]
     return results
+
+
+def backward_by_head(
+    solve: Callable[..., list[Any]], head_backward: Callable[..., Generator[None, None, Any]]
+) -> Callable[..., list[Any]]:
+    """Return the adjoint computation of a chunk of all heads, for `ChunkRecurrence`.
+
+    Args:
+      solve: (num, decays, heads, states) -> the intermediate results of every head.
+      head_backward: (num, scale, decays, inputs, state, d_out, d_state, results of `solve`) -> the
+        cotangents of one head, in steps that are interleaved with those of other heads.
+    """
+
+    def backward(
+        num: Any, decays: Any, heads: Any, states: Any, scale: float, d_outs: Any, d_states: Any
+    ) -> list[Any]:
+        solutions = solve(num, decays, heads, states)
+        by_head = zip(decays, heads, states, d_outs, d_states, solutions, strict=True)
+        return interleave([head_backward(num, scale, *head) for head in by_head])
+
+    return backward

@@ -30,6 +30,12 @@ def positive(layer: object, **values: int) -> None:
             )
 
 
+def above_zero(layer: object, **values: float) -> None:
+    """Raise a ValueError unless the numbers are greater than zero."""
+    for name, value in values.items():
+        require(layer, value > 0, f"`{name}` must be > 0, got {value}.")
+
+
 def one_of(layer: object, name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise a ValueError unless the value is one of the choices."""
     require(

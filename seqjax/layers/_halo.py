@@ -63,10 +63,7 @@ def _steps_before(state: jax.Array, x: jax.Array, axis_name: str) -> jax.Array:
 
 def leaving(state: Any, axis_name: str) -> Any:
     """Return the state of the device where time ends, on every device."""
-    numbers = jax.tree.map(lambda s: s.astype(jnp.int32) if s.dtype == jnp.bool_ else s, state)
-    return jax.tree.map(
-        lambda s, last: last.astype(s.dtype), state, sequence_parallel.from_last(numbers, axis_name)
-    )
+    return sequence_parallel.from_last(state, axis_name)
 
 
 def last_before(x: jax.Array, axis_name: str) -> jax.Array:

@@ -70,9 +70,7 @@ class MatrixLayer(Layer):
 
     def _check_positive(self, *names: str) -> None:
         """Check that the fields are > 0."""
-        for name in names:
-            value = getattr(self, name)
-            _checks.require(self, value > 0, f"`{name}` must be > 0, got {value}.")
+        _checks.above_zero(self, **{name: getattr(self, name) for name in names})
 
     def _inward(
         self, width: int, axis: str | None = "heads", initializer: Initializer | None = None

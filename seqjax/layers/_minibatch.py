@@ -125,8 +125,7 @@ def _run(
 
     if sequence_axis is None:
         return local(state)
-    y, final = local(sequence_parallel.before_shard(local, state, sequence_axis))
-    return y, sequence_parallel.from_last(final, sequence_axis)
+    return sequence_parallel.in_turn(local, state, sequence_axis)
 
 
 def _local(

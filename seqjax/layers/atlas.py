@@ -109,9 +109,7 @@ class Atlas(Layer):
                 type(value) is int and value in choices,
                 f"`{name}` must be an integer from {choices[0]} to {choices[-1]}, got {value!r}.",
             )
-        for name in ("base_rate", "norm_eps"):
-            value = getattr(self, name)
-            _checks.require(self, value > 0, f"`{name}` must be > 0, got {value}.")
+        _checks.above_zero(self, base_rate=self.base_rate, norm_eps=self.norm_eps)
 
     @property
     def head_dim(self) -> int:

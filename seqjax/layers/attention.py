@@ -127,7 +127,7 @@ class Attention(Layer):
         _checks.require(self, self.rope_base > 1, f"`rope_base` must be > 1, got {self.rope_base}.")
         if self.qk_norm is not None:
             _checks.one_of(self, "qk_norm", self.qk_norm, ("rms", "rms_offset", "rms_all_heads"))
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
         _checks.positive(self, out_dim=self.output_dim)
 
     @property

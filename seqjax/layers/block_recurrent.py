@@ -90,9 +90,7 @@ class BlockRecurrent(Layer):
             size % 2 == 0,
             f"`dim` / `heads` must be even for rotary embeddings, got {size}.",
         )
-        for name in ("rotary_base", "norm_eps"):
-            value = getattr(self, name)
-            _checks.require(self, value > 0, f"`{name}` must be > 0, got {value}.")
+        _checks.above_zero(self, rotary_base=self.rotary_base, norm_eps=self.norm_eps)
 
     @property
     def head_dim(self) -> int:
@@ -185,18 +183,7 @@ def _run(
 
     if sequence_axis is None:
         return local(state)
-    # Collectives carry numbers.
-    valid = state["valid"].dtype
-    dtype = state["index"].dtype
-
-    def numbers(state: State) -> tuple[Array, State]:
-        o, final = local(state | {"valid": state["valid"].astype(valid)})
-        return o, final | {"valid": final["valid"].astype(dtype)}
-
-    state = state | {"valid": state["valid"].astype(dtype)}
-    o, final = numbers(sequence_parallel.before_shard(numbers, state, sequence_axis))
-    final = sequence_parallel.from_last(final, sequence_axis)
-    return o, final | {"valid": final["valid"].astype(valid)}
+    return sequence_parallel.in_turn(local, state, sequence_axis)
 
 
 def _local(

@@ -64,7 +64,7 @@ class FFM(Layer):
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim, memory_dim=self.memory_dim, contexts=self.contexts)
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, memory, size = self.dim, self.memory_dim, self.memory_dim * self.contexts

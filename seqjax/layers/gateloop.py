@@ -66,7 +66,7 @@ class GateLoop(Layer):
             "`min_decay` and `max_decay` must satisfy 0 < min_decay < max_decay < 1, got"
             f" {self.min_decay} and {self.max_decay}.",
         )
-        _checks.require(self, self.max_phase > 0, f"`max_phase` must be > 0, got {self.max_phase}.")
+        _checks.above_zero(self, max_phase=self.max_phase)
 
     @property
     def key_dim(self) -> int:

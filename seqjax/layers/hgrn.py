@@ -58,7 +58,7 @@ class HGRN(Gated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         inward = self._inward()

@@ -60,7 +60,7 @@ class LMU(LegendreLayer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _checks.require(self, self.window > 0, f"`window` must be > 0, got {self.window}.")
+        _checks.above_zero(self, window=self.window)
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return jnp.zeros((batch_size, self.channels, self.state_dim), dtype)

@@ -66,7 +66,7 @@ class LRU(Layer):
             f"`r_min` and `r_max` must satisfy 0 <= r_min < r_max <= 1, got {self.r_min} and"
             f" {self.r_max}.",
         )
-        _checks.require(self, self.max_phase > 0, f"`max_phase` must be > 0, got {self.max_phase}.")
+        _checks.above_zero(self, max_phase=self.max_phase)
 
     @property
     def states(self) -> int:

@@ -116,7 +116,7 @@ class Mamba2(Layer):
         )
         if self.norm is not None:
             _checks.one_of(self, "norm", self.norm, ("gate_first", "norm_first"))
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
         _checks.require(
             self,
             len(self.dt_limit) == 2 and 0 <= self.dt_limit[0] < self.dt_limit[1],

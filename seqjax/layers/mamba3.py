@@ -122,7 +122,7 @@ class Mamba3(Layer):
             f"`state_dim` must be even and at least 2 / rope_fraction, got {self.state_dim}.",
         )
         _checks.one_of(self, "decay", self.decay, ("rational", "softplus"))
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
         _checks.require(
             self,
             0 < self.dt_min < self.dt_max,

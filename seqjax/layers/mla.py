@@ -111,7 +111,7 @@ class MLA(Layer):
             self.rope_base is None or self.rope_base > 1,
             f"`rope_base` must be > 1 or None, got {self.rope_base}.",
         )
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
 
     @property
     def values(self) -> int:

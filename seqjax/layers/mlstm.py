@@ -113,7 +113,7 @@ class MLSTM(Layer):
             block=self.block,
         )
         _checks.one_of(self, "variant", self.variant, VARIANTS)
-        _checks.require(self, self.gate_cap > 0, f"`gate_cap` must be > 0, got {self.gate_cap}.")
+        _checks.above_zero(self, gate_cap=self.gate_cap)
         for name in UNUSED[self.variant]:
             given, default = getattr(self, name), getattr(type(self), name)
             _checks.require(

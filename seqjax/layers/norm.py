@@ -44,7 +44,7 @@ class RMSNorm(Layer):
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
-        _checks.require(self, self.eps > 0, f"`eps` must be > 0, got {self.eps}.")
+        _checks.above_zero(self, eps=self.eps)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         start = _init.zeros if self.offset else _init.ones
@@ -87,7 +87,7 @@ class LayerNorm(Layer):
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim)
-        _checks.require(self, self.eps > 0, f"`eps` must be > 0, got {self.eps}.")
+        _checks.above_zero(self, eps=self.eps)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         params: dict[str, Param | Layer] = {

@@ -94,7 +94,7 @@ class PLSTM2D(GridLayer):
             "`complement` must be False in mode 'D', got True; it is a form of mode 'P'.",
         )
         self._check_flips()
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
 
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, heads, orientations = self.dim, self.heads, len(self.flips)

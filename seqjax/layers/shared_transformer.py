@@ -85,7 +85,7 @@ class SharedTransformer(Layer):
             self.adapter_rank > 0 or not self.attention_adapters,
             "`attention_adapters` must have an adapter_rank > 0, got 0; pass adapter_rank.",
         )
-        _checks.require(self, self.norm_eps > 0, f"`norm_eps` must be > 0, got {self.norm_eps}.")
+        _checks.above_zero(self, norm_eps=self.norm_eps)
 
     @property
     def dim(self) -> int:  # type: ignore[override]

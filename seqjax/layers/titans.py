@@ -103,9 +103,7 @@ class Titans(MemoryLayer):
         _checks.positive(self, mini_batch=self.mini_batch, conv_size=self.conv_size)
         if self.hidden is not None:
             _checks.positive(self, hidden=self.hidden)
-        for name in ("base_rate", "norm_eps"):
-            value = getattr(self, name)
-            _checks.require(self, value > 0, f"`{name}` must be > 0, got {value}.")
+        _checks.above_zero(self, base_rate=self.base_rate, norm_eps=self.norm_eps)
 
     @property
     def head_dim(self) -> int:

@@ -92,9 +92,9 @@ class TTTLinear(MemoryLayer):
             size % 2 == 0,
             f"`dim` must be an even multiple of `heads`, got dim={self.dim}, heads={self.heads}.",
         )
-        for name in ("base_rate", "rotary_base", "norm_eps"):
-            value = getattr(self, name)
-            _checks.require(self, value > 0, f"`{name}` must be > 0, got {value}.")
+        _checks.above_zero(
+            self, base_rate=self.base_rate, rotary_base=self.rotary_base, norm_eps=self.norm_eps
+        )
 
     @property
     def head_dim(self) -> int:

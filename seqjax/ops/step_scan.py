@@ -154,15 +154,7 @@ def _scan(
 
     if sequence_axis is None:
         return local(state)
-    ys, final = local(sequence_parallel.before_shard(local, state, sequence_axis))
-    return ys, _from_last(final, sequence_axis)
-
-
-def _from_last(state: PyTree, axis_name: str) -> PyTree:
-    """Return the state of the last device on every device, also for booleans."""
-    numbers = jax.tree.map(lambda s: s.astype(jnp.int32) if s.dtype == bool else s, state)
-    last = sequence_parallel.from_last(numbers, axis_name)
-    return jax.tree.map(lambda n, s: n.astype(s.dtype), last, state)
+    return sequence_parallel.in_turn(local, state, sequence_axis)
 
 
 def _where(cut: Array, new: Array, old: Array) -> Array:

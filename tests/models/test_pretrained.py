@@ -13,10 +13,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from seqjax import pretrained, sharding
+from seqjax import pretrained
 
 safetensors = pytest.importorskip("safetensors.numpy")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -125,22 +123,6 @@ def test_stacked_blocks_and_exports_are_the_same(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_again, plain_params)
 
 
-@pytest.mark.parametrize(
-    ("name", "scan"), [("mamba", True), ("qwen3_5_text", False), ("recurrent_gemma", False)]
-)
-def test_a_mesh_holds_the_shards(name, scan):
-    plain, expected, tokens, logits = load(name, scan=scan)
-    mesh = sharding.make_mesh("fsdp=4,tensor=2")
-    model, params, *_ = load(name, mesh=mesh, scan=scan)
-    where = sharding.shard(model, mesh).params
-    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(where), strict=True):
-        assert leaf.sharding == place
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
-    assert model == plain
-    got, _ = jax.jit(model.apply)(params, tokens)
-    np.testing.assert_allclose(got, logits, **TOLERANCE)
-
-
 def test_dtypes():
     model, params, *_ = load("mamba", dtype="bfloat16")
     roles = model.param_roles()
@@ -247,20 +229,6 @@ def test_the_fused_shifts_of_older_rwkv_files(tmp_path):
     old = [name for name in arrays if ".attn.x_" in name]
     _, params = pretrained.load(edited(tmp_path, "rwkv7", drop=old, **fused))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-
-
-@pytest.mark.parametrize("name", ["qwen3_5_text", "rwkv7", "recurrent_gemma"])
-def test_time_over_a_mesh(name):
-    model, params, tokens, logits = load(name)
-    mesh = jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,))
-    split = jax.shard_map(
-        lambda params, tokens: model.apply(params, tokens, sequence_axis="time")[0],
-        mesh=mesh,
-        in_specs=(P(), P(None, "time")),
-        out_specs=P(None, "time"),
-    )
-    got = jax.jit(split)(params, tokens[:, :36])
-    np.testing.assert_allclose(got, logits[:, :36], **TOLERANCE)
 
 
 YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}

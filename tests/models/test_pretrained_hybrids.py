@@ -5,41 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from seqjax import pretrained, sharding
-from tests.models.test_pretrained import CAPACITY, FOLDER, TOLERANCE, edited, load
+from seqjax import pretrained
+from tests.models.test_pretrained import CAPACITY, FOLDER, edited, load
 
 safetensors = pytest.importorskip("safetensors.numpy")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
-@pytest.mark.parametrize("name", ["jamba_experts", "zamba", "zamba2", "minimax", "kimi_linear"])
-def test_a_mesh_holds_the_shards(name):
-    _, expected, tokens, logits = load(name)
-    mesh = sharding.make_mesh("fsdp=4,tensor=2")
-    model, params, *_ = load(name, mesh=mesh)
-    where = sharding.shard(model, mesh).params
-    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(where), strict=True):
-        assert leaf.sharding == place
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
-    got, _ = jax.jit(model.apply)(params, tokens)
-    np.testing.assert_allclose(got, logits, **TOLERANCE)
-
-
-@pytest.mark.parametrize("name", ["zamba", "zamba2", "minimax", "kimi_linear"])
-def test_time_over_a_mesh(name):
-    model, params, tokens, logits = load(name)
-    mesh = jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,))
-    split = jax.shard_map(
-        lambda params, tokens: model.apply(params, tokens, sequence_axis="time")[0],
-        mesh=mesh,
-        in_specs=(P(), P(None, "time")),
-        out_specs=P(None, "time"),
-    )
-    got = jax.jit(split)(params, tokens[:, :36])
-    np.testing.assert_allclose(got, logits[:, :36], **TOLERANCE)
 
 
 NUMBERS = {

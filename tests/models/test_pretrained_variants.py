@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
-from seqjax import pretrained, sharding
+from seqjax import pretrained
 from tests.models.checkpoints import make_from_equations
 from tests.models.test_pretrained import FOLDER, TOLERANCE, edited, load
 
@@ -143,39 +141,3 @@ def test_both_shapes_of_the_decays_of_kda_are_accepted(tmp_path):
 def test_hgrn2_takes_heads_or_features_per_head(field, tmp_path):
     model, *_ = load("hgrn2")
     assert pretrained.load(edited(tmp_path, "hgrn2", field))[0].backbone == model.backbone
-
-
-def _mesh_cases(quick, *slow):
-    return [quick, *(pytest.param(name, marks=pytest.mark.slow) for name in slow)]
-
-
-@pytest.mark.parametrize(
-    "name",
-    _mesh_cases("xlstm_7b", "rwkv", "rwkv5", "rwkv6", "gla", "retnet", "hgrn", "hgrn2", "kda"),
-)
-def test_a_mesh_of_eight_devices(name):
-    plain, expected, tokens, logits = load(name, scan=True)
-    mesh = sharding.make_mesh("fsdp=4,tensor=2")
-    model, params, *_ = load(name, mesh=mesh, scan=True)
-    where = sharding.shard(model, mesh).params
-    for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(where), strict=True):
-        assert leaf.sharding == place
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
-    assert model == plain
-    got, _ = jax.jit(model.apply)(params, tokens)
-    np.testing.assert_allclose(got, logits, **TOLERANCE)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["xlstm_7b", "rwkv", "rwkv6", "hgrn", "hgrn2", "retnet"])
-def test_time_over_a_mesh(name):
-    model, params, tokens, logits = load(name)
-    mesh = jax.make_mesh((4,), ("time",), axis_types=(AxisType.Auto,))
-    split = jax.shard_map(
-        lambda params, tokens: model.apply(params, tokens, sequence_axis="time")[0],
-        mesh=mesh,
-        in_specs=(P(), P(None, "time")),
-        out_specs=P(None, "time"),
-    )
-    got = jax.jit(split)(params, tokens[:, :36])
-    np.testing.assert_allclose(got, logits[:, :36], **TOLERANCE)

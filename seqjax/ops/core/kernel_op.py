@@ -131,8 +131,8 @@ def kernel_op(
 
     Args:
       backend: the backend of the call.
-      xla: a function of pytrees of arrays that returns a pytree of floating-point arrays. An
-        argument of None has no leaves. It must not close over arrays that are differentiated.
+      xla: a function of pytrees of arrays that returns a pytree of floating-point arrays. It must
+        not close over arrays that are differentiated. Arguments may be `None`.
       forward: (kernels, *args, save) -> (the same outputs, the residuals of the backward kernel).
         `kernels` is the module of `pallas_kernels` for the platform. With `save` false the
         residuals are ().

@@ -114,14 +114,22 @@ def run_split(
     return outputs, from_last(final, axis_name, reverse)
 
 
-def before_shard(
+def in_turn(
+    local: Callable[[PyTree], tuple[PyTree, PyTree]], state: PyTree, axis_name: str
+) -> tuple[PyTree, PyTree]:
+    """Return the outputs of this device's shard, and the state after the whole sequence.
+
+    For recurrences without a summary of a shard: each device runs after the one before it. `local`
+    maps the state before a shard to (outputs, state after it).
+    """
+    out, final = local(_before_shard(local, state, axis_name))
+    return out, from_last(final, axis_name)
+
+
+def _before_shard(
     local: Callable[[PyTree], tuple[PyTree, PyTree]], state: PyTree, axis_name: str
 ) -> PyTree:
-    """Return the state before this device's shard; each device runs after the one before it.
-
-    For recurrences without a summary of a shard. `local` maps the state before this device's shard
-    to (outputs, state after it).
-    """
+    """Return the state before this device's shard."""
     size, index = lax.axis_size(axis_name), lax.axis_index(axis_name)
     links = [(i, i + 1) for i in range(size - 1)]
 
@@ -156,6 +164,8 @@ def from_last(state: T, axis_name: str, reverse: bool = False) -> T:
     def share(s: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(s):  # see `jax_compat.match_varying`
             return lax.complex(*map(share, jax_compat.parts(s)))
+        if s.dtype == bool:  # a sum has no booleans
+            return share(s.astype(jnp.int32)).astype(bool)
         return lax.psum(jnp.where(position == size - 1, s, jnp.zeros_like(s)), axis_name)
 
     return jax.tree.map(share, state)

@@ -331,8 +331,8 @@ def _recur(
             S = recurrence.step(S, decayed, x)
             return S, linalg.read(S, x["q"]).astype(out)
 
-        axes = {name: recurrence.patterns[name].split("|")[0].split() for name in arrays}
-        vectors = [name for name in arrays if len(axes[name]) == 4]
+        patterns = recurrence.patterns
+        vectors = [n for n in arrays if len(patterns[n].split("|")[0].split()) == 4]
         # A complex decay makes the states complex, for which there is no bfloat16.
         mixable = recurrence.mixed and not jnp.issubdtype(state, jnp.complexfloating)
         narrow = mixable and all(arrays[name].dtype == jnp.bfloat16 for name in vectors)

@@ -1,19 +1,8 @@
 """Tensors of mixtures of experts, in the formats that families share."""
 
-from seqjax.layers import MLP, GatedMLP, Layer, MoE
+from seqjax.layers import GatedMLP, MoE
 from seqjax.pretrained.config import Config
-from seqjax.pretrained.families import parts
-from seqjax.pretrained.table import Tensor, each_expert, experts, linear, rows
-
-
-def mlp(layer: Layer, stored: str, ours: str) -> list[Tensor]:
-    """Return the tensors of an MLP with or without a gate."""
-    assert isinstance(layer, MLP | GatedMLP)
-    names = ("gate", "up", "down") if isinstance(layer, GatedMLP) else ("up", "down")
-    table = [linear(f"{name}_proj.weight", f"{name}_proj") for name in names]
-    if layer.bias:
-        table += [rows(f"{name}_proj.bias", f"{name}_bias") for name in names]
-    return parts.inside(table, stored, ours)
+from seqjax.pretrained.table import Tensor, each_expert, experts
 
 
 def router(name: str) -> Tensor:

@@ -48,7 +48,7 @@ def _build(config: Config, capacity: int) -> Architecture:
         *norm("pre_ff_layernorm", "mlp_norm", "rms"),
         *parts.mamba2(mamba, "mamba.", "mixer_0."),
         *parts.attention(attention, "self_attn.", "mixer_1."),
-        *parts.gated_mlp(mlp, "feed_forward."),
+        *parts.mlp(mlp, "feed_forward."),
     ]
     depth = config.integer("num_hidden_layers", 32)
     return Architecture(

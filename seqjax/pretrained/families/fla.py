@@ -29,7 +29,7 @@ def _build(config: Config, capacity: int, make: Make, ratio: int, depth: int) ->
         *norm("attn_norm", "mixer_norm", "rms"),
         *norm("mlp_norm", "mlp_norm", "rms"),
         *parts.inside(mixer_table, "attn.", "mixer."),
-        *parts.gated_mlp(mlp),
+        *parts.mlp(mlp),
     ]
     depth = config.integer("num_hidden_layers", depth)
     bounds = []

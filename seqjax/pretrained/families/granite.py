@@ -108,7 +108,7 @@ def _bamba(config: Config, capacity: int) -> Architecture:
         mlp,
         parts.layer_types(config, kinds, "layers_block_type", "layer_types"),
         names={"mlp_norm": "pre_ff_layernorm", "final_norm": "@final_layernorm"},
-        mlp_table=parts.gated_mlp(mlp, "feed_forward."),
+        mlp_table=parts.mlp(mlp, "feed_forward."),
         vocab_size=128000,
         eps=eps,
         residual=1.0,

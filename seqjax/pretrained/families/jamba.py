@@ -19,15 +19,9 @@ def _build(config: Config, capacity: int) -> Architecture:
         capacity=capacity,
         rotary_dim=0,
     )
-    rank = config.get("mamba_dt_rank", "auto")
     mamba = Mamba(
         dim,
-        state_dim=config.integer("mamba_d_state", 16),
-        expand=config.integer("mamba_expand", 2),
-        conv_size=config.integer("mamba_d_conv", 4),
-        dt_rank=None if rank == "auto" else config.integer("mamba_dt_rank"),
-        bias=config.boolean("mamba_proj_bias", False),
-        conv_bias=config.boolean("mamba_conv_bias", True),
+        **parts.mamba_options(config),
         inner_norm_eps=eps,
         inner_norm_scales=True,
     )
@@ -36,7 +30,7 @@ def _build(config: Config, capacity: int) -> Architecture:
     count = config.integer(field, 16)
     sparse = [count > 1 and kind for kind in parts.every(config, "expert_layer", depth, 2, 1)]
     mlps: dict[bool, Layer] = {False: mlp}
-    mlp_tables = {False: parts.gated_mlp(mlp, "feed_forward.")}
+    mlp_tables = {False: parts.mlp(mlp, "feed_forward.")}
     variants: list[Tensor] = []
     if any(sparse):
         top_k = experts.top_k(config, count, field, 2)

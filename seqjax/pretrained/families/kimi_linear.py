@@ -55,11 +55,11 @@ def _build(config: Config, capacity: int) -> Architecture:
     tables = {
         "linear": _delta(delta),
         "attention": _attention(attention),
-        "dense": parts.gated_mlp(mlp),
+        "dense": parts.mlp(mlp),
         "sparse": _moe_tensors(moe),
     }
     others = {
-        "dense": parts.gated_mlp(mlp, "block_sparse_moe."),
+        "dense": parts.mlp(mlp, "block_sparse_moe."),
         "sparse": parts.inside(experts.stacked(moe, "experts."), "block_sparse_moe.", "mlp."),
     }
     common = [
@@ -127,7 +127,7 @@ def _moe_tensors(layer: MoE) -> list[Tensor]:
         experts.router("gate.weight"),
         rows("gate.e_score_correction_bias", "correction_bias", wide=True),
         *experts.numbered(layer, "experts."),
-        *experts.mlp(layer.shared, "shared_experts.", "shared."),
+        *parts.mlp(layer.shared, "shared_experts.", "shared."),
     ]
     return parts.inside(table, "block_sparse_moe.", "mlp.")
 

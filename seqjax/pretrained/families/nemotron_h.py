@@ -64,7 +64,7 @@ def _build(config: Config, capacity: int) -> Architecture:
     tables = {
         "mamba": parts.mamba2(mamba, "mixer."),
         "attention": parts.attention(attention, "mixer."),
-        "mlp": experts.mlp(mlp, "mixer.", "mixer."),
+        "mlp": parts.mlp(mlp, "mixer.", "mixer."),
     }
     variants: list[Tensor] = []
     if "moe" in kinds:
@@ -146,7 +146,7 @@ def _others(layer: MoE) -> list[Tensor]:
     table = [
         experts.router("gate.weight"),
         rows("gate.e_score_correction_bias", "correction_bias", wide=True),
-        *experts.mlp(layer.shared, "shared_experts.", "shared."),
+        *parts.mlp(layer.shared, "shared_experts.", "shared."),
     ]
     for stored, ours in (("fc1_latent_proj", "latent_down"), ("fc2_latent_proj", "latent_up")):
         if ours in layer.declare_params():

@@ -72,7 +72,7 @@ def _build(config: Config, capacity: int) -> Architecture:
     }
     return Architecture(
         blocks=[blocks[kind] for kind in kinds],
-        tables=[[*parts.gated_mlp(mlp), *tables[kind]] for kind in kinds],
+        tables=[[*parts.mlp(mlp), *tables[kind]] for kind in kinds],
         embedding="@embed_tokens.weight",
         final_norm="@norm",
         layers="@layers.{}.",

@@ -3,7 +3,7 @@
 import math
 from typing import Any, TypedDict
 
-from seqjax.layers import Attention, GatedMLP, Mamba, Mamba2
+from seqjax.layers import MLP, Attention, GatedMLP, Layer, Mamba, Mamba2
 from seqjax.layers.mlp import ActivationName
 from seqjax.pretrained.config import Config
 from seqjax.pretrained.table import Tensor, conv, linear, rows
@@ -69,13 +69,27 @@ def activation(config: Config, default: str, name: str = "hidden_act") -> Activa
     return _ACTIVATIONS[config.expect(name, *_ACTIVATIONS, default=default)]
 
 
-def gated_mlp(layer: GatedMLP, stored: str = "mlp.") -> list[Tensor]:
-    """Return the tensors of a gated MLP."""
-    names = ("gate", "up", "down")
+def mlp(layer: Layer, stored: str = "mlp.", ours: str = "mlp.") -> list[Tensor]:
+    """Return the tensors of an MLP with or without a gate."""
+    assert isinstance(layer, MLP | GatedMLP)
+    names = ("gate", "up", "down") if isinstance(layer, GatedMLP) else ("up", "down")
     table = [linear(f"{name}_proj.weight", f"{name}_proj") for name in names]
     if layer.bias:
         table += [rows(f"{name}_proj.bias", f"{name}_bias") for name in names]
-    return inside(table, stored, "mlp.")
+    return inside(table, stored, ours)
+
+
+def mamba_options(config: Config) -> dict[str, Any]:
+    """Return the options of Mamba, from the fields that Jamba and Zamba have."""
+    rank = config.get("mamba_dt_rank", "auto")
+    return {
+        "state_dim": config.integer("mamba_d_state", 16),
+        "expand": config.integer("mamba_expand", 2),
+        "conv_size": config.integer("mamba_d_conv", 4),
+        "dt_rank": None if rank == "auto" else config.integer("mamba_dt_rank"),
+        "bias": config.boolean("mamba_proj_bias", False),
+        "conv_bias": config.boolean("mamba_conv_bias", True),
+    }
 
 
 def mamba(layer: Mamba, stored: str = "mixer.", ours: str = "mixer.") -> list[Tensor]:

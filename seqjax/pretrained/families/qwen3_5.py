@@ -16,9 +16,7 @@ def _build(config: Config, capacity: int) -> Architecture:
     dim = config.integer("hidden_size", DENSE["dim"])
     mlp = GatedMLP(dim, config.integer("intermediate_size", 12288))
     depth = config.integer("num_hidden_layers", DENSE["depth"])
-    return hybrid(
-        config, capacity, [mlp] * depth, [parts.gated_mlp(mlp)] * depth, DENSE, separate_delta
-    )
+    return hybrid(config, capacity, [mlp] * depth, [parts.mlp(mlp)] * depth, DENSE, separate_delta)
 
 
 def hybrid(

@@ -27,7 +27,7 @@ def _next(config: Config, capacity: int) -> Architecture:
     for i, chosen in enumerate(has_experts):
         if not chosen or sparse is None:
             mlps.append(dense)
-            tables.append(parts.gated_mlp(dense))
+            tables.append(parts.mlp(dense))
             continue
         mlps.append(sparse)
         weights = experts.separate(sparse, "experts.")
@@ -72,7 +72,7 @@ def _others(layer: MoE) -> list[Tensor]:
     assert layer.shared is not None
     return [
         experts.router("gate.weight"),
-        *experts.mlp(layer.shared, "shared_expert.", "shared."),
+        *parts.mlp(layer.shared, "shared_expert.", "shared."),
         linear("shared_expert_gate.weight", "shared_gate"),
     ]
 

@@ -56,7 +56,7 @@ def _build(config: Config, capacity: int) -> Architecture:
     common = [
         *norm("temporal_pre_norm", "mixer_norm", "rms_offset"),
         *norm("channel_pre_norm", "mlp_norm", "rms_offset"),
-        *parts.gated_mlp(mlp, "mlp_block."),
+        *parts.mlp(mlp, "mlp_block."),
     ]
     # The reference has this factor in bfloat16 in models of any dtype.
     scale = float(np.asarray(dim**0.5, ml_dtypes.bfloat16))

@@ -29,15 +29,9 @@ def _zamba(config: Config, capacity: int) -> Architecture:
     mlp = GatedMLP(
         dim, config.integer("intermediate_size", 14848), activation=parts.activation(config, "gelu")
     )
-    rank = config.get("mamba_dt_rank", "auto")
     mamba = Mamba(
         dim,
-        state_dim=config.integer("mamba_d_state", 16),
-        expand=config.integer("mamba_expand", 2),
-        conv_size=config.integer("mamba_d_conv", 4),
-        dt_rank=None if rank == "auto" else config.integer("mamba_dt_rank"),
-        bias=config.boolean("mamba_proj_bias", False),
-        conv_bias=config.boolean("mamba_conv_bias", True),
+        **parts.mamba_options(config),
         groups=config.integer("n_mamba_heads", 2),
     )
     depth = config.integer("num_hidden_layers", 76)
@@ -55,7 +49,7 @@ def _zamba(config: Config, capacity: int) -> Architecture:
         kinds,
         mixer_table=_mamba(mamba),
         shared_name="shared_transf.",
-        mlp_table=parts.gated_mlp(mlp, "feed_forward."),
+        mlp_table=parts.mlp(mlp, "feed_forward."),
     )
 
 
