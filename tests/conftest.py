@@ -25,6 +25,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 gc.set_threshold(100_000, 50, 100)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow the parameter sets that a `quick` mark does not name."""
+    for item in items:
+        for mark in item.iter_markers("quick"):
+            if item.callspec.id not in mark.args:
+                item.add_marker(pytest.mark.slow)
+
+
 _tests_run = 0
 
 

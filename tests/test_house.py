@@ -130,8 +130,8 @@ def test_files_stay_short(path):
     assert len(path.read_text().splitlines()) <= 400
 
 
-# The examples of layers look alike: the quick tests run those of five files.
-FEW_LAYERS = {f"seqjax.layers.{name}" for name in ("_base", "deltanet", "lru", "mamba", "rnn")}
+# Examples of layers and models look alike: the quick tests run few of them.
+EXAMPLES = ("seqjax.layers._base", "seqjax.layers.lru", "seqjax.models.backbone")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,8 @@ FEW_LAYERS = {f"seqjax.layers.{name}" for name in ("_base", "deltanet", "lru", "
         pytest.param(
             name,
             marks=[pytest.mark.slow]
-            if name.startswith("seqjax.layers.") and name not in FEW_LAYERS
+            if name.startswith(("seqjax.generation", "seqjax.layers", "seqjax.models"))
+            and name not in EXAMPLES
             else [],
         )
         for name in MODULES

@@ -14,8 +14,9 @@ from tests.contract.cases import OPS, Case
 from tests.contract.layer_cases import LAYERS
 
 ROWS = OPS + LAYERS
-# Rows of the quick tests: the hardest row of every op and of every kind of layer.
-QUICK = {
+# The hardest row of every op and of every kind of layer: tests of wrappers run these rows with
+# every algorithm, and tests of sharding with both kinds of mesh axes.
+THOROUGH = {
     "linear_scan",
     "linear_scan-complex",
     "log_scan",
@@ -36,9 +37,24 @@ QUICK = {
     "MLSTM",
     "ParaLSTM",
 }
+# Rows of the quick tests: those that compile fast and share code with many others.
+QUICK = {
+    "linear_scan",
+    "linear_scan-complex",
+    "log_scan",
+    "step_scan",
+    "block_scan",
+    "selective_scan",
+    "delta_rule-channel",
+    "monoid_scan-softmax",
+    "nonlinear_scan-block",
+    "LRU",
+    "Mamba",
+}
 # Layers with their own loops over time, whose derivatives do not follow from those of the ops.
 OWN_LOOPS = {"BlockRecurrent"}
-assert {case.name for case in ROWS} > QUICK | OWN_LOOPS
+assert {case.name for case in ROWS} > THOROUGH | OWN_LOOPS
+assert THOROUGH > QUICK
 # Every row with each of its algorithms; "pallas" is the interpreted kernel.
 VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]
 B, T = 2, 13
@@ -48,8 +64,9 @@ def by_variant(
     keep: Any = lambda case: True,
     every_kernel: bool = True,
     variant: Any = lambda case, algorithm: True,
+    quick: Any = QUICK,
 ) -> Any:
-    """Parametrize a test by (case, algorithm); the first algorithm of quick rows is not slow.
+    """Parametrize a test by (case, algorithm); the first algorithm of rows in `quick` is not slow.
 
     A row's tests run in one worker, and share compiled functions and the oracle's results.
     """
@@ -61,7 +78,7 @@ def by_variant(
                 algorithm,
                 id=f"{case}-{algorithm}" if algorithm else str(case),
                 marks=[pytest.mark.xdist_group(str(case))]
-                + [pytest.mark.slow] * (case.name not in QUICK or algorithm != case.algorithms[0]),
+                + [pytest.mark.slow] * (case.name not in quick or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
             if keep(case)
@@ -94,7 +111,7 @@ def by_row(keep: Any = lambda case: True) -> Any:
 
 
 def rows_with_meshes(quick: Any, kind: AxisType) -> Any:
-    """Parametrize by row and kind of mesh axes; the rows named in `quick` are not slow.
+    """Parametrize by row and kind of mesh axes; rows in `quick` on Explicit axes are not slow.
 
     One or two rows of each op, and one layer of each kind, run on both kinds of mesh. The other
     rows run on `kind`, because all rows of an op share the code that depends on the kind.
@@ -107,11 +124,11 @@ def rows_with_meshes(quick: Any, kind: AxisType) -> Any:
                 axis_type,
                 id=f"{case}-{axis_type.name}",
                 marks=[pytest.mark.xdist_group(str(case))]
-                + [pytest.mark.slow] * (case.name not in quick),
+                + [pytest.mark.slow] * (case.name not in quick or axis_type == AxisType.Auto),
             )
             for case in ROWS
             for axis_type in (AxisType.Auto, AxisType.Explicit)
-            if case.name in QUICK or case.name in quick or axis_type == kind
+            if case.name in THOROUGH or case.name in quick or axis_type == kind
         ],
     )
 
@@ -120,14 +137,14 @@ def wrapped(case: Case, algorithm: str | None) -> bool:
     """Return True if a test of a wrapper (vmap, sharding, `lax.scan`) runs the variant.
 
     A wrapper depends on the arguments of an op and on the code of its algorithms. Every row runs
-    with its first algorithm, and the quick rows, one or two of each op, with all algorithms.
+    with its first algorithm, and the thorough rows, one or two of each op, with all algorithms.
     """
-    return case.name in QUICK or algorithm == case.algorithms[0]
+    return case.name in THOROUGH or algorithm == case.algorithms[0]
 
 
 def one_layer_of_each_kind(case: Case) -> bool:
     """Return True for every op, one layer of each kind, and layers with their own loops."""
-    return case.layer is None or case.name in QUICK | OWN_LOOPS
+    return case.layer is None or case.name in THOROUGH | OWN_LOOPS
 
 
 def make(case: Case, batch: int = B, length: int = T, seed: int = 0) -> tuple[Any, Any, np.ndarray]:

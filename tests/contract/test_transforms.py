@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.contract.cases import OPS
 from tests.contract.harness import (
-    QUICK,
+    THOROUGH,
     assert_close,
     by_variant,
     cast,
@@ -114,12 +114,12 @@ def on_one_device(case):
     return arguments, jax.tree.map(np.asarray, values_and_gradients(case)(*arguments))
 
 
-@rows_with_meshes(QUICK, AxisType.Auto)
+@rows_with_meshes({"linear_scan", "delta_rule-channel", "LRU"}, AxisType.Auto)
 def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
     """Compare with one device, and check that there is no collective, without `jax.set_mesh`.
 
-    Gradients are here for ops and quick rows, in the next test for every row. Gradients of shared
-    inputs are here for quick rows.
+    Gradients are here for ops and thorough rows, in the next test for every row. Gradients of
+    shared inputs are here for thorough rows.
     """
     (inputs, state, reset, w), expected = on_one_device(case)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
@@ -152,7 +152,7 @@ def test_batch_sharded_over_eight_devices(case, kind, x64, strict):
     compiled = program.as_text()
     for collective in ("all-gather(", "all-reduce(", "all-to-all(", "collective-permute("):
         assert collective not in compiled, f"{collective} in a program whose batch is split"
-    if case.name in QUICK and set(inputs) != set(case.timed):
+    if case.name in THOROUGH and set(inputs) != set(case.timed):
         assert_close(gradient(*placed), expected, 1e-12)
 
 
@@ -192,7 +192,7 @@ def heads_split(case, inputs, sizes):
     return found
 
 
-@rows_with_meshes({"linear_scan", "delta_rule-channel", "RMSNorm", "LRU"}, AxisType.Explicit)
+@rows_with_meshes({"linear_scan", "RMSNorm", "LRU"}, AxisType.Explicit)
 def test_batch_and_heads_sharded(case, kind, x64, strict):
     """Compare with one device under `jax.set_mesh`: values, gradients, and vmap of both."""
     (inputs, state, reset, w), expected = on_one_device(case)
@@ -275,7 +275,11 @@ def on_one_part_of_time(case):
     return values_with_gradients(functools.partial(case.run, **keywords("sequential")))
 
 
-@by_variant(lambda case: case.split_axis, variant=wrapped)
+@by_variant(
+    lambda case: case.split_axis,
+    variant=wrapped,
+    quick={"linear_scan", "delta_rule-channel", "monoid_scan-softmax"},
+)
 @pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, strict):
     """Check values, final state and gradients per shard, with states that cross shards."""
@@ -298,7 +302,7 @@ def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, stric
             assert_close(got[0][name][:, steps], np.asarray(expected[0][name])[:, steps], 1e-8)
 
 
-@by_variant(lambda case: case.split_axis, variant=wrapped)
+@by_variant(lambda case: case.split_axis, variant=wrapped, quick={"linear_scan"})
 @pytest.mark.parametrize("poison", [np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
 def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64, strict):
     """Check values and gradients after a reset, of sequences with a non-finite past."""
@@ -328,12 +332,11 @@ def test_nothing_crosses_a_reset_on_a_later_device(case, algorithm, poison, x64,
     assert_close(results[1], results[0], 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["linear_attention-channel", "delta_rule-channel", "generalized_delta_rule"]
 )
-@pytest.mark.parametrize(
-    ("length", "chunk_size"), [(4, 4), pytest.param(8, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("length", "chunk_size"), [(4, 4), (8, 1)])
 def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
     """Check that constants vary over the mesh axes of their tangents, in the smallest chunk."""
     [case] = [case for case in OPS if case.name == name]

@@ -1,7 +1,7 @@
 """Contract: values. Every algorithm against the float64 loop, in every dtype and length.
 
 XLA optimizes one forward program of each variant, the one for the longest input, and 65 steps of
-the quick rows. It optimizes one gradient of each variant, that of hard inputs for the rows that
+the thorough rows. It optimizes one gradient of each variant, that of hard inputs for the rows that
 have them and else that of `test_float32_gradients`. The other programs compile quickly.
 """
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.contract.harness import (
-    QUICK,
+    THOROUGH,
     T,
     assert_close,
     by_row,
@@ -65,18 +65,18 @@ def test_without_state_and_reset(case, algorithm, x64, strict, compiled_quickly)
     assert_close(*judged(run(cast(inputs, "float64")), expected), case.tolerance["float64"])
 
 
-LENGTHS = [1, 2, 65] + [pytest.param(n, marks=pytest.mark.slow) for n in (63, 64, 1000)]
+LENGTHS = [65] + [pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 63, 64, 1000)]
 
 
 @pytest.mark.parametrize("length", LENGTHS)
 @EACH
 def test_float32_at_any_length(case, algorithm, length, strict, request):
-    lengths = (1, 65, 1000) if case.name in QUICK else (1, 1000)
+    lengths = (1, 65, 1000) if case.name in THOROUGH else (1, 1000)
     if case.layer is not None and length not in lengths:
         pytest.skip("a layer takes these lengths if its ops do")
-    # Optimized: 65 steps of the quick rows, and 1,000 of those without hard inputs, which have a
+    # Optimized: 65 steps of the thorough rows, and 1,000 of those without hard inputs, which have a
     # separate, longer test.
-    optimized = case.name in QUICK and (length == 65 or (length == 1000 and case.hard is None))
+    optimized = case.name in THOROUGH and (length == 65 or (length == 1000 and case.hard is None))
     if not optimized:
         request.getfixturevalue("compiled_quickly")
     inputs, state, reset = make(case, length=length)
@@ -140,7 +140,7 @@ def test_hard_inputs(case, algorithm, length, dtype, strict, request):
     if length > 1000 and algorithm != case.algorithms[0]:
         if dtype == "bfloat16":
             pytest.skip("in float32 the algorithms agree at this length, in bfloat16 at 100")
-        if case.name not in QUICK:
+        if case.name not in THOROUGH:
             pytest.skip("at this length one or two rows of each op run with every algorithm")
     if dtype == "bfloat16" and any(map(np.iscomplexobj, make(case)[0].values())):
         pytest.skip("no complex bfloat16")
@@ -161,7 +161,7 @@ def test_hard_inputs(case, algorithm, length, dtype, strict, request):
     assert_close(result, expected, tolerance)
 
 
-@by_variant(lambda case: case.hard is not None)
+@by_variant(lambda case: case.hard is not None, quick={"linear_scan", "selective_scan"})
 def test_hard_inputs_have_finite_gradients(case, algorithm, strict):
     """Check that float32 and float64 gradients agree, so that no cancellation loses digits."""
     inputs, state, reset = make(case, length=50)

@@ -8,6 +8,7 @@ import seqjax
 from experiments.bench import peers
 
 
+@pytest.mark.quick("LSTM")
 @pytest.mark.parametrize("name", ["GRU", "LSTM"])
 def test_every_library_runs_the_same_row(name, monkeypatch):
     monkeypatch.setattr(peers, "minima", lambda candidates, _: dict.fromkeys(candidates, 2.0))
@@ -20,6 +21,7 @@ def test_every_library_runs_the_same_row(name, monkeypatch):
     assert dict(peers.columns(row, 1))[f"{peers.US} ms"] == 2e3
 
 
+@pytest.mark.slow
 def test_rows_of_ops_run_in_every_library():
     for row in (
         peers.mamba_row(1, 5, 4),

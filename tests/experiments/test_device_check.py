@@ -19,6 +19,7 @@ def run(tmp_path, only):
     return code, content["environment"], content["rows"]
 
 
+@pytest.mark.slow
 def test_a_row_of_every_section(tmp_path, capsys):
     """Check the table and the file, with values of the right kind in every section."""
     only = {

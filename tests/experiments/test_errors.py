@@ -202,6 +202,7 @@ def test_the_exit_code_reaches_the_shell():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_no_script_imports_tensorflow():
     code = (
         "import sys, experiments.train, experiments.evaluate, experiments.generate\n"

@@ -122,6 +122,7 @@ def test_dynamic_evaluation_is_the_loop_of_its_equation():
     assert again == got  # the parameters of the caller are unchanged
 
 
+@pytest.mark.slow
 def test_dynamic_evaluation_of_runs_and_checkpoints(folder, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 400)

@@ -65,6 +65,7 @@ def reference(request, folder, text, tmp_path_factory):
     return request.param, workdir, export
 
 
+@pytest.mark.quick("lora")
 def test_the_loss_falls_and_all_files_are_there(reference):
     _, workdir, export = reference
     rows = losses(workdir)
@@ -80,6 +81,7 @@ def test_the_loss_falls_and_all_files_are_there(reference):
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
 
 
+@pytest.mark.quick("lora")
 def test_the_export_is_the_trained_model(reference, folder, text):
     """Compare logits of the export with those of the checkpoint in the workdir."""
     rank, workdir, export = reference
@@ -126,6 +128,7 @@ def test_transformers_reads_the_export(reference):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_a_run_never_stopped(reference, folder, text, tmp_path, monkeypatch):
     rank, workdir, export = reference
     take, count = pipeline.Streams.__next__, iter(range(1, 100))
@@ -223,6 +226,7 @@ def test_templates_use_the_functions_of_the_reference(tmp_path):
         chat.Template(tmp_path)
 
 
+@pytest.mark.slow
 def test_chats_and_texts_train_together(folder, tmp_path):
     lines = [{"messages": chat_of([10, 11], [12, 13] * 4)}, {"text": words([5, 6] * 20)}] * 6
     file = tmp_path / "data.jsonl"
@@ -329,6 +333,7 @@ def test_a_missing_tokenizer_or_template_is_one_line(folder, text, tmp_path, cap
     assert "must have a file tokenizer.json" in error
 
 
+@pytest.mark.slow
 def test_other_data_is_refused_on_resume(reference, folder, text, tmp_path):
     rank, workdir, _ = reference
     other = tmp_path / text.name

@@ -40,6 +40,7 @@ def run(tmp_path_factory):
 
 
 # tests/generation has the steps of every layer.
+@pytest.mark.quick("mamba")
 @pytest.mark.parametrize("layer", ["gated_deltanet", "hybrid", "mamba"])
 def test_step_gives_the_parallel_numbers(layer):
     config = lm.get_config(f"{layer},quicktest").model
@@ -75,6 +76,7 @@ def test_a_greedy_sample_is_the_most_likely_text_of_the_parallel_pass():
     assert text == bytes(np.argmax(logits[0], -1).astype(np.uint8))[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_a_batch_has_the_texts_of_its_prompts():
     model, params = make_model()
     prompts = [b"def ", b"x", b"a longer prompt"]
@@ -91,6 +93,7 @@ def test_a_text_ends_after_the_stop_string():
     assert text == whole[: whole.index(stop) + 2]
 
 
+@pytest.mark.slow
 def test_a_conversation_keeps_what_was_said():
     """Compare the second answer with the continuation of the whole text."""
     model, params = make_model()
@@ -101,6 +104,7 @@ def test_a_conversation_keeps_what_was_said():
     assert second == bytes(sampling.stream(model, params, text, settings()))
 
 
+@pytest.mark.slow
 def test_seeds_and_streams(run):
     def sample(**settings):
         return "".join(generate.generate(run, "abc", num_bytes=64, **settings))
@@ -152,6 +156,7 @@ def test_the_command_prints_the_prompt_and_goes_on(run, capsys):
     assert printed == "abc" + "".join(generate.generate(run, "abc", num_bytes=8, seed=3)) + "\n"
 
 
+@pytest.mark.slow
 def test_many_prompts_and_samples(run, tmp_path, capsys):
     (tmp_path / "prompts").write_text("abc\n\nb\n")
     arguments = ["generate", f"--workdir={run}", f"--prompts={tmp_path / 'prompts'}"]

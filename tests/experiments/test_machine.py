@@ -110,6 +110,7 @@ def test_a_closed_pipe_ends_quietly():
     assert process.wait() == 128 + signal.SIGPIPE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "nowhere"])
 def test_a_platform_that_is_not_there(finished, platform):
     if platform == "cuda" and shutil.which("nvidia-smi"):

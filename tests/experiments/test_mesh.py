@@ -104,6 +104,7 @@ def numbers(workdir):
     return [row[name] for row in logs.read_rows(workdir) for name in names if name in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["explicit", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_command_trains_on_both_kinds_of_mesh(kind, text, tmp_path):
     """Compare training, evaluation and checkpoints on a mesh with one device."""

@@ -77,6 +77,7 @@ def hybrid(algorithm):
     return model, model.init(jax.random.key(0)), tokens, reset
 
 
+@pytest.mark.slow
 def test_every_block_tells_what_its_layer_would():
     model, params, tokens, reset = hybrid("newton")
     infos = jax.jit(functools.partial(newton_report.solve_infos, model))(params, tokens, reset)

@@ -65,12 +65,14 @@ def test_every_task_trains(module, task, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
+@pytest.mark.slow
 def test_an_accuracy_is_good_enough_when_it_is_high(tmp_path):
     config = quick(state_tracking, "parity")
     config.update({"steps": 4, "eval_every": 2, "stop_at": 0.01})
     assert train.train(config, tmp_path)["step"] == 2
 
 
+@pytest.mark.slow
 def test_packed_and_padded_losses_are_the_same():
     """Compare the loss of sequences in separate rows with that of packed sequences."""
     config = quick(state_tracking, "parity")
@@ -116,6 +118,7 @@ def test_packing_loses_nothing():
         protocol.make(config).batches(range(4))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_is_the_run(tmp_path, monkeypatch):
     def config(steps):
         made = quick(recall, "induction_heads")

@@ -63,7 +63,7 @@ def reference(text, tmp_path_factory):
     return workdir, summary
 
 
-QUICK = {"attention", "gated_deltanet", "gru", "hybrid", "lru", "mamba"}
+QUICK = {"attention", "gru", "lru"}
 # The first block has a lower bound of 0, and no earlier values that RWKV-7 could mix in.
 UNUSED = {"hgrn": {"lower_bound"}, "hgrn2": {"lower_bound"}, "rwkv7": {"v0", "v1"}}
 SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in sorted(common.MIXERS.keys() - QUICK))
@@ -119,6 +119,7 @@ def test_it_learns(text, tmp_path):
     assert summary["heldout_bits_per_byte"] < 5.0
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_only_reports(reference, text, capsys):
     workdir, summary = reference
     before = losses(workdir)
@@ -129,6 +130,7 @@ def test_a_finished_run_started_again_only_reports(reference, text, capsys):
     assert "resumed at step 12" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_old_log_without_newer_fields_is_reported(reference, text, tmp_path):
     """Read a log of an earlier version, without the speed and the size of the held-out data."""
     workdir = tmp_path / "old"
@@ -141,6 +143,7 @@ def test_an_old_log_without_newer_fields_is_reported(reference, text, tmp_path):
     assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_good_enough_ends_early(reference, text, tmp_path):
     bits = {
         row["step"]: row["heldout_bits_per_byte"]
@@ -185,6 +188,7 @@ def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monke
     assert speed == pytest.approx(summary["tokens_per_second"])
 
 
+@pytest.mark.slow
 def test_timing_counts_the_steps_before_a_resume(text, tmp_path, monkeypatch):
     slow_clock = types.SimpleNamespace(perf_counter=itertools.count(step=1000.0).__next__)
     with monkeypatch.context() as patch:
@@ -195,6 +199,7 @@ def test_timing_counts_the_steps_before_a_resume(text, tmp_path, monkeypatch):
     assert train.train(quick(text, steps=8), tmp_path) == summary
 
 
+@pytest.mark.slow
 def test_a_run_without_a_measured_step_has_no_speed(text, tmp_path):
     summary = train.train(quick(text, steps=1), tmp_path)
     assert summary["tokens"] == 128
@@ -236,6 +241,7 @@ def test_the_second_signal_is_python_s_own():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_kill_and_resume_is_a_run_never_stopped(reference, text, tmp_path):
     arguments = [
         f"--config={REPOSITORY}/experiments/configs/lm.py:lru,quicktest",
@@ -272,6 +278,7 @@ def test_a_row_cut_short_is_dropped(tmp_path):
     assert logs.read_rows(tmp_path) == [rows[0], {"step": 2, "loss": 0.3}]
 
 
+@pytest.mark.slow
 def test_another_model_or_other_text_is_refused(reference, text, tmp_path):
     workdir, _ = reference
     other = quick(text, steps=12)

@@ -34,6 +34,7 @@ def test_wide_beams_find_the_best_of_all_continuations():
     assert (jnp.diff(beams.scores[0]) <= 0).all()
 
 
+@pytest.mark.slow
 def test_one_beam_is_greedy():
     model, params = hybrid()
     options = {"max_new_tokens": 6, "lengths": LENGTHS, "stop_tokens": [3]}
@@ -45,6 +46,7 @@ def test_one_beam_is_greedy():
     assert_close(leaves(jax.tree.map(lambda x: x[:, 0], beams.state)), leaves(out.state), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "own",
     [

@@ -14,7 +14,7 @@ from tests.contract.harness import assert_close
 from tests.generation.models import greedy_loop, hybrid, leaves, of_layer, prompts
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
-QUICK = {"lru", "gated_deltanet", "attention", "paragru"}
+QUICK = {"lru", "attention"}
 LENGTHS = np.array([21, 5, 13])
 FILTERS = {"top_k": 5, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.2}
 
@@ -52,6 +52,7 @@ def test_prefill_in_any_chunks_is_apply():
     assert_close(seqjax.prefill(model, params, prompt[:, 9:], first)[0], logits[:, -1], 1e-4)
 
 
+@pytest.mark.slow
 def test_rows_end_at_their_stop_tokens():
     model, params = hybrid()
     prompt = prompts()
@@ -67,6 +68,7 @@ def test_rows_end_at_their_stop_tokens():
         assert (out.logprobs[row, length:] == 0).all()
 
 
+@pytest.mark.slow
 def test_a_state_continues_a_text():
     """Check that two calls generate what one does, from the last token of the first."""
     model, params = hybrid()
@@ -84,6 +86,7 @@ def test_a_state_continues_a_text():
     assert jnp.array_equal(jnp.concatenate([first.tokens, rest.tokens], 1), whole.tokens)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others():
     model, params = hybrid()
     prompt, keys = prompts(), jax.random.split(jax.random.key(1), 3)
@@ -97,6 +100,7 @@ def test_a_row_does_not_depend_on_the_others():
     assert not jnp.array_equal(other.tokens, out.tokens)
 
 
+@pytest.mark.quick("100")
 @pytest.mark.parametrize("group_size", [3, 100])
 def test_a_stream_is_the_generation(group_size):
     model, params = hybrid()
@@ -140,6 +144,7 @@ def test_values_do_not_compile_again():
     assert not compilations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(AxisType.Auto, id="Auto", marks=pytest.mark.slow), AxisType.Explicit],
@@ -226,6 +231,7 @@ def test_swapped_arguments_are_named():
         seqjax.generate(params, model, prompts(), max_new_tokens=2, temperature=0)
 
 
+@pytest.mark.slow
 def test_padding_may_hold_any_number():
     model, params = hybrid()
     prompt = prompts()

@@ -159,6 +159,7 @@ def test_xla_is_associative_up_to_a_bound(on):
 CELLS = {"dense": seqjax.cells.GRU(8), "elementwise": seqjax.cells.ParaGRU(8)}
 
 
+@pytest.mark.quick("dense-values")
 @pytest.mark.parametrize("gradients", [False, True], ids=["values", "gradients"])
 @pytest.mark.parametrize("kind", CELLS)
 def test_dense_cells_step(kind, gradients, on):

@@ -69,6 +69,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.quick("ParaLSTM(dim=128)")
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: getattr(cell, "__name__", repr(cell)))
 def test_a_cell_by_rows(cell):
     """Compare the cell by rows and its adjoint with the function; check the operations used."""
@@ -164,6 +165,7 @@ def lowered(function, *args):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.slow
 def test_it_has_to_be_named_and_has_a_backward_pass():
     cell = seqjax.cells.ParaLSTM(8)
     params, xs, state, *_ = jax.tree.map(jnp.asarray, arrays(cell, 2, 3))

@@ -22,6 +22,7 @@ def arguments():
     return params, x, reset
 
 
+@pytest.mark.slow
 def test_positions_past_the_capacity_are_nan(arguments):
     """Check the same positions in one call, in two, and in steps, and that a reset clears them."""
     params, x, reset = arguments

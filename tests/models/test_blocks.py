@@ -73,6 +73,7 @@ def stacked(params, backbone):
     } | {"final_norm": params["final_norm"]}
 
 
+@pytest.mark.quick("values")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_steps_splits_scans_and_remats(kind, x64):
     backbone = Backbone([KINDS[kind], KINDS["mixer only"]], depth=4)
@@ -100,6 +101,7 @@ def test_every_kind_steps_splits_scans_and_remats(kind, x64):
         assert jnp.isfinite(jax.jit(jax.grad(loss, argnums=1))(given, x)).all()
 
 
+@pytest.mark.quick("mixer only")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_splits_time_over_a_mesh(kind, x64):
     backbone = Backbone(KINDS[kind], depth=2)
@@ -132,6 +134,7 @@ def test_undeclared_values_are_refused(x64):
         run(Backbone(Undeclared(D), depth=2))
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_dropout_needs_a_key_and_differs_by_block(scan):
     backbone = Backbone(ShortConv(D), depth=2, dropout=0.5, scan=scan)
@@ -158,6 +161,7 @@ def test_dropout_keeps_the_mean():
     assert abs(branch.mean() - 1) < 0.02
 
 
+@pytest.mark.slow
 def test_segment_ids_are_resets():
     model = LanguageModel(8, Backbone(LRU(D), depth=1))
     params = model.init(jax.random.key(0))
@@ -187,6 +191,7 @@ def test_segment_ids_are_resets():
     np.testing.assert_allclose(jax.jit(split)(tokens, ids), by_ids[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_takes_segment_ids():
     model = Classifier(3, Backbone(LRU(D), depth=1), input_dim=2)
     params = model.init(jax.random.key(0))

@@ -52,6 +52,7 @@ def plain(log_decay, log_weight, x, reset):
     return jnp.moveaxis(y, 0, 1)
 
 
+@pytest.mark.slow
 def test_stabilized_recurrence(x64, strict):
     """Check values, a split, first derivatives, second derivatives and forward mode."""
     *arrays, reset = map(jnp.asarray, draw(3.0))

@@ -41,6 +41,7 @@ def test_values_of_rwkv4_by_block():
     np.testing.assert_allclose(value @ value.T, np.eye(dim), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_starts():
     mesa = start(MesaNet(8, 2))
     np.testing.assert_allclose(jax.nn.softplus(mesa["ridge"]) + 0.25, 1, rtol=1e-6)

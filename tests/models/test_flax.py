@@ -60,6 +60,7 @@ def wrapped(layer):
     return params, module, twin, {"params": boxed}
 
 
+@pytest.mark.quick("LRU")
 @pytest.mark.parametrize("layer", BOTH)
 def test_same_numbers_as_the_bare_layer(layer):
     params, module, twin, variables = wrapped(layer)
@@ -273,6 +274,7 @@ def test_linen_scan_over_time_equals_the_layer():
     assert_close((y, final), jax.jit(DELTANET.apply)(params, x), 1e-5)
 
 
+@pytest.mark.slow
 def test_orbax_saves_and_restores_both(tmp_path):
     _, module, twin, variables = wrapped(DELTANET)
     x = inputs(DELTANET)
@@ -292,6 +294,7 @@ def test_orbax_saves_and_restores_both(tmp_path):
 RULES = {"heads": "model", "state": "model"}
 
 
+@pytest.mark.slow
 def test_nnx_parameters_are_placed_on_a_mesh():
     """Check that modules created under a mesh are split by the rules, with equal results."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -356,6 +359,7 @@ def test_what_is_no_layer_is_refused():
             make()
 
 
+@pytest.mark.slow
 def test_only_the_adapters_need_flax():
     """Check that without Flax the library imports, and the adapters raise a one-line hint."""
     program = (

@@ -15,6 +15,7 @@ FOLDER = pathlib.Path(__file__).parent / "checkpoints"
 CASES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 
 
+@pytest.mark.quick("False-mamba2", "True-qwen3_5_text", "False-kimi_linear", "True-zamba2")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scan", [False, True])
 def test_models_and_adapters_have_the_shapes_of_the_weights(name, scan):

@@ -31,6 +31,7 @@ def test_bounds_are_cumulative_sums_of_a_softmax(x64):
     assert_close(bounds(rows), np.cumsum(softmax, axis=0) - softmax[0], 1e-12)
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_rows_are_those_of_the_blocks_with_bounds(scan, x64, compiled_quickly):
     """Compare a hybrid with single blocks that are given their bounds."""
@@ -65,6 +66,7 @@ def test_rows_are_those_of_the_blocks_with_bounds(scan, x64, compiled_quickly):
     assert_close(y, h, 1e-12)
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_backbone_passes_bounds_on(scan, x64, compiled_quickly):
     depth, layer = 3, HGRN(dim=4)
@@ -88,6 +90,7 @@ def rms(h):
     return h / np.sqrt(np.mean(h * h, -1, keepdims=True) + 1e-6)
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("scan", [False, True])
 def test_layers_of_one_block_have_rows_in_the_order_of_their_calls(scan, x64, compiled_quickly):
     """Compare two mixers and an injection per block, all with bounds, with single layers."""

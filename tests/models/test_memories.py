@@ -73,6 +73,7 @@ def test_recall_reads_without_learning(hidden, x64):
     assert np.abs(recalled[:, 0] - y[:, 0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_newton_schulz_moves_singular_values_to_one(x64):
     """Check the values of both shapes, zero, and the whole layer with five steps."""
     rng = np.random.default_rng(0)
@@ -102,6 +103,7 @@ def test_a_memory_that_diverged_recovers_at_a_reset():
     jax.tree.map(lambda s, w: np.testing.assert_allclose(s, w, rtol=1e-5), state, wanted)
 
 
+@pytest.mark.slow
 def test_one_state_per_mini_batch_is_stored():
     """Check the temporaries of a gradient: states of all steps alone would be 35 MB."""
     layer, length = TTTLinear(dim=32, heads=1), 4096

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 LAYER = MLA(dim=4, heads=2, kv_rank=3, head_dim=2, capacity=6)
 
 
+@pytest.mark.quick("layer0")
 @pytest.mark.parametrize("layer", [LAYER, dataclasses.replace(LAYER, rotary_dim=2)])
 def test_positions_past_the_capacity_are_nan(layer):
     """Check one call, pieces and steps against the oracle, and NaN where the cache is full."""

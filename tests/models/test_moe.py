@@ -28,6 +28,7 @@ def drawn(layer, *shape):
     return params, jnp.asarray(rng.standard_normal((*shape, layer.dim)), jnp.float32)
 
 
+@pytest.mark.slow
 def test_many_sequences_run_in_pieces():
     """Check values and gradients where a scan runs over the blocks, against one sequence a time."""
     params, x = drawn(LAYER, 12, 7)
@@ -65,6 +66,7 @@ def test_every_choice_has_a_row_of_its_expert(length, experts, top_k, skewed):
     assert position.size <= 2 * length * top_k + 8 * experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 def test_extra_outputs(router):
     layer = dataclasses.replace(LAYER, router=router)
@@ -92,6 +94,7 @@ def test_extra_outputs(router):
     np.testing.assert_allclose(jax.jit(split)(x), aux["balance_loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_balance_loss_has_a_gradient_for_the_router_alone():
     layer = dataclasses.replace(LAYER, router="sigmoid")
     params, x = drawn(layer, 2, 6)
@@ -101,6 +104,7 @@ def test_the_balance_loss_has_a_gradient_for_the_router_alone():
     assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.quick("False")
 @pytest.mark.parametrize("remat", [False, True])
 def test_stacked_blocks_are_the_same(remat):
     model = Backbone(Block(LRU(4), LAYER), depth=2)

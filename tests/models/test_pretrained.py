@@ -24,12 +24,17 @@ CASES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
 CAPACITY = 64  # of attention caches, more than any sequence here
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 # One checkpoint of each kind of block; the others share its code and run in the slow tests.
-QUICK = {
+KINDS = {
     *("mamba", "mamba2", "qwen3_5_text", "falcon_h1", "recurrent_gemma", "rwkv6", "rwkv7", "hgrn2"),
     *("xlstm_7b", "zamba2", "kimi_linear", "nemotron_h_moe"),
 }
-assert set(CASES) > QUICK
-FEWER = [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+assert set(CASES) > KINDS
+
+
+def checkpoints(quick):
+    """Parametrize by all checkpoints; those not in `quick` are slow."""
+    marks = {name: [] if name in quick else [pytest.mark.slow] for name in CASES}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
 
 
 def load(name, **options):
@@ -50,7 +55,7 @@ def edited(tmp_path, name, config=None, drop=(), **tensors):
     return folder
 
 
-@pytest.mark.parametrize("name", CASES)
+@checkpoints(KINDS)
 def test_logits_are_those_of_the_reference(name):
     model, params, tokens, logits = load(name)
     got, _ = jax.jit(model.apply)(params, tokens)
@@ -59,7 +64,7 @@ def test_logits_are_those_of_the_reference(name):
     assert jax.tree.map(jnp.shape, params) == model.param_shapes()
 
 
-@pytest.mark.parametrize("name", FEWER)
+@checkpoints({"mamba2", "qwen3_5_text"})
 def test_steps_pieces_and_resets_are_the_whole(name):
     model, params, tokens, logits = load(name)
     length = tokens.shape[1]
@@ -100,7 +105,7 @@ def test_steps_pieces_and_resets_are_the_whole(name):
         np.testing.assert_allclose(got[1, 11:], logits[1, :-11], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FEWER)
+@checkpoints({"mamba2", "qwen3_5_text"})
 def test_stacked_blocks_and_exports_are_the_same(name, tmp_path):
     model, params, tokens, logits = load(name, scan=True)
     got, _ = jax.jit(model.apply)(params, tokens)

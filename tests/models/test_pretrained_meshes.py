@@ -33,6 +33,7 @@ STACKED = [
 ]
 
 
+@pytest.mark.quick("qwen3_5_text")
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_mesh_holds_the_shards(name):
     check_shards(name, scan=False)
@@ -56,6 +57,7 @@ def check_shards(name, scan):
     np.testing.assert_allclose(got, logits, **TOLERANCE)
 
 
+@pytest.mark.quick("qwen3_5_text")
 @pytest.mark.parametrize(
     "name",
     [

@@ -66,6 +66,7 @@ def test_the_model_agrees_with_the_equations(x64, strict):
     assert_close((np.stack(seen, axis=1), now), (y, state), 1e-11)
 
 
+@pytest.mark.slow
 def test_the_model_scans_its_blocks_and_splits_time(x64, strict):
     """Check `scan=True` and `sequence_axis`: both pass the first values on as loop carries."""
     params, x, reset = arguments()

@@ -181,6 +181,7 @@ def test_the_optimizer_state_lives_where_its_parameters_do():
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(made(params)))
 
 
+@pytest.mark.slow
 def test_stacked_blocks_are_the_same_model(x64):
     mixers, depth, groups = [LRU(4), ShortConv(4)], 4, 2
     plain = LanguageModel(7, Backbone(mixers, depth, remat=True), dtype="float64")

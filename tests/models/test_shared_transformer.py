@@ -71,6 +71,7 @@ def test_shared_blocks_are_those_of_the_equations(arguments):
     np.testing.assert_allclose(y, expected(params, x, reset), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_steps_stacked_blocks_and_shards_of_time_are_the_whole(arguments):
     params, x, reset = arguments
     want = expected(params, x, reset)

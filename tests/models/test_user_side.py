@@ -107,6 +107,7 @@ FORMS = {
 }
 
 
+@pytest.mark.quick("chunked")
 @pytest.mark.parametrize("form", FORMS)
 def test_mlstm_equals_the_papers_loop(form, x64):
     """Check values, a directional derivative against finite differences, split and resume."""
@@ -137,6 +138,7 @@ def test_mlstm_equals_the_papers_loop(form, x64):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), out, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["chunked", pytest.param("steps only", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "explicit",
@@ -231,6 +233,7 @@ def test_dropout():
     assert (y != layer.apply({}, x, key=jax.random.key(1))[0]).any()
 
 
+@pytest.mark.slow
 @dataclasses.dataclass(frozen=True)
 class MLSTM(seqjax.layers.Layer):
     """The mLSTM above as a layer: projections, gates, dropout, output projection."""

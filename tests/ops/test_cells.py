@@ -218,6 +218,7 @@ def test_bad_hyperparameters(make, message):
         make()
 
 
+@pytest.mark.quick("ParaGRU")
 @pytest.mark.parametrize("kind", [layers.ParaGRU, layers.SLSTM], ids=lambda kind: kind.__name__)
 def test_layers_say_how_they_were_solved(kind, x64):
     """Check that `algorithm` and `solver` reach the solver, and that values do not change."""
@@ -287,6 +288,7 @@ def test_bounds_of_a_headwise_cell_are_those_of_its_heads(base, x64):
             )
 
 
+@pytest.mark.quick("ParaLSTM(dim=2)")
 @pytest.mark.parametrize("base", [cells.LEM(2), cells.ParaLSTM(2), cells.LTC(1)], ids=repr)
 def test_newton_solves_headwise_cells_with_bounds(base, x64, strict):
     cell, rng = cells.Headwise(base, heads=3), np.random.default_rng(0)

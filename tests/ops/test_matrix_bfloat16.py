@@ -113,6 +113,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "decay", "identical"), CASES)
 def test_errors_on_bfloat16_inputs(op, decay, identical):
     """Allow twice the error of rounding the result, and four times for identical keys.

@@ -83,6 +83,7 @@ def strong_forms():
             yield pytest.param(op, decay, algorithm, marks=marks, id=f"{op}-{decay}-{algorithm}")
 
 
+@pytest.mark.quick("delta_rule-channel-chunked")
 @pytest.mark.parametrize(("op", "decay", "algorithm"), [*strong_forms()])
 def test_gradients_of_strong_decays(op, decay, algorithm, compiled_quickly):
     """Check errors relative to the channel's largest gradient, elementwise and summed over B, T."""
@@ -109,6 +110,7 @@ def test_gradients_of_strong_decays(op, decay, algorithm, compiled_quickly):
     assert sums.max() <= 4e-5  # of 74 elements
 
 
+@pytest.mark.quick("chunked")
 @pytest.mark.parametrize("algorithm", ["sequential", "chunked", "associative"])
 def test_a_gradient_that_is_smaller_than_rounding(algorithm):
     """Check d log_decay of a single channel: 0 at the first step, q k v exp(g) at the second."""
@@ -258,6 +260,7 @@ for op, names in (("linear_attention", "qkv"), ("generalized_delta_rule", "qkvab
 """
 
 
+@pytest.mark.slow
 def test_float64_gradients_in_chunks_of_8_compile():
     """Compile in another process: on CPUs with AVX-512 the compiler of jaxlib 0.10.2 aborted.
 

@@ -34,6 +34,7 @@ def repeated(arrays):
     return {k: jnp.repeat(x, H // G, axis=2) if k in "qkab" else x for k, x in arrays.items()}
 
 
+@pytest.mark.quick("linear_attention-None-chunked")
 @pytest.mark.parametrize(
     "algorithm", ["chunked", pytest.param("sequential", marks=pytest.mark.slow)]
 )

@@ -39,6 +39,7 @@ def temporary_bytes(op, shapes, **keywords):
     return memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

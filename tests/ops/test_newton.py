@@ -70,6 +70,7 @@ def solved(cell, algorithm, params, xs, h0):
 LENGTHS = [256, *(pytest.param(n, marks=pytest.mark.slow) for n in (1000, 4096))]
 
 
+@pytest.mark.quick("ParaGRU(dim=4)-256")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("cell", CELLS, ids=repr)
 def test_values_and_gradients_at_any_weight_scale(cell, length, x64):
@@ -159,6 +160,7 @@ REMEMBERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", REMEMBERS, ids=repr)
 def test_models_that_remember(cell):
     """Check models trained to 100 % on running parity: same states, nearly all from Newton."""
@@ -244,6 +246,7 @@ def test_on_failure():
         finished("error")
 
 
+@pytest.mark.slow
 def test_quasi_newton_has_exact_gradients(x64):
     cell = cells.GRU(D)
     arrays = cast(draw(cell, 1.0, 60), "float64")
@@ -322,6 +325,7 @@ def test_dense_jacobians_beyond_the_memory_are_refused(monkeypatch):
         seqjax.Newton(memory_fraction=0)
 
 
+@pytest.mark.quick("GRU(dim=4)")
 @pytest.mark.parametrize("cell", [cells.GRU(D), cells.Headwise(cells.GRU(D), 1)], ids=repr)
 def test_jacobians_of_all_steps_are_counted_in_derivatives(cell, monkeypatch):
     """Check windows of 4 of 8 steps: 512 bytes in the solver, 1,024 in derivatives."""

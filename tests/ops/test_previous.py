@@ -31,6 +31,7 @@ def shifted(x, start, reset):
     return out
 
 
+@pytest.mark.slow
 def test_values_split_and_devices():
     x, start, reset = draw()
     y, last = seqjax.ops.previous(x, start, reset)

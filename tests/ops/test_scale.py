@@ -39,6 +39,7 @@ def checking_leaks():
         gc.unfreeze()
 
 
+@pytest.mark.quick("linear_attention-scalar")
 @by_row(lambda case: case.layer is None)
 def test_no_traced_value_is_left_in_a_gradient(case):
     """Check that the functions inside a primitive close over no traced value."""
@@ -52,6 +53,7 @@ def test_no_traced_value_is_left_in_a_gradient(case):
         jax.jit(jax.grad(total)).trace(inputs)
 
 
+@pytest.mark.quick("linear_attention-scalar")
 @EACH
 def test_no_traced_value_is_left_in_a_primitive(case, strict, compiled_quickly):
     inputs, state, reset = made(case, "float32")
@@ -84,6 +86,7 @@ def test_a_new_scale_does_not_compile(case):
     assert not compilations
 
 
+@pytest.mark.quick("linear_attention-scalar-xla")
 @pytest.mark.parametrize(
     ("case", "keywords"),
     [pytest.param(case, {}, id=f"{case}-xla") for case in CASES]

@@ -43,6 +43,7 @@ def looped(params, x, fresh, reset):
     return totals, counts
 
 
+@pytest.mark.slow
 def test_integers_in_the_state_and_a_fresh_state(x64, strict):
     params, x, fresh, reset = draw()
     run = functools.partial(seqjax.step_scan, step, chunk_size=4)
