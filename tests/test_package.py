@@ -147,3 +147,26 @@ def test_a_suite_without_its_compiler(monkeypatch, suite, package, extra):
     assert str(raised.value) == (
         f"{package} is not installed: pip install -e '.[{extra}]' from a clone"
     )
+
+
+@pytest.mark.slow
+def test_only_the_adapters_need_flax():
+    """Check that without Flax the library imports, and the adapters raise a one-line hint."""
+    program = (
+        "import sys; sys.modules['flax'] = None\n"
+        "import seqjax\n"
+        "for name in ('nnx', 'linen'):\n"
+        "    try:\n"
+        "        __import__('seqjax.' + name)\n"
+        "    except ImportError as error:\n"
+        "        print(error)\n"
+        "print(any(name.startswith('flax.') for name in sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "seqjax.nnx needs Flax, which is not installed: pip install -e '.[flax]' from a clone.",
+        "seqjax.linen needs Flax, which is not installed: pip install -e '.[flax]' from a clone.",
+        "False",
+    ]

@@ -105,6 +105,7 @@ def test_layer(case, x64, strict):
         assert_close(got[1][:, steps], expected[1][:, steps], 1e-8)
 
 
+@pytest.mark.slow
 def test_one_position_per_device(x64):
     """Check shards that are shorter than the steps that a layer looks back at."""
     layer = SlidingWindowAttention(dim=4, heads=2, window=11)
@@ -134,6 +135,7 @@ def test_language_model(x64):
     assert_close(gradient(sharded, params), gradient(model.apply, params), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pool", "bidirectional"), [("mean", True), pytest.param("last", False, marks=pytest.mark.slow)]
 )

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.contract.cases import OPS
 from tests.contract.harness import (
+    QUICK,
     THOROUGH,
     assert_close,
     by_variant,
@@ -345,7 +346,10 @@ def test_chunks_of_one_step_over_devices(name, length, chunk_size, x64, strict):
     assert_close(got, on_one_part_of_time(case)(*args), 1e-11)
 
 
-VARIANTS_OF_OPS = [pytest.param(case, None, id=str(case)) for case in OPS] + [
+VARIANTS_OF_OPS = [
+    pytest.param(case, None, id=str(case), marks=[pytest.mark.slow] * (case.name not in QUICK))
+    for case in OPS
+] + [
     pytest.param(case, algorithm, id=f"{case}-{algorithm}", marks=pytest.mark.slow)
     for case in OPS
     for algorithm in case.algorithms

@@ -8,7 +8,7 @@ import seqjax
 from experiments.bench import peers
 
 
-@pytest.mark.quick("LSTM")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GRU", "LSTM"])
 def test_every_library_runs_the_same_row(name, monkeypatch):
     monkeypatch.setattr(peers, "minima", lambda candidates, _: dict.fromkeys(candidates, 2.0))

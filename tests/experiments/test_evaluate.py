@@ -180,3 +180,13 @@ def test_bad_flags_end_with_one_line(folder, tmp_path, capsys, flags, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_compressors_are_those_of_the_shell():
+    text = b"the same bytes " * 1000
+    result = heldout.compressors([text[:700], text[700:]])
+    # The loss of a repetitive text becomes almost zero, that of random bytes does not.
+    assert result["xz"] < 0.1
+    assert result["gzip"] < 0.1
+    noise = np.random.default_rng(0).integers(0, 256, 10_000).astype(np.uint8).tobytes()
+    assert 8 <= heldout.compressors([noise])["gzip"] < 8.1

@@ -115,6 +115,7 @@ def finetune_objective(folder, text, rank, **fields):
     return protocol.make(quick(folder, text, rank, **fields))
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_export(reference):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -131,6 +131,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint(capsys, finished, tmp_path, text, damage):
     copy = tmp_path / "run"

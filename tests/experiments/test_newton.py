@@ -95,6 +95,7 @@ def test_every_block_tells_what_its_layer_would():
         np.testing.assert_allclose(getattr(infos["block_0"], name), alone, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_report_is_the_worst_of_all():
     model, params, tokens, reset = hybrid("newton")
     infos = jax.jit(functools.partial(newton_report.solve_infos, model))(params, tokens, reset)

@@ -158,6 +158,7 @@ def test_a_run_that_is_good_enough_ends_early(reference, text, tmp_path):
     assert losses(tmp_path) == losses(reference[0])
 
 
+@pytest.mark.slow
 def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monkeypatch):
     real, count = pipeline.train_batches, iter(range(1, 100))
 
@@ -369,16 +370,6 @@ def test_evaluate_agrees_with_training(reference, tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("bits per byte ")
     assert " on the first 100 of 400 bytes " in line
-
-
-def test_compressors_are_those_of_the_shell():
-    text = b"the same bytes " * 1000
-    result = heldout.compressors([text[:700], text[700:]])
-    # The loss of a repetitive text becomes almost zero, that of random bytes does not.
-    assert result["xz"] < 0.1
-    assert result["gzip"] < 0.1
-    noise = np.random.default_rng(0).integers(0, 256, 10_000).astype(np.uint8).tobytes()
-    assert 8 <= heldout.compressors([noise])["gzip"] < 8.1
 
 
 def test_the_optimizer_follows_the_roles():

@@ -104,6 +104,7 @@ def test_speculation_has_the_distribution_of_the_target():
     assert 1 < got.rounds.mean() < 3
 
 
+@pytest.mark.slow
 def test_vocabularies_must_agree():
     model, params = hybrid()
     other, other_params = with_params(LanguageModel(12, Backbone(seqjax.layers.LRU(4))))

@@ -75,6 +75,7 @@ def test_stabilized_recurrence(x64, strict):
     assert_close(*results, 1e-11)
 
 
+@pytest.mark.slow
 def test_gradient_of_the_state(x64, strict):
     """Check the gradient through a split, and that of m_0 at a fixed stabilized state."""
     *arrays, reset = map(jnp.asarray, draw(3.0))

@@ -12,6 +12,7 @@ def start(layer):
     return layer.init(jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_gates_of_mlstm():
     xlstm, large = start(MLSTM(8, 4)), start(MLSTM(8, 4, variant="7b"))
     for params in (xlstm, large):

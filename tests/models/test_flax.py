@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import inspect
 import operator
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -324,6 +322,7 @@ def test_no_mesh_axis_is_taken_twice():
     assert specs["nu_log"].get_value() == jax.P("model")
 
 
+@pytest.mark.slow
 def test_linen_parameters_are_placed_on_a_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     _, _, twin, variables = wrapped(DELTANET)
@@ -357,29 +356,6 @@ def test_what_is_no_layer_is_refused():
     ):
         with pytest.raises(ValueError, match=r"^Recurrent: `layer` must be a seqjax layer"):
             make()
-
-
-@pytest.mark.slow
-def test_only_the_adapters_need_flax():
-    """Check that without Flax the library imports, and the adapters raise a one-line hint."""
-    program = (
-        "import sys; sys.modules['flax'] = None\n"
-        "import seqjax\n"
-        "for name in ('nnx', 'linen'):\n"
-        "    try:\n"
-        "        __import__('seqjax.' + name)\n"
-        "    except ImportError as error:\n"
-        "        print(error)\n"
-        "print(any(name.startswith('flax.') for name in sys.modules))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.splitlines() == [
-        "seqjax.nnx needs Flax, which is not installed: pip install -e '.[flax]' from a clone.",
-        "seqjax.linen needs Flax, which is not installed: pip install -e '.[flax]' from a clone.",
-        "False",
-    ]
 
 
 def test_without_state_modules_fit_sequential():

@@ -182,6 +182,7 @@ def authors_step(p, x, state):
     return norm(x, "ln_out"), state
 
 
+@pytest.mark.slow
 def test_the_model_agrees_with_the_form_of_the_authors_code(x64, strict):
     """Compare with steps over parameters named and laid out as in the authors' checkpoints."""
     params, x, _ = arguments()

@@ -265,6 +265,7 @@ def test_a_model_on_an_explicit_mesh(sizes, with_context, x64):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
+@pytest.mark.slow
 def test_a_state_keeps_its_sharding():
     """Check that a state keeps its sharding, so that a loop can carry it."""
     layer = LRU(4)

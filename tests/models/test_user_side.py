@@ -268,6 +268,7 @@ class MLSTM(seqjax.layers.Layer):
         return dropped @ params["out"], state
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_quickly")
 def test_two_kinds_of_blocks():
     """Scan and remat change nothing; step equals apply; dropout draws with a key only."""
