@@ -16,8 +16,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-from tests.contract.harness import unoptimized
+from tests.contract.harness import row_of, unoptimized
 
 jax.config.update("jax_num_cpu_devices", 8)
 # Tracing makes many objects that live long. With Python's default of a collection per 700 of them,
@@ -34,21 +35,36 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.slow)
 
 
+class RowScheduling(LoadScopeScheduling):
+    """Give all tests of a contract row to one worker, and every other test to the next free one."""
+
+    def _split_scope(self, nodeid):
+        return row_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return RowScheduling(config, log)
+
+
 _tests_run = 0
 
 
-@pytest.fixture(autouse=True)
-def few_compiled_programs():
-    """Drop compiled programs periodically.
+def pytest_runtest_teardown(item, nextitem):
+    """Drop compiled programs periodically, between two rows.
 
     Each program has memory maps. A process may have 65,530 of them; the compiler crashes on the
     next one.
     """
-    yield
     global _tests_run
     _tests_run += 1
-    if _tests_run % 200 == 0:
+    if (
+        _tests_run >= 100
+        and nextitem is not None
+        and row_of(item.nodeid) != row_of(nextitem.nodeid)
+    ):
         jax.clear_caches()
+        _tests_run = 0
 
 
 @pytest.fixture

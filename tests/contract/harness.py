@@ -53,11 +53,26 @@ QUICK = {
 }
 # Layers with their own loops over time, whose derivatives do not follow from those of the ops.
 OWN_LOOPS = {"BlockRecurrent"}
-assert {case.name for case in ROWS} > THOROUGH | OWN_LOOPS
+NAMES = {case.name for case in ROWS}
+assert NAMES > THOROUGH | OWN_LOOPS
 assert THOROUGH > QUICK
 # Every row with each of its algorithms; "pallas" is the interpreted kernel.
 VARIANTS = [(case, algorithm) for case in ROWS for algorithm in case.algorithms]
 B, T = 2, 13
+
+
+def row_of(test: str) -> str:
+    """Return the row in the name of a test, or the name itself if it has none.
+
+    The tests of a row run one after another in one process: they share compiled functions and the
+    oracle's results.
+    """
+    words = test.partition("[")[2].rstrip("]").split("-")
+    for size in range(len(words), 0, -1):
+        for start in range(len(words) - size + 1):
+            if (name := "-".join(words[start : start + size])) in NAMES:
+                return name
+    return test
 
 
 def by_variant(
@@ -66,10 +81,7 @@ def by_variant(
     variant: Any = lambda case, algorithm: True,
     quick: Any = QUICK,
 ) -> Any:
-    """Parametrize a test by (case, algorithm); the first algorithm of rows in `quick` is not slow.
-
-    A row's tests run in one worker, and share compiled functions and the oracle's results.
-    """
+    """Parametrize by (case, algorithm); the first algorithm of rows in `quick` is not slow."""
     return pytest.mark.parametrize(
         ("case", "algorithm"),
         [
@@ -77,8 +89,8 @@ def by_variant(
                 case,
                 algorithm,
                 id=f"{case}-{algorithm}" if algorithm else str(case),
-                marks=[pytest.mark.xdist_group(str(case))]
-                + [pytest.mark.slow] * (case.name not in quick or algorithm != case.algorithms[0]),
+                marks=[pytest.mark.slow]
+                * (case.name not in quick or algorithm != case.algorithms[0]),
             )
             for case, algorithm in VARIANTS
             if keep(case)
@@ -101,8 +113,7 @@ def by_row(keep: Any = lambda case: True) -> Any:
             pytest.param(
                 case,
                 id=str(case),
-                marks=[pytest.mark.xdist_group(str(case))]
-                + [pytest.mark.slow] * (case.name not in QUICK),
+                marks=[pytest.mark.slow] * (case.name not in QUICK),
             )
             for case in ROWS
             if keep(case)
@@ -123,8 +134,7 @@ def rows_with_meshes(quick: Any, kind: AxisType) -> Any:
                 case,
                 axis_type,
                 id=f"{case}-{axis_type.name}",
-                marks=[pytest.mark.xdist_group(str(case))]
-                + [pytest.mark.slow] * (case.name not in quick or axis_type == AxisType.Auto),
+                marks=[pytest.mark.slow] * (case.name not in quick or axis_type == AxisType.Auto),
             )
             for case in ROWS
             for axis_type in (AxisType.Auto, AxisType.Explicit)

@@ -32,8 +32,7 @@ VARIANTS = [
         case,
         algorithm,
         id=f"{case}-{algorithm}",
-        marks=[pytest.mark.xdist_group(str(case))]
-        + [pytest.mark.slow] * (case.name not in QUICK or algorithm is not None),
+        marks=[pytest.mark.slow] * (case.name not in QUICK or algorithm is not None),
     )
     for case in ROWS
     for algorithm in dict.fromkeys((None, *case.algorithms))
@@ -55,11 +54,7 @@ BATCH_ONLY = [
     if (v.values[1] is None and one_layer_of_each_kind(v.values[0]))
     or not takes_any_length(*v.values)
 ]
-DIFFERENTIATED = [
-    pytest.param(case, id=str(case), marks=pytest.mark.xdist_group(str(case)))
-    for case in ROWS
-    if one_layer_of_each_kind(case)
-]
+DIFFERENTIATED = [pytest.param(case, id=str(case)) for case in ROWS if one_layer_of_each_kind(case)]
 
 
 def arguments(case, batch, length):
