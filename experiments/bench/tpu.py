@@ -104,6 +104,17 @@ def _matrix(
     return shapes
 
 
+def _kda(T: int, dtype: str) -> Shapes:
+    """Return the shapes of Kimi Delta Attention, whose norms and gate are in the kernel."""
+    made = _matrix("delta_rule", "per channel", H=32)(T, dtype)
+    made["log_decay"] = made["log_decay"].update(dtype=jnp.dtype(dtype))
+    shapes: tuple[Any, Any] = (
+        jax.ShapeDtypeStruct((32,), jnp.dtype("float32")),
+        jax.ShapeDtypeStruct((32, 128), jnp.dtype("float32")),
+    )
+    return made | {"gate": seqjax.ops.SoftplusGate(*shapes)}
+
+
 def _matrix_rows() -> dict[str, Row]:
     made = {}
     for op in ("linear_attention", "delta_rule"):
@@ -130,6 +141,11 @@ def _matrix_rows() -> dict[str, Row]:
         row = Row(op, shapes, 4096, dtypes=("bfloat16",))
         made[name] = row
         made[name.replace(f"{op},", f"{op} backward,")] = row._replace(backward=True)
+    name = "KDA: delta_rule, norms and gate per channel, B=1, T=8192, H=32, K=V=128"
+    row = Row("delta_rule", _kda, 8192, dtypes=("bfloat16",), chips=("v7x",), xla=False)
+    row = row._replace(keywords=(("normalize", True),))
+    made[name] = row
+    made[name.replace("rule,", "rule backward,")] = row._replace(backward=True)
     return made
 
 

@@ -18,8 +18,8 @@ import jax
 from pallas_kernels.tpu import matrix_state
 from pallas_kernels.tpu.chunk_math import SharedDecay
 from pallas_kernels.tpu.head_layout import interleave
-from pallas_kernels.tpu.matrix_kernel import ChunkRecurrence
 from pallas_kernels.tpu.numerics import NT, TN, Numerics
+from pallas_kernels.tpu.variant import ChunkRecurrence
 
 Inputs = dict[str, jax.Array]
 Gradients = dict[str, Any]  # `log_decay` is a `DecaySumCotangents`, the others are arrays

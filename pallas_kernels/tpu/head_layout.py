@@ -26,17 +26,32 @@ def _bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
 
 
-def split_heads(ref: Any, out: Any, dtype: Any, low: float | None = None) -> jax.Array:
-    """Copy a block [1, C, H, F] to [H, C, F], with values below `low` raised to it.
+def split_heads(
+    ref: Any,
+    out: Any,
+    dtype: Any,
+    change: Callable[[int, jax.Array], jax.Array] | None = None,
+    unchanged: Any = None,
+) -> jax.Array:
+    """Copy a block [1, C, H, F] to [H, C, F].
+
+    Args:
+      ref: the block.
+      out: the scratch of the result.
+      dtype: the dtype of sums.
+      change: maps the index of a head and its matrix [C, F] to the matrix to store.
+      unchanged: scratch for the matrices before `change`, or None.
 
     Returns:
-      A scalar that is zero if all values are finite, and NaN if not.
+      A scalar that is zero if all stored values are finite, and NaN if not.
     """
     _, size, heads, features = ref.shape
 
     def copy(head: int, x: jax.Array) -> jax.Array:
+        if unchanged is not None:
+            unchanged[head] = x.astype(unchanged.dtype)
         x = x.astype(dtype)
-        x = x if low is None else jnp.where(x < low, low, x)
+        x = x if change is None else change(head, x)
         out[head] = x.astype(out.dtype)
         return x * 0
 

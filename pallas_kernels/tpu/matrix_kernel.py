@@ -9,141 +9,41 @@ with such numbers, or with a ragged edge, is repaired first. Repair sets the inp
 to zero. Afterwards it sets to NaN the outputs and states that depend on them, up to the next reset.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.jax_compat import pl
-from pallas_kernels.tpu import chunk_math
+from pallas_kernels.tpu import chunk_math, input_maps
 from pallas_kernels.tpu.chunk_math import LOG_ZERO
 from pallas_kernels.tpu.head_layout import join_heads, split_heads
 from pallas_kernels.tpu.numerics import TN, Numerics, column_indices, row_indices
+from pallas_kernels.tpu.variant import Refs, Variant
 
 # Indices of the masks in `Refs.masks_s`, all of steps in bounds.
 WRITES, READS, NAN_OUTPUTS, REACHED = range(4)
 
 
-class ChunkRecurrence(NamedTuple):
-    """A recurrence: its name, and the forward and adjoint computation of a chunk of all heads."""
-
-    name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-
-
-class Variant(NamedTuple):
-    """Specialization of a kernel.
-
-    Attributes:
-      recurrence: the recurrence.
-      num: accuracy of products.
-      chunk: steps in a chunk.
-      heads: heads in a block.
-      head_blocks: number of blocks of heads.
-      length: T.
-      decay: None, "scalar" (per head) or "channel".
-      reset: whether there are resets.
-      beta: whether there is a `beta`.
-      vectors: names of further inputs [B, T, H, K], `a` and `b` of the generalized delta rule.
-      scale: factor of the outputs.
-      save_states: whether the forward kernel returns the state before each chunk.
-      backward: whether this is the backward kernel.
-    """
-
-    recurrence: ChunkRecurrence
-    num: Numerics
-    chunk: int
-    heads: int
-    head_blocks: int
-    length: int
-    decay: str | None
-    reset: bool
-    beta: bool
-    vectors: tuple[str, ...]
-    scale: float
-    save_states: bool = False
-    backward: bool = False
-
-    @property
-    def chunks(self) -> int:
-        """Number of chunks of time."""
-        return -(-self.length // self.chunk)
-
-    @property
-    def head_logs(self) -> bool:
-        """Flag for logarithms per head: of decays, or of resets alone."""
-        return self.decay == "scalar" or (self.reset and self.decay is None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Refs:
-    """References of a kernel; None for an absent array. Names in `_s` are scratch.
-
-    Attributes:
-      q, k, v, a, b, beta, g, reset, initial: blocks of the inputs; `g` is the logarithm of the
-        decay.
-      o, final: blocks of the forward outputs.
-      states: states before the chunks, an output of the forward and an input of the backward pass.
-      do, d_final: blocks of the cotangents of the outputs.
-      dq, dk, dv, da, db, d_beta, d_g, d_initial: blocks of the cotangents of the inputs.
-      q_s, k_s, v_s, a_s, b_s, o_s, do_s: matrices of the heads [heads, C, K or V].
-      beta_s: [C, heads].
-      g_s: logarithms [C, heads or 1], or [heads, C, K] per channel.
-      reset_s: [C, 1], for decays per channel.
-      state_s: the carried states [heads, K, V]; in the backward pass those before the chunk.
-      ct_s: the carried cotangents of the states.
-      masks_s: masks of steps [4, C, heads], written by `_repair`.
-      flat_s: scratch of `join_heads`.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    q_s: Any
-    k_s: Any
-    v_s: Any
-    state_s: Any
-    masks_s: Any
-    a: Any = None
-    b: Any = None
-    beta: Any = None
-    g: Any = None
-    reset: Any = None
-    initial: Any = None
-    o: Any = None
-    final: Any = None
-    states: Any = None
-    do: Any = None
-    d_final: Any = None
-    dq: Any = None
-    dk: Any = None
-    dv: Any = None
-    da: Any = None
-    db: Any = None
-    d_beta: Any = None
-    d_g: Any = None
-    d_initial: Any = None
-    a_s: Any = None
-    b_s: Any = None
-    o_s: Any = None
-    do_s: Any = None
-    beta_s: Any = None
-    g_s: Any = None
-    reset_s: Any = None
-    ct_s: Any = None
-    flat_s: Any = None
-
-    def written(self, p: Variant) -> list[Any]:
-        """Return the scratch of the inputs that a step writes: a number in them reaches states."""
-        return [self.k_s, self.v_s, *(getattr(self, name + "_s") for name in p.vectors)]
-
-
 def _finite(x: jax.Array) -> jax.Array:
     return x * 0 == 0
+
+
+def _unit(head: int, x: jax.Array) -> jax.Array:
+    del head
+    return input_maps.normalized(x)
+
+
+def _gate_rows(r: Refs, head: int) -> tuple[jax.Array, jax.Array]:
+    """Return the rate and the bias of a head; of all heads if there is one row."""
+    return r.rate[0, head : head + 1], r.bias[0, head : head + 1]
+
+
+def _log_decay(p: Variant, r: Refs, head: int, x: jax.Array) -> jax.Array:
+    """Compute finite logarithms of decays from logarithms, or from the inputs of the gate."""
+    g = input_maps.gate(x, *_gate_rows(r, head)) if p.gate else x
+    return jnp.where(g < LOG_ZERO, jnp.full_like(g, LOG_ZERO), g)
 
 
 def _stage(p: Variant, r: Refs, chunk: jax.Array) -> jax.Array:
@@ -151,17 +51,22 @@ def _stage(p: Variant, r: Refs, chunk: jax.Array) -> jax.Array:
     num, zero = p.num, jnp.zeros((), p.num.dtype)
     check = jnp.zeros((), num.dtype)  # NaN if a number is not finite
     for name in ("q", "k", "v", *p.vectors):
-        check = check + split_heads(getattr(r, name), getattr(r, name + "_s"), num.dtype)
+        change = _unit if p.normalize and name in ("q", "k") else None
+        raw = getattr(r, name + "_raw_s", None)
+        check = check + split_heads(
+            getattr(r, name), getattr(r, name + "_s"), num.dtype, change, raw
+        )
     if p.backward:
         split_heads(r.do, r.do_s, num.dtype)
     if p.decay == "channel":
-        check = check + split_heads(r.g, r.g_s, num.dtype, low=LOG_ZERO)
+        log_decay = functools.partial(_log_decay, p, r)
+        check = check + split_heads(r.g, r.g_s, num.dtype, log_decay, r.g_raw_s)
     if p.beta:
         r.beta_s[...] = r.beta[0, 0].astype(num.dtype)
         check = check + jnp.sum(r.beta_s[...] * 0)
     if p.head_logs:
-        g = jnp.zeros_like(r.g_s) if p.decay is None else r.g[0, 0].astype(num.dtype)
-        g = jnp.where(g < LOG_ZERO, jnp.full_like(g, LOG_ZERO), g)
+        g = jnp.zeros_like(r.g_s)
+        g = g if p.decay is None else _log_decay(p, r, 0, r.g[0, 0].astype(num.dtype))
         check = check + jnp.sum(g * 0)
         r.g_s[...] = jnp.where(r.reset[0] != 0, LOG_ZERO, g) if p.reset else g
     check = check + jnp.sum(r.state_s[...] * 0)
@@ -336,8 +241,10 @@ def backward_kernel(p: Variant, r: Refs) -> None:
     for h, x in enumerate(results):
         # The scratch of an input is free now, and takes the cotangent.
         for name in ("q", "k", "v", *p.vectors):
-            ref = getattr(r, name + "_s")
-            ref[h] = x[name].astype(ref.dtype)
+            ref, ct = getattr(r, name + "_s"), x[name]
+            if p.normalize and name in ("q", "k"):
+                ct = input_maps.normalized_back(getattr(r, name + "_raw_s")[h], ct, p.num)
+            ref[h] = ct.astype(ref.dtype)
         r.ct_s[h] = x["state"]
         if p.beta:
             d_beta = jnp.where(head == h, x["beta"], d_beta)
@@ -353,8 +260,7 @@ def backward_kernel(p: Variant, r: Refs) -> None:
         r.d_beta[0, 0] = d_beta.astype(r.d_beta.dtype)
     if p.decay == "scalar":
         zero_decay = r.g_s[...] <= LOG_ZERO
-        d_g = jnp.where(zero_decay, 0.0, chunk_math.decay_gradient(decay_sums, p.num))
-        r.d_g[0, 0] = d_g.astype(r.d_g.dtype)
+        r.g_s[...] = jnp.where(zero_decay, 0.0, chunk_math.decay_gradient(decay_sums, p.num))
 
     @pl.when(repaired)
     def _() -> None:
@@ -365,15 +271,38 @@ def backward_kernel(p: Variant, r: Refs) -> None:
             if p.decay == "channel":
                 r.g_s[h] = jnp.where(_mask(r, WRITES, h), r.g_s[h], 0.0)
         writes = r.masks_s[WRITES] > 0
-        for ref in ([r.d_beta] if p.beta else []) + ([r.d_g] if p.decay == "scalar" else []):
-            ct = jnp.where(writes, ref[0, 0].astype(p.num.dtype), 0.0)
-            ref[0, 0] = ct.astype(ref.dtype)
+        if p.beta:
+            ct = jnp.where(writes, r.d_beta[0, 0].astype(p.num.dtype), 0.0)
+            r.d_beta[0, 0] = ct.astype(r.d_beta.dtype)
+        if p.decay == "scalar":
+            r.g_s[...] = jnp.where(writes, r.g_s[...], 0.0)
 
+    if p.gate:
+        _gate_gradients(p, r, chunk)
     for name in ("q", "k", "v", *p.vectors):
         join_heads(getattr(r, name + "_s"), getattr(r, "d" + name), r.flat_s)
     if p.decay == "channel":
         join_heads(r.g_s, r.d_g, r.flat_s)
+    if p.decay == "scalar":
+        r.d_g[0, 0] = r.g_s[...].astype(r.d_g.dtype)
 
     @pl.when(chunk == 0)
     def _() -> None:
         r.d_initial[0] = r.ct_s[...]
+
+
+def _gate_gradients(p: Variant, r: Refs, chunk: jax.Array) -> None:
+    """Convert the cotangents of logarithms, in `g_s`, to those of the inputs of the gate."""
+
+    @pl.when(chunk == p.chunks - 1)
+    def _() -> None:
+        r.d_rate[...] = jnp.zeros_like(r.d_rate)
+        r.d_bias[...] = jnp.zeros_like(r.d_bias)
+
+    for h in range(p.heads if p.decay == "channel" else 1):
+        at = h if p.decay == "channel" else ...
+        x = (r.g_raw_s[h] if p.decay == "channel" else r.g[0, 0]).astype(p.num.dtype)
+        d = input_maps.gate_back(x, *_gate_rows(r, h), r.g_s[at])
+        r.g_s[at] = d.x
+        r.d_rate[0, 0, h : h + 1] += d.rate
+        r.d_bias[0, 0, h : h + 1] += d.bias

@@ -13,14 +13,9 @@ import jax.numpy as jnp
 from pallas_kernels.jax_compat import array_like, pl, pltpu
 from pallas_kernels.tpu.chunk_math import chunk_steps
 from pallas_kernels.tpu.head_layout import flat_scratch
-from pallas_kernels.tpu.matrix_kernel import (
-    ChunkRecurrence,
-    Refs,
-    Variant,
-    backward_kernel,
-    forward_kernel,
-)
+from pallas_kernels.tpu.matrix_kernel import backward_kernel, forward_kernel
 from pallas_kernels.tpu.numerics import Numerics
+from pallas_kernels.tpu.variant import ChunkRecurrence, Refs, Variant
 
 BLOCK_HEADS = 8  # heads in a block, the sublanes of a tile
 VMEM_BYTES = 64 * 2**20
@@ -29,7 +24,11 @@ Blocks = dict[str, tuple[str, Any]]  # by name, (kind of block in `_specs`, arra
 
 
 def _variant(
-    recurrence: ChunkRecurrence, arrays: dict[str, Any], scale: float, chunk_size: int | None
+    recurrence: ChunkRecurrence,
+    arrays: dict[str, Any],
+    scale: float,
+    chunk_size: int | None,
+    normalize: bool,
 ) -> Variant:
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "log_decay"))
     length, heads = q.shape[1:3]
@@ -52,6 +51,8 @@ def _variant(
         beta=arrays["beta"] is not None,
         vectors=vectors,
         scale=scale,
+        normalize=normalize,
+        gate="rate" in arrays,
     )
 
 
@@ -59,11 +60,14 @@ def _specs(p: Variant, K: int, V: int) -> dict[str, pl.BlockSpec]:
     """Return the block specs of arrays [B, T, H, F], [B, T, H], of states and of resets."""
     at = (lambda t: p.chunks - 1 - t) if p.backward else (lambda t: t)
     C, H = p.chunk, p.heads
+    row = (H, K) if p.decay == "channel" else (1, H)
     return {
         "K": pl.BlockSpec((1, C, H, K), lambda b, h, t: (b, at(t), h, 0)),
         "V": pl.BlockSpec((1, C, H, V), lambda b, h, t: (b, at(t), h, 0)),
         "H": pl.BlockSpec((1, 1, C, H), lambda b, h, t: (b, h, at(t), 0)),
         "reset": pl.BlockSpec((1, C, 1), lambda b, h, t: (b, at(t), 0)),
+        "gate": pl.BlockSpec((1, *row), lambda b, h, t: (h, 0, 0)),
+        "gate_sum": pl.BlockSpec((1, 1, *row), lambda b, h, t: (b, h, 0, 0)),
         "state": pl.BlockSpec((1, H, K, V), lambda b, h, t: (b, h, 0, 0)),
         "states": pl.BlockSpec((1, 1, H, K, V), lambda b, h, t: (b, at(t), h, 0, 0)),
     }
@@ -86,6 +90,13 @@ def _join_head_blocks(x: jax.Array, p: Variant, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)[:, :, :heads]
 
 
+def _gate_blocks(x: jax.Array, p: Variant) -> jax.Array:
+    """Convert [H, K] or [H] to [head blocks, heads, K] or [head blocks, 1, heads]."""
+    x = jnp.pad(x, [(0, p.head_blocks * p.heads - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+    row = (p.heads, *x.shape[1:]) if p.decay == "channel" else (1, p.heads)
+    return x.reshape(p.head_blocks, *row)
+
+
 def _call(
     p: Variant,
     kernel: Callable[[Variant, Refs], None],
@@ -103,6 +114,9 @@ def _call(
     scratch |= {"state_s": ((H, K, V), num.dtype), "masks_s": ((4, C, H), num.dtype)}
     if p.backward:
         scratch |= {"do_s": ((H, C, V), inputs["do"][1].dtype), "ct_s": ((H, K, V), num.dtype)}
+        raw = ["q", "k"] if p.normalize else []
+        raw += ["g"] if p.gate and p.decay == "channel" else []
+        scratch |= {name + "_raw_s": ((H, C, K), inputs[name][1].dtype) for name in raw}
     else:
         scratch["o_s"] = ((H, C, V), outputs["o"][1].dtype)
     if p.beta:
@@ -146,14 +160,20 @@ def _inputs(p: Variant, arrays: dict[str, Any]) -> Blocks:
         inputs["g"] = ("H", _split_head_blocks(arrays["log_decay"], p))
     if p.decay == "channel":
         inputs["g"] = ("K", arrays["log_decay"])
+    if p.gate:
+        for name in ("rate", "bias"):
+            inputs[name] = ("gate", _gate_blocks(arrays[name].astype(p.num.dtype), p))
     if p.reset:
         inputs["reset"] = ("reset", arrays["reset"][..., None].astype(jnp.int32))
     return inputs
 
 
-def _by_name(vectors: dict[str, Any] | None, *arrays: Any) -> dict[str, Any]:
+def _by_name(
+    vectors: dict[str, Any] | None, gate: tuple[Any, Any] | None, *arrays: Any
+) -> dict[str, Any]:
     names = ("q", "k", "v", "beta", "log_decay", "reset")
-    return dict(zip(names, arrays, strict=True)) | (vectors or {})
+    named = dict(zip(names, arrays, strict=True)) | (vectors or {})
+    return named if gate is None else named | dict(zip(("rate", "bias"), gate, strict=True))
 
 
 def forward(
@@ -168,6 +188,8 @@ def forward(
     *,
     scale: float,
     vectors: dict[str, jax.Array] | None = None,
+    normalize: bool = False,
+    gate: tuple[jax.Array, jax.Array] | None = None,
     chunk_size: int | None = None,
     states: bool = False,
     interpret: bool = False,
@@ -179,11 +201,13 @@ def forward(
       q, k: [B, T, H, K], float32 or bfloat16; float64 in interpret mode.
       v: [B, T, H, V].
       beta: [B, T, H], or None if the recurrence has no beta.
-      log_decay: None, [B, T, H] or [B, T, H, K].
+      log_decay: None, [B, T, H] or [B, T, H, K]; with `gate` the input of the gate.
       initial_state: [B, H, K, V], float32 (float64 if any array is).
       reset: [B, T] bool or None.
       scale: factor of the outputs.
       vectors: `a` and `b` [B, T, H, K] by name, for the recurrence that has them.
+      normalize: whether to divide q and k by their lengths.
+      gate: None, or the rate and the bias [H] or [H, K] of the gate of the decays.
       chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16). By default
         `chunk_steps` chooses it.
       states: whether to return the residuals of `backward`.
@@ -193,8 +217,8 @@ def forward(
       (o [B, T, H, V] in the dtype of v, final state, and with `states` the states before the
       chunks [B, T / C, H, K, V]).
     """
-    arrays = _by_name(vectors, q, k, v, beta, log_decay, reset)
-    p = _variant(recurrence, arrays | {"initial": initial_state}, scale, chunk_size)
+    arrays = _by_name(vectors, gate, q, k, v, beta, log_decay, reset)
+    p = _variant(recurrence, arrays | {"initial": initial_state}, scale, chunk_size, normalize)
     p = p._replace(save_states=states)
     inputs = _inputs(p, arrays) | {"initial": ("state", initial_state)}
     shape = array_like(q, initial_state.shape, p.num.dtype)
@@ -220,6 +244,8 @@ def backward(
     *,
     scale: float,
     vectors: dict[str, jax.Array] | None = None,
+    normalize: bool = False,
+    gate: tuple[jax.Array, jax.Array] | None = None,
     chunk_size: int | None = None,
     interpret: bool = False,
 ) -> dict[str, jax.Array]:
@@ -228,8 +254,8 @@ def backward(
     Args as for `forward`. `states` are its residuals for the same `chunk_size`. `d_out` and
     `d_final` are the cotangents of its outputs and of its final state.
     """
-    arrays = _by_name(vectors, q, k, v, beta, log_decay, reset)
-    p = _variant(recurrence, arrays | {"initial": states}, scale, chunk_size)
+    arrays = _by_name(vectors, gate, q, k, v, beta, log_decay, reset)
+    p = _variant(recurrence, arrays | {"initial": states}, scale, chunk_size, normalize)
     p = p._replace(backward=True)
     inputs = _inputs(p, arrays) | {
         "states": ("states", states),
@@ -244,6 +270,9 @@ def backward(
         if name in inputs:
             kind, x = inputs[name]
             outputs["d_" + name] = (kind, array_like(q, x.shape, x.dtype))
+    for name in ("rate", "bias") if p.gate else ():
+        sums = array_like(q, (q.shape[0], *inputs[name][1].shape), p.num.dtype)
+        outputs["d_" + name] = ("gate_sum", sums)
     outputs["d_initial"] = ("state", array_like(q, d_final.shape, p.num.dtype))
     results = dict(zip(outputs, _call(p, backward_kernel, inputs, outputs, interpret), strict=True))
     heads = q.shape[2]
@@ -253,4 +282,8 @@ def backward(
     if p.decay is not None:
         d_g = results["d_g"]
         cotangents["log_decay"] = _join_head_blocks(d_g, p, heads) if p.decay == "scalar" else d_g
+    for name in ("rate", "bias") if p.gate else ():
+        total = jnp.sum(results["d_" + name], axis=0)
+        shape = arrays["log_decay"].shape[2:]
+        cotangents[name] = total.reshape(-1, *shape[1:])[:heads]
     return cotangents | {"initial_state": results["d_initial"]}

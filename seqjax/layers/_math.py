@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers._base import state_dtype
+from seqjax.ops.matrix_state.input_maps import l2_normalize as l2_normalize
 
 
 class Adapted(NamedTuple):
@@ -107,11 +108,3 @@ def layer_normalize(
     if bias is not None:
         y = y + bias.astype(wide.dtype)
     return y.astype(x.dtype)
-
-
-def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """Return x / sqrt(sum(x^2) + eps) over the last axis, computed in the state dtype."""
-    wide = x.astype(state_dtype(x.dtype))
-    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + eps)).astype(
-        x.dtype
-    )

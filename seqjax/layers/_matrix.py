@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
-from seqjax.layers._base import Initializer, Layer, Param, Params, State, state_dtype
+from seqjax.layers._base import Initializer, Layer, Param, Params, State
 from seqjax.layers._math import dense, split_heads
 from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv
+from seqjax.ops.matrix_state.input_maps import SoftplusGate
 
 
 class MatrixLayer(Layer):
@@ -171,9 +172,7 @@ def decay_params(heads: int, width: int | None = None) -> dict[str, Param | Laye
     }
 
 
-def log_decay(params: Params, dt: jax.Array) -> jax.Array:
-    """Return -exp(A_log) softplus(dt + dt_bias) in the state dtype, for dt [B, T, H] or H * K."""
-    wide = state_dtype(dt.dtype)
-    rate = jnp.exp(params["A_log"].astype(wide))
-    steps = jax.nn.softplus(dt.astype(wide) + params["dt_bias"].astype(wide))
-    return -jnp.repeat(rate, steps.shape[-1] // rate.shape[0]) * steps
+def decay_gate(params: Params, by_channel: bool = False) -> SoftplusGate:
+    """Return the gate of decays per head, or per channel for a dt_bias [H * K]."""
+    heads, bias = params["A_log"].shape[0], params["dt_bias"]
+    return SoftplusGate(params["A_log"], bias.reshape(heads, -1) if by_channel else bias)

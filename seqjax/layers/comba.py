@@ -8,7 +8,7 @@ import jax
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, l2_normalize, merge_heads, rms_normalize
-from seqjax.layers._matrix import MatrixLayer, decay_params, log_decay
+from seqjax.layers._matrix import MatrixLayer, decay_gate, decay_params
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.generalized_delta_rule import generalized_delta_rule
 
@@ -117,7 +117,7 @@ class Comba(MatrixLayer):
             v,
             feedback * k,
             -beta * k,
-            log_decay(params, dense(x, params["a_proj"])),
+            decay_gate(params)(dense(x, params["a_proj"])),
             state["memory"],
             reset=context.reset,
             sequence_axis=context.sequence_axis,

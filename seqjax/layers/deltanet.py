@@ -8,8 +8,8 @@ import jax
 
 from seqjax.layers import _checks, _feature_maps
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import dense, l2_normalize, merge_heads, rms_normalize
-from seqjax.layers._matrix import MatrixLayer, decay_params, is_integer, log_decay
+from seqjax.layers._math import dense, merge_heads, rms_normalize
+from seqjax.layers._matrix import MatrixLayer, decay_gate, decay_params, is_integer
 from seqjax.layers._reductions import at_substep
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.delta_rule import delta_rule
@@ -152,7 +152,7 @@ class DeltaNet(MatrixLayer):
     def _mapped(self, x: jax.Array) -> jax.Array:
         """Return queries or keys by head as the memory uses them."""
         if self.feature_map is None:
-            return l2_normalize(x)
+            return x  # `delta_rule` normalizes
         made = _feature_maps.features(self.feature_map, x, self.dpfp_order)
         return _feature_maps.sum_normalize(made).astype(x.dtype)
 
@@ -165,9 +165,12 @@ class DeltaNet(MatrixLayer):
         beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(state_dtype(x.dtype)))
         if self.negative_eigenvalues:
             beta = 2 * beta
-        decay = log_decay(params, dense(x, params["a_proj"])) if self.gated else None
+        decay = dense(x, params["a_proj"]) if self.gated else None
+        gate = decay_gate(params) if self.gated else None
         q = self._mapped(q)
-        if count > 1:  # one step of the op for each update
+        if count > 1:  # one step of the op for each update, of which the first decays
+            if decay is not None and gate is not None:
+                decay, gate = gate(decay), None
             q = at_substep(q, count, count - 1)
             k, v, beta = (
                 z.reshape(batch, length * count, z.shape[2] // count, *z.shape[3:])
@@ -182,6 +185,8 @@ class DeltaNet(MatrixLayer):
             decay,
             state["memory"],
             scale=None if self.feature_map is None else 1.0,
+            normalize=self.feature_map is None,
+            gate=gate,
             reset=reset,
             sequence_axis=context.sequence_axis,
         )

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.layers._base import Layer, Param, Params, state_dtype
-from seqjax.layers._math import dense, repeat_heads, split_heads
+from seqjax.layers._math import dense, l2_normalize, repeat_heads, split_heads
 from seqjax.layers.context import Context
 from seqjax.layers.kda import KDA
 from seqjax.ops.matrix_state.generalized_delta_rule import generalized_delta_rule
+from seqjax.ops.matrix_state.input_maps import SoftplusGate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +60,13 @@ class GatedDeltaNet2(KDA):
         params: Params,
         x: jax.Array,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
-        log_decay: jax.Array,
+        decay: tuple[jax.Array, SoftplusGate | None],
         memory: jax.Array,
         context: Context,
     ) -> tuple[jax.Array, jax.Array]:
-        q, k, v = qkv
+        q, k, v = l2_normalize(qkv[0]), l2_normalize(qkv[1]), qkv[2]
+        log_decay, gate = decay
+        log_decay = log_decay if gate is None else gate(log_decay)
         wide = state_dtype(x.dtype)
         erase, write = (
             jax.nn.sigmoid(split_heads(dense(x, params[f"{name}_proj"]), self.memory_heads))

@@ -8,16 +8,11 @@ import jax.numpy as jnp
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
-from seqjax.layers._math import (
-    dense,
-    l2_normalize,
-    merge_heads,
-    rms_normalize,
-    split_heads,
-)
-from seqjax.layers._matrix import MatrixLayer, decay_params, log_decay
+from seqjax.layers._math import dense, merge_heads, rms_normalize, split_heads
+from seqjax.layers._matrix import MatrixLayer, decay_gate, decay_params
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.delta_rule import delta_rule
+from seqjax.ops.matrix_state.input_maps import SoftplusGate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,32 +134,34 @@ class KDA(MatrixLayer):
             return dense(dense(x, params[f"{name}_down"]), params[f"{name}_up"])
         return dense(x, params[f"{name}_proj"])
 
-    def _log_decay(self, params: Params, dt: jax.Array) -> jax.Array:
-        """Return g [B, T, H' * K]."""
+    def _decay(self, params: Params, dt: jax.Array) -> tuple[jax.Array, SoftplusGate | None]:
+        """Return `log_decay` [B, T, H', K] and `gate` for `delta_rule`, from dt [B, T, H' * K]."""
         if self.decay_bound is None:
-            return log_decay(params, dt)
+            return split_heads(dt, self.memory_heads), decay_gate(params, by_channel=True)
         wide = state_dtype(dt.dtype)
         rate = jnp.repeat(jnp.exp(params["A_log"].astype(wide)), self.key_dim)
-        return self.decay_bound * jax.nn.sigmoid(
-            rate * (dt.astype(wide) + params["dt_bias"].astype(wide))
-        )
+        gate = jax.nn.sigmoid(rate * (dt.astype(wide) + params["dt_bias"].astype(wide)))
+        return split_heads(self.decay_bound * gate, self.memory_heads), None
 
     def _update(
         self,
         params: Params,
         x: jax.Array,
         qkv: tuple[jax.Array, jax.Array, jax.Array],
-        log_decay: jax.Array,
+        decay: tuple[jax.Array, SoftplusGate | None],
         memory: jax.Array,
         context: Context,
     ) -> tuple[jax.Array, jax.Array]:
-        """Run the memory on normalized q and k, all by head; return its outputs and last state."""
+        """Run the memory, all by head; return its outputs and last state."""
+        log_decay, gate = decay
         beta = jax.nn.sigmoid(dense(x, params["beta_proj"]).astype(state_dtype(x.dtype)))
         return delta_rule(
             *qkv,
             2 * beta if self.negative_eigenvalues else beta,
             log_decay,
             memory,
+            normalize=True,
+            gate=gate,
             reset=context.reset,
             sequence_axis=context.sequence_axis,
         )
@@ -172,10 +169,8 @@ class KDA(MatrixLayer):
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
-        heads = self.memory_heads
         q, k, v, new_state = self._project(params, x, state, context)
-        q, k = l2_normalize(q), l2_normalize(k)
-        decay = split_heads(self._log_decay(params, self._map("decay", params, x)), heads)
+        decay = self._decay(params, self._map("decay", params, x))
         o, new_state["memory"] = self._update(params, x, (q, k, v), decay, state["memory"], context)
         gate = self._map("gate", params, x)
         if self.gate_bias:

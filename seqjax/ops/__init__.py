@@ -17,6 +17,7 @@ from seqjax.ops.matrix_state.delta_rule import delta_rule as delta_rule
 from seqjax.ops.matrix_state.generalized_delta_rule import (
     generalized_delta_rule as generalized_delta_rule,
 )
+from seqjax.ops.matrix_state.input_maps import SoftplusGate as SoftplusGate
 from seqjax.ops.matrix_state.linear_attention import linear_attention as linear_attention
 from seqjax.ops.matrix_state.momentum_delta_rule import momentum_delta_rule as momentum_delta_rule
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence as MatrixRecurrence
@@ -34,6 +35,7 @@ __all__ = [
     "ChunkMap",
     "MatrixRecurrence",
     "Newton",
+    "SoftplusGate",
     "SolveInfo",
     "block_scan",
     "cumulative_decays",

@@ -154,6 +154,45 @@ def _delta(name: str, decay: str | None, top: float = 1.0, groups: int = H) -> C
     )
 
 
+def _fused(name: str, decay: str, groups: int = H) -> Case:
+    """Return a row whose op normalizes q and k and applies the gate of the decays."""
+    arrays = ("q", "k", "v", "beta", "log_decay")
+
+    def make(rng: np.random.Generator, batch: int, length: int) -> Arrays:
+        made = _attention_inputs(decay, groups=groups)(rng, batch, length)
+        made["beta"] = rng.uniform(0, 2, (batch, length, H))
+        made["log_decay"] = normal(rng, *made["log_decay"].shape)
+        bias = (H,) if decay == "scalar" else (H, K)
+        return made | {"A_log": rng.uniform(-1, 1, H), "dt_bias": normal(rng, *bias)}
+
+    def run(inputs: Arrays, state: Any, reset: Any, **keywords: Any) -> Any:
+        gate = seqjax.ops.SoftplusGate(inputs["A_log"], inputs["dt_bias"])
+        given = {name: inputs[name] for name in arrays}
+        return seqjax.delta_rule(
+            **given, initial_state=state, normalize=True, gate=gate, reset=reset, **keywords
+        )
+
+    def harden(rng: np.random.Generator, inputs: Arrays) -> Arrays:
+        """Return vectors of any length, and gates that are closed, open and between."""
+        made = dict(inputs)
+        for x in ("q", "k"):
+            made[x] = unit(inputs[x]) * 10 ** rng.uniform(-2, 2, (*inputs[x].shape[:-1], 1))
+        values = np.array([-np.inf, -30.0, -1.0, 0.0, 30.0, 1e4])
+        hard = rng.choice(values, inputs["log_decay"].shape)
+        return made | {"log_decay": hard.astype(inputs["log_decay"].dtype)}
+
+    return Case(
+        name=name,
+        inputs=make,
+        run=_in_small_chunks(run),
+        oracle=op_oracles.fused_delta_rule,
+        state=lambda rng, batch: normal(rng, batch, H, K, V),
+        algorithms=(*MATRIX, "pallas"),
+        timed=arrays,
+        hard=harden,
+    )
+
+
 def _momentum(name: str) -> Case:
     """Return a row with steps small enough for the momentum: e^h = 0.9 amplifies them tenfold."""
 
@@ -222,6 +261,8 @@ MATRIX_OPS = [
     _delta("delta_rule-scalar", "scalar", top=2.0),
     _delta("delta_rule-shared", "channel", top=2.0, groups=1),
     _delta("delta_rule-channel", "channel", top=2.0),
+    _fused("delta_rule-fused", "channel"),
+    _fused("delta_rule-fused-scalar", "scalar", groups=1),
     _momentum("momentum_delta_rule"),
     _generalized("generalized_delta_rule"),
     _generalized("generalized_delta_rule-shared", groups=1),

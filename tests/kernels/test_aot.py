@@ -89,6 +89,21 @@ def matrix(op, decay, dtype, B=1, T=8192, H=16, K=128, V=128, reset=None):
     }
 
 
+def fused_delta_rule(dtype, decay="BTHK", T=8192, H=16, K=128):
+    """Return the delta rule with norms and a gate inside the kernel."""
+    _, shapes = matrix("delta_rule", decay, dtype, T=T, H=H, K=K)
+    bias = (H,) if decay == "BTH" else (H, K)
+    shapes["log_decay"] = shapes["log_decay"].update(dtype=jnp.dtype(dtype))
+    shapes["gate"] = seqjax.ops.SoftplusGate(
+        *(jax.ShapeDtypeStruct(shape, jnp.dtype("float32")) for shape in ((H,), bias))
+    )
+
+    def run(arrays):
+        return seqjax.delta_rule(**arrays, normalize=True, implementation="pallas")
+
+    return run, shapes
+
+
 # The kernels by name: dtype -> (function of a tree of arrays, their shapes); and, of temporary
 # memory, how many times the arguments' it may take.
 KERNELS = {
@@ -99,6 +114,8 @@ KERNELS = {
     # A state for every 128 steps: 0.66 times bfloat16 arguments, and what the compiler spills.
     "linear_attention": (functools.partial(matrix, "linear_attention", "BTH"), 1.0),
     "delta_rule": (functools.partial(matrix, "delta_rule", "BTH"), 1.0),
+    # The input of the gate is half as large as logarithms in float32, and so are the arguments.
+    "fused_delta_rule": (fused_delta_rule, 1.5),
     "generalized_delta_rule": (functools.partial(matrix, "generalized_delta_rule", "BTHK"), 1.0),
 }
 

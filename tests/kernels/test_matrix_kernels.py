@@ -17,8 +17,8 @@ from tests.contract.cases import OPS
 from tests.contract.harness import assert_close, cast, make
 
 FORMS = [case for case in OPS if case.name.startswith(("linear_attention", "delta_rule"))]
-# Forms without a kernel, and forms with the kernel of another form.
-OTHER = ("complex", "negative", "values", "normalizer", "exclusive")
+# Forms without a kernel, forms with the kernel of another form, and those of test_fused_inputs.
+OTHER = ("complex", "negative", "values", "normalizer", "exclusive", "fused", "fused-scalar")
 REAL = [case for case in FORMS if not case.name.endswith(OTHER)]
 
 

@@ -140,6 +140,18 @@ def delta_rule(inputs, S, reset):
     return o, S
 
 
+def fused_delta_rule(inputs, S, reset):
+    """Normalize q and k, apply the gate of the decays, and run `delta_rule`."""
+    made = dict(inputs)
+    for name in ("q", "k"):
+        x = inputs[name]
+        made[name] = x / np.sqrt(np.sum(x * x, axis=-1, keepdims=True) + 1e-6)
+    x = inputs["log_decay"] + inputs["dt_bias"]
+    rate = np.exp(inputs["A_log"]).reshape(-1, *[1] * (x.ndim - 3))
+    made["log_decay"] = -rate * np.logaddexp(x, 0)
+    return delta_rule(made, S, reset)
+
+
 def momentum_delta_rule(inputs, state, reset):
     q, k, v, beta, g, h = (
         inputs[name] for name in ("q", "k", "v", "beta", "log_decay", "log_momentum")

@@ -69,6 +69,7 @@ class CallOptions:
         static option it would compile the op again for every new number.
       exclusive: whether outputs read the state before their step.
       narrow_state: whether the final state is bfloat16.
+      normalize: whether queries and keys are normalized first.
     """
 
     forward_on_cpu: str
@@ -79,3 +80,4 @@ class CallOptions:
     scale: float | None
     exclusive: bool
     narrow_state: bool
+    normalize: bool

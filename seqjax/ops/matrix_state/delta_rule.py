@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from seqjax.ops.core import linalg
 from seqjax.ops.core.linalg import along_rows, down_columns
 from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state.input_maps import SoftplusGate
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Float, Reset
 
@@ -57,6 +58,8 @@ def delta_rule(
     *,
     scale: float | Array | None = None,
     state_dtype: Any = None,
+    normalize: bool = False,
+    gate: SoftplusGate | None = None,
     reset: Reset | None = None,
     chunk_size: int | None = None,
     algorithm: str | None = None,
@@ -70,8 +73,9 @@ def delta_rule(
         o_t = scale * S_t^T q_t                                                    S [K, V]
 
     S is decayed, and then the value that it returns for k_t moves by beta_t towards v_t. Where
-    `reset` is true, S_{t-1} is cleared first. The state is stable for beta |k|^2 in [0, 2]. The op
-    does not normalise the keys: do so in the layer.
+    `reset` is true, S_{t-1} is cleared first. The state is stable for beta |k|^2 in [0, 2]. By
+    default the op does not normalise the keys. `normalize` and `gate` are computed inside the
+    Pallas kernel, so that the program has no passes over memory for them.
 
     DeltaNet (arXiv 2406.06484) is this op without decays, Gated DeltaNet (2412.06464) with one
     decay per head, and Kimi Delta Attention (2510.26692) with one per key channel. Beta up to 2
@@ -81,7 +85,7 @@ def delta_rule(
       q, k: [B, T, G, K]. G divides H, and head h uses q and k of head h // (H / G).
       v: [B, T, H, V].
       beta: [B, T, H], the write strength.
-      log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0].
+      log_decay: None, [B, T, H] or [B, T, H, K], in [-inf, 0]; with `gate` any real numbers x.
       initial_state: [B, H, K, V]; by default zeros.
       scale: factor of the queries, a real number or scalar array; by default K**-0.5. New values
         do not recompile.
@@ -89,6 +93,10 @@ def delta_rule(
         sums inside a call stay in float32, and the carried state is rounded once per call. Token by
         token, the outputs of 4,096 tokens then had a relative error (root mean square) of 0.3 % for
         decays of 0.9, 1.0 % for 0.99, and 1.6 % without decay.
+      normalize: whether to replace q and k by x / sqrt(|x|^2 + 1e-6), computed in float32 (float64
+        for float64) and rounded to their dtype.
+      gate: None, or a `seqjax.ops.SoftplusGate` of arrays A_log and dt_bias. The logarithms of the
+        decays are then g = -exp(A_log) softplus(x + dt_bias).
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
         sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
@@ -123,6 +131,8 @@ def delta_rule(
         initial_state,
         scale=scale,
         state_dtype=state_dtype,
+        normalize=normalize,
+        gate=gate,
         reset=reset,
         chunk_size=chunk_size,
         algorithm=algorithm,

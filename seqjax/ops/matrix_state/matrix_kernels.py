@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import chunk_steps
-from seqjax.ops.matrix_state import grouped_heads
+from seqjax.ops.matrix_state import grouped_heads, input_maps
+from seqjax.ops.matrix_state.algorithm_choice import CallOptions
 
 KERNEL_WIDTH = 256  # the largest K and V whose blocks fit the memory of every chip
 VALUE_WIDTH = 512  # the largest V, in slices of at most KERNEL_WIDTH
@@ -36,30 +37,30 @@ def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
     return None
 
 
-def functions(
-    default_scale: float | None, chunk_size: int | None, interpret: bool, dtype: Any
-) -> tuple[Callable[..., Any], ...]:
+def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callable[..., Any], ...]:
     """Return the functions forward, backward and shapes for `kernel_op`.
 
     Args:
-      default_scale: K**-0.5, or None if the caller passes a scale, which is then an operand.
-      chunk_size: the caller's choice.
+      options: the static options of the call.
       interpret: the caller's choice.
       dtype: the dtype of the outputs.
     """
-    # A kernel is compiled with the default scale. Other scales multiply the queries beforehand.
+    # A kernel is compiled with the default scale. Other scales multiply the queries beforehand,
+    # after they were normalized.
     shared = {
-        "scale": 1.0 if default_scale is None else default_scale,
-        "chunk_size": chunk_size,
+        "scale": 1.0 if options.scale is None else options.scale,
+        "chunk_size": options.chunk_size,
+        "normalize": options.normalize and options.scale is not None,
         "interpret": interpret,
     }
+    layout = functools.partial(_layout, options.normalize and options.scale is None)
 
     def forward(
         kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
     ) -> Any:
-        *inputs, vectors, state = _layout(reset, arrays, log_decay, S0, scale)
+        *inputs, gate, vectors, state = layout(reset, arrays, log_decay, S0, scale)
         out, final, *states = kernels.forward(
-            *inputs, state, reset, vectors=vectors, states=save, **shared
+            *inputs, state, reset, vectors=vectors, gate=gate, states=save, **shared
         )
         heads, values = arrays["v"].shape[2:]
         out = _join(out[..., None, :], heads, values)[..., 0, :]
@@ -71,22 +72,24 @@ def functions(
         del outputs
         arrays, log_decay, S0, reset, scale = args
         [states], (d_out, d_final) = residuals, cotangents
-        layout = functools.partial(_layout, reset)
-        (*inputs, vectors, _), transpose = jax.vjp(layout, arrays, log_decay, S0, scale)
+        run = functools.partial(layout, reset)
+        (*inputs, gate, vectors, _), transpose = jax.vjp(run, arrays, log_decay, S0, scale)
         d_out = _columns(d_out)
         grads = kernels.backward(
-            *inputs, states, reset, d_out, _slices(d_final), vectors=vectors, **shared
+            *inputs, states, reset, d_out, _slices(d_final), vectors=vectors, gate=gate, **shared
         )
         found = tuple(grads.get(name) for name in ("q", "k", "v", "beta", "log_decay"))
+        of_gate = None if gate is None else (grads["rate"], grads["bias"])
         of_vectors = {name: grads[name] for name in vectors}
-        return jax.tree.leaves(transpose((*found, of_vectors, grads["initial_state"])))
+        return jax.tree.leaves(transpose((*found, of_gate, of_vectors, grads["initial_state"])))
 
     def shapes(arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any) -> Any:
         outputs = jax.ShapeDtypeStruct(arrays["v"].shape, dtype)
         v, state = jax.eval_shape(_columns, arrays["v"]), jax.eval_shape(_slices, S0)
         vectors = (arrays[name] for name in ("a", "b") if name in arrays)
-        inputs = (arrays["q"], arrays["k"], v, arrays.get("beta"), log_decay, *vectors)
-        count = -(-arrays["q"].shape[1] // chunk_steps(*inputs, wanted=chunk_size))
+        decay = log_decay[0] if isinstance(log_decay, tuple) else log_decay
+        inputs = (arrays["q"], arrays["k"], v, arrays.get("beta"), decay, *vectors)
+        count = -(-arrays["q"].shape[1] // chunk_steps(*inputs, wanted=options.chunk_size))
         batch, *rest = state.shape
         states = jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)
         return (outputs, jax.ShapeDtypeStruct(S0.shape, S0.dtype)), [states]
@@ -94,12 +97,22 @@ def functions(
     return forward, backward, shapes
 
 
-def _layout(reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any) -> tuple[Any, ...]:
-    """Return q, k, v, beta, log_decay, a dict of a and b, and the initial state for the kernels.
+def _layout(
+    normalize: bool, reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any
+) -> tuple[Any, ...]:
+    """Return q, k, v, beta, log_decay, gate, a dict of a and b, and the initial state.
 
-    Arrays are [B, T, heads, F]. The dict is empty for ops without a and b. Where the state is
-    cleared before a step, its a is zero, because it reads the state before the decay.
+    Arrays are [B, T, heads, F]. The gate is None, or its rate and bias [heads, F]. The dict is
+    empty for ops without a and b. Where the state is cleared before a step, its a is zero, because
+    it reads the state before the decay. `normalize` is true if the kernel does not normalize.
     """
+    if normalize:
+        arrays = input_maps.normalize(arrays)
+    gate: tuple[jax.Array, ...] | None = None
+    if isinstance(log_decay, tuple):
+        log_decay, (A_log, bias) = log_decay
+        rate = input_maps.SoftplusGate(A_log, bias).rate(log_decay, S0.dtype)
+        gate = (rate, bias.astype(S0.dtype))
     q, v = arrays["q"], _columns(arrays["v"])
     if scale is not None:
         q = (q.astype(scale.dtype) * scale).astype(q.dtype)
@@ -109,12 +122,14 @@ def _layout(reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any) 
         None if x is None else grouped_heads.repeat(x, heads)
         for x in (arrays.get("beta"), log_decay)
     )
+    if gate is not None:  # as heads of a single step
+        gate = tuple(grouped_heads.repeat(x[None, None], heads)[0, 0] for x in gate)
     vectors = {
         name: grouped_heads.repeat(arrays[name], heads) for name in ("a", "b") if name in arrays
     }
     if vectors and reset is not None:
         vectors["a"] = jnp.where(reset[..., None, None], 0, vectors["a"])
-    return q, k, v, beta, decay, vectors, _slices(S0)
+    return q, k, v, beta, decay, gate, vectors, _slices(S0)
 
 
 def _columns(x: jax.Array) -> jax.Array:

@@ -26,18 +26,17 @@ from seqjax.ops.core import (
     linalg,
     sequence_parallel,
 )
-from seqjax.ops.core.checkpointed_scan import time_scan
 from seqjax.ops.core.custom_adjoint import unless_differentiated
-from seqjax.ops.core.linalg import along_rows
 from seqjax.ops.matrix_state import (
-    chunk_sizes,
     chunked,
     decays,
     exclusive_read,
-    grouped_heads,
+    input_maps,
     matrix_kernels,
+    xla_form,
 )
 from seqjax.ops.matrix_state.algorithm_choice import CallOptions, default_algorithms
+from seqjax.ops.matrix_state.input_maps import SoftplusGate
 from seqjax.types import Array
 
 ALGORITHMS = ("sequential", "chunked", "associative")
@@ -176,6 +175,8 @@ class MatrixRecurrence:
         exclusive: bool = False,
         bonus: Array | None = None,
         state_dtype: Any = None,
+        normalize: bool = False,
+        gate: SoftplusGate | None = None,
         reset: Array | None = None,
         chunk_size: int | None = None,
         algorithm: str | None = None,
@@ -195,6 +196,8 @@ class MatrixRecurrence:
             S_t.
           bonus: [H, K] or [H]; with `exclusive`, outputs read S_{t-1} + diag(bonus) k_t v_t^T.
           state_dtype: bfloat16 for a final state of half the size; by default float32 or float64.
+          normalize: whether to divide "q" and "k" by sqrt(|x|^2 + 1e-6) first.
+          gate: maps `log_decay` to the logarithms of the decays; by default they are equal.
           reset: [B, T] bool, True where the state is cleared before the step.
           chunk_size: steps in a chunk, rounded up to a power of two; by default 64, or 16 for the
             sequential algorithm, which recomputes its states in chunks.
@@ -230,6 +233,11 @@ class MatrixRecurrence:
             if "k" not in self.inputs:
                 raise ValueError(f"{op}: `bonus` must be None without an input `k`, got an array.")
             given, wanted = given | {"bonus": jnp.asarray(bonus)}, wanted | {"bonus": "H K | H"}
+        if normalize and "k" not in self.inputs:
+            raise ValueError(f"{op}: `normalize` must be False without an input `k`, got True.")
+        if gate is not None:
+            gate_arrays, gate_patterns = input_maps.check_gate(op, gate, given["log_decay"])
+            given, wanted = given | gate_arrays, wanted | gate_patterns
         sizes = checks.check_shapes(op, {name: wanted[name] for name in given}, given)
         groups = sizes.get("G", sizes["H"])
         if sizes["H"] % groups:
@@ -247,6 +255,7 @@ class MatrixRecurrence:
         if given["initial_state"] is None:
             shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
             given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values(), bonus))
+        decay_axes = 0 if log_decay is None else given["log_decay"].ndim - 2
         algorithm = backends.select_algorithm(
             op,
             algorithm,
@@ -254,7 +263,6 @@ class MatrixRecurrence:
             length=sizes["T"],
             any_length=("sequential", "chunked"),
         )
-        decay_axes = 0 if log_decay is None else given["log_decay"].ndim - 2
         chosen = default_algorithms(
             sizes, decay_axes, self.diagonal, self.cpu_chunks_from if self.chunk else None
         )
@@ -266,10 +274,15 @@ class MatrixRecurrence:
             length=sizes["T"],
             unsupported=matrix_kernels.unsupported(given, interpret),
         )
+        if gate is not None:
+            gate = input_maps.SoftplusGate(given.pop("A_log"), given.pop("dt_bias"))
+            given["log_decay"] = (given["log_decay"], gate)
         default = sizes["K"] ** -0.5 if scale is None else None
         algorithms = (algorithm,) * 3 if algorithm else chosen
         narrow = state_dtype is not None
-        options = CallOptions(*algorithms, chunk_size, backend, default, exclusive, narrow)
+        options = CallOptions(
+            *algorithms, chunk_size, backend, default, exclusive, narrow, normalize
+        )
         return _recur(
             given,
             reset,
@@ -283,7 +296,7 @@ class MatrixRecurrence:
 
 @functools.partial(jax.jit, static_argnames=("recurrence", "options", "sequence_axis"))
 def _recur(
-    given: dict[str, jax.Array | None],
+    given: dict[str, Any],
     reset: jax.Array | None,
     scale: jax.Array | None,
     bonus: jax.Array | None,
@@ -292,82 +305,19 @@ def _recur(
     options: CallOptions,
     sequence_axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    names = list(given)
-    *values, reset, scale, bonus = jax_compat.match_varying(*given.values(), reset, scale, bonus)
-    arrays = dict(zip(names, values, strict=True))
-    state = checks.state_dtype(*values, bonus)
-    out = checks.output_dtype(arrays["v"], *values, bonus)
+    leaves, tree = jax.tree.flatten((given, reset, scale, bonus))
+    matched = jax_compat.match_varying(*leaves)
+    arrays, reset, scale, bonus = jax.tree.unflatten(tree, matched)
+    values = [*jax.tree.leaves(arrays), bonus]
+    state = checks.state_dtype(*values)
+    out = checks.output_dtype(arrays["v"], *values)
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
     scale = None if scale is None else scale.astype(jnp.finfo(state).dtype)
 
-    def run_xla(
-        differentiated: bool, arrays: Any, log_decay: Any, S0: jax.Array, reset: Any, scale: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
-        sizes = (arrays["v"].shape, options.chunk_size)
-        if log_decay is not None:
-            log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        if shared := arrays["q"].shape[2] != S0.shape[1]:
-            arrays, log_decay, S0, ungroup = grouped_heads.group(arrays, log_decay, S0)
-        factor = jnp.asarray(options.scale if scale is None else scale, state)
-
-        def cleared(x: jax.Array, reset: jax.Array) -> jax.Array:
-            reset = jnp.expand_dims(reset, range(reset.ndim, x.ndim))
-            return jnp.where(reset, jnp.zeros_like(x), x)
-
-        if reset is not None:  # decays of -inf do not clear the state before the decay
-            for name in recurrence.reads_before_decay:
-                arrays[name] = cleared(arrays[name], reset)
-
-        def step(S: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array]:
-            x, decay, reset = inputs
-            x = {name: value.astype(state) for name, value in x.items()}
-            if reset is not None:
-                S = cleared(S, reset)
-            decayed = S
-            if decay is not None:
-                x["decay"] = decay
-                decayed = along_rows(decay, S.shape[-1]) * S
-            S = recurrence.step(S, decayed, x)
-            return S, linalg.read(S, x["q"]).astype(out)
-
-        patterns = recurrence.patterns
-        vectors = [n for n in arrays if len(patterns[n].split("|")[0].split()) == 4]
-        # A complex decay makes the states complex, for which there is no bfloat16.
-        mixable = recurrence.mixed and not jnp.issubdtype(state, jnp.complexfloating)
-        narrow = mixable and all(arrays[name].dtype == jnp.bfloat16 for name in vectors)
-
-        def run(division: chunk_sizes.Division | None, S0: jax.Array, inputs: Any) -> Any:
-            mixed = division is not None and division.mixed
-            if not mixed:
-                inputs = inputs | {"q": inputs["q"].astype(state) * factor}
-            if division is None:
-                decay = decays.by_step(log_decay, inputs["q"], repeat=differentiated)
-                # The adjoint stores the states of one chunk: few enough for a cache.
-                return time_scan(step, S0, (inputs, decay, reset), options.chunk_size or 16)
-            if log_decay is not None:
-                inputs = inputs | {"log_decay": log_decay}
-            assert recurrence.chunk is not None
-            return chunked.scan_chunks(
-                recurrence.chunk,
-                inputs,
-                S0,
-                reset,
-                division=division,
-                out_dtype=out,
-                vectors=vectors,
-                scale=factor if mixed else None,
-            )
-
-        algorithm = options.on_cpu if differentiated else options.forward_on_cpu
-        on_cpu = chunk_sizes.divide(algorithm, chunk_sizes.CPU, *sizes, narrow)
-        elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes, narrow)
-        results = backends.by_platform(run, on_cpu, elsewhere, S0, arrays)
-        return ungroup(*results) if shared else results
-
-    xla = unless_differentiated(functools.partial(run_xla, False), functools.partial(run_xla, True))
+    run = functools.partial(xla_form.run, recurrence, options, out)
+    xla = unless_differentiated(functools.partial(run, False), functools.partial(run, True))
     interpret = options.backend.mode is backends.Mode.INTERPRET
-    kernels = matrix_kernels.functions(options.scale, options.chunk_size, interpret, out)
+    kernels = matrix_kernels.functions(options, interpret, out)
     compute = kernel_op.kernel_op(options.backend, xla, *kernels)
     if options.exclusive:
         compute = exclusive_read.exclusive(compute, options.scale, bonus)
@@ -392,7 +342,10 @@ def _recur(
         }
         transition, apply = local(identity, no_values)[1], linalg.matmul
     else:
-        transition, apply = decays.shard_decay(log_decay, S0, reset), jnp.multiply
+        transition, apply = (
+            decays.shard_decay(input_maps.open_gate(log_decay), S0, reset),
+            jnp.multiply,
+        )
         if "value_log_decay" in arrays:
             of_columns = decays.shard_decay(arrays["value_log_decay"], S0, reset)
             transition = transition * of_columns.mT
