@@ -6,7 +6,8 @@ are left out. To add a row, write such a function and add it to `ROWS`.
 
 Peers get the same work: the layers of seqjax project their output, so an output projection follows
 each peer's recurrence. Other programs on the machine only ever add time, so the table compares the
-minimum over rounds. A round times every candidate once.
+minimum over rounds. A round times every candidate once. On a machine with much other load, pin the
+process to one core, set OMP_NUM_THREADS=1, and pass `--processor_time`.
 """
 
 import functools
@@ -19,7 +20,14 @@ import jax
 import numpy as np
 
 from experiments.bench import cases
-from experiments.bench.tools import ONLY, Candidates, Table, seconds
+from experiments.bench.tools import (
+    ONLY,
+    PROCESSOR_TIME,
+    Candidates,
+    Table,
+    cpu_seconds,
+    seconds,
+)
 from seqjax import layers
 
 US = "seqjax"
@@ -150,6 +158,8 @@ ROWS |= {
 
 def minima(candidates: Candidates, rounds: int) -> dict[str, float]:
     """Return the shortest seconds of a call of each candidate; a round calls each one once."""
+    if PROCESSOR_TIME.value:
+        return cpu_seconds(candidates, rounds)
     for run in candidates.values():
         jax.block_until_ready(run())  # compile
     times = [{name: seconds(run) for name, run in candidates.items()} for _ in range(rounds)]

@@ -16,6 +16,9 @@ from absl import flags
 ONLY = flags.DEFINE_string(
     "only", "", "Only rows of ops, choice, peers, tpu or gpu whose name starts with this."
 )
+PROCESSOR_TIME = flags.DEFINE_boolean(
+    "processor_time", False, "Compare processor time in peers; pin the process to one core."
+)
 
 Candidates = dict[str, Callable[..., Any]]
 # Seconds that short calls are repeated for. The time of a single short call depends on the state

@@ -114,10 +114,10 @@ def _sequential(
     leaves, tree = jax.tree.flatten((params, xs))
     which = inexact(leaves)
     # Columns from here on. XLA removes slices of stacks unless other operations are in between.
-    hs, h0, ct = (split_state(value, shape) for value in (hs, h0, ct))
-    found = [sequence_parallel.previous(*pair, reset) for pair in zip(h0, hs, strict=True)]
+    states, start, cts = (split_state(value, shape) for value in (hs, h0, ct))
+    found = [sequence_parallel.previous(*pair, reset) for pair in zip(start, states, strict=True)]
     step = on_columns(functools.partial(cell, params), shape)
-    weights, d_h0 = _step_back(step, xs, found, reset, ct)
+    weights, d_h0 = _step_back(step, xs, found, reset, cts)
 
     def evaluate(changed: list[Array]) -> list[Array]:
         params, xs = jax.tree.unflatten(tree, put(leaves, which, changed))
