@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import train
-from experiments.base import cli, devices
+from experiments.base import allocator, cli, devices
 from experiments.base.errors import UserError
 
 CONFIG = os.path.relpath(pathlib.Path(__file__).parent / "configs" / "finetune.py")
@@ -96,4 +96,5 @@ def _check_export(folder: str, workdir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
+    allocator.keep_memory()  # before JAX starts its backend
     sys.exit(cli.run(define_flags, main))

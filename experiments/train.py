@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import seqjax
-from experiments.base import build, cli, devices, logs, plots, usage
+from experiments.base import allocator, build, cli, devices, logs, plots, usage
 from experiments.base.errors import DivergedError, UserError, check_positive
 from experiments.data import pipeline
 from experiments.objectives import protocol, sampling
@@ -293,4 +293,5 @@ def save_sample(config: ConfigDict, model: Any, params: Any, workdir: Path) -> N
 
 
 if __name__ == "__main__":
+    allocator.keep_memory()  # before JAX starts its backend
     sys.exit(cli.run(define_flags, main))

@@ -57,3 +57,14 @@ def interpret(
             outputs = apply(eqn, inputs)
         known |= zip(eqn.outvars, outputs, strict=True)
     return [read(v) for v in jaxpr.outvars]
+
+
+def bind(eqn: Any, params: Any) -> Callable[..., Sequence[Any]]:
+    """Return the operation of an equation as a function of its inputs, with these parameters."""
+
+    def run(*arrays: Any) -> Sequence[Any]:
+        with eqn.ctx.manager:
+            out = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(params))
+        return out if eqn.primitive.multiple_results else [out]
+
+    return run

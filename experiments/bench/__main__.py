@@ -9,6 +9,8 @@
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
     python -m experiments.bench generate   # tokens per second of generation
     python -m experiments.bench peers      # layers of other libraries against those of seqjax
+    python -m experiments.bench loops      # elementwise scan against numba, the last table of peers
+    python -m experiments.bench allocator  # training steps with memory that the process keeps
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
     python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
@@ -35,8 +37,27 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, device, generate, gpu, newton, options, peers, tpu
-from experiments.bench.tools import ONLY, Candidates, Table, cpu_seconds, ratios, seconds
+from experiments.bench import (
+    allocator,
+    cases,
+    device,
+    generate,
+    gpu,
+    loops,
+    newton,
+    options,
+    peers,
+    tpu,
+)
+from experiments.bench.tools import (
+    ONLY,
+    PROCESSOR_TIME,
+    Candidates,
+    Table,
+    cpu_seconds,
+    ratios,
+    seconds,
+)
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
@@ -142,6 +163,12 @@ def bench_forward(rounds: int) -> None:
         table.row(f"{name}, B={batch}, T=2048", row)
 
 
+def bench_peers(rounds: int) -> None:
+    """Time the layers of other libraries, and a numba loop in place of the elementwise scan."""
+    peers.bench_peers(rounds)
+    loops.bench_loops(rounds)
+
+
 def temporary_bytes(compiled: Any) -> int:
     """Return the bytes of temporaries of a compiled program, without arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
@@ -200,7 +227,9 @@ SUITES = {
     "choice": bench_choice,
     "newton": newton.bench_newton,
     "generate": generate.bench_generate,
-    "peers": peers.bench_peers,
+    "peers": bench_peers,
+    "loops": loops.bench_loops,
+    "allocator": allocator.bench_allocator,
     "tpu": tpu.bench_tpu,
     "gpu": gpu.bench_gpu,
     "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
@@ -210,7 +239,7 @@ SUITES = {
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags of this script, which the suites read from absl's global flags."""
     del argv
-    for flag in (ROUNDS, ONLY, newton.FIGURE, generate.LAYERS):
+    for flag in (ROUNDS, ONLY, PROCESSOR_TIME, newton.FIGURE, generate.LAYERS):
         values[flag.name] = flags.FLAGS[flag.name]
 
 

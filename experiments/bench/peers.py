@@ -6,7 +6,8 @@ are left out. To add a row, write such a function and add it to `ROWS`.
 
 Peers get the same work: the layers of seqjax project their output, so an output projection follows
 each peer's recurrence. Other programs on the machine only ever add time, so the table compares the
-minimum over rounds. A round times every candidate once.
+minimum over rounds. A round times every candidate once. On a machine with much other load, pin the
+process to one core, set OMP_NUM_THREADS=1, and pass `--processor_time`.
 """
 
 import functools
@@ -18,9 +19,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import seqjax
 from experiments.bench import cases
-from experiments.bench.tools import ONLY, Candidates, Table, seconds
+from experiments.bench.tools import (
+    ONLY,
+    PROCESSOR_TIME,
+    Candidates,
+    Table,
+    cpu_seconds,
+    seconds,
+)
 from seqjax import layers
 
 US = "seqjax"
@@ -133,49 +140,6 @@ def delta_rule_row(batch: int, length: int) -> Row:
     return _row(found)
 
 
-def linear_scan_row(*shape: int) -> Row:
-    """Return the elementwise scan over [B, T, D], and loops that numba compiles for one core."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    arrays = jax.random.uniform(keys[0], shape), jax.random.normal(keys[1], shape)
-    found = {
-        US: jax_candidates(lambda decay, x: seqjax.linear_scan(decay, x)[0], *arrays),
-        "decay + x": (functools.partial(jax.jit(jax.numpy.add), *arrays),) * 2,
-    }
-    if numba := installed("numba"):
-        scan, adjoint = (numba.njit(loop, fastmath=True) for loop in (_scan_loop, _adjoint_loop))
-        a, x = (np.array(array) for array in arrays)
-
-        def both() -> Any:
-            y = scan(a, x)
-            return y, adjoint(a, y, y)
-
-        found["numba"] = functools.partial(scan, a, x), both
-    return _row(found)
-
-
-def _scan_loop(a: Any, x: Any) -> Any:
-    y = np.empty_like(x)
-    for b in range(x.shape[0]):
-        y[b, 0] = x[b, 0]
-        for t in range(1, x.shape[1]):
-            for d in range(x.shape[2]):
-                y[b, t, d] = a[b, t, d] * y[b, t - 1, d] + x[b, t, d]
-    return y
-
-
-def _adjoint_loop(a: Any, y: Any, dy: Any) -> Any:
-    da, dx = np.empty_like(y), np.empty_like(y)
-    for b in range(y.shape[0]):
-        for d in range(y.shape[2]):
-            dx[b, -1, d] = dy[b, -1, d]
-            da[b, 0, d] = 0
-        for t in range(y.shape[1] - 1, 0, -1):
-            for d in range(y.shape[2]):
-                da[b, t, d] = dx[b, t, d] * y[b, t - 1, d]
-                dx[b, t - 1, d] = dy[b, t - 1, d] + a[b, t, d] * dx[b, t, d]
-    return da, dx
-
-
 def _row(found: dict[str, tuple[Any, Any]]) -> Row:
     return Row(*({key: pair[i] for key, pair in found.items()} for i in range(2)))
 
@@ -190,14 +154,12 @@ ROWS |= {
     f"delta_rule, decay per head, B={batch}, T=2048": functools.partial(delta_rule_row, batch, 2048)
     for batch in (1, 4)
 }
-ROWS |= {
-    f"linear_scan, {[*shape]}": functools.partial(linear_scan_row, *shape)
-    for shape in ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
-}
 
 
 def minima(candidates: Candidates, rounds: int) -> dict[str, float]:
     """Return the shortest seconds of a call of each candidate; a round calls each one once."""
+    if PROCESSOR_TIME.value:
+        return cpu_seconds(candidates, rounds)
     for run in candidates.values():
         jax.block_until_ready(run())  # compile
     times = [{name: seconds(run) for name, run in candidates.items()} for _ in range(rounds)]

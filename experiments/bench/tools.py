@@ -16,6 +16,9 @@ from absl import flags
 ONLY = flags.DEFINE_string(
     "only", "", "Only rows of ops, choice, peers, tpu or gpu whose name starts with this."
 )
+PROCESSOR_TIME = flags.DEFINE_boolean(
+    "processor_time", False, "Compare processor time in peers; pin the process to one core."
+)
 
 Candidates = dict[str, Callable[..., Any]]
 # Seconds that short calls are repeated for. The time of a single short call depends on the state
@@ -49,8 +52,8 @@ def seconds(run: Callable[..., Any]) -> float:
     return taken
 
 
-def cpu_seconds(candidates: Candidates, rounds: int) -> dict[str, float]:
-    """Return the least processor time of a call of each candidate; a round calls each one once.
+def processor_times(candidates: Candidates, rounds: int) -> dict[str, list[float]]:
+    """Return the processor times of the calls of each candidate; a round calls each one once.
 
     Processor time depends less on other programs than elapsed time does. It adds the time of all
     threads, so pin the process to one core (`taskset -c 0`) to leave out threads that wait.
@@ -63,7 +66,12 @@ def cpu_seconds(candidates: Candidates, rounds: int) -> dict[str, float]:
             start = time.process_time()
             jax.block_until_ready(run())
             times[name].append(time.process_time() - start)
-    return {name: min(found) for name, found in times.items()}
+    return times
+
+
+def cpu_seconds(candidates: Candidates, rounds: int) -> dict[str, float]:
+    """Return the least processor time of a call of each candidate; see `processor_times`."""
+    return {name: min(found) for name, found in processor_times(candidates, rounds).items()}
 
 
 def run_apart(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.cells import Cell, Headwise
+from seqjax.cells._base import Bounds, Structure
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import (
     Initializer,
@@ -154,11 +155,15 @@ class RNN(Layer):
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         wide, cell = state_dtype(x.dtype), self.cell
-        u = dense(x, params["in_proj"]).astype(wide) + params["bias"].astype(wide)
+        shape = cell.gates, self.states
+        u = dense(x, params["in_proj"]).astype(wide).reshape(*x.shape[:2], *shape)
+        bias = params["bias"].astype(wide).reshape(shape)
+        recurrent = {name: params[name].astype(wide) for name in cell.recurrent}
+        in_loop = cell.structure == "dense"  # other cells may run as a kernel
         states, state, info = nonlinear_scan(
-            cell,
-            {name: params[name].astype(wide) for name in cell.recurrent},
-            u.reshape(*u.shape[:2], cell.gates, self.states),
+            _WithBias(cell) if in_loop else cell,
+            {"cell": recurrent, "bias": bias} if in_loop else recurrent,
+            u if in_loop else u + bias,
             state,
             reset=context.reset,
             algorithm=self.algorithm,
@@ -168,3 +173,24 @@ class RNN(Layer):
         )
         context.record("solve", info)
         return dense(self.cell.output(states).astype(x.dtype), params["out_proj"]), state
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithBias:
+    """A cell on pre-activations without their bias.
+
+    The loop over steps adds the bias. On CPU the sums of all steps would be one more array of the
+    size of the inputs, which takes a tenth of the time of an LSTM's forward pass.
+    """
+
+    cell: Cell
+
+    @property
+    def structure(self) -> Structure:
+        return self.cell.structure
+
+    def bounds(self, params: Any) -> Bounds | None:
+        return self.cell.bounds(params["cell"])
+
+    def __call__(self, params: Any, h: jax.Array, u: jax.Array) -> jax.Array:
+        return self.cell(params["cell"], h, u + params["bias"])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import seqjax
-from experiments.bench import peers
+from experiments.bench import loops, peers
 
 
 @pytest.mark.slow
@@ -23,23 +23,25 @@ def test_every_library_runs_the_same_row(name, monkeypatch):
 
 @pytest.mark.slow
 def test_rows_of_ops_run_in_every_library():
-    for row in (
-        peers.mamba_row(1, 5, 4),
-        peers.delta_rule_row(1, 5),
-        peers.linear_scan_row(2, 5, 3),
-    ):
+    for row in (peers.mamba_row(1, 5, 4), peers.delta_rule_row(1, 5)):
         assert row.forward.keys() == row.both.keys()
         for run in (*row.forward.values(), *row.both.values()):
             run()
 
 
+def test_scans_and_loops_run():
+    for group in loops.candidates(2, 5, 3):
+        for run in (*group.values(), *group.values()):  # a donated result is the next input
+            run()
+
+
 def test_numba_loops_compute_the_scan_and_its_adjoint():
     decay, x, dy = np.random.default_rng(0).normal(size=(3, 2, 6, 3)).astype(np.float32)
-    y = peers._scan_loop(decay, x)
+    y = loops.scan_loop(decay, x, np.empty_like(x))
     found, pull = jax.vjp(lambda decay, x: seqjax.linear_scan(decay, x)[0], decay, x)
     np.testing.assert_allclose(y, found, rtol=1e-5, atol=1e-5)
-    for loop, adjoint in zip(peers._adjoint_loop(decay, y, dy), pull(dy), strict=True):
-        np.testing.assert_allclose(loop, adjoint, rtol=1e-4, atol=1e-4)
+    for slope, wanted in zip(loops.adjoint_loop(decay, y, dy), pull(dy), strict=True):
+        np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_library_that_is_not_installed_is_left_out(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 import seqjax
 from seqjax import cells
-from seqjax.ops.nonlinear import hoisted_scan, implicit_diff
+from seqjax.ops.nonlinear import hoisted_scan, implicit_diff, state_columns
 from tests.contract.cases import cell_params
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -66,7 +66,8 @@ def test_the_adjoint_stores_no_large_values_for_all_steps():
 
     def step_back(p, x, h):
         cell = functools.partial(lambda p, h, x: outer_products(p, h, h * x), p)
-        return implicit_diff._step_back(cell, x, x, None, x)
+        step = state_columns.on_columns(cell, (64,))
+        return implicit_diff._step_back(step, x, [x], None, [x])
 
     memory = jax.jit(step_back).lower(*arrays(1024)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 10 * 2 * 1024 * 64 * 4
@@ -85,8 +86,11 @@ def test_cells_compute_all_values_of_inputs_outside_of_the_loop(cell, monkeypatc
 
     def programs():
         yield str(jax.make_jaxpr(lambda h, x: hoisted_scan.hoisted_scan(step, h, x))(h0, xs))
-        back = functools.partial(implicit_diff._step_back, functools.partial(cell, params))
-        yield str(jax.make_jaxpr(lambda x, h: back(x, h, None, h))(xs, states))
+        shape = h0.shape[1:]
+        columns = state_columns.split_state(states, shape)
+        on_columns = state_columns.on_columns(functools.partial(cell, params), shape)
+        back = functools.partial(implicit_diff._step_back, on_columns)
+        yield str(jax.make_jaxpr(lambda x, h: back(x, h, None, h))(xs, columns))
 
     limited = list(programs())
     monkeypatch.setattr(hoisted_scan, "LARGEST", float("inf"))
@@ -124,3 +128,39 @@ def _in_a_python_loop(p):
         h = jnp.tanh(p * h + t)
         total = total + jnp.sum(h)
     return total
+
+
+def gradient_program(cell, batch=3, length=37):
+    """Return the compiled text of a cell's gradient, step by step."""
+    params = cell_params(np.random.default_rng(0), cell, 1.0)
+    xs, h0 = jnp.ones((batch, length, cell.gates, 16)), cell.initial_state(batch)
+
+    def loss(params, xs):
+        return jnp.sum(cell.output(seqjax.nonlinear_scan(cell, params, xs, h0)[0]) ** 2)
+
+    return jax.jit(jax.grad(loss, (0, 1))).lower(params, xs).compile().as_text()
+
+
+@pytest.mark.parametrize("cell", [cells.GRU(16), cells.LSTM(16)], ids=repr)
+def test_no_array_of_all_steps_is_transposed(cell):
+    """Check that no array has time first, and no step alternates coupled numbers in memory."""
+    program = gradient_program(cell)
+    assert "f32[3,37," in program
+    assert "f32[37,3," not in program
+    assert "f32[3,16,2]" not in program
+
+
+def test_the_loop_reads_gates_in_place_and_adds_their_bias():
+    """Check the arrays of all steps: inputs, and no gate or sum for itself."""
+    bias = jnp.ones((3, 16))
+
+    def run(x, h):
+        def step(h, x):
+            gates = x + bias
+            h = jnp.tanh(gates[0] * h + gates[1]) + gates[2]
+            return h, h
+
+        return hoisted_scan.hoisted_scan(step, h, x)[1]
+
+    program = jax.jit(run).lower(jnp.ones((2, 37, 3, 16)), jnp.ones((2, 16))).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 37 * 2 * 16 * 4

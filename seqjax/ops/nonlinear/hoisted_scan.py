@@ -5,9 +5,13 @@ and slicing the gates of a step keeps XLA from vectorizing the rest. The program
 therefore split in three. Values of parameters alone are computed once, values of the inputs for all
 steps at once, and only the others in the loop. Values that are much larger than the inputs and the
 state of a step stay in the loop too, because those of all steps would need too much memory.
+
+On CPU the loop slices [B, T, ...] arrays and writes its outputs in place. With the time-first
+arrays of `lax.scan`, transposes took up to half the time of a gradient.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,23 +21,55 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 
-from pallas_kernels.jaxpr_interpreter import interpret, primitive_names
+from pallas_kernels.jaxpr_interpreter import bind, interpret, primitive_names
+from seqjax.ops.core import backends, jax_compat
+from seqjax.ops.core.custom_adjoint import unless_differentiated
+from seqjax.ops.nonlinear.state_columns import FEW, INLINED
 from seqjax.types import PyTree
 
 CONSTANT, PER_STEP, IN_LOOP = range(3)
-FEW = 8  # coupled numbers of a channel; more are the channels of a head
 # Largest size of a value that is computed for all steps, relative to a step's inputs and carry.
 LARGEST = 2
-# Functions with custom derivatives stay whole.
-_INLINED = primitive_names("jit pjit closed_call")
+# Operations that cost less in the loop than reading their results from memory.
+_CHEAP = primitive_names("add sub mul neg integer_pow square")
+_VIEWS = primitive_names("slice squeeze")
+
+
+class _Block(NamedTuple):
+    """A contiguous block of an array: what the loop reads in place of a copy for all steps."""
+
+    array: jax.Array
+    start: tuple[int, ...]
+    sizes: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Value:
-    """A value of a step: CONSTANT, PER_STEP with leading axis B * T, or IN_LOOP without array."""
+    """A value of a step: CONSTANT, PER_STEP with leading axis B * T, or IN_LOOP without array.
+
+    A PER_STEP value may be a block of a larger one.
+    """
 
     kind: int
     array: Any = None
+    block: _Block | None = None
+
+
+class _Operation(NamedTuple):
+    """An operation of the loop: a function, its inputs and its outputs."""
+
+    run: Callable[..., Sequence[Any]]
+    ins: list[_Value]
+    outs: list[_Value]
+
+
+class _Read(NamedTuple):
+    """A block of a row of the array number `source`, and its shape without axes of size 1."""
+
+    source: int
+    start: tuple[int, ...]
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
 def hoisted_scan(
@@ -64,6 +100,7 @@ def hoisted_scan(
         return _plain_scan(step, carry, xs, reverse=reverse)
     largest = LARGEST * sum(math.prod(x.shape) for x in jax.tree.leaves(row))
     loop: list[_Operation] = []
+    cheap: dict[_Value, _Operation] = {}
 
     def apply(eqn: Any, ins: list[_Value]) -> list[_Value]:
         kind = max((v.kind for v in ins), default=CONSTANT)
@@ -71,36 +108,153 @@ def hoisted_scan(
             operation = _in_loop(eqn, ins)
             loop.append(operation)
             return operation.outs
-        run = _bind(eqn, eqn.params)
-        if kind == PER_STEP:
-            run = jax.vmap(run, [0 if v.kind == PER_STEP else None for v in ins])
-        return [_Value(kind, array) for array in run(*(v.array for v in ins))]
+        run = bind(eqn, eqn.params)
+        if kind == CONSTANT:
+            return [_Value(kind, array) for array in run(*(v.array for v in ins))]
+        mapped = jax.vmap(run, [0 if v.kind == PER_STEP else None for v in ins])
+        arrays = mapped(*(v.array for v in ins))
+        if eqn.primitive.name in _VIEWS and ins[0] in cheap:
+            # A slice of a sum: the loop reads slices of the terms in place and adds them.
+            run, terms, _ = cheap[ins[0]]
+            terms = [apply(eqn, [v])[0] if _rank(v) else v for v in terms]
+        elif eqn.primitive.name in _CHEAP:
+            terms = ins
+        else:
+            return [_Value(kind, array, _block(eqn, ins)) for array in arrays]
+        [value] = outs = [_Value(kind, array) for array in arrays]
+        cheap[value] = _Operation(run, terms, outs)
+        return outs
 
     started = [_Value(IN_LOOP) for _ in flat]
     # One axis B * T: gradients of products over two axes transpose their operands on CPU.
     given = [*started, *(_Value(PER_STEP, x.reshape(-1, *x.shape[2:])) for x in leaves)]
-    results = interpret(program, given, lambda array: _Value(CONSTANT, array), apply, _INLINED)
+    results = interpret(program, given, lambda array: _Value(CONSTANT, array), apply, INLINED)
     loop = _needed(loop, results)
-    used = dict.fromkeys(v for operation in loop for v in operation.ins if v.kind == PER_STEP)
-    used |= dict.fromkeys(v for v in results if v.kind == PER_STEP)
+    loop, used = _fewer_inputs(loop, results, cheap)
+    read = [*(v for operation in loop for v in operation.ins), *results]
+    fixed = dict.fromkeys(v for v in read if v.kind == CONSTANT and isinstance(v.array, jax.Array))
+    body = jax.vmap(_body(loop, results, (*started, *used, *fixed), len(flat)), (0, 0, None))
 
-    def body(carried: Sequence[Any], timed: Sequence[Any]) -> Any:
-        found = dict(zip((*started, *used), (*carried, *timed), strict=True))
+    blocks = [v.block or _Block(v.array, *_whole(v.array)) for v in used]
+    sources = list({id(block.array): block.array for block in blocks}.values())
+    index = {id(array): i for i, array in enumerate(sources)}
+    reads = [
+        _Read(index[id(b.array)], b.start, b.sizes, v.array.shape[1:])
+        for b, v in zip(blocks, used, strict=True)
+    ]
+    timed = [x.reshape(batch, length, *x.shape[1:]) for x in sources]
+    options = {"body": body, "reads": reads, "length": length, "reverse": reverse}
+    by_scan = functools.partial(_by_scan, **options)
 
-        def read(value: _Value) -> Any:
-            return value.array if value.kind == CONSTANT else found[value]
+    def forward(*operands: Any) -> tuple[Any, Any]:
+        in_place = functools.partial(_in_place, **options)
+        return backends.by_platform(lambda run, *ops: run(*ops), in_place, by_scan, *operands)
 
-        for run, ins, outs in loop:
-            found |= zip(outs, run(*map(read, ins)), strict=True)
-        done = list(map(read, results))
-        return done[: len(flat)], done[len(flat) :]
-
-    timed = [jnp.moveaxis(v.array.reshape(batch, length, *v.array.shape[1:]), 1, 0) for v in used]
-    # `lax.scan` takes a symbolic T from arrays only.
-    steps = None if timed else length
-    final, ys = lax.scan(jax.vmap(body), flat, timed, length=steps, reverse=reverse)
-    ys = jax.tree.unflatten(jax.tree.structure(shapes[1]), [jnp.moveaxis(y, 0, 1) for y in ys])
+    operands = flat, timed, [v.array for v in fixed]
+    final, ys = unless_differentiated(forward, by_scan)(*operands)
+    ys = jax.tree.unflatten(jax.tree.structure(shapes[1]), ys)
     return jax.tree.unflatten(tree, final), ys
+
+
+def _body(
+    loop: Sequence[_Operation], results: Sequence[_Value], inputs: Sequence[_Value], carried: int
+) -> Callable[..., Any]:
+    """Return the loop's step, (carry, values of the step, constants) -> (carry, outputs).
+
+    It holds no arrays of the trace, because JAX keeps it for derivatives.
+    """
+    copies: dict[_Value, _Value] = {}
+
+    def copy(values: Sequence[_Value]) -> list[_Value]:
+        for v in values:
+            kept = None if isinstance(v.array, jax.Array) else v.array
+            copies.setdefault(v, _Value(v.kind, kept))
+        return [copies[v] for v in values]
+
+    program = [_Operation(run, copy(ins), copy(outs)) for run, ins, outs in loop]
+    given, wanted = copy(inputs), copy(results)
+
+    def body(carry: Sequence[Any], timed: Sequence[Any], constants: Sequence[Any]) -> Any:
+        found = dict(zip(given, (*carry, *timed, *constants), strict=True))
+
+        def array(value: _Value) -> Any:
+            return found.get(value, value.array)
+
+        for run, ins, outs in program:
+            found |= zip(outs, run(*map(array, ins)), strict=True)
+        done = list(map(array, wanted))
+        return done[:carried], done[carried:]
+
+    return body
+
+
+def _rows(xs: Sequence[Any], reads: Sequence[_Read], t: Any) -> list[jax.Array]:
+    """Return the blocks [B, ...] of step t."""
+
+    def row(r: _Read) -> jax.Array:
+        x, zero = xs[r.source], jnp.uint32(0)
+        start = (zero, jnp.asarray(t, jnp.uint32), *map(jnp.uint32, r.start))
+        block = lax.dynamic_slice(x, start, (x.shape[0], 1, *r.sizes))
+        return block.reshape(x.shape[0], *r.shape)
+
+    return list(map(row, reads))
+
+
+def _in_place(
+    carry: Sequence[Any],
+    xs: Sequence[Any],
+    constants: Sequence[Any],
+    *,
+    body: Callable[..., Any],
+    reads: Sequence[_Read],
+    length: Any,
+    reverse: bool,
+) -> tuple[Any, Any]:
+    """Run the loop on CPU: slice [B, T, ...] arrays and write the outputs without transposes."""
+    shapes = jax.eval_shape(body, carry, _rows(xs, reads, 0), constants)[1]
+    # Different in both directions: XLA would merge equal buffers and copy them for each loop.
+    ys = [jnp.full((y.shape[0], length, *y.shape[1:]), int(reverse), y.dtype) for y in shapes]
+    leaves, tree = jax.tree.flatten((carry, ys, xs, constants))
+    carry, ys, xs, constants = jax.tree.unflatten(tree, jax_compat.match_varying(*leaves))
+
+    def step(i: jax.Array, carried: Any) -> Any:
+        # An unsigned index saves a kernel call per step: XLA need not handle negative indices.
+        t = (length - 1 - i if reverse else i).astype(jnp.uint32)
+        carry, row = body(carried[0], _rows(xs, reads, t), constants)
+        pairs = zip(carried[1], row, strict=True)
+        return carry, [lax.dynamic_update_index_in_dim(y, new, t, 1) for y, new in pairs]
+
+    return lax.fori_loop(0, length, step, (list(carry), ys))
+
+
+def _by_scan(
+    carry: Sequence[Any],
+    xs: Sequence[Any],
+    constants: Sequence[Any],
+    *,
+    body: Callable[..., Any],
+    reads: Sequence[_Read],
+    length: Any,
+    reverse: bool,
+) -> tuple[Any, Any]:
+    """Run the loop as `lax.scan`, which transposes the arrays and which JAX can differentiate."""
+    timed = [_moved(xs[r.source], r) for r in reads]
+    # `lax.scan` takes a symbolic T from arrays only.
+    final, ys = lax.scan(
+        lambda carry, row: body(carry, row, constants),
+        carry,
+        timed,
+        length=None if timed else length,
+        reverse=reverse,
+    )
+    return final, [jnp.moveaxis(y, 0, 1) for y in ys]
+
+
+def _moved(x: jax.Array, r: _Read) -> jax.Array:
+    """Return the blocks of all steps, time first."""
+    end = map(sum, zip(r.start, r.sizes, strict=True))
+    block = x[:, :, *map(slice, r.start, end)]
+    return jnp.moveaxis(block.reshape(*x.shape[:2], *r.shape), 1, 0)
 
 
 def _plain_scan(
@@ -116,12 +270,25 @@ def _plain_scan(
     return final, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1), ys)
 
 
-class _Operation(NamedTuple):
-    """An operation of the loop: a function, its inputs and its outputs."""
+def _whole(array: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (0,) * (array.ndim - 1), array.shape[1:]
 
-    run: Callable[..., Sequence[Any]]
-    ins: list[_Value]
-    outs: list[_Value]
+
+def _rank(value: _Value) -> int:
+    """Return the number of axes of a value of one step."""
+    return jnp.ndim(value.array) - (value.kind == PER_STEP)
+
+
+def _block(eqn: Any, ins: list[_Value]) -> _Block | None:
+    """Return the result of a slice as a block, if the loop reads whole vectors of it."""
+    if eqn.primitive.name == "squeeze":
+        return ins[0].block
+    if eqn.primitive.name != "slice" or eqn.params["strides"] is not None:
+        return None
+    size, row = eqn.outvars[0].aval.shape, eqn.invars[0].aval.shape
+    if size[-1] < row[-1] and size[-1] <= FEW:
+        return None
+    return _Block(ins[0].array, eqn.params["start_indices"], size)
 
 
 def _in_loop(eqn: Any, ins: list[_Value]) -> _Operation:
@@ -136,24 +303,43 @@ def _in_loop(eqn: Any, ins: list[_Value]) -> _Operation:
         if matrix.ndim == 2 and tuple(right) == (1,) and not batch[1]:
             params = params | {"dimension_numbers": ((left, (0,)), batch)}
             ins = [ins[0], _Value(CONSTANT, matrix.T)]
-    return _Operation(_bind(eqn, params), ins, outs)
+    return _Operation(bind(eqn, params), ins, outs)
+
+
+def _fewer_inputs(
+    loop: list[_Operation], results: Sequence[_Value], cheap: dict[_Value, _Operation]
+) -> tuple[list[_Operation], list[_Value]]:
+    """Move cheap operations into the loop where it then reads no more arrays than before.
+
+    Returns:
+      The operations of the loop, and the values of all steps that the loop reads.
+    """
+    read = [v for operation in loop for v in operation.ins] + list(results)
+    used = dict.fromkeys(v for v in read if v.kind == PER_STEP)
+    moved: set[_Value] = set()
+
+    def inputs(value: _Value, operations: set[_Value]) -> set[_Value]:
+        """Return what the loop has to read for a value, and add operations that compute it."""
+        operations.add(value)
+        needed: set[_Value] = set()
+        for v in (v for v in cheap[value].ins if v.kind == PER_STEP):
+            needed |= inputs(v, operations) if v in cheap and v not in used else {v}
+        return needed
+
+    for value in [v for v in cheap if v in used][::-1]:
+        operations: set[_Value] = set()
+        new = inputs(value, operations) - used.keys() - moved
+        if len(new) <= 1:
+            del used[value]
+            used |= dict.fromkeys(new)
+            moved |= operations
+    return [operation for v, operation in cheap.items() if v in moved] + loop, list(used)
 
 
 def _size(eqn: Any) -> int:
     """Return the elements of the largest value of an operation, including those inside of it."""
     inner = (_size(e) for program in jaxprs_in_params(eqn.params) for e in program.eqns)
     return max((*(math.prod(v.aval.shape) for v in eqn.outvars), *inner), default=0)
-
-
-def _bind(eqn: Any, params: Any) -> Callable[..., Sequence[Any]]:
-    """Return the operation of an equation as a function of its inputs."""
-
-    def run(*arrays: Any) -> Sequence[Any]:
-        with eqn.ctx.manager:
-            out = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(params))
-        return out if eqn.primitive.multiple_results else [out]
-
-    return run
 
 
 def _needed(loop: list[_Operation], results: Sequence[_Value]) -> list[_Operation]:
@@ -164,17 +350,3 @@ def _needed(loop: list[_Operation], results: Sequence[_Value]) -> list[_Operatio
             wanted |= set(operation.ins)
             kept.append(operation)
     return kept[::-1]
-
-
-def state_parts(shape: Sequence[int]) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
-    """Return functions (split, join) for states [..., D] or [..., D, k] of this shape [D (, k)].
-
-    `split` returns the k coupled numbers separately, if they are few. On CPU, XLA vectorizes a
-    step over D if each of its arrays is [D].
-    """
-    if len(shape) == 1 or shape[-1] > FEW:
-        return lambda h: [h], lambda parts: parts[0]
-    return (
-        lambda h: [h[..., i] for i in range(shape[-1])],
-        lambda parts: jnp.stack(parts, axis=-1),
-    )

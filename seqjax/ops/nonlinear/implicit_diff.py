@@ -11,8 +11,9 @@ from seqjax.ops.core import backends, sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
 from seqjax.ops.nonlinear import jacobian_structure, memory_check
 from seqjax.ops.nonlinear.affine_scan import correction
-from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan, state_parts
+from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan
 from seqjax.ops.nonlinear.newton import Newton
+from seqjax.ops.nonlinear.state_columns import join_state, on_columns, split_state
 from seqjax.types import Array, PyTree
 
 
@@ -35,11 +36,7 @@ def derivatives(
     """
 
     def evaluate(params: PyTree, xs: PyTree, found: Array) -> Array:
-        # One axis B * T: gradients of products over two axes transpose their operands on CPU.
-        lead = found.shape[:2]
-        rows = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), (found, xs))
-        out = jax.vmap(functools.partial(cell, params))(*rows)
-        return out.reshape(*lead, *out.shape[1:])
+        return _over_rows(functools.partial(cell, params), found, xs)
 
     def jacobians(params: PyTree, xs: PyTree, found: Array) -> Array:
         # Windows bound the memory of the solver only. If the platform decides on the algorithm, the
@@ -91,11 +88,7 @@ def derivatives(
         def by(algorithm: str, ct: Array) -> list[Array]:
             """Return the cotangents of the leaves that are differentiated and of h0."""
             if algorithm == "sequential" and sequence_axis is None:
-                cut = reset if has_resets else None
-                weights, d_h0 = _step_back(functools.partial(cell, params), xs, found, cut, ct)
-                # d_h0 is known, so skip the product with dh_t / dh_{t-1} at all t.
-                [d_changed] = jax.vjp(lambda changed: alone(changed, h0), changed)[1](weights)
-                return [*d_changed, d_h0]
+                return _sequential(cell, (params, xs, h0), reset if has_resets else None, hs, ct)
             J = jacobians(params, xs, found)
             forward = functools.partial(correction, J, reset=reset, sequence_axis=sequence_axis)
             weights = jax.vjp(forward, jnp.zeros_like(ct))[1](ct)[0]
@@ -108,28 +101,66 @@ def derivatives(
     return follow
 
 
-def _step_back(
-    cell: Callable[[Array, PyTree], Array],
-    xs: PyTree,
-    found: Array,
+def _sequential(
+    cell: Callable[..., Array],
+    args: tuple[PyTree, PyTree, Array],
     reset: Array | None,
+    hs: Array,
     ct: Array,
-) -> tuple[Array, Array]:
+) -> list[Array]:
+    """Return the cotangents of the floating-point leaves of (params, xs) and of h0."""
+    params, xs, h0 = args
+    shape = hs.shape[2:]
+    leaves, tree = jax.tree.flatten((params, xs))
+    which = inexact(leaves)
+    # Columns from here on. XLA removes slices of stacks unless other operations are in between.
+    states, start, cts = (split_state(value, shape) for value in (hs, h0, ct))
+    found = [sequence_parallel.previous(*pair, reset) for pair in zip(start, states, strict=True)]
+    step = on_columns(functools.partial(cell, params), shape)
+    weights, d_h0 = _step_back(step, xs, found, reset, cts)
+
+    def evaluate(changed: list[Array]) -> list[Array]:
+        params, xs = jax.tree.unflatten(tree, put(leaves, which, changed))
+        return _over_rows(on_columns(functools.partial(cell, params), shape), found, xs)
+
+    # d_h0 is known, so skip the product with dh_t / dh_{t-1} at all t.
+    [d_changed] = jax.vjp(evaluate, [leaves[i] for i in which])[1](weights)
+    return [*d_changed, join_state(d_h0, shape)]
+
+
+def _over_rows(function: Callable[..., PyTree], *args: PyTree) -> PyTree:
+    """Map a function of one step over the leading axes B and T of all arguments.
+
+    They become one axis: gradients of products over two axes transpose their operands on CPU.
+    """
+    lead = jax.tree.leaves(args)[0].shape[:2]
+    rows = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), args)
+    return jax.tree.map(lambda v: v.reshape(*lead, *v.shape[1:]), jax.vmap(function)(*rows))
+
+
+def _step_back(
+    step: Callable[[list[Array], PyTree], list[Array]],
+    xs: PyTree,
+    found: list[Array],
+    reset: Array | None,
+    ct: list[Array],
+) -> tuple[list[Array], list[Array]]:
     """Compute lambda_t = ct_t + J_{t+1}^T lambda_{t+1} step by step, without a Jacobian.
+
+    States, cotangents and results are columns; see `state_columns`.
 
     Returns:
       lambda, and the cotangent J_1^T lambda_1 of the state before the first step.
     """
-    split, join = state_parts(found.shape[2:])
 
-    def step(carried: Any, inputs: Any) -> Any:
-        x, h, cut, ct = inputs
-        weight = [c + d for c, d in zip(split(ct), carried, strict=True)]
-        parts = split(jax.vjp(lambda h: cell(h, x), h)[1](join(weight))[0])
+    def back(carried: list[Array], inputs: Any) -> Any:
+        x, columns, cut, ct = inputs
+        weight = [c + d for c, d in zip(ct, carried, strict=True)]
+        [passed] = jax.vjp(lambda columns: step(columns, x), columns)[1](weight)
         if cut is not None:
-            parts = [jnp.where(cut, jnp.zeros_like(part), part) for part in parts]
-        return parts, weight
+            passed = [jnp.where(cut, jnp.zeros_like(p), p) for p in passed]
+        return passed, weight
 
-    start = split(jnp.zeros_like(ct[:, 0]))
-    last, weights = hoisted_scan(step, start, (xs, found, reset, ct), reverse=True)
-    return join(weights), join(last)
+    start = [jnp.zeros_like(c[:, 0]) for c in ct]
+    last, weights = hoisted_scan(back, start, (xs, found, reset, ct), reverse=True)
+    return weights, last

@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan, state_parts
+from seqjax.ops.nonlinear.hoisted_scan import hoisted_scan
+from seqjax.ops.nonlinear.state_columns import join_state, on_columns, split_state
 from seqjax.types import PyTree
 
 
@@ -321,17 +322,19 @@ def in_windows(
 
 def step_all(problem: Problem) -> jax.Array:
     """Compute all states one after the other."""
-    split, join = state_parts(problem.h0.shape[1:])
+    shape = problem.h0.shape[1:]
+    next_columns = on_columns(problem.step, shape)
 
-    def step(parts: Any, inputs: Any) -> Any:
+    def step(columns: Any, inputs: Any) -> Any:
         x, reset = inputs
         if reset is not None:
-            parts = [jnp.where(reset, jnp.zeros_like(part), part) for part in parts]
-        parts = split(problem.step(join(parts), x))
-        return parts, parts
+            columns = [jnp.where(reset, jnp.zeros_like(c), c) for c in columns]
+        columns = next_columns(columns, x)
+        return columns, columns
 
-    _, parts = hoisted_scan(step, split(problem.h0), (problem.xs, problem.reset))
-    return join(parts)
+    start = split_state(problem.h0, shape)
+    _, columns = hoisted_scan(step, start, (problem.xs, problem.reset))
+    return join_state(columns, shape)
 
 
 def step_through(problem: Problem, states: jax.Array, todo: jax.Array) -> jax.Array:
