@@ -63,7 +63,7 @@ COMMENTS = {
     "task.test_lengths": "lengths of the test sequences",
     "task.last_only": "count the last answer of a sequence only",
     "task.curriculum": "training rows over which the length of sequences grows; 0: none",
-    "task.keys": "keys in the text",
+    "task.needles": "keys in the text, each with digits",
     "task.digits": "digits of each key",
     "task.symbols": "symbols of a language",
     "task.features": "features of a linear function",

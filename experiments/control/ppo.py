@@ -177,9 +177,9 @@ def make_iteration(
 
         def update(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
             params, optimizer = carry
-            chosen = jax.tree.map(lambda x: x[rows], batch)
+            before, steps, advantage = jax.tree.map(lambda x: x[rows], batch)
             value, gradients = jax.value_and_grad(
-                lambda params: loss(model, params, *chosen, settings)
+                lambda params: loss(model, params, before, steps, advantage, settings)
             )(params)
             updates, optimizer = transform.update(gradients, optimizer, params)
             return (optax.apply_updates(params, updates), optimizer), value

@@ -36,7 +36,7 @@ SYNTHETIC: dict[str, Callable[[ConfigDict], examples.Task]] = {
     **{
         name: functools.partial(
             lambda name, task: recall.make_needles(
-                name, task.train_length, tuple(task.test_lengths), task.keys, task.digits
+                name, task.train_length, tuple(task.test_lengths), task.needles, task.digits
             ),
             name,
         )

@@ -72,7 +72,8 @@ def even_pairs() -> Automaton:
     """Return the bits with an even number of pairs 01 and 10: the first bit equals the last."""
     first_and_last = np.array([[1 + 3 * bit for bit in (0, 1)]])  # state 1 + 2 first + last
     rest = [[1 + 2 * first + bit for bit in (0, 1)] for first in (0, 1) for _ in (0, 1)]
-    return Automaton(np.vstack([first_and_last, rest]).astype(np.int32), np.int32([1, 1, 0, 0, 1]))
+    transitions = np.vstack([first_and_last, rest]).astype(np.int32)
+    return Automaton(transitions, np.array([1, 1, 0, 0, 1], np.int32))
 
 
 def flip_flop(written: float = 0.1) -> Automaton:

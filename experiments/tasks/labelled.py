@@ -83,11 +83,12 @@ def digits(seed: int) -> LabelledSet:
 
 def path_finder(train: int, test: int, seed: int, **options: int) -> LabelledSet:
     """Generate Pathfinder; `options` are those of `pathfinder.generate`."""
-    train_split, test_split = (
-        Split(*pathfinder.generate(np.random.default_rng([seed, split]), count, **options))
-        for split, count in ((0, train), (1, test))
-    )
-    return LabelledSet("Pathfinder", 2, train_split, test_split, input_dim=1)
+    splits = []
+    for split, count in ((0, train), (1, test)):
+        rng = np.random.default_rng([seed, split])
+        drawn, labels = pathfinder.generate(rng, count, **options)
+        splits.append(Split(list(drawn), labels))
+    return LabelledSet("Pathfinder", 2, splits[0], splits[1], input_dim=1)
 
 
 class _Pixels(Sequence[np.ndarray]):
