@@ -130,16 +130,23 @@ def numbers(rows: Rows, name: str) -> list[float]:
 def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
     """Format the results of a grid as Markdown; `settings` are the flags of its runs."""
     with_published = bool(grid.published)
-    head = ["", *grid.columns.values(), *(["published"] if with_published else [])]
+    head = ["", *grid.columns.values(), *(["horizon"] if grid.answers else [])]
+    head += ["published"] if with_published else []
     head += ["steps", "seeds", "learning rate", "minutes"]
     left = _missing(grid, rows)
     partly = f"; {left} of {len(grid.jobs)} jobs have not run" if left else ""
     lines = [f"`{COMMAND}{name}{settings}`; {_made_with(rows)}{partly}."]
     if grid.source:
         lines.append(f"Published: {grid.source}.")
+    if grid.answers:
+        lines.append(
+            f"Horizon: right answers beyond chance, of {grid.answers} in a longest test sequence."
+        )
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for label, (overrides, same) in best(grid, rows).items():
         cells = [label, *(_spread(numbers(same, column)) for column in grid.columns)]
+        if grid.answers:
+            cells.append(_horizon(grid, same))
         if with_published:
             cells.append(grid.published.get(label, ""))
         steps = numbers(same, "step")
@@ -150,6 +157,15 @@ def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
         rate = overrides.get("optimizer.learning_rate", "")
         lines.append("| " + " | ".join([*cells, seeds, str(rate), f"{minutes:.1f}"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _horizon(grid: Grid, rows: Rows) -> str:
+    """Return the number of right answers beyond chance in a longest test sequence.
+
+    A model that knows the answers to the first n symbols, and guesses later, has the horizon n.
+    """
+    scores = numbers(rows, "scaled_accuracy")
+    return f"{statistics.fmean(scores) * grid.answers:.1f}" if scores else ""
 
 
 def _missing(grid: Grid, rows: Rows) -> int:

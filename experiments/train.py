@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 import seqjax
 from experiments.base import allocator, build, cli, devices, logs, plots, usage
 from experiments.base.errors import DivergedError, UserError, check_positive
+from experiments.control import run as control
 from experiments.data import pipeline
 from experiments.objectives import protocol, sampling
 from experiments.training import checkpoints, newton_report, optimizer
@@ -62,7 +63,7 @@ def main(values: Any) -> int:
 
 def default_workdir(config: ConfigDict) -> str:
     """Return runs/NAME, with the name of the text unless it is the default text."""
-    data = config.get("task", config.data)
+    data = config.get("task", config.get("data", {}))
     names = [config.name, data.get("tfds", "").replace("/", "-").replace(":", "-")]
     if data.get("path", ""):
         names.append(Path(data.path).expanduser().resolve().stem)
@@ -75,12 +76,15 @@ def train(
     """Train, evaluate and sample; return the content of summary.json.
 
     After a signal, save a checkpoint and return the exit code and the step. At the end of a
-    complete run, call `finish(objective, params)` with the trained parameters.
+    complete run, call `finish(objective, params)` with the trained parameters. A configuration with
+    a game runs PPO, see `experiments.control`.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {workdir}: {error.strerror}") from error
+    if "game" in config:
+        return control.train(config, workdir)
     check_positive(config, "steps", "log_every", "eval_every", "save_every", "keep")
     check_positive(config.data, "batch_size")
     if config.stop_at < 0:
@@ -257,7 +261,7 @@ def solve_numbers(
     report: newton_report.Report | None, state: Any, batch: dict[str, Any]
 ) -> dict[str, int]:
     """Return Newton's numbers on a batch, with the parameters after its step."""
-    if report is None or "segment_ids" not in batch:
+    if report is None or "segment_ids" not in batch or batch["inputs"].ndim > 2:
         return {}
     numbers = report(
         state["params"],

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.base.errors import UserError, nearest
+from experiments.base.feature_model import FeatureModel
 from seqjax import models
 from seqjax.layers import REGISTRY
 
@@ -28,6 +29,12 @@ def build_classifier(model: ConfigDict, num_classes: int, **inputs: Any) -> mode
     dtype = model.get("dtype", "float32")
     with _one_line():
         return models.Classifier(num_classes, _backbone(model), dtype=dtype, **inputs)
+
+
+def build_feature_model(model: ConfigDict, inputs: int, outputs: int) -> FeatureModel:
+    """Build the model from features to numbers that `config.model` describes."""
+    with _one_line():
+        return FeatureModel(inputs, outputs, _backbone(model))
 
 
 def _backbone(model: ConfigDict) -> models.Backbone:

@@ -9,8 +9,11 @@
 The words are a task and a layer. The tasks:
 
 - `digits`: the 8 x 8 images of scikit-learn (pip install scikit-learn).
-- `images`: a prepared image set of TensorFlow Datasets: mnist, fashion_mnist, cifar10, ...
+- `images`: a prepared image set of TensorFlow Datasets: mnist, fashion_mnist, cifar10, ... Permuted
+  MNIST is `--config.task.permuted=True`.
 - `listops`: ListOps of the Long Range Arena (arXiv 2011.04006).
+- `pathfinder`: two marked ends of dashed curves, connected or not, in generated images of 32 x 32
+  (arXiv 1805.08315; smaller than in the Long Range Arena in curves and data).
 - `packages`: the package of Python's standard library that a window of 512 bytes is from.
 - `time_series`: a folder of `.ts` files, such as EigenWorms, or the name of a data set of aeon.
 
@@ -27,7 +30,7 @@ from ml_collections import ConfigDict
 
 from experiments.configs import common
 
-TASKS = ("digits", "images", "listops", "packages", "time_series")
+TASKS = ("digits", "images", "listops", "packages", "pathfinder", "time_series")
 KINDS = {"task": TASKS, "layer": common.layers("s5")}
 SWITCHES = {
     "full": "the sizes of the Long Range Arena (listops only); not run yet"
@@ -43,9 +46,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.options.s5.update({"dt_min": 1e-3, "dt_max": 1e-1, "bidirectional": True})
     every: dict[str, dict[str, Any]] = {
         "digits": {},
-        "images": {"tfds": "", "tfds_dir": ""},
+        "images": {"tfds": "", "tfds_dir": "", "permuted": False},
         "listops": {"train_size": 10_000, "test_size": 1_000, "shortest": 50, "longest": 200},
         "packages": {"longest": 512, "classes": 6},
+        "pathfinder": {"train_size": 10_000, "test_size": 1_000, "size": 32, "distractors": 4},
         "time_series": {"path": ""},
     }
     sizes = every[task]
@@ -69,6 +73,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.update({"data": {"batch_size": 4, "length": 16}, "eval": {"quick": 8}})
         if task == "listops":
             config.task.update({"train_size": 64, "test_size": 16, "shortest": 3, "longest": 20})
+        if task == "pathfinder":
+            config.task.update({"train_size": 16, "test_size": 8})
         if task == "packages":
             config.task.update({"longest": 16, "classes": 2})
     return config

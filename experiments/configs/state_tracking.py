@@ -1,8 +1,17 @@
-"""State tracking: parity, modular arithmetic and word problems of the groups S3, A5 and S5.
+"""State tracking: regular languages, modular arithmetic, word problems of permutation groups.
 
     python -m experiments.train --config=experiments/configs/state_tracking.py:parity,deltanet
 
-The words are a task (`parity`, `modular_arithmetic`, `S3`, `A5`, `S5`), a layer, and `negative`.
+The words are a task, a layer, and `negative`. The tasks (`experiments.tasks.automata` defines all
+but modular arithmetic):
+
+- `parity`, `sum`, `cycle_navigation`: moves on a cycle of 2, 5 and 5 positions.
+- `even_pairs`: whether the first bit equals the last.
+- `modular_arithmetic`: sums and products modulo 5.
+- `S3`, `S4`, `A5`, `S5`: products of permutations.
+- `flip_flop`: a bit that one symbol in ten writes.
+- `star_free`, `dyck`: brackets of one kind, 4 deep, and of two kinds, 8 deep.
+
 `negative` gives DeltaNet, gated DeltaNet and Mamba eigenvalues in [-1, 1] instead of [0, 1]. On
 parity this raises the accuracy from 0 to 100 % above chance (arXiv 2411.12537). Models train on 3
 to 40 symbols and are tested on up to 256.
@@ -19,8 +28,9 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from experiments.configs import common
+from experiments.tasks import state_tracking
 
-TASKS = ("parity", "modular_arithmetic", "S3", "A5", "S5")
+TASKS = state_tracking.NAMES
 KINDS = {"task": TASKS, "layer": common.layers("deltanet")}
 SWITCHES = {
     "negative": "eigenvalues in [-1, 1] for DeltaNet and Mamba",
@@ -50,6 +60,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 if task == "modular_arithmetic"
                 else (40, 64, 128, 256),
                 "last_only": full,
+                # Rows over which the length of sequences grows; see `experiments.tasks.examples`.
+                "curriculum": 0,
             },
             "data": {"batch_size": 1024 if full else 64, "packed_length": 0},
             "eval": {"sequences": 512, "quick": 128, "tokens": 1 << 15},

@@ -1,19 +1,31 @@
-"""Log-loss of the positions that count, and perplexity."""
+"""Losses of the positions that count, and perplexity."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+Each = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the squared error of outputs [B, T, 1] at each position of targets [B, T]."""
+    return jnp.square(outputs[..., 0] - targets)
+
 
 def counted_nats(
-    model: Any, params: Any, batch: dict[str, jax.Array], sequence_axis: str | None
+    model: Any,
+    params: Any,
+    batch: dict[str, jax.Array],
+    sequence_axis: str | None,
+    each: Each = optax.softmax_cross_entropy_with_integer_labels,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the total log-loss in nats over the counted positions, and their number.
+    """Return the total loss over the counted positions, and their number.
 
     Args:
       model: the model.
@@ -23,11 +35,13 @@ def counted_nats(
       batch: `inputs`, `targets`, `counted` and `reset`, each [B, T].
 
       sequence_axis: the mesh axis that time is split over, or None; totals are over all of time.
+
+      each: loss at each position from outputs and targets; by default the log-loss in nats.
     """
     logits, _ = model.apply(
         params, batch["inputs"], reset=batch["reset"], sequence_axis=sequence_axis
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    losses = each(logits, batch["targets"])
     counted = batch["counted"]
     total, count = jnp.sum(jnp.where(counted, losses, 0.0)), jnp.sum(counted)
     if sequence_axis is not None:
@@ -36,10 +50,14 @@ def counted_nats(
 
 
 def counted_mean(
-    model: Any, params: Any, batch: dict[str, jax.Array], sequence_axis: str | None
+    model: Any,
+    params: Any,
+    batch: dict[str, jax.Array],
+    sequence_axis: str | None,
+    each: Each = optax.softmax_cross_entropy_with_integer_labels,
 ) -> jax.Array:
-    """Return the mean log-loss over the counted positions; 0 if there are none."""
-    total, count = counted_nats(model, params, batch, sequence_axis)
+    """Return the mean loss over the counted positions; 0 if there are none."""
+    total, count = counted_nats(model, params, batch, sequence_axis, each)
     return total / jnp.maximum(count, 1)
 
 

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.base.devices import DeviceMesh
+from experiments.base.errors import UserError
 from experiments.objectives import finetune, language
 from experiments.objectives import task as tasks
 
@@ -83,6 +84,8 @@ class Objective(Protocol):
 
 def make(config: ConfigDict) -> Objective:
     """Return the objective of a configuration: its task, its checkpoint, or its text."""
+    if "game" in config:
+        raise UserError(f"{config.name}: only experiments.train runs games")
     if "checkpoint" in config.model:
         return finetune.FineTune(config)
     return tasks.make(config) if "task" in config else language.Text(config)

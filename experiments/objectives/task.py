@@ -17,14 +17,14 @@ import seqjax
 from experiments.base import build, devices
 from experiments.base.errors import UserError, nearest
 from experiments.data import pipeline
-from experiments.objectives.losses import counted_mean
+from experiments.objectives.losses import counted_mean, squared_error
 from experiments.objectives.whole import WholeModel
-from experiments.tasks import batches, examples, labelled, recall, state_tracking
+from experiments.tasks import batches, examples, in_context, labelled, recall, state_tracking
 
 SYNTHETIC: dict[str, Callable[[ConfigDict], examples.Task]] = {
     **{
         name: functools.partial(lambda name, task: _state_tracking(name, task), name)
-        for name in ("parity", "modular_arithmetic", *state_tracking.GROUPS)
+        for name in state_tracking.NAMES
     },
     "selective_copying": lambda task: recall.make_copying(
         task.train_length, task.vocab_size, task.data_tokens
@@ -33,16 +33,39 @@ SYNTHETIC: dict[str, Callable[[ConfigDict], examples.Task]] = {
         task.train_length, tuple(task.test_lengths), task.vocab_size
     ),
     "mqar": lambda task: recall.make_mqar(task.train_length, task.pairs, task.vocab_size),
+    **{
+        name: functools.partial(
+            lambda name, task: recall.make_needles(
+                name, task.train_length, tuple(task.test_lengths), task.needles, task.digits
+            ),
+            name,
+        )
+        for name in ("passkey", "needles")
+    },
+    "match_to_sample": lambda task: recall.make_match(
+        task.train_length, tuple(task.test_lengths), task.vocab_size
+    ),
+    "languages": lambda task: in_context.make_languages(
+        task.train_length, tuple(task.test_lengths), task.symbols
+    ),
 }
 LABELLED: dict[str, Callable[[ConfigDict, int], labelled.LabelledSet]] = {
     "listops": lambda task, seed: labelled.list_operations(
         task.train_size, task.test_size, seed, shortest=task.shortest, longest=task.longest
     ),
     "digits": lambda task, seed: labelled.digits(seed),
-    "images": lambda task, seed: labelled.images(task.tfds, task.tfds_dir),
+    "images": lambda task, seed: labelled.images(
+        task.tfds, task.tfds_dir, seed if task.get("permuted", False) else None
+    ),
+    "pathfinder": lambda task, seed: labelled.path_finder(
+        task.train_size, task.test_size, seed, size=task.size, distractors=task.distractors
+    ),
     "packages": lambda task, seed: labelled.packages(task.longest, task.classes, seed),
     "time_series": lambda task, seed: labelled.time_series(task.path),
 }
+
+
+FUNCTIONS = "linear_functions"
 
 
 def make(config: ConfigDict) -> TokenTask | SequenceTask:
@@ -52,9 +75,12 @@ def make(config: ConfigDict) -> TokenTask | SequenceTask:
         return TokenTask(config, SYNTHETIC[name](config.task))
     if name in LABELLED:
         return SequenceTask(config, LABELLED[name](config.task, config.task.seed))
-    raise UserError(
-        f"config.task.name: unknown task {name!r}: {nearest(name, [*SYNTHETIC, *LABELLED])}"
-    )
+    if name == FUNCTIONS:
+        return RegressionTask(
+            config, in_context.make_functions(config.task.train_length, config.task.features)
+        )
+    known = [*SYNTHETIC, *LABELLED, FUNCTIONS]
+    raise UserError(f"config.task.name: unknown task {name!r}: {nearest(name, known)}")
 
 
 def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
@@ -63,6 +89,7 @@ def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
         train_length=task.train_length,
         test_lengths=tuple(task.test_lengths),
         last_only=task.last_only,
+        curriculum=task.get("curriculum", 0),
     )
 
 
@@ -100,9 +127,13 @@ class TokenTask(_Judged):
         self.name = task.name
         # The configuration determines the data, and checkpoints compare configurations.
         self.fingerprint = "generated"
-        self.model = build.build_model(config.model, max(task.vocab_size, task.num_classes))
+        self.model = self._build_model()
         data = config.data
         self.batch_shape = (data.batch_size, data.packed_length or task.longest())
+
+    def _build_model(self) -> Any:
+        tokens = max(self._task.vocab_size, self._task.num_classes)
+        return build.build_model(self._config.model, tokens)
 
     def batches(self, rows: Any) -> pipeline.Streams:
         """Return endless training batches, see `batches.of_task`; every process makes all rows."""
@@ -165,6 +196,49 @@ class TokenTask(_Judged):
             result["chance"] = task.chance
             result["scaled_accuracy"] = (result["accuracy"] - task.chance) / (1 - task.chance)
         return result
+
+
+class RegressionTask(TokenTask):
+    """Task with a number at every position, to predict from the positions before it."""
+
+    metric = "error"
+    lower_is_better = True
+
+    def _build_model(self) -> Any:
+        return build.build_feature_model(self._config.model, self._task.vocab_size, 1)
+
+    def loss(self, model: Any, params: Any, batch: Any, sequence_axis: str | None) -> jax.Array:
+        """Return the mean squared error."""
+        return counted_mean(model, params, batch, sequence_axis, squared_error)
+
+    @functools.cached_property
+    def _errors(self) -> Callable[..., jax.Array]:
+        @jax.jit
+        def errors(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+            outputs, _ = self.model.apply(params, inputs)
+            return squared_error(outputs, targets).mean(axis=0)
+
+        return errors
+
+    def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
+        """Return squared errors relative to the mean square of targets, by number of examples.
+
+        `error` is that of the last position. `least_squares` has the errors of the solution of
+        least norm, which is optimal.
+        """
+        task, evaluation = self._task, self._config.eval
+        count = evaluation.sequences if final else evaluation.quick
+        test = examples.test_examples(task, self._config.task.seed, task.train_length, count)
+        scale = np.square(test.targets).mean()
+        errors = np.asarray(self._errors(params, test.inputs, test.targets)) / scale
+        result: dict[str, Any] = {"error": float(errors[-1])}
+        if final:
+            last = task.train_length - 1
+            for seen in (last // 4, last // 2, last):
+                best = in_context.least_squares(test.inputs, test.targets, seen)
+                result[f"error_{seen}"] = float(errors[seen])
+                result[f"least_squares_{seen}"] = float(best / scale)
+        return result | {"test_sequences": count}
 
 
 class SequenceTask(_Judged):

@@ -19,8 +19,9 @@ def of_task(
     """Return endless batches of `inputs`, `targets`, `counted` and `segment_ids`, [B, T].
 
     By default a row contains one sequence, padded to the longest possible length. With
-    `packed_length`, a row of this length contains several sequences, each with its segment id.
-    Padding has segment id 0 and is not counted.
+    `packed_length`, a row of this length contains several sequences, each with its segment id. A
+    task's curriculum also puts several sequences into a row. Padding has segment id 0 and is not
+    counted.
     """
     dataset = (
         grain.MapDataset.source(Source(task, seed))
@@ -35,18 +36,26 @@ def of_task(
             f"config.data.packed_length={packed_length} is shorter than the longest sequence, "
             f"{task.longest()}"
         )
+    if task.curriculum:
+        raise UserError(
+            "config.data.packed_length and config.task.curriculum are both set: give one of them"
+        )
     packed = grain_experimental.FirstFitPackIterDataset(
-        dataset,
+        dataset.map(_without_ids),
         length_struct=dict.fromkeys(("inputs", "targets", "counted"), packed_length),
         num_packing_bins=batch_size,
     )
     return iter(packed.map(_window).batch(batch_size))
 
 
+def _without_ids(example: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Drop the segment ids of a single sequence; packing numbers the sequences of a row."""
+    return {name: x for name, x in example.items() if name != "segment_ids"}
+
+
 def _padded(example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    size = len(example["inputs"])
-    example = example | {"segment_ids": np.ones(size, np.int32)}
-    return {name: np.pad(x, (0, length - size)) for name, x in example.items()}
+    after = length - len(example["inputs"])
+    return {name: np.pad(x, [(0, after)] + [(0, 0)] * (x.ndim - 1)) for name, x in example.items()}
 
 
 def _window(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

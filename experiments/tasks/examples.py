@@ -18,7 +18,7 @@ class Examples(NamedTuple):
     Attributes:
       inputs: [count, T] int32 tokens, or [count, T, features] float32.
 
-      targets: [count, T] int32.
+      targets: [count, T] int32 answers, or float32 numbers.
 
       counted: [count, T] bool, the positions whose predictions count.
     """
@@ -38,9 +38,9 @@ class Task:
     Attributes:
       name: name of the task.
 
-      vocab_size: number of input tokens.
+      vocab_size: number of input tokens, or features per position.
 
-      num_classes: number of answers.
+      num_classes: number of answers; 1 for numbers.
 
       generate: (rng, count, T) -> Examples. If `shortest` is set, every prefix of an allowed
         length must be an example too.
@@ -56,6 +56,9 @@ class Task:
       last_only: whether only the last prediction of a sequence counts.
 
       chance: accuracy of the best constant answer, if known.
+
+      curriculum: number of training rows over which the length of sequences grows from `shortest`
+        to `train_length`; 0 for none. Rows then contain several sequences of equal length.
     """
 
     name: str
@@ -68,10 +71,23 @@ class Task:
     step: int = 1
     last_only: bool = False
     chance: float | None = None
+    curriculum: int = 0
 
     def __post_init__(self) -> None:
+        if self.curriculum and self.shortest is None:
+            raise ValueError(f"{self.name}: a curriculum needs sequences of several lengths")
         if self.shortest is not None and (self.train_length - self.shortest) % self.step:
             raise ValueError(f"{self.name}: no length of the steps {self.step} is the longest")
+
+    def length_at(self, row: int) -> int | None:
+        """Return the length of the curriculum's sequences at a training row; None after its end.
+
+        The length grows geometrically, because each step of a recurrence builds on shorter ones.
+        """
+        if row >= self.curriculum or self.shortest is None:
+            return None
+        growth = (self.train_length / self.shortest) ** (row / self.curriculum)
+        return self.shortest + int(self.shortest * (growth - 1)) // self.step * self.step
 
     def longest(self) -> int:
         """Return the number of positions of the longest training sequence, with its answers."""
@@ -91,22 +107,38 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         block, row = divmod(int(index), BLOCK)
-        examples, lengths = self._block(block)
-        length = lengths[row]
-        example = {name: x[row, :length] for name, x in examples._asdict().items()}
-        return last_alone(example) if self._task.last_only else example
+        arrays, lengths = self._block(block)
+        return {name: x[row, : lengths[row]] for name, x in arrays.items()}
 
     def __repr__(self) -> str:
         return f"Source({self._task.name}, seed={self._seed})"
 
-    def _make_block(self, block: int) -> tuple[Examples, np.ndarray]:
+    def _make_block(self, block: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         task, rng = self._task, np.random.default_rng([self._seed, 0, block])
-        examples = task.generate(rng, BLOCK, task.train_length)
-        lengths = np.full(BLOCK, examples.inputs.shape[1])
+        if (length := task.length_at(block * BLOCK)) is not None:
+            return _rows_of_equals(task, rng, length)
+        arrays = dict(task.generate(rng, BLOCK, task.train_length)._asdict())
+        lengths = np.full(BLOCK, arrays["inputs"].shape[1])
         if task.shortest is not None:
             kinds = (task.train_length - task.shortest) // task.step + 1
             lengths = task.shortest + task.step * rng.integers(kinds, size=BLOCK)
-        return examples, lengths
+        if task.last_only:
+            arrays["counted"] = np.arange(arrays["inputs"].shape[1]) == lengths[:, None] - 1
+        arrays["segment_ids"] = np.ones(arrays["inputs"].shape[:2], np.int32)
+        return arrays, lengths
+
+
+def _rows_of_equals(
+    task: Task, rng: np.random.Generator, length: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return a block of rows with as many sequences of `length` as fit, and their sizes."""
+    fit = task.train_length // length
+    examples = task.generate(rng, BLOCK * fit, length)._asdict()
+    examples = last_alone(examples) if task.last_only else examples
+    arrays = {name: x.reshape(BLOCK, fit * length, *x.shape[2:]) for name, x in examples.items()}
+    ids = np.repeat(np.arange(1, fit + 1, dtype=np.int32), length)
+    arrays["segment_ids"] = np.tile(ids, (BLOCK, 1))
+    return arrays, np.full(BLOCK, fit * length)
 
 
 def last_alone(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

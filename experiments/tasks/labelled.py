@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.base.errors import UserError, nearest
 from experiments.data import corpus, tfds_sets
-from experiments.tasks import listops
+from experiments.tasks import listops, pathfinder
 
 HELD_OUT = 0.2
 
@@ -81,22 +81,41 @@ def digits(seed: int) -> LabelledSet:
     return LabelledSet("digits", 10, train, test, input_dim=1)
 
 
-class _Pixels(Sequence[np.ndarray]):
-    """Images as sequences of pixels, row after row: [H * W, channels] float32 in [0, 1]."""
+def path_finder(train: int, test: int, seed: int, **options: int) -> LabelledSet:
+    """Generate Pathfinder; `options` are those of `pathfinder.generate`."""
+    splits = []
+    for split, count in ((0, train), (1, test)):
+        rng = np.random.default_rng([seed, split])
+        drawn, labels = pathfinder.generate(rng, count, **options)
+        splits.append(Split(list(drawn), labels))
+    return LabelledSet("Pathfinder", 2, splits[0], splits[1], input_dim=1)
 
-    def __init__(self, images: np.ndarray) -> None:
-        self._images = images  # uint8, a quarter of the memory of float32
+
+class _Pixels(Sequence[np.ndarray]):
+    """Images as sequences of pixels: [H * W, channels] float32 in [0, 1].
+
+    Pixels are in the order of the rows, or in one random order for all images.
+    """
+
+    def __init__(self, images: np.ndarray, order_seed: int | None) -> None:
+        # uint8, a quarter of the memory of float32
+        self._images = images.reshape(len(images), -1, images.shape[-1])
+        if order_seed is not None:
+            order = np.random.default_rng(order_seed).permutation(self._images.shape[1])
+            self._images = self._images[:, order]
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: Any) -> Any:
-        image = self._images[index]
-        return image.reshape(-1, image.shape[-1]).astype(np.float32) / 255
+        return self._images[index].astype(np.float32) / 255
 
 
-def images(name: str, folder: str) -> LabelledSet:
-    """Load a prepared image set of TensorFlow Datasets, such as mnist or cifar10."""
+def images(name: str, folder: str, order_seed: int | None = None) -> LabelledSet:
+    """Load a prepared image set of TensorFlow Datasets, such as mnist or cifar10.
+
+    With `order_seed`, the pixels of all images have the same random order.
+    """
     if not name:
         raise UserError("the task images needs --config.task.tfds: mnist, fashion_mnist, cifar10")
     splits = []
@@ -110,7 +129,7 @@ def images(name: str, folder: str) -> LabelledSet:
             raise UserError(f"the images of {name!r} differ in size, which is not supported")
         rows = [source[index] for index in range(len(source))]
         labels = np.array([row["label"] for row in rows], np.int32)
-        splits.append(Split(_Pixels(np.stack([row["image"] for row in rows])), labels))
+        splits.append(Split(_Pixels(np.stack([row["image"] for row in rows]), order_seed), labels))
     classes, channels = features["label"].num_classes, features["image"].shape[-1]
     return LabelledSet(name, classes, splits[0], splits[1], input_dim=channels)
 

@@ -11,7 +11,7 @@ pytest.importorskip("ml_collections")
 
 from experiments import train
 from experiments.base import cli, fields, usage
-from experiments.configs import classify, common, finetune, lm, pod, recall
+from experiments.configs import classify, common, control, finetune, lm, pod, recall
 from experiments.configs import state_tracking as state
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,6 +28,7 @@ COMMANDS = {
 CONFIGS = [lm.get_config("deltanet"), pod.get_config(), finetune.get_config()] + [
     module.get_config(task) for module in (recall, state, classify) for task in module.TASKS
 ]
+CONFIGS += [control.get_config(game) for game in control.GAMES]
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def test_help(capsys, command, flag):
 def test_help_shows_the_config_given(capsys):
     config = "--config=experiments/configs/state_tracking.py:parity,gru"
     text = show(capsys, "train", config, "--config.steps=7", "--help")
-    assert "parity (default), modular_arithmetic, S3, A5, S5" in text
+    assert "parity (default), modular_arithmetic, S3, S4, A5, S5" in text
     assert "eigenvalues in [-1, 1] for DeltaNet and Mamba" in text
     assert "--config.task.train_length=40" in text
     assert "--config.steps=7 " in text

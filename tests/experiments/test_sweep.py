@@ -343,3 +343,15 @@ def test_a_stopped_sweep_keeps_the_run_that_ended(tiny, tmp_path, monkeypatch, c
     assert cli.run(sweep.define_flags, sweep.main, flags_for(tmp_path)) == 130
     assert len(sweep.read(tmp_path / "results.jsonl")) == 1
     assert "stopped; start the same command again to resume" in capsys.readouterr().out
+
+
+def test_the_horizon_counts_right_answers_beyond_chance():
+    grid = grids.dataclasses.replace(TINY, answers=200)
+    rows = [
+        row("lru, width 16", seed, 0.1) | {"summary": {"accuracy": 0.1, "scaled_accuracy": score}}
+        for seed, score in ((0, 0.25), (1, 0.5))
+    ]
+    head, _, line = report.table("tiny", grid, rows).splitlines()[-3:]
+    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
+    assert cells["horizon"] == "75.0"
+    assert "horizon" not in report.table("tiny", TINY, rows)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.base.errors import UserError
-from experiments.tasks import examples, labelled, listops, recall, state_tracking
+from experiments.tasks import automata, examples, labelled, listops, recall, state_tracking
 
 
 def rng():
@@ -14,7 +14,8 @@ def rng():
 
 
 def test_parity_counts():
-    inputs, targets, counted = state_tracking.parity(rng(), 5, 40)
+    parity = automata.AUTOMATA["parity"]()
+    inputs, targets, counted = automata.words(parity, rng(), 5, 40)
     for row, said in zip(inputs.tolist(), targets.tolist(), strict=True):
         assert said == [sum(row[: t + 1]) % 2 for t in range(40)]
     assert counted.all()
@@ -34,9 +35,9 @@ def test_modular_arithmetic_is_what_python_says():
     assert set(np.unique(inputs)) == set(range(8))
 
 
-@pytest.mark.parametrize(("name", "size"), [("S3", 6), ("A5", 60), ("S5", 120)])
+@pytest.mark.parametrize(("name", "size"), [("S3", 6), ("S4", 24), ("A5", 60), ("S5", 120)])
 def test_groups_are_groups(name, size):
-    table = state_tracking.group(name)
+    table = automata.group(name)
     elements = np.arange(size)
     assert table.shape == (size, size)
     assert all(set(row) == set(elements) for row in table)
@@ -48,8 +49,8 @@ def test_groups_are_groups(name, size):
 
 
 def test_word_problems_multiply():
-    inputs, targets, _ = state_tracking.word_problem("S5", rng(), 4, 30)
-    table = state_tracking.group("S5")
+    inputs, targets, _ = automata.words(automata.word_problem("S5"), rng(), 4, 30)
+    table = automata.group("S5")
     for row, said in zip(inputs, targets, strict=True):
         product = row[0]
         for element, answer in zip(row[1:], said[1:], strict=True):

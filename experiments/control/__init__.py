@@ -1,0 +1,1 @@
+"""Reinforcement learning with memory: games of cards, and PPO on recurrent models."""
