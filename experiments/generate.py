@@ -92,11 +92,13 @@ def main(values: Any) -> int:
         raise UserError("--prompt, --prompts and --interactive: give one of them")
     if values.interactive and values.num_samples > 1:
         raise UserError("--num_samples: must be 1 with --interactive")
+    if values.checkpoint and values.workdir:
+        raise UserError("--checkpoint: must not be combined with --workdir")
     prompts = read_prompts(values.prompts) if values.prompts else [values.prompt]
-    if values.checkpoint:
-        return _from_checkpoint(values, prompts, settings)
     if values.interactive:
         return _converse(values, settings)
+    if values.checkpoint:
+        return _from_checkpoint(values, prompts, settings)
     if len(prompts) == 1 and values.num_samples == 1:
         _show(sampling.decode(sampling.encode(prompts[0])))
         _show(generate(values.workdir, prompts[0], which=values.which, settings=settings))
@@ -132,8 +134,6 @@ def generate(
 
 
 def _from_checkpoint(values: Any, prompts: list[str], settings: sampling.Settings) -> int:
-    if values.workdir or values.interactive:
-        raise UserError("--checkpoint: must not be combined with --workdir or --interactive")
     model = published.Published(values.checkpoint)
     for prompt, sample in itertools.product(prompts, range(values.num_samples)):
         own = dataclasses.replace(settings, seed=settings.seed + sample)
@@ -163,15 +163,21 @@ def _show(texts: Iterable[str]) -> None:
 
 
 def _converse(values: Any, settings: sampling.Settings) -> int:
-    model, params = _load(values.workdir, values.which)
-    conversation = sampling.Conversation(model, params, settings)
+    if values.checkpoint:
+        answer = published.Published(values.checkpoint).conversation(settings)
+    else:
+        conversation = sampling.Conversation(*_load(values.workdir, values.which), settings)
+
+        def answer(line: str) -> Iterator[str]:
+            return sampling.decode(conversation.answer(sampling.encode(line)))
+
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             return 0
-        _show(sampling.decode(conversation.answer(sampling.encode(line))))
+        _show(answer(line))
         print()
 
 

@@ -55,9 +55,9 @@ class Tokenizer:
         self._template: chat.Template | None = None
         self.stop_tokens = _stop_tokens(folder)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, with the special tokens that the tokenizer adds."""
-        return self._tokenizer.encode(text).ids
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the tokens of a text, with the special tokens that the tokenizer adds to it."""
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens."""

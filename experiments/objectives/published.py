@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import seqjax
 from experiments.base.errors import UserError
 from experiments.data import pipeline
 from experiments.data.tokens import INSTALL, Tokenizer, check_vocabulary
-from experiments.objectives.sampling import GROUP_SIZE, Settings
+from experiments.objectives.sampling import GROUP_SIZE, Conversation, Settings
 
 
 class Published:
@@ -54,6 +55,26 @@ class Published:
             for token in np.asarray(group.tokens)[0, : int(group.lengths[0])].tolist()
         )
         yield from until(settings.stop.decode("utf-8", "replace"), self._decode(made))
+
+    def conversation(self, settings: Settings) -> Callable[[str], Iterator[str]]:
+        """Return a function from the user's next line to the text that follows all lines."""
+        turns = Conversation(
+            self._model,
+            self._params,
+            dataclasses.replace(settings, stop=b""),
+            start=(),
+            stop_tokens=self.stop_tokens,
+        )
+        lines = itertools.count()
+
+        def answer(line: str) -> Iterator[str]:
+            # Special tokens belong to the start of the text.
+            tokens = self._tokenizer.encode(line, special=next(lines) == 0)
+            check_vocabulary([tokens], self._model.vocab_size)
+            stop = settings.stop.decode("utf-8", "replace")
+            return until(stop, self._decode(turns.answer(tokens)))
+
+        return answer
 
     def _decode(self, tokens: Iterable[int]) -> Iterator[str]:
         """Decode tokens incrementally; a character may need several tokens."""

@@ -89,19 +89,30 @@ def batch(model: Any, params: Any, prompts: Sequence[bytes], settings: Settings)
 class Conversation:
     """A text that a user and the model write in turns; the state carries all earlier lines."""
 
-    def __init__(self, model: Any, params: Any, settings: Settings) -> None:
-        """Start an empty text."""
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        settings: Settings,
+        *,
+        start: Sequence[int] = (DOCUMENT_START,),
+        stop_tokens: Sequence[int] = (),
+    ) -> None:
+        """Start a text with the tokens `start`; an answer ends with one of `stop_tokens`."""
         self._model, self._params, self._settings = model, params, settings
         self._state: Any = None
-        self._unread = bytes([DOCUMENT_START])
+        self._unread = list(start)
+        self._stop_tokens = stop_tokens
         self._turns = 0
 
-    def answer(self, line: bytes) -> Iterator[int]:
-        """Read a line, and yield the bytes that follow it, up to the stop string."""
-        text = self._unread + line
+    def answer(self, line: Sequence[int]) -> Iterator[int]:
+        """Read a line, and yield the tokens that follow it; bytes end with the stop string."""
+        text = [*self._unread, *line]
+        if not text:
+            return
         # Prompts are padded, so that lines of different lengths share a compiled program.
         tokens = np.zeros((1, -(-len(text) // 64) * 64), np.int32)
-        tokens[0, : len(text)] = np.frombuffer(text, np.uint8)
+        tokens[0, : len(text)] = text
         settings = dataclasses.replace(self._settings, seed=self._settings.seed + self._turns)
         groups = seqjax.stream(
             self._model,
@@ -110,6 +121,7 @@ class Conversation:
             lengths=jnp.array([len(text)]),
             state=self._state,
             group_size=1,
+            stop_tokens=self._stop_tokens,
             **settings.options(),
         )
         self._turns += 1
@@ -117,7 +129,7 @@ class Conversation:
         def read() -> Iterator[int]:
             for group in groups:
                 # The state is that before the group's token, which the next line begins with.
-                self._state, self._unread = group.state, bytes(np.asarray(group.tokens)[0].tolist())
+                self._state, self._unread = group.state, np.asarray(group.tokens)[0].tolist()
                 yield self._unread[0]
 
         yield from until(self._settings.stop, read())

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.generation import prompts
-from seqjax.generation.decode import checked
+from seqjax.generation.arguments import check, positive
 from seqjax.generation.sampling import Sampling
 from seqjax.layers._base import Layer
 from seqjax.ops.core import explicit_mesh
@@ -39,7 +40,7 @@ def beam_search(
     max_new_tokens: int,
     num_beams: int = 4,
     length_penalty: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: int | Sequence[int] = (),
     state: PyTree = None,
     lengths: jax.Array | None = None,
     chunk_size: int = 512,
@@ -70,23 +71,20 @@ def beam_search(
       >>> beams.tokens.shape
       (1, 3, 4)
     """
-    arrays = checked(
-        "beam_search",
-        model,
-        prompt,
-        max_new_tokens,
-        None,
-        Sampling(temperature=0),
-        stop_tokens,
-        lengths,
-        chunk_size,
+    chunk_size, max_new_tokens, num_beams = positive(
+        "beam_search", chunk_size=chunk_size, max_new_tokens=max_new_tokens, num_beams=num_beams
+    )
+    arrays = check(
+        "beam_search", model, prompt, None, Sampling(temperature=0), stop_tokens, lengths
     )
     vocab = getattr(model, "vocab_size", None)
-    if not isinstance(num_beams, int) or num_beams < 1 or (vocab and num_beams > vocab):
+    if vocab is not None and num_beams > vocab:
         raise ValueError(
-            f"beam_search: `num_beams` must be an integer from 1 to vocab_size = {vocab}, got"
-            f" {num_beams!r}."
+            f"beam_search: `num_beams` must be at most vocab_size = {vocab}, got {num_beams}."
         )
+    number = isinstance(length_penalty, int | float | np.number | jax.Array)
+    if not number or jnp.ndim(length_penalty):
+        raise ValueError(f"beam_search: `length_penalty` must be a number, got {length_penalty!r}.")
     return _search(
         model,
         (chunk_size, max_new_tokens, num_beams),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.generation import prompts
+from seqjax.generation.arguments import Arrays, check, positive
 from seqjax.generation.sampling import Sampling, choose
 from seqjax.layers._base import Layer
 from seqjax.ops.core import explicit_mesh
@@ -65,8 +66,9 @@ def generate(
     top_p: Any = None,
     min_p: Any = None,
     repetition_penalty: Any = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: int | Sequence[int] = (),
     state: PyTree = None,
+    donate_state: bool = False,
     lengths: jax.Array | None = None,
     chunk_size: int = 512,
 ) -> Generation:
@@ -86,8 +88,10 @@ def generate(
         do not depend on the other rows. Required unless `temperature` is the number 0.
       temperature: divisor of the logits; 0 takes the most likely token.
       top_k, top_p, min_p, repetition_penalty: filters, off by default; see `Sampling`.
-      stop_tokens: tokens that end a row.
+      stop_tokens: token or tokens that end a row.
       state: the state before the prompt, from an earlier call; by default the initial state.
+      donate_state: whether the returned state may take the memory of `state`, whose arrays are
+        deleted. Without it, memory must hold both.
       lengths: [B] lengths of the prompts, if they differ; row b is `prompt[b, :lengths[b]]`.
       chunk_size: largest number of tokens of the prompt that one call of the model reads.
 
@@ -108,11 +112,13 @@ def generate(
       >>> out.tokens.shape, out.lengths.tolist()
       ((1, 5), [5])
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    arrays = checked(
-        "generate", model, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
+    chunk_size, max_new_tokens = positive(
+        "generate", chunk_size=chunk_size, max_new_tokens=max_new_tokens
     )
-    return _generate(model, chunk_size, max_new_tokens, params, state, arrays)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    arrays = check("generate", model, prompt, key, sampling, stop_tokens, lengths)
+    sizes = chunk_size, max_new_tokens
+    return _generate(model, sizes, params, state, arrays, donate_state=donate_state)
 
 
 def stream(
@@ -128,8 +134,9 @@ def stream(
     top_p: Any = None,
     min_p: Any = None,
     repetition_penalty: Any = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: int | Sequence[int] = (),
     state: PyTree = None,
+    donate_state: bool = False,
     lengths: jax.Array | None = None,
     chunk_size: int = 512,
 ) -> Iterator[Generation]:
@@ -142,7 +149,7 @@ def stream(
       model, params, prompt, max_new_tokens, key: as in `generate`.
       group_size: number of tokens in a group after the first, which has one token.
       temperature, top_k, top_p, min_p, repetition_penalty: as in `generate`.
-      stop_tokens, state, lengths, chunk_size: as in `generate`.
+      stop_tokens, state, donate_state, lengths, chunk_size: as in `generate`.
 
     Returns:
       An iterator with a `Generation` for each group: the group's tokens and logprobs
@@ -162,73 +169,13 @@ def stream(
       >>> [group.tokens.shape for group in groups]
       [(1, 1), (1, 2), (1, 2)]
     """
-    if not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"stream: `group_size` must be an integer >= 1, got {group_size!r}.")
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    arrays = checked(
-        "stream", model, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
+    chunk_size, max_new_tokens, group_size = positive(
+        "stream", chunk_size=chunk_size, max_new_tokens=max_new_tokens, group_size=group_size
     )
-    return _groups(model, chunk_size, max_new_tokens, group_size, params, state, arrays)
-
-
-class Arrays(NamedTuple):
-    """Checked arrays of a call."""
-
-    tokens: jax.Array
-    lengths: jax.Array | None
-    keys: jax.Array | None
-    sampling: Sampling
-    stop_tokens: jax.Array
-
-
-def checked(
-    name: str,
-    model: Any,
-    prompt: Any,
-    max_new_tokens: Any,
-    key: Any,
-    sampling: Sampling,
-    stop_tokens: Sequence[int],
-    lengths: Any,
-    chunk_size: int,
-) -> Arrays:
-    """Return the arguments as arrays; raise ValueError if they are not valid."""
-    tokens, lengths = prompts.check_prompt(name, model, prompt, lengths, chunk_size)
-    batch = len(tokens)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(
-            f"{name}: `max_new_tokens` must be an integer >= 1, got {max_new_tokens!r}."
-        )
-    stops = np.asarray(stop_tokens, np.int64).reshape(-1)
-    vocab = getattr(model, "vocab_size", None)
-    if vocab is not None and ((stops < 0) | (stops >= vocab)).any():
-        raise ValueError(
-            f"{name}: `stop_tokens` must be from 0 to vocab_size - 1 = {vocab - 1}, got"
-            f" {stops.tolist()}."
-        )
-    keys = None if sampling.greedy else row_keys(name, key, batch)
-    return Arrays(tokens, lengths, keys, sampling.check(name, batch), jnp.asarray(stops, "int32"))
-
-
-def row_keys(name: str, key: Any, batch: int) -> jax.Array:
-    """Return a key for each row: the given keys, or the split of one key."""
-    if key is None:
-        raise ValueError(
-            f"{name}: `key` must be a jax.random key, got None; make one with jax.random.key(0), or"
-            " pass temperature=0 for the most likely tokens."
-        )
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        kind = f"{key!r}" if isinstance(key, int) else type(key).__name__
-        raise ValueError(
-            f"{name}: `key` must be a jax.random key, got {kind}; make one with jax.random.key(0)."
-        )
-    if key.shape == ():
-        return jax.random.split(key, batch)
-    if key.shape != (batch,):
-        raise ValueError(
-            f"{name}: `key` must be one key or have shape [{batch}], got {list(key.shape)}."
-        )
-    return key
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    arrays = check("stream", model, prompt, key, sampling, stop_tokens, lengths)
+    begun = _begin(model, chunk_size, params, state, arrays, donate_state=donate_state)
+    return _groups(model, max_new_tokens, group_size, params, begun, arrays)
 
 
 def begin(
@@ -271,7 +218,9 @@ def advance(
 ) -> tuple[Decoding, jax.Array]:
     """Read the last token of the rows that are not done, and choose the next one."""
     logits, state = model.step(params, decoding.token, decoding.state)
-    state = prompts.select_rows(decoding.done, decoding.state, state)
+    # No row waits for others if it is alone, or if nothing can end it.
+    if len(decoding.done) > 1 and arrays.stop_tokens.size:
+        state = prompts.select_rows(decoding.done, decoding.state, state)
     return extend(decoding._replace(state=state), logits, arrays)
 
 
@@ -295,24 +244,27 @@ def fill(
         decoding, tokens, logprobs = carry
         column = decoding.position - begun
         decoding, logprob = advance(model, params, decoding, arrays)
-        return (
-            decoding,
-            tokens.at[:, column].set(decoding.token),
-            logprobs.at[:, column].set(logprob.astype(logprobs.dtype)),
-        )
+
+        def put(array: jax.Array, values: jax.Array) -> jax.Array:
+            # A scatter, `.at[:, column].set`, is a loop over the rows on CPU.
+            values = values[:, None].astype(array.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(array, values, column, axis=1)
+
+        return decoding, put(tokens, decoding.token), put(logprobs, logprob)
 
     return jax.lax.while_loop(unfinished, body, (decoding, tokens, logprobs))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@prompts.jit_with_donation
 def _generate(
     model: Layer,
-    chunk_size: int,
-    max_new_tokens: int,
+    sizes: tuple[int, int],
     params: PyTree,
     state: PyTree,
     arrays: Arrays,
 ) -> Generation:
+    chunk_size, max_new_tokens = sizes
+
     def run(params: PyTree, state: PyTree, arrays: Arrays) -> Generation:
         decoding, logprob = begin(model, chunk_size, params, state, arrays)
         shape = len(decoding.token), max_new_tokens
@@ -331,7 +283,7 @@ def _on_any_mesh(run: Any) -> Any:
     return explicit_mesh.auto_inside(specs)(run)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@prompts.jit_with_donation
 def _begin(
     model: Layer, chunk_size: int, params: PyTree, state: PyTree, arrays: Arrays
 ) -> tuple[Decoding, jax.Array]:
@@ -357,14 +309,13 @@ def _group(
 
 def _groups(
     model: Layer,
-    chunk_size: int,
     count: int,
     size: int,
     params: PyTree,
-    state: PyTree,
+    begun: tuple[Decoding, jax.Array],
     arrays: Arrays,
 ) -> Iterator[Generation]:
-    decoding, logprob = _begin(model, chunk_size, params, state, arrays)
+    decoding, logprob = begun
     ready = Generation(decoding.token[:, None], decoding.lengths, logprob[:, None], decoding.state)
     made = 1
     while made < count:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqjax.generation.arguments import as_integers, describe, positive
 from seqjax.generation.prompts import prefill
 from seqjax.layers._base import Layer
 from seqjax.types import PyTree
@@ -33,11 +34,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         """Make an empty cache that holds at most `max_bytes` of states."""
-        if not isinstance(max_bytes, int) or max_bytes < 1:
-            raise ValueError(
-                f"PrefixCache: `max_bytes` must be an integer >= 1, got {max_bytes!r}."
-            )
-        self.max_bytes = max_bytes
+        [self.max_bytes] = positive("PrefixCache", max_bytes=max_bytes)
         self._entries: collections.OrderedDict[bytes, tuple[PyTree, int]] = (
             collections.OrderedDict()
         )
@@ -55,9 +52,16 @@ class PrefixCache:
         """Add the state of one sequence (batch size 1) after `tokens` [P].
 
         Raises:
-          ValueError: if tokens are not integers [P], or the state alone exceeds `max_bytes`.
+          ValueError: if tokens are not integers [P], the state is not that of one sequence, or it
+            exceeds `max_bytes`.
         """
         name = _key(tokens)
+        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(state)]
+        if any(shape[:1] != (1,) for shape in shapes):
+            raise ValueError(
+                "PrefixCache: `state` must be that of one sequence, with a batch axis of 1, got"
+                f" shapes {', '.join(str(list(shape)) for shape in shapes)}."
+            )
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         if size > self.max_bytes:
             raise ValueError(
@@ -96,11 +100,21 @@ class PrefixCache:
           model, params, chunk_size: as in `seqjax.prefill`.
           tokens: [P] integers.
           positions: numbers of tokens after which states are stored, in addition to the end.
+            Tokens of the known prefix are not read again, so positions inside it are left out.
 
         Returns:
           `(logits, state)` [1, V] after the last token, for `generate` with a next prompt.
+
+        Raises:
+          ValueError: if tokens are not integers [P], or a position is not from 1 to P.
         """
-        row = np.frombuffer(_key(tokens), np.int32)
+        row, positions = np.frombuffer(_key(tokens), np.int32), list(positions)
+        outside = [p for p in positions if not 1 <= p <= len(row)]
+        if outside:
+            raise ValueError(
+                f"PrefixCache: `positions` must be from 1 to {len(row)}, the number of tokens, got"
+                f" {outside[0]}."
+            )
         start, state = self.longest(row)
         stops = sorted({p for p in positions if start < p < len(row)} | {len(row)})
         logits: Any = None
@@ -113,10 +127,9 @@ class PrefixCache:
 
 
 def _key(tokens: Any) -> bytes:
-    row = np.asarray(tokens)
-    if row.ndim != 1 or not len(row) or not np.issubdtype(row.dtype, np.integer):
+    row = as_integers(tokens)
+    if row is None or row.ndim != 1 or not len(row):
         raise ValueError(
-            f"PrefixCache: `tokens` must be integers of shape [P], got {row.dtype.name} of shape"
-            f" {list(row.shape)}."
+            f"PrefixCache: `tokens` must be integers of shape [P], P >= 1, got {describe(tokens)}."
         )
-    return row.astype(np.int32).tobytes()
+    return np.asarray(row).tobytes()

@@ -1,13 +1,11 @@
 """Prefill: a model reads whole prompts in parallel, in chunks of bounded memory."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from seqjax.layers import _checks
+from seqjax.generation.arguments import check_model, check_prompt, positive
 from seqjax.layers._base import Layer
 from seqjax.ops.core import explicit_mesh
 from seqjax.types import PyTree
@@ -21,6 +19,7 @@ def prefill(
     tokens: jax.Array,
     state: PyTree = None,
     *,
+    donate_state: bool = False,
     lengths: jax.Array | None = None,
     chunk_size: int = 512,
 ) -> Result:
@@ -36,6 +35,8 @@ def prefill(
       params: the model's parameters.
       tokens: [B, P] integers; with `lengths`, row b is `tokens[b, :lengths[b]]`.
       state: the state before the prompts; by default the initial state.
+      donate_state: whether the returned state may take the memory of `state`, whose arrays are
+        deleted.
       lengths: [B] integers from 1 to P; by default all rows have P tokens.
       chunk_size: largest number of tokens that one call of the model reads.
 
@@ -54,50 +55,25 @@ def prefill(
       >>> logits.shape
       (2, 7)
     """
-    tokens, lengths = check_prompt("prefill", model, tokens, lengths, chunk_size)
-    return _prefill(model, chunk_size, params, tokens, state, lengths)
+    [chunk_size] = positive("prefill", chunk_size=chunk_size)
+    check_model("prefill", model)
+    arrays = check_prompt("prefill", model, tokens, lengths)
+    return _prefill(model, chunk_size, params, state, arrays, donate_state=donate_state)
 
 
-def check_prompt(
-    name: str, model: Any, tokens: Any, lengths: Any, chunk_size: int
-) -> tuple[jax.Array, jax.Array | None]:
-    """Return tokens and lengths as int32 arrays; raise ValueError if they are not valid."""
-    if not isinstance(model, Layer) or not model.causal:
-        got = repr(model) if isinstance(model, Layer) else type(model).__name__
-        raise ValueError(
-            f"{name}: `model` must be a causal seqjax model, got {got}; the order of arguments is"
-            " (model, params, prompt)."
-        )
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"{name}: `chunk_size` must be an integer >= 1, got {chunk_size!r}.")
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(
-            f"{name}: the prompt must be integers of shape [B, P] with B, P >= 1, got"
-            f" {tokens.dtype.name} of shape {list(tokens.shape)}."
-        )
-    vocab = getattr(model, "vocab_size", None)
-    concrete = not isinstance(tokens, jax.core.Tracer) and tokens.is_fully_addressable
-    if lengths is not None:
-        lengths = jnp.asarray(lengths)
-        if lengths.shape != tokens.shape[:1] or not jnp.issubdtype(lengths.dtype, jnp.integer):
-            raise ValueError(
-                f"{name}: `lengths` must be integers of shape [{len(tokens)}], got"
-                f" {lengths.dtype.name} of shape {list(lengths.shape)}."
-            )
-        if not isinstance(lengths, jax.core.Tracer) and lengths.is_fully_addressable:
-            values = np.asarray(lengths)
-            if (values < 1).any() or (values > tokens.shape[1]).any():
-                raise ValueError(
-                    f"{name}: `lengths` must be from 1 to {tokens.shape[1]}, got {values.tolist()}."
-                )
-        else:
-            concrete = False
-        lengths = lengths.astype(jnp.int32)
-    if concrete and vocab is not None:
-        inside = None if lengths is None else np.arange(tokens.shape[1]) < lengths[:, None]
-        _checks.in_vocabulary(model, tokens, vocab, inside)
-    return tokens.astype(jnp.int32), lengths
+def jit_with_donation(run: Any) -> Any:
+    """Compile `run(model, sizes, params, state, arrays)`, which returns the new state.
+
+    The first two arguments are static. With `donate_state`, the results may take the memory of
+    `state`.
+    """
+    keep = jax.jit(run, static_argnums=(0, 1))
+    reuse = jax.jit(run, static_argnums=(0, 1), donate_argnums=3)
+
+    def compiled(*args: Any, donate_state: bool) -> Any:
+        return (reuse if donate_state else keep)(*args)
+
+    return compiled
 
 
 def by_batch(arguments: Any, out: Any) -> PyTree:
@@ -111,20 +87,19 @@ def by_batch(arguments: Any, out: Any) -> PyTree:
     return jax.tree.map(of_result, out)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jit_with_donation
 def _prefill(
     model: Layer,
     chunk_size: int,
     params: PyTree,
-    tokens: jax.Array,
     state: PyTree,
-    lengths: jax.Array | None,
+    arrays: tuple[jax.Array, jax.Array | None],
 ) -> Result:
     @explicit_mesh.auto_inside(by_batch)
     def run(params: PyTree, tokens: jax.Array, state: PyTree, lengths: Any) -> Result:
         return read(model, params, tokens, state, lengths, chunk_size)
 
-    return run(params, tokens, state, lengths)
+    return run(params, arrays[0], state, arrays[1])
 
 
 def read(

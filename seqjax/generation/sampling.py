@@ -13,7 +13,7 @@ class Sampling(NamedTuple):
 
     Attributes:
       temperature: divisor of the logits; 0 takes the most likely token.
-      top_k: number of most likely tokens to draw from.
+      top_k: number of most likely tokens to draw from; above the vocabulary's size, all tokens.
       top_p: draw from the smallest set of most likely tokens whose probability reaches this.
       min_p: smallest probability of a token, relative to that of the most likely one.
       repetition_penalty: divisor of the positive logits, and factor of the negative logits, of
@@ -30,26 +30,32 @@ class Sampling(NamedTuple):
         """Return the parameters as arrays; raise ValueError for values out of range."""
 
         def checked(field: str, wanted: str, low: float, high: float, low_allowed: bool) -> Any:
-            value = getattr(self, field)
-            if value is None:
+            value, dtype = getattr(self, field), jnp.int32 if field == "top_k" else jnp.float32
+            if value is None and field != "temperature":
                 return None
-            array = jnp.asarray(value, jnp.int32 if field == "top_k" else jnp.float32)
+            array = as_array(value)
+            kinds = (jnp.integer,) if field == "top_k" else (jnp.integer, jnp.floating)
+            if array is None or not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+                raise ValueError(f"{name}: `{field}` must be {wanted}, got {value!r}.")
             if array.shape not in ((), (batch,)):
                 raise ValueError(
                     f"{name}: `{field}` must be a number or have shape [{batch}], got"
                     f" {list(array.shape)}."
                 )
-            if not isinstance(value, jax.core.Tracer):
-                numbers = np.asarray(value, np.float64)
-                low_ok = (numbers >= low) if low_allowed else (numbers > low)
-                bad = ~(low_ok & (numbers <= high) & np.isfinite(numbers))
-                if bad.any():
-                    raise ValueError(f"{name}: `{field}` must be {wanted}, got {value}.")
-            return array
+            if isinstance(array, jax.core.Tracer) or not _on_this_process(array):
+                return array.astype(dtype)
+            numbers = np.asarray(array)
+            low_ok = (numbers >= low) if low_allowed else (numbers > low)
+            bad = ~(low_ok & (numbers <= high) & np.isfinite(numbers))
+            if bad.any():
+                raise ValueError(f"{name}: `{field}` must be {wanted}, got {numbers[bad][0]}.")
+            if field == "top_k":  # no vocabulary is larger
+                numbers = np.minimum(numbers, np.iinfo(np.int32).max)
+            return jnp.asarray(numbers, dtype)
 
         return Sampling(
             checked("temperature", "0 or more", 0, math.inf, True),
-            checked("top_k", "at least 1", 1, math.inf, True),
+            checked("top_k", "an integer >= 1", 1, math.inf, True),
             checked("top_p", "above 0 and at most 1", 0, 1, False),
             checked("min_p", "from 0 to 1", 0, 1, True),
             checked("repetition_penalty", "above 0", 0, math.inf, False),
@@ -57,8 +63,26 @@ class Sampling(NamedTuple):
 
     @property
     def greedy(self) -> bool:
-        """True if the temperature is the Python number 0, so that no key is required."""
-        return isinstance(self.temperature, int | float) and self.temperature == 0
+        """True if the temperature is the Python or NumPy number 0: no key is required."""
+        number = isinstance(self.temperature, int | float | np.number)
+        return number and bool(self.temperature == 0)
+
+
+def as_array(value: Any) -> jax.Array | np.ndarray | None:
+    """Return the value as an array, or None for rows of different lengths and other objects."""
+    if isinstance(value, jax.Array):
+        return value
+    try:
+        array = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list of traced numbers
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return None if array.dtype.kind in "OUS" else array
+
+
+def _on_this_process(array: Any) -> bool:
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
 def choose(

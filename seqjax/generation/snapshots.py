@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zipfile
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from seqjax.types import PyTree
 def save_state(path: str | os.PathLike[str], state: PyTree) -> None:
     """Write a state to a NumPy file (`.npz`), one array for each leaf.
 
-    States are trees of arrays, so Orbax and other checkpoint libraries save them too.
+    States are trees of arrays, so Orbax and other checkpoint libraries save them too. Arrays in
+    bfloat16 are stored by their bits, because NumPy files have no such dtype.
 
     Args:
       path: the file to write.
@@ -52,7 +54,7 @@ def load_state(path: str | os.PathLike[str], like: PyTree) -> PyTree:
       The state.
 
     Raises:
-      ValueError: if a leaf is missing, or has another shape or dtype.
+      ValueError: if the file is no snapshot, or a leaf is missing or has another shape or dtype.
       OSError: if the file cannot be read.
 
     Example:
@@ -63,8 +65,7 @@ def load_state(path: str | os.PathLike[str], like: PyTree) -> PyTree:
       >>> seqjax.load_state(path, like=layer.initial_state(3)).shape
       (3, 4)
     """
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
+    arrays = _read(path)
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
     wanted = {_name(key): leaf for key, leaf in leaves}
     if wanted.keys() != arrays.keys():
@@ -75,12 +76,25 @@ def load_state(path: str | os.PathLike[str], like: PyTree) -> PyTree:
         )
     for name, leaf in wanted.items():
         found = arrays[name]
+        if found.dtype == np.dtype(f"V{leaf.dtype.itemsize}"):  # how NumPy reads bfloat16
+            found = arrays[name] = found.view(leaf.dtype)
         if found.shape != leaf.shape or found.dtype != leaf.dtype:
             raise ValueError(
                 f"load_state: {name} must be {leaf.dtype} of shape {list(leaf.shape)} as in `like`,"
                 f" got {found.dtype} of shape {list(found.shape)}."
             )
     return jax.tree.unflatten(tree, [jax.numpy.asarray(arrays[name]) for name in wanted])
+
+
+def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile):  # pickles, arrays, other files
+        raise ValueError(
+            f"load_state: `path` must be a file that save_state wrote, got {os.fspath(path)!r} of"
+            " another format."
+        ) from None
 
 
 def _name(path: Any) -> str:

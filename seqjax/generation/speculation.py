@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from seqjax.generation import prompts
-from seqjax.generation.decode import Arrays, checked
+from seqjax.generation.arguments import Arrays, check, check_model, check_prompt, positive
 from seqjax.generation.sampling import Sampling, filtered
 from seqjax.layers._base import Layer
 from seqjax.ops.core import explicit_mesh
@@ -50,7 +50,7 @@ def speculate(
     top_k: Any = None,
     top_p: Any = None,
     min_p: Any = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: int | Sequence[int] = (),
     lengths: jax.Array | None = None,
     chunk_size: int = 512,
 ) -> Speculation:
@@ -93,20 +93,23 @@ def speculate(
       >>> out.tokens.shape
       (1, 6)
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p)
-    arrays = checked(
-        "speculate", target, prompt, max_new_tokens, key, sampling, stop_tokens, lengths, chunk_size
+    chunk_size, max_new_tokens, draft_tokens = positive(
+        "speculate",
+        chunk_size=chunk_size,
+        max_new_tokens=max_new_tokens,
+        draft_tokens=draft_tokens,
     )
-    prompts.check_prompt("speculate", draft, prompt, lengths, chunk_size)
+    order = "(target, draft, target_params, draft_params, prompt)"
+    for argument, model in (("target", target), ("draft", draft)):
+        check_model("speculate", model, argument, order)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
+    arrays = check("speculate", target, prompt, key, sampling, stop_tokens, lengths)
+    check_prompt("speculate", draft, prompt, lengths)
     vocabularies = [getattr(model, "vocab_size", None) for model in (target, draft)]
     if vocabularies[0] != vocabularies[1]:
         raise ValueError(
             "speculate: `target` and `draft` must have the same vocab_size, got"
             f" {vocabularies[0]} and {vocabularies[1]}."
-        )
-    if not isinstance(draft_tokens, int) or draft_tokens < 1:
-        raise ValueError(
-            f"speculate: `draft_tokens` must be an integer >= 1, got {draft_tokens!r}."
         )
     sizes = chunk_size, max_new_tokens, draft_tokens
     return _speculate((target, draft), sizes, (target_params, draft_params), arrays)
@@ -242,8 +245,8 @@ def _compute(
             carry.round + 1,
             jnp.where(m > 0, last, carry.token),
             (
-                _state_after(target, params[0], read_tokens, carry.states[0], whole_state, m),
-                _stored_state(draft_states, carry.states[1], m),
+                state_after(target, params[0], read_tokens, carry.states[0], whole_state, m),
+                stored_state(draft_states, carry.states[1], m),
             ),
             carry.done | jnp.any(kept & is_stop(new), axis=1) | (lengths >= count),
             lengths,
@@ -257,7 +260,7 @@ def _compute(
     return Speculation(end.tokens, end.lengths, end.logprobs, end.rounds, *end.states)
 
 
-def _state_after(
+def state_after(
     model: Any, params: PyTree, tokens: jax.Array, before: PyTree, whole: PyTree, m: jax.Array
 ) -> PyTree:
     """Return the state after the first `m` [B] tokens, from the state before them."""
@@ -269,7 +272,7 @@ def _state_after(
     return jax.lax.cond(jnp.all(m == length), lambda _: whole, again, before)
 
 
-def _stored_state(states: PyTree, before: PyTree, m: jax.Array) -> PyTree:
+def stored_state(states: PyTree, before: PyTree, m: jax.Array) -> PyTree:
     """Return the state after `m` [B] tokens, of the states after 1, 2, ... tokens."""
     rows = jnp.arange(len(m))
     chosen = jax.tree.map(lambda leaf: leaf[jnp.maximum(m - 1, 0), rows], states)

@@ -1,6 +1,8 @@
 """Sampling: byte-by-byte results equal those of the parallel pass."""
 
 import io
+import os
+import signal
 import sys
 
 import numpy as np
@@ -189,6 +191,22 @@ def test_a_published_checkpoint_continues_a_prompt(published, capsys):
     assert capsys.readouterr().out == f"w3 w1 w4{words}\n"
 
 
+def test_a_published_checkpoint_converses(published, capsys, monkeypatch):
+    """Compare the second answer with the continuation of the whole text."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w3 w1\nw4\n"))
+    arguments = ["generate", f"--checkpoint={published}", "--interactive", "--num_bytes=3"]
+    assert cli.run(generate.define_flags, generate.main, [*arguments, "--temperature=0"]) == 0
+    model, params = seqjax.pretrained.load(published)
+    text, answers = [], []
+    for line in ([3, 1], [4]):
+        text += line
+        out = seqjax.generate(model, params, jnp.array([text]), max_new_tokens=3, temperature=0)
+        text += out.tokens[0].tolist()
+        answers.append(" ".join(f"w{token}" for token in out.tokens[0].tolist()))
+    assert 31 not in text
+    assert capsys.readouterr().out == "".join(answer + "\n" for answer in answers)
+
+
 def test_a_checkpoint_without_tokenizer_ends_with_one_line(published, capsys):
     (published / "tokenizer.json").unlink()
     arguments = ["generate", f"--checkpoint={published}", "--prompt=w3"]
@@ -216,6 +234,7 @@ def test_a_text_of_pieces_ends_after_the_stop_string():
         ("--temperature=-1", "--temperature=-1.0: must be 0 or more"),
         ("--top_p=0", "--top_p=0.0: must be above 0"),
         ("--num_bytes=0", "--num_bytes=0: must be at least 1"),
+        ("--checkpoint=elsewhere", "--checkpoint: must not be combined with --workdir"),
         ("--which=newest", "newest"),
     ],
 )
@@ -225,3 +244,14 @@ def test_bad_flags_end_with_one_line(run, capsys, flag, message):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_closed_pipe_ends_quietly(capsys, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(generate, "generate", lambda *args, **options: iter(["text"]))
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        arguments = ["generate", "--workdir=anywhere", "--prompt=a"]
+        assert cli.run(generate.define_flags, generate.main, arguments) == 128 + signal.SIGPIPE
+    assert not capsys.readouterr().err

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import seqjax
+from seqjax import sharding
 from seqjax.generation.sampling import Sampling, choose, filtered
 from seqjax.layers import REGISTRY
 from tests.contract.harness import assert_close
@@ -155,14 +156,16 @@ def test_on_a_mesh(kind):
     prompt, lengths = prompts(batch=4), np.array([21, 5, 13, 8])
     options = {"max_new_tokens": 4, "temperature": 0}
     expected = seqjax.generate(model, params, prompt, lengths=lengths, **options)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
-    split = NamedSharding(mesh, P("data"))
+    mesh = sharding.make_mesh("data=2,fsdp=2", jax.devices()[:4], axis_types=kind)
+    shardings = sharding.shard(model, mesh, batch_shape=(4, 21))
+    split = NamedSharding(mesh, P(("data", "fsdp")))
     placed = jax.device_put((prompt, lengths), split)
-    everywhere = jax.device_put(params, NamedSharding(mesh, P()))
+    pieces = jax.device_put(params, shardings.params)
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(pieces))
     with jax.set_mesh(mesh):
-        out = seqjax.generate(model, everywhere, placed[0], lengths=placed[1], **options)
+        out = seqjax.generate(model, pieces, placed[0], lengths=placed[1], **options)
     np.testing.assert_array_equal(out.tokens, expected.tokens)
-    assert out.tokens.sharding.spec[0] == "data"
+    assert out.tokens.sharding.spec[0] == ("data", "fsdp")
 
 
 def test_filters_keep_the_likely_tokens():
@@ -207,7 +210,7 @@ def test_draws_have_the_probabilities_of_the_model():
         ({"key": 3}, r"generate: `key` must be a jax\.random key, got 3"),
         ({"temperature": -1.0}, r"generate: `temperature` must be 0 or more, got -1\.0\."),
         ({"top_p": 0.0}, r"generate: `top_p` must be above 0 and at most 1, got 0\.0\."),
-        ({"top_k": 0}, r"generate: `top_k` must be at least 1, got 0\."),
+        ({"top_k": 0}, r"generate: `top_k` must be an integer >= 1, got 0\."),
         ({"min_p": 2.0}, r"generate: `min_p` must be from 0 to 1, got 2\.0\."),
         ({"top_k": np.ones(5, int)}, r"generate: `top_k` must be a number or have shape \[3\]"),
         ({"stop_tokens": [99]}, r"generate: `stop_tokens` must be from 0 to vocab_size - 1 = 10"),
