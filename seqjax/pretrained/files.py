@@ -155,14 +155,8 @@ def _files(folder: pathlib.Path) -> list[tuple[pathlib.Path, list[str] | None]]:
     """Return the safetensors files of a folder, each with the tensors that an index lists."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"load: {index.name} must have a `weight_map`, got {error!r}."
-            ) from None
         files: dict[str, list[str]] = {}
-        for tensor, name in weight_map.items():
+        for tensor, name in _weight_map(index).items():
             files.setdefault(name, []).append(tensor)
         for name in files:
             if pathlib.Path(name).name != name or not (folder / name).is_file():
@@ -186,6 +180,17 @@ def _files(folder: pathlib.Path) -> list[tuple[pathlib.Path, list[str] | None]]:
             else "neither."
         )
     )
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    """Return the file of each tensor that an index lists."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"load: {index.name} must have a `weight_map`, got {error!r}.") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"load: the `weight_map` of {index.name} must have a file of each tensor.")
+    return found
 
 
 def write(

@@ -47,7 +47,12 @@ class Source:
         """Return the architecture of the config."""
         config = self.family.config(self.values)
         config.values |= {name: size for name, size in self.sizes if not config.has(name)}
-        return self.family.build(config, capacity)
+        try:
+            return self.family.build(config, capacity)
+        except ValueError as error:
+            if str(error).startswith("load: "):
+                raise
+            raise ValueError(f"load: config.json must describe a valid model; {error}") from None
 
     def table(self, architecture: Architecture) -> list[Tensor]:
         """Return the tensors to write."""

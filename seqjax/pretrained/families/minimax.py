@@ -13,15 +13,16 @@ def _build(config: Config, capacity: int) -> Architecture:
     config.expect("hidden_act", "silu", default="silu")
     counts = parts.heads(config, 32, 8)
     head_dim = config.integer("head_dim", dim // counts["heads"])
-    config.expect("rotary_dim", head_dim, default=head_dim)
-    theta, _ = config.rope(1e6)  # the reference always rotates whole heads
+    theta, _ = config.rope(1e6)
+    # As in the authors' code. transformers does not read this field and rotates whole heads.
+    rotated = config.at_most("rotary_dim", head_dim, "the features of a head", head_dim)
     attention = Attention(
         dim,
         **counts,
         head_dim=head_dim,
         capacity=capacity,
         window=config.integer("sliding_window") if config.has("sliding_window") else None,
-        rotary_dim=parts.rotary(head_dim, 1.0),
+        rotary_dim=parts.even("rotary_dim", rotated),
         rope_base=theta,
     )
     lightning = LightningAttention(

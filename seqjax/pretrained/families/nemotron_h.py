@@ -36,7 +36,7 @@ def _build(config: Config, capacity: int) -> Architecture:
     attention = Attention(
         dim,
         **parts.heads(config, 32, 8),
-        head_dim=config.integer("head_dim", 128),
+        head_dim=config.integer(parts.present(config, "head_dim", "attention_head_dim"), 128),
         capacity=capacity,
         rotary_dim=0,
     )
@@ -156,4 +156,4 @@ def _others(layer: MoE) -> list[Tensor]:
     return table
 
 
-NEMOTRON_H = Family(_build, ("backbone.", "model."), ignored=(r"^mtp\.",))
+NEMOTRON_H = Family(_build, ("backbone.", "model."), ignored=(r"(^|\.)mtp\.",))

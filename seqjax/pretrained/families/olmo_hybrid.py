@@ -114,4 +114,4 @@ def _joined() -> Tensor:
     )
 
 
-OLMO_HYBRID = Family(_build, ("model.",), ignored=(r"\.inv_freq$",))
+OLMO_HYBRID = Family(_build, ("model.",), ignored=(r"^mtp\.", r"\.inv_freq$"))

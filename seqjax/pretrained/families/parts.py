@@ -34,6 +34,13 @@ def rotary(head_dim: int, share: float) -> int:
     return size
 
 
+def even(name: str, value: int) -> int:
+    """Return the value of a field that must be even."""
+    if value % 2:
+        raise ValueError(f"load: config field `{name}` must be even, got {value}.")
+    return value
+
+
 def attention(layer: Attention, stored: str = "self_attn.", ours: str = "mixer.") -> list[Tensor]:
     """Return the tensors of an attention layer, with the usual names."""
     query = ("q_proj", "gate_proj") if layer.output_gate else ("q_proj",)

@@ -34,9 +34,7 @@ def _build(config: Config, capacity: int) -> Architecture:
         conv_size=config.integer("conv1d_width", 4),
         unit_first_step=True,
     )
-    width = config.integer("intermediate_size", 7680)
-    if width % 2:
-        raise ValueError(f"load: config field `intermediate_size` must be even, got {width}.")
+    width = parts.even("intermediate_size", config.integer("intermediate_size", 7680))
     mlp = GatedMLP(dim, width // 2, activation="gelu_tanh", bias=True)
     field = "_block_types" if config.has("_block_types") else "block_types"
     pattern = config.list_of(field, str, ["recurrent", "recurrent", "attention"], least=1)
