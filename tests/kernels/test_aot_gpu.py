@@ -68,6 +68,25 @@ def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
     assert max(sizes) == 8 * 4096 * 2048
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "way", "dtype"),
+    [
+        ("linear_attention", "", "bfloat16"),
+        ("linear_attention", " backward", "bfloat16"),
+        ("delta_rule", "", "float32"),
+        ("delta_rule", " backward", "bfloat16"),
+    ],
+)
+def test_matrix_states_stay_in_registers(op, way, dtype, tmp_path):
+    name = f"{op}{way}, decay per head, B=1, T=4096, H=8, K=V=128"
+    report = gpu.compile_apart(name, dtype, folder=tmp_path)
+    assert report.spills == 0
+    assert report.shared + 1024 <= gpu.SHARED_PER_CORE
+    for ptx in tmp_path.glob("*.ptx"):
+        assert "wgmma.mma_async" in ptx.read_text()
+
+
 @pytest.fixture(scope="module")
 def place():
     before = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")

@@ -1,8 +1,8 @@
-"""Calls of the TPU kernels of the matrix-state ops.
+"""Calls of the kernels of the matrix-state ops.
 
-The kernels take equal numbers of heads and at most 256 columns. `_layout` repeats the queries and
-keys of shared heads, and divides wide values into slices: columns of a state are independent, so a
-slice is one more head.
+The kernels take at most 256 columns, and those for TPU equal numbers of heads. `_layout` repeats
+the queries and keys of shared heads, and divides wide values into slices: columns of a state are
+independent, so a slice is one more head.
 """
 
 import functools
@@ -29,7 +29,7 @@ def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
     if jnp.dtype(jnp.float16) in dtypes:
         return "does not support float16; cast to bfloat16 or float32"
     if jnp.dtype(jnp.float64) in dtypes and not interpret:
-        return "does not support float64, which TPUs do not have"
+        return "does not support float64"
     for name, what, width in (("q", "keys", KERNEL_WIDTH), ("v", "values", VALUE_WIDTH)):
         if given[name].shape[-1] > width:
             return f"supports {what} of at most {width} numbers, got {given[name].shape[-1]}"
@@ -57,10 +57,14 @@ def functions(
     def forward(
         kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
     ) -> Any:
-        *inputs, vectors, state = _layout(reset, arrays, log_decay, S0, scale)
+        repeat = not getattr(kernels, "SHARED_HEADS", False)
+        *inputs, vectors, state = _layout(reset, arrays, log_decay, S0, scale, repeat)
         out, final, *states = kernels.forward(
             *inputs, state, reset, vectors=vectors, states=save, **shared
         )
+        if save and not states:  # this kernel computes the states again for its backward pass
+            _, residuals = shapes(arrays, log_decay, S0, reset, scale)
+            states = [jnp.zeros(s.shape, s.dtype) for s in residuals]
         heads, values = arrays["v"].shape[2:]
         out = _join(out[..., None, :], heads, values)[..., 0, :]
         return (out, _join(final, heads, values)), states
@@ -72,7 +76,9 @@ def functions(
         arrays, log_decay, S0, reset, scale = args
         [states], (d_out, d_final) = residuals, cotangents
         layout = functools.partial(_layout, reset)
-        (*inputs, vectors, _), transpose = jax.vjp(layout, arrays, log_decay, S0, scale)
+        (*inputs, vectors, state), transpose = jax.vjp(layout, arrays, log_decay, S0, scale)
+        if getattr(kernels, "RECOMPUTES_STATES", False):
+            states = state
         d_out = _columns(d_out)
         grads = kernels.backward(
             *inputs, states, reset, d_out, _slices(d_final), vectors=vectors, **shared
@@ -94,17 +100,22 @@ def functions(
     return forward, backward, shapes
 
 
-def _layout(reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any) -> tuple[Any, ...]:
+def _layout(
+    reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any, repeat: bool = True
+) -> tuple[Any, ...]:
     """Return q, k, v, beta, log_decay, a dict of a and b, and the initial state for the kernels.
 
-    Arrays are [B, T, heads, F]. The dict is empty for ops without a and b. Where the state is
-    cleared before a step, its a is zero, because it reads the state before the decay.
+    Arrays are [B, T, heads, F]. Without `repeat`, q and k keep their heads. The dict is empty for
+    ops without a and b. Where the state is cleared before a step, its a is zero, because it reads
+    the state before the decay.
     """
     q, v = arrays["q"], _columns(arrays["v"])
     if scale is not None:
         q = (q.astype(scale.dtype) * scale).astype(q.dtype)
     heads = v.shape[2]
-    q, k = (grouped_heads.repeat(x, heads) for x in (q, arrays["k"]))
+    k = arrays["k"]
+    if repeat:
+        q, k = (grouped_heads.repeat(x, heads) for x in (q, k))
     beta, decay = (
         None if x is None else grouped_heads.repeat(x, heads)
         for x in (arrays.get("beta"), log_decay)
