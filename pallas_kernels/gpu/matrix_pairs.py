@@ -46,7 +46,7 @@ class SharedMemory(NamedTuple):
     barrier: Any
 
 
-def pairs(p: Variant, arrays: Arrays, shape: tuple[int, int]) -> Arrays:
+def pairs(p: Variant, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
     """Compute "scores", and for the delta rule "inverse".
 
     Args:
@@ -63,8 +63,8 @@ def pairs(p: Variant, arrays: Arrays, shape: tuple[int, int]) -> Arrays:
         outputs[name] = array_like(leaves[0], size, jnp.bfloat16)
 
     def body(*refs: Any, smem: SharedMemory) -> None:
-        index = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
-        at = Position(*index, columns=None)
+        batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        at = Position(batch, head, chunk, columns=None)
         sources = jax.tree.unflatten(tree, refs[: len(leaves)])
         for name, block in smem.given.items():
             matrix_blocks.fetch(p, name, sources[name], at, block, smem.barrier)

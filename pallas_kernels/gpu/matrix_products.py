@@ -86,7 +86,7 @@ def ones(mask: jax.Array) -> jax.Array:
     return jnp.where(mask, 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def by_row(ref: Any, shape: tuple[int, int]) -> jax.Array:
+def by_row(ref: Any, shape: tuple[int, ...]) -> jax.Array:
     """Read a vector from shared memory; element t is the value of row t of the result."""
     vector = gpu_load(ref, WGMMA.reduce(1))
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (0,)), WGMMA)
@@ -98,18 +98,18 @@ def scaled(ref: Any, value: jax.Array) -> jax.Array:
     return jnp.where(factor == 0.0, 0.0, factor * value)
 
 
-def by_column(ref: Any, shape: tuple[int, int]) -> jax.Array:
+def by_column(ref: Any, shape: tuple[int, ...]) -> jax.Array:
     """Read a vector from shared memory; element j is the value of column j of the result."""
     vector = gpu_load(ref, WGMMA.reduce(0))
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (1,)), WGMMA)
 
 
-def row_indices(shape: tuple[int, int]) -> jax.Array:
+def row_indices(shape: tuple[int, ...]) -> jax.Array:
     """Return the row index of every element of a matrix in registers."""
     return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
 
 
-def column_indices(shape: tuple[int, int]) -> jax.Array:
+def column_indices(shape: tuple[int, ...]) -> jax.Array:
     """Return the column index of every element of a matrix in registers."""
     return plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
 

@@ -91,9 +91,8 @@ def _of_pass(p: Variant, arrays: Arrays, *names: str) -> Arrays:
 
 def _write_values(c: Chunk) -> tuple[list[Any], Any]:
     """Return the values U of a chunk in shared memory, and in registers if they are used there."""
-    x, value = c.x, None
-    if c.p.delta or c.p.decay:
-        value = mp.joined(x["v"])
+    x = c.x
+    value: Any = mp.joined(x["v"]) if c.p.delta or c.p.decay else None
     if not c.p.delta:
         return x["v"], value
     missing = value - c.decayed("upto", mp.product(c.p.num, x["k"], c.state))
