@@ -44,20 +44,18 @@ class SharedMemory(NamedTuple):
         pieces of computed values.
       barrier: completed when the blocks of the chunk have arrived.
       tile_barrier: completed when the blocks of a tile have arrived.
-      scores_barrier: completed when the scores have arrived again.
     """
 
     blocks: Blocks
     barrier: Any
     tile_barrier: Any
-    scores_barrier: Any
 
 
 class Sums(NamedTuple):
-    """Sums over the tiles, in registers; None where the variant or the part has none.
+    """Sums over the tiles, in registers; None where the variant has none.
 
     Attributes:
-      dq, dk: [64, columns of the part].
+      dq, dk: [64, K].
       scores: cotangent of the scores, without the scale.
       lower: dR U^T.
       reads, writes: cotangents [64] of sums of logarithms up to and after a step.
@@ -66,45 +64,25 @@ class Sums(NamedTuple):
 
     dq: jax.Array
     dk: jax.Array
-    scores: Any = None
-    lower: Any = None
-    reads: Any = None
-    writes: Any = None
-    beta: Any = None
-
-
-class PairCotangents(NamedTuple):
-    """Cotangents that come from pairs of steps.
-
-    Attributes:
-      scores, overlaps: cotangents of q_t^T k_j and of k_t^T k_j, or None.
-      spans: cotangents [64] of sums of logarithms between two steps, or None.
-      beta: cotangent of beta [64], or None.
-    """
-
     scores: jax.Array
-    overlaps: Any
-    spans: Any
+    lower: Any
+    reads: Any
+    writes: Any
     beta: Any
 
 
-def key_parts(p: Variant) -> list[slice]:
-    """Return the parts of the columns of dQ and dK that are computed one after the other.
-
-    The sums of 128 columns do not fit the registers. For the delta rule, each part computes dV.
-    """
-    return [slice(start, start + 64) for start in range(0, p.keys, 64)]
-
-
 def fit(p: Variant) -> Variant:
-    """Choose the columns of a tile: 64, or 32 where registers or shared memory require it."""
+    """Choose the columns of a tile: 64, or 32 where registers or shared memory require it.
+
+    With 128 keys, the sums of a thread block take more than half of the registers.
+    """
     narrow = p._replace(num=p.num._replace(swizzle=64), columns=32)
     wide = p._replace(num=p.num._replace(swizzle=128), columns=64)
     keys = 2 * p.num.inputs * p.keys
     tile = 2 * p.computed * wide.columns
     squares = CHUNK * (p.num.exact + p.delta * p.computed)
     fits = 2 * (CHUNK * (keys + tile + squares) + p.keys * tile) + 2048 <= SMEM_WHOLE
-    return wide if fits and not p.delta else narrow
+    return wide if p.keys == 64 and fits else narrow
 
 
 def gradients(
@@ -151,7 +129,6 @@ def gradients(
         blocks=blocks,
         barrier=plgpu.Barrier(num_arrivals=sum(n for key, n in count.items() if key not in TILED)),
         tile_barrier=plgpu.Barrier(num_arrivals=sum(count[key] for key in TILED)),
-        scores_barrier=plgpu.Barrier(num_arrivals=count["scores"]),
     )
     grid = {"chunk": p.chunks, "head": heads, "batch": batch}
     return matrix_blocks.launch(name, body, leaves, outputs, smem, grid, p.num.interpret)
@@ -165,7 +142,7 @@ def _kernel(
     smem: SharedMemory,
 ) -> None:
     batch, head, index = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
-    blocks = smem.blocks
+    blocks = dict(smem.blocks)
     loaded = {
         key: refs[: p.computed if key in ("scores", "inverse") else p.num.inputs]
         for key, refs in blocks.items()
@@ -176,56 +153,41 @@ def _kernel(
         if key not in TILED:
             matrix_blocks.fetch(p, key, sources[key], chunk, block, smem.barrier)
     plgpu.barrier_wait(smem.barrier)
-    pairs: Any = None
-    for part in key_parts(p):
-        if pairs is not None:  # the first part has overwritten the scores
-            plgpu.commit_smem()
-            block = loaded["scores"]
-            matrix_blocks.fetch(p, "scores", sources["scores"], chunk, block, smem.scores_barrier)
-            plgpu.barrier_wait(smem.scores_barrier)
-
-        def tile(i: Any, sums: Sums, part: slice = part) -> Sums:
-            columns = pl.ds(i.astype(jnp.int32) * p.columns, p.columns)
-            at = chunk._replace(columns=columns)
-            for key in TILED:
-                block = loaded.get(key, blocks[key])
-                matrix_blocks.fetch(p, key, sources[key], at, block, smem.tile_barrier)
-            plgpu.barrier_wait(smem.tile_barrier)
-            sums, dv = _tile(p, blocks, loaded, part, sums)
-            if part.start == 0:
-                target = targets["v"]
-                target[at.batch, at.steps, at.head, columns] = dv.astype(target.dtype)
-            plgpu.commit_smem()  # all threads have read the blocks
-            return sums
-
-        sums = lax.fori_loop(0, tiles, tile, _zeros(p, part, first=pairs is None))
-        if pairs is None:
-            pairs = _pairs(p, blocks, loaded, sums)
-            vectors = (sums.reads, sums.writes, pairs.spans, pairs.beta)
-            for key, value in zip(VECTORS, vectors, strict=True):
-                if value is not None:
-                    targets["d_" + key][chunk.batch, chunk.head, chunk.steps] = value
-        for key, value in zip("qk", _add_pairs(p, blocks, loaded, part, pairs, sums), strict=True):
-            target = targets[key]
-            target[chunk.batch, chunk.steps, chunk.head, part] = value.astype(target.dtype)
-
-
-def _zeros(p: Variant, part: slice, first: bool) -> Sums:
-    """Return the sums before the first tile; the first part has those of pairs and vectors."""
 
     def zeros(*shape: int) -> jax.Array:
         layout = mp.WGMMA if len(shape) == 2 else mp.WGMMA.reduce(1)
         return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
-    width = part.stop - part.start
-    sums = Sums(zeros(CHUNK, width), zeros(CHUNK, width))
-    if first:
-        sums = sums._replace(scores=zeros(*SQUARE))
-    if first and p.decay:
-        sums = sums._replace(reads=zeros(CHUNK), writes=zeros(CHUNK))
-    if first and p.delta:
-        sums = sums._replace(lower=zeros(*SQUARE), beta=zeros(CHUNK))
-    return sums
+    sums = Sums(
+        dq=zeros(CHUNK, p.keys),
+        dk=zeros(CHUNK, p.keys),
+        scores=zeros(*SQUARE),
+        lower=zeros(*SQUARE) if p.delta else None,
+        reads=zeros(CHUNK) if p.decay else None,
+        writes=zeros(CHUNK) if p.decay else None,
+        beta=zeros(CHUNK) if p.delta else None,
+    )
+
+    def tile(i: Any, sums: Sums) -> Sums:
+        columns = pl.ds(i.astype(jnp.int32) * p.columns, p.columns)
+        at = chunk._replace(columns=columns)
+        for key in TILED:
+            block = loaded.get(key, blocks[key])
+            matrix_blocks.fetch(p, key, sources[key], at, block, smem.tile_barrier)
+        plgpu.barrier_wait(smem.tile_barrier)
+        sums, dv = _tile(p, blocks, loaded, sums)
+        target = targets["v"]
+        target[at.batch, at.steps, at.head, columns] = dv.astype(target.dtype)
+        plgpu.commit_smem()  # all threads have read the blocks
+        return sums
+
+    sums, spans = _pairs(p, blocks, loaded, lax.fori_loop(0, tiles, tile, sums))
+    for key, value in (("q", sums.dq), ("k", sums.dk)):
+        target = targets[key]
+        target[chunk.batch, chunk.steps, chunk.head] = value.astype(target.dtype)
+    for key, value in zip(VECTORS, (sums.reads, sums.writes, spans, sums.beta), strict=True):
+        if value is not None:
+            targets["d_" + key][chunk.batch, chunk.head, chunk.steps] = value
 
 
 def _row_sums(x: jax.Array) -> jax.Array:
@@ -236,20 +198,13 @@ def _decayed(p: Variant, blocks: Blocks, name: str, value: jax.Array) -> jax.Arr
     return mp.scaled(blocks[name][0], value) if p.decay else value
 
 
-def _tile(p: Variant, blocks: Blocks, loaded: Blocks, part: slice, sums: Sums) -> tuple[Sums, Any]:
-    """Add a tile of columns to the sums, and return the cotangent of its values.
-
-    A part of linear attention other than the first has no use for this cotangent, and returns None.
-    """
+def _tile(p: Variant, blocks: Blocks, loaded: Blocks, sums: Sums) -> tuple[Sums, jax.Array]:
+    """Add a tile of columns to the sums, and return the cotangent of its values."""
     product = functools.partial(mp.product, p.num)
     decayed = functools.partial(_decayed, p, blocks)
     q, k, scores = (loaded[name] for name in ("q", "k", "scores"))
     state, cotangent = blocks["states"], blocks["cotangents"]
-    state_rows, cotangent_rows = (
-        mp.transposed([ref.at[part] for ref in refs]) for refs in (state, cotangent)
-    )
     inputs = p.num.inputs
-    dq, dk, d_scores, lower, reads, writes, d_beta = sums
     written = loaded["v"]
     missing: Any = None
     k_read: Any = None
@@ -261,41 +216,38 @@ def _tile(p: Variant, blocks: Blocks, loaded: Blocks, part: slice, sums: Sums) -
         written = blocks["v"]
         mp.store(written, mp.split(beta * missing, p.computed))
         mp.store(written, mp.split(product(loaded["inverse"], written), p.computed))
-    if d_scores is not None:
-        d_scores = product(loaded["d_out"], mp.transposed(written), d_scores)
+    d_scores = product(loaded["d_out"], mp.transposed(written), sums.scores)
     d_out = p.scale * mp.joined(loaded["d_out"])
-    if reads is not None:
-        reads = reads + _row_sums(d_out * decayed("upto", product(q, state[:inputs])))
+    reads, writes, d_beta, lower = sums.reads, sums.writes, sums.beta, sums.lower
+    if p.decay:
+        q_read = decayed("upto", product(q, state[:inputs]))
+        reads = reads + _row_sums(d_out * q_read)
     left = mp.split(decayed("upto", d_out), inputs)
-    dq = product(left, state_rows[:inputs], dq, in_registers=True)
-    value = mp.joined(written)
-    left = mp.split(decayed("after", value), p.computed)
-    dk = product(left, cotangent_rows, dk, in_registers=True)
-    if not p.delta and d_scores is None:
-        return Sums(dq, dk), None
-    later = decayed("after", product(k, cotangent))
-    if writes is not None:
+    dq = product(left, mp.transposed(state[:inputs]), sums.dq, in_registers=True)
+    later, value = decayed("after", product(k, cotangent)), mp.joined(written)
+    if p.decay:
         writes = writes + _row_sums(value * later)
+    left = mp.split(decayed("after", value), p.computed)
+    dk = product(left, mp.transposed(cotangent), sums.dk, in_registers=True)
     dv = p.scale * product(mp.transposed(scores), loaded["d_out"]) + later
     if p.delta:
         mp.store(blocks["d_out"], mp.split(dv, p.computed))
         dr = product(mp.transposed(loaded["inverse"]), blocks["d_out"])
-        if lower is not None:
-            left = mp.split(dr, p.computed)
-            lower = product(left, mp.transposed(written), lower, in_registers=True)
-            d_beta = d_beta + _row_sums(dr * missing)
+        pieces = mp.split(dr, p.computed)
+        lower = product(pieces, mp.transposed(written), lower, in_registers=True)
+        d_beta = d_beta + _row_sums(dr * missing)
         dv = beta * dr
-        if reads is not None:
+        if p.decay:
             reads = reads - _row_sums(dv * k_read)
         left = mp.split(-decayed("upto", dv), p.computed)
-        dk = product(left, state_rows, dk, in_registers=True)
+        dk = product(left, mp.transposed(state), dk, in_registers=True)
     return Sums(dq, dk, d_scores, lower, reads, writes, d_beta), dv
 
 
-def _pairs(p: Variant, blocks: Blocks, loaded: Blocks, sums: Sums) -> PairCotangents:
-    """Compute the cotangents of pairs of steps. The blocks of the scores are overwritten."""
+def _pairs(p: Variant, blocks: Blocks, loaded: Blocks, sums: Sums) -> tuple[Sums, Any]:
+    """Add the terms of pairs of steps, and return the cotangents of sums between two steps."""
     product = functools.partial(mp.product, p.num)
-    k, scratch = loaded["k"], blocks["scores"]
+    q, k, scratch = loaded["q"], loaded["k"], blocks["scores"]
     t, j = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
     d_scores = p.scale * sums.scores
     change = d_scores * mp.joined(loaded["scores"]) if p.decay else None
@@ -304,42 +256,28 @@ def _pairs(p: Variant, blocks: Blocks, loaded: Blocks, sums: Sums) -> PairCotang
     def decayed(x: jax.Array, mask: jax.Array) -> jax.Array:
         return jnp.where(mask, x if factor is None else x * factor, 0.0)
 
-    d_overlaps, d_beta = None, sums.beta
+    def store(x: jax.Array) -> tuple[list[jax.Array], list[Any]]:
+        pieces = mp.split(x, p.computed)
+        mp.store(scratch[: p.computed], pieces)
+        return pieces, mp.transposed(scratch[: p.computed])
+
+    pieces, turned = store(decayed(d_scores, t >= j))
+    dq = product(pieces, k, sums.dq, in_registers=True)
+    dk = product(turned, q, sums.dk)
+    d_beta = sums.beta
     if p.delta:
         overlaps = decayed(product(k, mp.transposed(k)), t > j)
         d_lower = jnp.where(t > j, -sums.lower, 0.0)
         d_beta = d_beta + _row_sums(d_lower * overlaps)
         d_overlaps = mp.by_row(blocks["beta"][0], SQUARE) * d_lower
+        pieces, turned = store(decayed(d_overlaps, t > j))
+        dk = product(pieces, k, dk, in_registers=True)
+        dk = product(turned, k, dk)
         if change is not None:
             change = change + d_overlaps * overlaps
-        d_overlaps = decayed(d_overlaps, t > j)
     spans = None
     if change is not None:  # the decay of step i is in the pairs with j < i <= t
         mp.store(scratch, mp.split(jnp.where(t > j, change, 0.0), p.num.exact))
         below = product([mp.ones(j >= t)], scratch, in_registers=True)
         spans = _row_sums(jnp.where(t > j, below, 0.0))
-    return PairCotangents(decayed(d_scores, t >= j), d_overlaps, spans, d_beta)
-
-
-def _add_pairs(
-    p: Variant,
-    blocks: Blocks,
-    loaded: Blocks,
-    part: slice,
-    pairs: PairCotangents,
-    sums: Sums,
-) -> tuple[jax.Array, jax.Array]:
-    """Return a part of dQ and dK. The blocks of the scores are overwritten."""
-    product = functools.partial(mp.product, p.num)
-    scratch = blocks["scores"][: p.computed]
-    q, k = ([ref.at[:, part] for ref in loaded[name]] for name in "qk")
-    left = mp.split(pairs.scores, p.computed)
-    mp.store(scratch, left)
-    dq = product(left, k, sums.dq, in_registers=True)
-    dk = product(mp.transposed(scratch), q, sums.dk)
-    if p.delta:
-        left = mp.split(pairs.overlaps, p.computed)
-        mp.store(scratch, left)
-        dk = product(left, k, dk, in_registers=True)
-        dk = product(mp.transposed(scratch), k, dk)
-    return dq, dk
+    return sums._replace(dq=dq, dk=dk, beta=d_beta), spans
