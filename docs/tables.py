@@ -11,7 +11,10 @@ PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
 
 
 def kernels(entry: Entry) -> str:
-    """Return the platforms with a Pallas kernel that supports the layer; see `BACKENDS`."""
+    """Return the platforms with a Pallas kernel that supports the layer; see `BACKENDS`.
+
+    If the kernel is the default on a platform, the others are left out.
+    """
     found = BACKENDS.get(entry.op)
     layer = entry.make(64, **entry.defaults(64, 4))
     # The kernels of `linear_attention` are real, those of `selective_scan` have exponential decays,
@@ -20,8 +23,10 @@ def kernels(entry: Entry) -> str:
         return ""
     if isinstance(layer, RNN) and layer.cell.structure == "dense":
         return ""
-    named = "" if found.preferred else " (by name)"
-    return ", ".join(PLATFORMS[platform] for platform in found.modules) + named
+    default = {"cuda" if target == "hopper" else target for target in found.preferred}
+    named = "" if default else " (by name)"
+    platforms = [platform for platform in found.modules if platform in (default or found.modules)]
+    return ", ".join(PLATFORMS[platform] for platform in platforms) + named
 
 
 def ops() -> str:

@@ -92,13 +92,18 @@ def _nonlinear_rows() -> dict[str, tpu.Row]:
     return made
 
 
+MATRIX = {  # the forms with a kernel
+    name: row
+    for name, row in tpu.ROWS.items()
+    if row.op in ("linear_attention", "delta_rule") and "per channel" not in name
+}
 ROWS = {
     name: row for name, row in tpu.ROWS.items() if row.op in ("linear_scan", "selective_scan")
 } | {
     "linear_scan, B=1, T=8192, D=2048": _FEW,
     "linear_scan backward, B=1, T=8192, D=2048": _FEW._replace(backward=True),
 }
-ROWS |= _nonlinear_rows()
+ROWS |= _nonlinear_rows() | MATRIX
 
 
 class Xla(NamedTuple):
@@ -243,7 +248,8 @@ def bench_gpu(rounds: int) -> None:
     print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
     table = Table("Kernels for H100, 128 threads a block; compiled, not run")
     for name, dtype in itertools.product(ROWS, ("float32", "bfloat16")):
-        if not name.startswith(ONLY.value):
+        left_out = name in MATRIX and dtype not in ROWS[name].dtypes
+        if left_out or not name.startswith(ONLY.value):
             continue
         with tempfile.TemporaryDirectory() as folder:
             report = compile_apart(name, dtype, pathlib.Path(folder))

@@ -68,6 +68,19 @@ def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
     assert max(sizes) == 8 * 4096 * 2048
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("way", ["", " backward"], ids=["forward", "backward"])
+def test_matrix_states_use_tensor_cores(op, way, tmp_path):
+    name = f"{op}{way}, decay per head, B=1, T=4096, H=8, K=V=128"
+    report = gpu.compile_apart(name, "bfloat16", folder=tmp_path)
+    if not way:  # the kernel for the gradients of 128 keys spills
+        assert report.spills == 0
+    assert report.shared + 1024 <= gpu.SHARED_PER_CORE
+    for ptx in tmp_path.glob("*.ptx"):
+        assert "wgmma.mma_async" in ptx.read_text()
+
+
 @pytest.fixture(scope="module")
 def place():
     before = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")

@@ -1,8 +1,8 @@
-"""Calls of the TPU kernels of the matrix-state ops.
+"""Calls of the kernels of the matrix-state ops.
 
-The kernels take equal numbers of heads and at most 256 columns. `_layout` repeats the queries and
-keys of shared heads, and divides wide values into slices: columns of a state are independent, so a
-slice is one more head.
+The kernels take at most 256 columns, and those for TPU equal numbers of heads. `_layout` repeats
+the queries and keys of shared heads, and divides wide values into slices: columns of a state are
+independent, so a slice is one more head.
 """
 
 import functools
@@ -30,7 +30,7 @@ def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
     if jnp.dtype(jnp.float16) in dtypes:
         return "does not support float16; cast to bfloat16 or float32"
     if jnp.dtype(jnp.float64) in dtypes and not interpret:
-        return "does not support float64, which TPUs do not have"
+        return "does not support float64"
     for name, what, width in (("q", "keys", KERNEL_WIDTH), ("v", "values", VALUE_WIDTH)):
         if given[name].shape[-1] > width:
             return f"supports {what} of at most {width} numbers, got {given[name].shape[-1]}"
@@ -50,18 +50,32 @@ def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callab
     shared = {
         "scale": 1.0 if options.scale is None else options.scale,
         "chunk_size": options.chunk_size,
-        "normalize": options.normalize and options.scale is not None,
         "interpret": interpret,
     }
-    layout = functools.partial(_layout, options.normalize and options.scale is None)
+
+    def layout(kernels: Any, reset: Any, repeat: bool) -> Callable[..., Any]:
+        inside = getattr(kernels, "INPUT_MAPS", False)
+        outside = options.normalize and (options.scale is None or not inside)
+        return functools.partial(_layout, reset, repeat, outside, not inside)
+
+    def maps(kernels: Any, gate: Any) -> dict[str, Any]:
+        """Return the maps of inputs that the kernels compute themselves."""
+        if not getattr(kernels, "INPUT_MAPS", False):
+            return {}
+        return {"normalize": options.normalize and options.scale is not None, "gate": gate}
 
     def forward(
         kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
     ) -> Any:
-        *inputs, gate, vectors, state = layout(reset, arrays, log_decay, S0, scale)
+        repeat = not getattr(kernels, "SHARED_HEADS", False)
+        run = layout(kernels, reset, repeat)
+        *inputs, gate, vectors, state = run(arrays, log_decay, S0, scale)
         out, final, *states = kernels.forward(
-            *inputs, state, reset, vectors=vectors, gate=gate, states=save, **shared
+            *inputs, state, reset, vectors=vectors, states=save, **maps(kernels, gate), **shared
         )
+        if save and not states:  # this kernel computes the states again for its backward pass
+            _, residuals = shapes(arrays, log_decay, S0, reset, scale)
+            states = [jnp.zeros(s.shape, s.dtype) for s in residuals]
         heads, values = arrays["v"].shape[2:]
         out = _join(out[..., None, :], heads, values)[..., 0, :]
         return (out, _join(final, heads, values)), states
@@ -72,12 +86,12 @@ def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callab
         del outputs
         arrays, log_decay, S0, reset, scale = args
         [states], (d_out, d_final) = residuals, cotangents
-        run = functools.partial(layout, reset)
-        (*inputs, gate, vectors, _), transpose = jax.vjp(run, arrays, log_decay, S0, scale)
-        d_out = _columns(d_out)
-        grads = kernels.backward(
-            *inputs, states, reset, d_out, _slices(d_final), vectors=vectors, gate=gate, **shared
-        )
+        run = layout(kernels, reset, True)
+        (*inputs, gate, vectors, state), transpose = jax.vjp(run, arrays, log_decay, S0, scale)
+        if getattr(kernels, "RECOMPUTES_STATES", False):
+            states = state
+        inputs += [states, reset, _columns(d_out), _slices(d_final)]
+        grads = kernels.backward(*inputs, vectors=vectors, **maps(kernels, gate), **shared)
         found = tuple(grads.get(name) for name in ("q", "k", "v", "beta", "log_decay"))
         of_gate = None if gate is None else (grads["rate"], grads["bias"])
         of_vectors = {name: grads[name] for name in vectors}
@@ -98,16 +112,32 @@ def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callab
 
 
 def _layout(
-    normalize: bool, reset: Any, arrays: Any, log_decay: Any, S0: jax.Array, scale: Any
+    reset: Any,
+    repeat: bool,
+    normalize: bool,
+    open_gate: bool,
+    arrays: Any,
+    log_decay: Any,
+    S0: jax.Array,
+    scale: Any,
 ) -> tuple[Any, ...]:
     """Return q, k, v, beta, log_decay, gate, a dict of a and b, and the initial state.
 
     Arrays are [B, T, heads, F]. The gate is None, or its rate and bias [heads, F]. The dict is
     empty for ops without a and b. Where the state is cleared before a step, its a is zero, because
-    it reads the state before the decay. `normalize` is true if the kernel does not normalize.
+    it reads the state before the decay.
+
+    Args:
+      reset: None or [B, T].
+      repeat: whether to repeat q and k that heads share.
+      normalize: whether to normalize q and k here, not in the kernel.
+      open_gate: whether to compute the decays here, not in the kernel.
+      arrays, log_decay, S0, scale: operands of the op.
     """
     if normalize:
         arrays = input_maps.normalize(arrays)
+    if open_gate:
+        log_decay = input_maps.open_gate(log_decay)
     gate: tuple[jax.Array, ...] | None = None
     if isinstance(log_decay, tuple):
         log_decay, (A_log, bias) = log_decay
@@ -117,7 +147,9 @@ def _layout(
     if scale is not None:
         q = (q.astype(scale.dtype) * scale).astype(q.dtype)
     heads = v.shape[2]
-    q, k = (grouped_heads.repeat(x, heads) for x in (q, arrays["k"]))
+    k = arrays["k"]
+    if repeat:
+        q, k = (grouped_heads.repeat(x, heads) for x in (q, k))
     beta, decay = (
         None if x is None else grouped_heads.repeat(x, heads)
         for x in (arrays.get("beta"), log_decay)

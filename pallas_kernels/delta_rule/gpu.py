@@ -1,0 +1,14 @@
+"""The delta rule on GPU: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
+
+`pallas_kernels.gpu.matrix_state` has the equations of a chunk, and the kernel.
+"""
+
+import functools
+
+from pallas_kernels.gpu import matrix_state
+
+SHARED_HEADS = True  # in the forward pass, heads may share queries and keys
+RECOMPUTES_STATES = True  # the backward pass takes the initial state, not the states
+
+forward = functools.partial(matrix_state.forward, "delta_rule")
+backward = functools.partial(matrix_state.backward, "delta_rule")

@@ -1,0 +1,146 @@
+"""Blocks of arrays for the matrix-state kernels on GPU: one chunk of one head in shared memory.
+
+An array has a kind, which determines its shape in global memory and the shape of a block:
+
+    keys     pieces [B, T, G, K]                a block is [64, K]; heads may share it
+    values   pieces [B, T, H, V]                [64, columns]
+    square   [B, H, chunks, pieces, 64, 64]     [64, 64]
+    state    [B, H, chunks, pieces, K, V]       [K, columns]
+    vector   [B, H, chunks * 64] in float32     [64]
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import matrix_products as mp
+from pallas_kernels.gpu.matrix_products import CHUNK, Numerics
+from pallas_kernels.jax_compat import gpu_interpreter, pl
+
+KINDS = {
+    **dict.fromkeys(("q", "k"), "keys"),
+    **dict.fromkeys(("v", "d_out"), "values"),
+    **dict.fromkeys(("scores", "inverse"), "square"),
+    **dict.fromkeys(("states", "cotangents"), "state"),
+    **dict.fromkeys(("log_decay", "beta", "upto", "after"), "vector"),
+}
+Arrays = dict[str, list[jax.Array]]  # by name, the pieces of keys and values, or one array
+Blocks = dict[str, list[Any]]  # by name, references to the pieces of a block
+
+
+class Variant(NamedTuple):
+    """Specialization of a kernel.
+
+    Attributes:
+      num: the accuracy.
+      group: number of heads that share queries and keys.
+      keys: K.
+      columns: columns of a state in a block.
+      chunks: number of chunks.
+      scale: factor of the outputs.
+      decay: whether there are decays or resets.
+      delta: whether this is the delta rule.
+      depth: chunks in shared memory, in flight or in use.
+    """
+
+    num: Numerics
+    group: int
+    keys: int
+    columns: int
+    chunks: int
+    scale: float
+    decay: bool
+    delta: bool
+    depth: int = 1
+
+    @property
+    def computed(self) -> int:
+        """Pieces of states, pairs and written values."""
+        return self.num.exact if self.delta else self.num.inputs
+
+    def block_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a block."""
+        return {
+            "keys": (CHUNK, self.keys),
+            "values": (CHUNK, self.columns),
+            "square": (CHUNK, CHUNK),
+            "state": (self.keys, self.columns),
+            "vector": (CHUNK,),
+        }[KINDS[name]]
+
+
+class Position(NamedTuple):
+    """Position of a block: indices of sequence, head, chunk, and the slice of columns."""
+
+    batch: Any
+    head: Any
+    chunk: Any
+    columns: Any
+
+    @property
+    def steps(self) -> Any:
+        """The slice of steps."""
+        return pl.ds(self.chunk * CHUNK, CHUNK)
+
+
+def pieces(name: str, arrays: list[jax.Array]) -> int:
+    """Return the number of pieces of a block."""
+    kind = KINDS[name]
+    if kind in ("keys", "values"):
+        return len(arrays)
+    return 1 if kind == "vector" else arrays[0].shape[3]
+
+
+def buffers(p: Variant, name: str, count: int, lead: tuple[int, ...] = ()) -> list[Any]:
+    """Return shared memory [*lead, *block] for each piece of a block."""
+    shape = (*lead, *p.block_shape(name))
+    if KINDS[name] == "vector":
+        return [plgpu.SMEM(shape, jnp.float32)]
+    return mp.buffers(p.num, shape, jnp.bfloat16, count)
+
+
+def piece(p: Variant, name: str, refs: list[Any], at: Position, index: int) -> Any:
+    """Return the reference to one piece of a block in global memory."""
+    match KINDS[name]:
+        case "keys":
+            return refs[index].at[at.batch, at.steps, lax.div(at.head, jnp.int32(p.group))]
+        case "values":
+            return refs[index].at[at.batch, at.steps, at.head, at.columns]
+        case "square":
+            return refs[0].at[at.batch, at.head, at.chunk, index]
+        case "state":
+            return refs[0].at[at.batch, at.head, at.chunk, index, :, at.columns]
+        case _:
+            return refs[0].at[at.batch, at.head, at.steps]
+
+
+def fetch(p: Variant, name: str, refs: list[Any], at: Position, block: Any, barrier: Any) -> None:
+    """Start the copies of the pieces of a block to shared memory."""
+    for i, buffer in enumerate(block):
+        plgpu.copy_gmem_to_smem(piece(p, name, refs, at, i), buffer, barrier)
+
+
+def launch(
+    name: str,
+    body: Any,
+    leaves: list[jax.Array],
+    outputs: dict[str, Any],
+    smem: Any,
+    grid: dict[str, int],
+    interpret: bool,
+) -> dict[str, jax.Array]:
+    """Run a kernel with one warpgroup in a thread block; return its outputs by name."""
+    found = plgpu.kernel(
+        body,
+        out_type=list(outputs.values()),
+        scratch_types={"smem": smem},
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=gpu_interpreter() if interpret else None,
+        kernel_name=name,
+    )(*leaves)
+    return dict(zip(outputs, found, strict=True))

@@ -1,0 +1,140 @@
+"""Interpreted GPU kernels of the matrix-state ops, and their limits.
+
+The interpreter runs the tensor cores' products, except those with a left factor in registers, for
+which it computes ordinary products. `test_gpu_matrix_chunks` checks every form of a chunk at a
+fraction of the cost, and `test_aot_gpu` compiles the kernels.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqjax
+from pallas_kernels.gpu import matrix_state
+from tests.contract.harness import assert_close
+from tests.kernels.gpu import KERNEL, TOLERANCE, interpreted
+from tests.oracles import op_oracles
+
+WIDE = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree))
+
+
+def arrays(op, decay, dtype, sizes, groups=None, seed=0):
+    """Draw the inputs of an op by name, the initial state, and resets inside chunks."""
+    rng = np.random.default_rng(seed)
+    B, T, H, K, V = sizes
+    G = groups or H
+
+    def draw(*shape, dtype=dtype):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    given = {"q": draw(B, T, G, K), "k": draw(B, T, G, K) / K**0.5, "v": draw(B, T, H, V)}
+    if op == "delta_rule":
+        given["beta"] = jnp.asarray(rng.uniform(0, 2, (B, T, H)), jnp.float32)
+    if decay:
+        given["log_decay"] = jnp.asarray(-rng.uniform(0, 0.5, (B, T, H)), jnp.float32)
+    return given, draw(B, H, K, V, dtype="float32"), rng.random((B, T)) < 0.05
+
+
+def exactly(tree):
+    """Return the arrays in float64."""
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.float64), WIDE(tree))
+
+
+def call(function, op, given, *rest, **keywords):
+    """Call a function of the kernels."""
+    names = ("q", "k", "v", "beta", "log_decay")
+    scale = given["q"].shape[-1] ** -0.5
+    inputs = [given.get(name) for name in names]
+    return function(op, *inputs, *rest, scale=scale, interpret=True, **keywords)
+
+
+FORMS = [
+    pytest.param("linear_attention", True, "bfloat16", id="linear attention"),
+    pytest.param("delta_rule", True, "float32", id="delta rule"),
+    pytest.param("delta_rule", False, "bfloat16", id="no decay"),
+]
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "decay", "dtype"), FORMS)
+def test_values(op, decay, dtype):
+    """Check two heads that share keys, two chunks, and steps that are no whole tile."""
+    given, state, reset = arrays(op, decay, dtype, (1, 74, 2, 64, 64), groups=1)
+    reset = reset if decay else np.zeros_like(reset)
+    found = call(matrix_state.forward, op, given, state, jnp.asarray(reset) if decay else None)
+    oracle = getattr(op_oracles, op)(exactly(given), exactly(state), reset)
+    assert_close(exactly(found), oracle, TOLERANCE[dtype])
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "decay", "dtype"), FORMS)
+def test_gradients(op, decay, dtype):
+    """Check the cotangents against those of the sequential form in float64."""
+    given, state, reset = arrays(op, decay, dtype, (1, 74, 1, 64, 128))
+    reset = jnp.asarray(reset) if decay else None
+    rng = np.random.default_rng(1)
+    d_out = jnp.asarray(rng.standard_normal(given["v"].shape), dtype)
+    d_final = jnp.asarray(rng.standard_normal(state.shape), jnp.float32)
+    found = call(matrix_state.backward, op, given, state, reset, d_out, d_final)
+    exact = exactly((given | {"initial_state": state}, (d_out, d_final)))
+    with jax.enable_x64(True):
+        sequential = functools.partial(getattr(seqjax, op), reset=reset, algorithm="sequential")
+        wide, cotangents = jax.tree.map(jnp.asarray, exact)
+        [expected] = jax.jit(lambda x, ct: jax.vjp(lambda x: sequential(**x), x)[1](ct))(
+            wide, cotangents
+        )
+        expected = jax.tree.map(np.asarray, expected)
+    assert_close(exactly({name: found[name] for name in expected}), expected, TOLERANCE[dtype])
+
+
+@interpreted
+@pytest.mark.slow
+def test_keys_that_repeat_and_states_that_are_not_finite():
+    """Check the inverse where powers of N are huge, and that a NaN does not cross a reset."""
+    given, state, reset = arrays("delta_rule", False, "float32", (1, 64, 1, 64, 64))
+    given["k"] = jnp.full_like(given["k"], 1 / 8)
+    given["beta"] = jnp.ones_like(given["beta"])
+    reset[:], reset[0, 0] = False, True
+    state = jnp.full_like(state, jnp.nan)
+    found = call(matrix_state.forward, "delta_rule", given, state, jnp.asarray(reset))
+    oracle = op_oracles.delta_rule(exactly(given), np.zeros(state.shape), reset)
+    assert_close(exactly(found), oracle, TOLERANCE["float32"])
+
+
+def lowered(op, shape, decay_axes=3, implementation="pallas", **keywords):
+    """Return the program lowered for GPU, without a GPU."""
+    spec = jax.ShapeDtypeStruct
+    row = spec(shape, jnp.bfloat16)
+    given = {"q": row, "k": row, "v": row, "log_decay": spec(shape[:decay_axes], jnp.float32)}
+    if op == "delta_rule":
+        given["beta"] = spec(shape[:3], jnp.float32)
+
+    def run(given):
+        return getattr(seqjax, op)(**given, implementation=implementation, **keywords)
+
+    return jax.jit(run).trace(given).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("shape", "keywords", "message"),
+    [
+        ((1, 64, 1, 32), {}, "must have keys of 64 or 128 numbers .* got 32 and 32"),
+        ((1, 64, 1, 64), {"decay_axes": 4}, "got decays per channel"),
+        ((1, 64, 1, 64), {"chunk_size": 128}, "must have chunks of 64 steps.*128"),
+    ],
+    ids=["width", "decays per channel", "chunk size"],
+)
+def test_what_the_kernels_cannot_do(shape, keywords, message):
+    with pytest.raises(NotImplementedError, match=f"^delta_rule: .*{message}"):
+        lowered("delta_rule", shape, **keywords)
+
+
+def test_kernels_run_by_name_only():
+    shape = (1, 128, 2, 64)
+    assert lowered("linear_attention", shape).count(KERNEL) == 2
+    assert KERNEL not in lowered("linear_attention", shape, implementation=None)
