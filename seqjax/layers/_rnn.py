@@ -143,6 +143,11 @@ class RNN(Layer):
         )
         return Headwise(cell(self.states // heads), heads)
 
+    def _from_input(self, params: Params, u: jax.Array) -> jax.Array:
+        """Return x W_in [B, T, gates * N], for layers that normalize it."""
+        del params
+        return u
+
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return self.cell.initial_state(batch_size, dtype)
 
@@ -154,7 +159,8 @@ class RNN(Layer):
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         wide, cell = state_dtype(x.dtype), self.cell
-        u = dense(x, params["in_proj"]).astype(wide) + params["bias"].astype(wide)
+        u = self._from_input(params, dense(x, params["in_proj"]).astype(wide))
+        u = u + params["bias"].astype(wide)
         states, state, info = nonlinear_scan(
             cell,
             {name: params[name].astype(wide) for name in cell.recurrent},
