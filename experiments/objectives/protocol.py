@@ -9,7 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments.base.devices import DeviceMesh
-from experiments.objectives import finetune, language
+from experiments.objectives import finetune, image, language
 from experiments.objectives import task as tasks
 
 
@@ -85,4 +85,6 @@ def make(config: ConfigDict) -> Objective:
     """Return the objective of a configuration: its task, its checkpoint, or its text."""
     if "checkpoint" in config.model:
         return finetune.FineTune(config)
-    return tasks.make(config) if "task" in config else language.Text(config)
+    if "task" not in config:
+        return language.Text(config)
+    return image.ImageTask(config) if config.task.name in image.TASKS else tasks.make(config)

@@ -49,7 +49,9 @@ def make(config: ConfigDict) -> TokenTask | SequenceTask:
     """Return the objective that `config.task` selects."""
     name = config.task.name
     if name in SYNTHETIC:
-        return TokenTask(config, SYNTHETIC[name](config.task))
+        made = SYNTHETIC[name](config.task)
+        twice = config.task.get("read_twice", False)
+        return TokenTask(config, examples.read_twice(made) if twice else made)
     if name in LABELLED:
         return SequenceTask(config, LABELLED[name](config.task, config.task.seed))
     raise UserError(
@@ -66,7 +68,7 @@ def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
     )
 
 
-class _Judged(WholeModel):
+class Judged(WholeModel):
     """Base class of both kinds of tasks; the metric is accuracy."""
 
     metric = "accuracy"
@@ -91,7 +93,7 @@ class _Judged(WholeModel):
         return f"{line} ({self.coverage(result)})"
 
 
-class TokenTask(_Judged):
+class TokenTask(Judged):
     """Task with an answer at some positions of each sequence."""
 
     def __init__(self, config: ConfigDict, task: examples.Task) -> None:
@@ -167,14 +169,14 @@ class TokenTask(_Judged):
         return result
 
 
-class SequenceTask(_Judged):
+class SequenceTask(Judged):
     """Task with one label per sequence."""
 
     def __init__(self, config: ConfigDict, data: labelled.LabelledSet) -> None:
         self._config = config
         self._data = data
         self.name = data.name
-        self.fingerprint = _fingerprint(data)
+        self.fingerprint = fingerprint(data)
         self.model = build.build_classifier(
             config.model,
             data.num_classes,
@@ -237,7 +239,8 @@ class SequenceTask(_Judged):
         return result | {"majority": self._data.majority()} if final else result
 
 
-def _fingerprint(data: labelled.LabelledSet) -> str:
+def fingerprint(data: labelled.LabelledSet) -> str:
+    """Return text that changes when a sequence or a label of the data changes."""
     digest = hashlib.sha256()
     for split in (data.train, data.test):
         digest.update(split.labels.tobytes())
