@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.base.errors import UserError, nearest
 from experiments.base.feature_model import FeatureModel
+from experiments.base.image_model import ImageClassifier
 from seqjax import models
-from seqjax.layers import REGISTRY
+from seqjax.layers import PLSTM2D, REGISTRY, Chimera, Entry
 
 VOCAB_SIZE = 256
+
+
+def _heads(dim: int, heads: int) -> dict[str, Any]:
+    del dim
+    return {"heads": heads}
+
+
+def _chimera(dim: int, heads: int) -> dict[str, Any]:
+    del dim, heads
+    return {"state_dim": 16, "expand": 2}
+
+
+GRID_LAYERS: Mapping[str, Entry] = {
+    "plstm_2d_p": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "P"}),
+    "plstm_2d_d": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "D"}),
+    "chimera": Entry(Chimera, "Chimera", "2406.04320", "selective_scan_2d", _chimera),
+}
+"""Layers over grids by the name that configurations of images use."""
 
 
 def build_model(model: ConfigDict, vocab_size: int = VOCAB_SIZE) -> models.LanguageModel:
@@ -37,8 +56,17 @@ def build_feature_model(model: ConfigDict, inputs: int, outputs: int) -> Feature
         return FeatureModel(inputs, outputs, _backbone(model))
 
 
-def _backbone(model: ConfigDict) -> models.Backbone:
-    mixers = [_build_layer(name.strip(), model) for name in model.mixers.split(",")]
+def build_image_classifier(
+    model: ConfigDict, num_classes: int, channels: int, pool: Any
+) -> ImageClassifier:
+    """Build the classifier of images that `config.model` describes."""
+    with _one_line():
+        backbone = _backbone(model, {**GRID_LAYERS, **REGISTRY})
+        return ImageClassifier(num_classes, backbone, channels, pool)
+
+
+def _backbone(model: ConfigDict, entries: Mapping[str, Entry] = REGISTRY) -> models.Backbone:
+    mixers = [_build_layer(name.strip(), model, entries) for name in model.mixers.split(",")]
     return models.Backbone(
         mixers,
         depth=model.depth,
@@ -56,10 +84,10 @@ def _one_line() -> Iterator[None]:
         raise UserError(f"config.model: {error}") from error
 
 
-def _build_layer(name: str, model: ConfigDict) -> Any:
-    if name not in REGISTRY:
-        raise UserError(f"config.model.mixers: unknown layer {name!r}: {nearest(name, REGISTRY)}")
-    entry = REGISTRY[name]
+def _build_layer(name: str, model: ConfigDict, entries: Mapping[str, Entry]) -> Any:
+    if name not in entries:
+        raise UserError(f"config.model.mixers: unknown layer {name!r}: {nearest(name, entries)}")
+    entry = entries[name]
     options = model.options.get(name, ConfigDict()).to_dict()
     for option in options:
         if option not in entry.fields:

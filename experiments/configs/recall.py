@@ -84,7 +84,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "log_every": 100,
             "eval_every": steps // 10,
             "save_every": steps // 5,
-            "task": {"name": task, "seed": 1000} | sizes,
+            # JRT-prompt (arXiv 2407.05483): each sequence twice in a row, answered the second time.
+            "task": {"name": task, "seed": 1000, "read_twice": False} | sizes,
             "data": {"batch_size": 64 if full else 32, "packed_length": 0},
             "eval": {"sequences": 512, "quick": 128, "tokens": 1 << 15},
             "optimizer": {"learning_rate": 3e-3, "weight_decay": 0.1, "recurrence_rate": 1.0},

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from experiments.base.devices import DeviceMesh
 from experiments.base.errors import UserError
-from experiments.objectives import finetune, language
+from experiments.objectives import finetune, image, language
 from experiments.objectives import task as tasks
 
 
@@ -88,4 +88,6 @@ def make(config: ConfigDict) -> Objective:
         raise UserError(f"{config.name}: only experiments.train runs games")
     if "checkpoint" in config.model:
         return finetune.FineTune(config)
-    return tasks.make(config) if "task" in config else language.Text(config)
+    if "task" not in config:
+        return language.Text(config)
+    return image.ImageTask(config) if config.task.name in image.TASKS else tasks.make(config)

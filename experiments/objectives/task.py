@@ -72,7 +72,9 @@ def make(config: ConfigDict) -> TokenTask | SequenceTask:
     """Return the objective that `config.task` selects."""
     name = config.task.name
     if name in SYNTHETIC:
-        return TokenTask(config, SYNTHETIC[name](config.task))
+        made = SYNTHETIC[name](config.task)
+        twice = config.task.get("read_twice", False)
+        return TokenTask(config, examples.read_twice(made) if twice else made)
     if name in LABELLED:
         return SequenceTask(config, LABELLED[name](config.task, config.task.seed))
     if name == FUNCTIONS:
@@ -93,7 +95,7 @@ def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
     )
 
 
-class _Judged(WholeModel):
+class Judged(WholeModel):
     """Base class of both kinds of tasks; the metric is accuracy."""
 
     metric = "accuracy"
@@ -118,7 +120,7 @@ class _Judged(WholeModel):
         return f"{line} ({self.coverage(result)})"
 
 
-class TokenTask(_Judged):
+class TokenTask(Judged):
     """Task with an answer at some positions of each sequence."""
 
     def __init__(self, config: ConfigDict, task: examples.Task) -> None:
@@ -241,14 +243,14 @@ class RegressionTask(TokenTask):
         return result | {"test_sequences": count}
 
 
-class SequenceTask(_Judged):
+class SequenceTask(Judged):
     """Task with one label per sequence."""
 
     def __init__(self, config: ConfigDict, data: labelled.LabelledSet) -> None:
         self._config = config
         self._data = data
         self.name = data.name
-        self.fingerprint = _fingerprint(data)
+        self.fingerprint = fingerprint(data)
         self.model = build.build_classifier(
             config.model,
             data.num_classes,
@@ -311,7 +313,8 @@ class SequenceTask(_Judged):
         return result | {"majority": self._data.majority()} if final else result
 
 
-def _fingerprint(data: labelled.LabelledSet) -> str:
+def fingerprint(data: labelled.LabelledSet) -> str:
+    """Return text that changes when a sequence or a label of the data changes."""
     digest = hashlib.sha256()
     for split in (data.train, data.test):
         digest.update(split.labels.tobytes())

@@ -12,6 +12,7 @@ from typing import Any
 STATE = "experiments/configs/state_tracking.py"
 RECALL = "experiments/configs/recall.py"
 CLASSIFY = "experiments/configs/classify.py"
+IMAGE = "experiments/configs/image.py"
 TEXT = "experiments/configs/lm.py"
 CONTROL = "experiments/configs/control.py"
 
@@ -236,6 +237,8 @@ MLP_RATIOS = {
     "ltc": 3.375,
 }
 LINEAR = ("lru", "s5", "mamba", "gated_deltanet")
+# S5 reads the pixels row after row, in both directions.
+GRIDDED = ("plstm_2d", "chimera", "s5")
 BESIDE_MAJORITY = {"accuracy": "accuracy", "majority": "majority"}
 
 GRIDS: dict[str, Grid] = {
@@ -344,6 +347,18 @@ GRIDS: dict[str, Grid] = {
         _each(CLASSIFY, "digits", ("lru", "s5", "gru")),
         BESIDE_MAJORITY,
         "accuracy",
+    ),
+    "image_digits": Grid(
+        "Digits: 8 x 8 pixels as an image",
+        _each(IMAGE, "image_digits", GRIDDED),
+        BESIDE_MAJORITY,
+        "accuracy",
+    ),
+    "arrows": Grid(
+        "Arrow pointing, trained on 8 x 8 pixels",
+        _each(IMAGE, "arrows", GRIDDED),
+        {f"accuracy_{n}": f"{n} x {n}" for n in (8, 12, 16)},
+        "accuracy_16",
     ),
     "time_series": Grid(
         "Time series: data sets of aeon",

@@ -148,6 +148,29 @@ def last_alone(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**example, "counted": counted}
 
 
+def read_twice(task: Task) -> Task:
+    """Return the task with every sequence twice in a row; only answers of the second copy count.
+
+    JRT-prompt of Just read twice (arXiv 2407.05483): a model with a state of fixed size knows the
+    questions when it reads the text again, and stores what they ask for.
+    """
+    if task.shortest is not None:
+        raise ValueError(
+            f"{task.name}: sequences that are read twice must have one length, got shortest="
+            f"{task.shortest}."
+        )
+
+    def generate(rng: np.random.Generator, count: int, length: int) -> Examples:
+        inputs, targets, counted = task.generate(rng, count, length)
+        return Examples(
+            np.concatenate([inputs, inputs], axis=1),
+            np.concatenate([targets, targets], axis=1),
+            np.concatenate([np.zeros_like(counted), counted], axis=1),
+        )
+
+    return dataclasses.replace(task, generate=generate)
+
+
 def test_examples(task: Task, seed: int, length: int, count: int) -> Examples:
     """Return test sequences of a length, independent of the training sequences."""
     examples = task.generate(np.random.default_rng([seed, 1, length]), count, length)

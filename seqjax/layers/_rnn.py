@@ -144,6 +144,11 @@ class RNN(Layer):
         )
         return Headwise(cell(self.states // heads), heads)
 
+    def _from_input(self, params: Params, u: jax.Array) -> jax.Array:
+        """Return x W_in [B, T, gates * N], for layers that normalize it."""
+        del params
+        return u
+
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return self.cell.initial_state(batch_size, dtype)
 
@@ -156,7 +161,8 @@ class RNN(Layer):
     ) -> tuple[jax.Array, State]:
         wide, cell = state_dtype(x.dtype), self.cell
         shape = cell.gates, self.states
-        u = dense(x, params["in_proj"]).astype(wide).reshape(*x.shape[:2], *shape)
+        u = self._from_input(params, dense(x, params["in_proj"]).astype(wide))
+        u = u.reshape(*x.shape[:2], *shape)
         bias = params["bias"].astype(wide).reshape(shape)
         recurrent = {name: params[name].astype(wide) for name in cell.recurrent}
         in_loop = cell.structure == "dense"  # other cells may run as a kernel

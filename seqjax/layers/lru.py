@@ -3,12 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from seqjax.layers import _checks, _init
+from seqjax.layers import _checks, _init, _reparameterize
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
 from seqjax.layers.context import Context
@@ -28,6 +28,11 @@ class LRU(Layer):
     drawn normal with variances 1/(2 dim) and 1/state_dim per part, D standard normal. The defaults
     are those of the paper, which uses a narrower ring for long ranges, e.g. r_min=0.9,
     r_max=0.999.
+
+    With reparameterization="best" the modulus is the stable reparameterization of StableSSM for
+    discrete time (arXiv 2311.14495), with the weight w in place of nu_log:
+
+        lambda = (1 - 1 / (w^2 + 0.5)) exp(i exp(theta_log))
 
     Departures: the uniform draws stay 1e-6 away from 0 and 1, where the logarithms are infinite.
     The paper's block (norm, gated unit, skip) is not part of the layer; the backbone provides it.
@@ -50,6 +55,7 @@ class LRU(Layer):
       r_min: smallest |lambda| at initialisation.
       r_max: largest |lambda| at initialisation.
       max_phase: largest phase at initialisation.
+      reparameterization: "exp" or "best", the function from nu_log to the modulus.
     """
 
     dim: int
@@ -57,6 +63,7 @@ class LRU(Layer):
     r_min: float = 0.0
     r_max: float = 1.0
     max_phase: float = 2 * math.pi
+    reparameterization: Literal["exp", "best"] = "exp"
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim, state_dim=self.states)
@@ -67,6 +74,7 @@ class LRU(Layer):
             f" {self.r_max}.",
         )
         _checks.above_zero(self, max_phase=self.max_phase)
+        _checks.one_of(self, "reparameterization", self.reparameterization, ("exp", "best"))
 
     @property
     def states(self) -> int:
@@ -98,13 +106,21 @@ class LRU(Layer):
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
         """Draw the parameters; see `Layer.init`."""
         params = super().init(key, dtype)
-        # |lambda|^2 = exp(-2 exp(nu_log)); expm1 keeps 1 - |lambda|^2 exact for |lambda| near 1.
-        params["gamma_log"] = 0.5 * jnp.log(-jnp.expm1(-2 * jnp.exp(params["nu_log"])))
+        if self.reparameterization == "best":
+            below_one = _reparameterize.one_minus_decay(params["nu_log"])
+            square = below_one * (2 - below_one)
+        else:
+            # |lambda|^2 = exp(-2 exp(nu_log)); expm1 keeps 1 - |lambda|^2 exact near 0.
+            square = -jnp.expm1(-2 * jnp.exp(params["nu_log"]))
+        params["gamma_log"] = 0.5 * jnp.log(square)
         return params
 
     def _draw_nu_log(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         u = jax.random.uniform(key, shape, dtype, 1e-6, 1 - 1e-6)
-        return jnp.log(-0.5 * jnp.log(u * (self.r_max**2 - self.r_min**2) + self.r_min**2))
+        square = u * (self.r_max**2 - self.r_min**2) + self.r_min**2
+        if self.reparameterization == "best":
+            return _reparameterize.weight_of_decay(jnp.sqrt(square))
+        return jnp.log(-0.5 * jnp.log(square))
 
     def make_state(self, batch_size: int, dtype: Any) -> State:
         return jnp.zeros((batch_size, self.states), complex_dtype(dtype))
@@ -117,10 +133,13 @@ class LRU(Layer):
     ) -> tuple[jax.Array, State]:
         reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
-        nu, theta, gamma = (
-            jnp.exp(params[name].astype(wide)) for name in ("nu_log", "theta_log", "gamma_log")
-        )
-        decay = jnp.exp(jax.lax.complex(-nu, theta))
+        nu_log = params["nu_log"].astype(wide)
+        theta, gamma = (jnp.exp(params[name].astype(wide)) for name in ("theta_log", "gamma_log"))
+        if self.reparameterization == "best":
+            modulus = 1 - _reparameterize.one_minus_decay(nu_log)
+            decay = jax.lax.complex(modulus * jnp.cos(theta), modulus * jnp.sin(theta))
+        else:
+            decay = jnp.exp(jax.lax.complex(-jnp.exp(nu_log), theta))
         real, imag = complex_dense(x, params["B"])
         hidden, state = linear_scan(
             decay,

@@ -14,6 +14,7 @@ from seqjax.layers._math import dense, merge_heads, rms_normalize, split_heads
 from seqjax.layers.context import Context
 from seqjax.layers.conv import ShortConv
 from seqjax.ops.matrix_state.linear_attention import linear_attention
+from seqjax.ops.matrix_state.state_limits import StateNorm, StateWindow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Mamba2(Layer):
 
     A starts uniform in [1, 16], softplus(dt_bias) log-uniform in [dt_min, dt_max], D as ones.
 
+    Options of Stuffed Mamba (arXiv 2410.07145) keep the state from collapsing in sequences much
+    longer than those of training, also with trained parameters. `decay_factor` multiplies the decay
+    of S (forget more), `write_factor` the term B_t (dt_t u_t)^T (remember less). `state_limit`
+    limits S: `seqjax.methods.StateNorm` rescales it, `seqjax.methods.StateWindow` reads only the
+    last steps.
+
     Departures: published checkpoints store the projections in one array, in the order z, u, B, C,
     dt, and the convolutions of u, B, C in another. Here each is a parameter, so that heads can be
     split over devices. Projections start normal with variance 1/fan_in.
@@ -45,7 +52,7 @@ class Mamba2(Layer):
     out_proj [H * P, dim]. With `in_bias` in_bias, gate_bias [H * P], B_bias, C_bias [G * N] and
     dt_proj_bias [H], with `out_bias` out_bias [dim].
     State: {"u_conv": [B, conv_size - 1, H * P], "B_conv", "C_conv": [B, conv_size - 1, G * N],
-    "memory": [B, H, N, P]}.
+    "memory": [B, H, N, P]}; with a `StateWindow` "memory" is the state of that window.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -72,6 +79,9 @@ class Mamba2(Layer):
       dt_limit: smallest and largest dt; values outside are clipped.
       dt_min: smallest dt at initialisation.
       dt_max: largest dt at initialisation.
+      decay_factor: factor of the decay of S, in (0, 1].
+      write_factor: factor of what is added to S, positive.
+      state_limit: a `StateNorm` or a `StateWindow`; by default S is not limited.
     """
 
     dim: int
@@ -89,6 +99,9 @@ class Mamba2(Layer):
     dt_limit: tuple[float, float] = (0.0, math.inf)
     dt_min: float = 1e-3
     dt_max: float = 1e-1
+    decay_factor: float = 1.0
+    write_factor: float = 1.0
+    state_limit: StateNorm | StateWindow | None = None
 
     def __post_init__(self) -> None:
         _checks.positive(
@@ -128,6 +141,17 @@ class Mamba2(Layer):
             0 < self.dt_min < self.dt_max,
             f"`dt_min` and `dt_max` must satisfy 0 < dt_min < dt_max, got {self.dt_min} and"
             f" {self.dt_max}.",
+        )
+        _checks.above_zero(self, decay_factor=self.decay_factor, write_factor=self.write_factor)
+        _checks.require(
+            self,
+            self.decay_factor <= 1,
+            f"`decay_factor` must be in (0, 1], got {self.decay_factor}.",
+        )
+        _checks.require(
+            self,
+            self.state_limit is None or isinstance(self.state_limit, StateNorm | StateWindow),
+            f"`state_limit` must be a StateNorm, a StateWindow or None, got {self.state_limit!r}.",
         )
 
     @property
@@ -189,6 +213,8 @@ class Mamba2(Layer):
     def make_state(self, batch_size: int, dtype: Any) -> State:
         state = {name: conv.make_state(batch_size, dtype) for name, conv in self._convs().items()}
         shape = (batch_size, self.head_count, self.state_dim, self.head_dim)
+        if isinstance(self.state_limit, StateWindow):
+            return state | {"memory": self.state_limit.initial_state(*shape, dtype, self.groups)}
         return state | {"memory": jnp.zeros(shape, dtype)}
 
     def state_flops(self) -> int:
@@ -215,11 +241,16 @@ class Mamba2(Layer):
         B, C = (split_heads(y, self.groups) for y in mixed[1:])
         dt = project("dt", "dt_proj_bias").astype(wide) + params["dt_bias"].astype(wide)
         dt = jnp.clip(jax.nn.softplus(dt), *self.dt_limit)
-        y, new_state["memory"] = linear_attention(
+        log_decay, written = -jnp.exp(params["A_log"].astype(wide)) * dt, dt[..., None] * u
+        if self.decay_factor != 1:
+            log_decay = log_decay + math.log(self.decay_factor)
+        if self.write_factor != 1:
+            written = written * self.write_factor
+        y, new_state["memory"] = (self.state_limit or linear_attention)(
             C,
             B,
-            dt[..., None] * u,
-            -jnp.exp(params["A_log"].astype(wide)) * dt,
+            written,
+            log_decay,
             state["memory"],
             scale=1.0,
             reset=context.reset,

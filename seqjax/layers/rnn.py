@@ -3,12 +3,16 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
 
 from seqjax import cells
 from seqjax.cells.lstm import Variant
 from seqjax.layers import _init
-from seqjax.layers._base import Initializer
+from seqjax.layers._base import Initializer, Layer, Param, Params
+from seqjax.layers._math import layer_normalize
 from seqjax.layers._rnn import RNN
 
 
@@ -106,8 +110,13 @@ class LSTM(RNN):
     The matrices start uniform in +-1/sqrt(N), the bias of f at 1 (Jozefowicz et al., 2015), the
     other biases at 0.
 
-    Parameters: in_proj [dim, 4 N], bias [4 N], W_i, W_f, W_g, W_o [N, N], out_proj [N, dim].
-    State: (c, h) as [B, N, 2].
+    `layer_norm` is the layer-normalized LSTM (arXiv 1607.06450). It normalizes x_t W_in and h_{t-1}
+    W over all gates, each with its own scale, and c_t before the last tanh, with scale S_c and
+    shift b_c; see `seqjax.cells.LSTM`. With heads, each head has its own statistics. Scales start
+    at 1, b_c at 0. One bias stands for both shifts of the products.
+
+    Parameters: in_proj [dim, 4 N], bias [4 N], W_i, W_f, W_g, W_o [N, N], out_proj [N, dim]; with
+    `layer_norm` in_scale [4 N], S_i, S_f, S_g, S_o, S_c, b_c [N]. State: (c, h) as [B, N, 2].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -125,11 +134,20 @@ class LSTM(RNN):
       variant: a variant of A search space odyssey (arXiv 1503.04069); see `seqjax.cells.LSTM`, also
         for its parameters and its state.
       peepholes: whether the gates read the cell c, by vectors P_i, P_f, P_o [N].
+      layer_norm: whether the products and the cell are normalized.
+      norm_eps: constant added to the variances.
     """
+
+    _recurrent_start: ClassVar[Mapping[str, Initializer]] = {
+        "b_c": _init.zeros,
+        **dict.fromkeys(("S_i", "S_f", "S_g", "S_o", "S_c"), _init.ones),
+    }
 
     heads: int | None = None
     variant: Variant | None = None
     peepholes: bool = False
+    layer_norm: bool = False
+    norm_eps: float = 1e-5
 
     def _gate_bias(self) -> Mapping[int, tuple[float, float]]:
         names = cells.LSTM(1, self.variant).names
@@ -138,8 +156,26 @@ class LSTM(RNN):
     @property
     def cell(self) -> cells.Cell:
         """`seqjax.cells.LSTM`, or one per head."""
-        make = functools.partial(cells.LSTM, variant=self.variant, peepholes=self.peepholes)
-        return self._in_heads(make, self.heads)
+        names = ("variant", "peepholes", "layer_norm", "norm_eps")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return self._in_heads(functools.partial(cells.LSTM, **options), self.heads)
+
+    def declare_params(self) -> Mapping[str, Param | Layer]:
+        params = dict(super().declare_params())
+        if self.layer_norm:
+            width = self.cell.gates * self.states
+            params["in_scale"] = Param((width,), ("state",), "norm", _init.ones)
+        return params
+
+    def _from_input(self, params: Params, u: jax.Array) -> jax.Array:
+        if not self.layer_norm:
+            return u
+        heads, one = self.heads or 1, jnp.ones((), u.dtype)
+        # The statistics are those of all gates of a head.
+        z = u.reshape(*u.shape[:2], self.cell.gates, heads, -1).swapaxes(2, 3)
+        normed = layer_normalize(z.reshape(*z.shape[:3], -1), one, None, self.norm_eps)
+        z = normed.reshape(z.shape).swapaxes(2, 3).reshape(u.shape)
+        return z * params["in_scale"].astype(u.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

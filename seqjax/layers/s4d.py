@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqjax.layers import _checks, _init
+from seqjax.layers import _checks, _init, _reparameterize
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import dense, gelu_glu
+from seqjax.layers._reparameterize import Reparameterization
 from seqjax.layers.context import Context
 from seqjax.ops.elementwise.ssm_scan import ssm_scan
 
@@ -38,6 +39,10 @@ class S4D(Layer):
     | "legs" | eigenvalues of the normal part of HiPPO-LegS | HiPPO's in that basis |
     | "dss" | as "legs" (DSS, arXiv 2203.14343, its form "exp") | 1 |
     | "real" | -(n + 1), with N real states and no factor 2 | 1 |
+
+    `reparameterization` selects the rate -Re(Lambda) as a function of log_A_real (StableSSM, arXiv
+    2311.14495): "exp" as above, "softplus", or "best", 1 / (log_A_real^2 + 0.1). With "best"
+    the gradient is bounded relative to the weight; its rates are below 10, too small for "real".
 
     The imaginary parts of HiPPO's B are limited to [-2, 2], as in the authors' repository, which
     also halves B.
@@ -70,6 +75,7 @@ class S4D(Layer):
       dt_min: smallest step size at initialisation.
       dt_max: largest step size at initialisation.
       output_glu: whether a gelu and a gated linear unit follow.
+      reparameterization: "exp", "softplus" or "best".
     """
 
     dim: int
@@ -78,10 +84,18 @@ class S4D(Layer):
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     output_glu: bool = False
+    reparameterization: Reparameterization = "exp"
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim, state_dim=self.state_dim)
         _checks.one_of(self, "spectrum", self.spectrum, INITS)
+        _checks.one_of(self, "reparameterization", self.reparameterization, _reparameterize.KINDS)
+        _checks.require(
+            self,
+            not (self.is_real and self.reparameterization == "best"),
+            "`reparameterization` must not be 'best' with spectrum='real', whose rates may be above"
+            f" {_reparameterize.LARGEST_RATE:.0f}, got 'best'; use 'softplus'.",
+        )
         _checks.require(
             self,
             self.is_real or self.state_dim % 2 == 0,
@@ -127,7 +141,8 @@ class S4D(Layer):
 
     def _draw_real(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         real = np.arange(1, shape[1] + 1) if self.is_real else np.full(shape[1], 0.5)
-        return jnp.broadcast_to(jnp.asarray(np.log(real), dtype), shape)
+        weight = _reparameterize.weight_of_rate(real, self.reparameterization)
+        return jnp.broadcast_to(jnp.asarray(weight, dtype), shape)
 
     def _draw_imag(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         size, n = self.state_dim, np.arange(shape[1])
@@ -163,7 +178,8 @@ class S4D(Layer):
     ) -> tuple[jax.Array, State]:
         wide = state_dtype(x.dtype)
         p = {name: value.astype(wide) for name, value in params.items()}
-        eigenvalues, step = -jnp.exp(p["log_A_real"]), jnp.exp(p["log_step"])[:, None]
+        eigenvalues = -_reparameterize.rate(p["log_A_real"], self.reparameterization)
+        step = jnp.exp(p["log_step"])[:, None]
         B, C = p["B"], p["C"]
         if not self.is_real:
             eigenvalues = jax.lax.complex(eigenvalues, p["A_imag"])

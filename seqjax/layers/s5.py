@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqjax.layers import _checks, _halo, _init
+from seqjax.layers import _checks, _halo, _init, _reparameterize
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
 from seqjax.layers._math import complex_dense, real_of_dense
+from seqjax.layers._reparameterize import Reparameterization
 from seqjax.layers.context import Context
 from seqjax.ops.elementwise.linear_scan import linear_scan
 
@@ -30,6 +31,9 @@ class S5(Layer):
     state_dim/blocks, repeated over `blocks`. B and C start as real normal matrices (variance
     1/fan_in) transformed to that eigenbasis, Delta log-uniform in [dt_min, dt_max] per state, and D
     standard normal.
+
+    `reparameterization` selects the rate -Re(Lambda) as a function of log_A_real (StableSSM, arXiv
+    2311.14495): "exp" as above, "softplus", or "best", 1 / (log_A_real^2 + 0.1).
 
     With `bidirectional=True` a second scan with the same Lambda and B runs backwards, with a
     separate C. Such a layer has no state: `step`, `initial_state` and a given `state` raise
@@ -60,6 +64,7 @@ class S5(Layer):
       dt_min: smallest step size at initialisation.
       dt_max: largest step size at initialisation.
       bidirectional: whether to add the scan from right to left.
+      reparameterization: "exp", "softplus" or "best".
     """
 
     dim: int
@@ -68,6 +73,7 @@ class S5(Layer):
     dt_min: float = 1e-3
     dt_max: float = 1e-1
     bidirectional: bool = False
+    reparameterization: Reparameterization = "exp"
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim, state_dim=self.states, blocks=self.blocks)
@@ -83,6 +89,7 @@ class S5(Layer):
             f"`dt_min` and `dt_max` must satisfy 0 < dt_min < dt_max, got {self.dt_min} and"
             f" {self.dt_max}.",
         )
+        _checks.one_of(self, "reparameterization", self.reparameterization, _reparameterize.KINDS)
 
     @property
     def states(self) -> int:
@@ -99,7 +106,7 @@ class S5(Layer):
         out_states = 2 * states if self.bidirectional else states
         state_axis = ("state",)
         return {
-            "log_A_real": Param((states,), state_axis, "recurrence", _log_half),
+            "log_A_real": Param((states,), state_axis, "recurrence", self._draw_real),
             "A_imag": Param((states,), state_axis, "recurrence", self._draw_imag),
             "log_step": Param(
                 (states,),
@@ -111,6 +118,11 @@ class S5(Layer):
             "C": Param((2, out_states, dim), (None, "state", "embed"), "weight", self._draw_output),
             "D": Param((dim,), ("embed",), "bias", _init.normal(1.0)),
         }
+
+    def _draw_real(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        del key
+        weight = _reparameterize.weight_of_rate(0.5, self.reparameterization)
+        return jnp.full(shape, float(weight), dtype)
 
     def _draw_imag(self, key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         imag, _ = _init.hippo_eigen(self.states // self.blocks)
@@ -157,9 +169,8 @@ class S5(Layer):
     ) -> tuple[jax.Array, State]:
         reset, sequence_axis = context.reset, context.sequence_axis
         wide = state_dtype(x.dtype)
-        eigenvalues = jax.lax.complex(
-            -jnp.exp(params["log_A_real"].astype(wide)), params["A_imag"].astype(wide)
-        )
+        rate = _reparameterize.rate(params["log_A_real"].astype(wide), self.reparameterization)
+        eigenvalues = jax.lax.complex(-rate, params["A_imag"].astype(wide))
         step = jnp.exp(params["log_step"].astype(wide))
         exponent = eigenvalues * jax.lax.complex(step, jnp.zeros_like(step))
         # The factor 2 of y = 2 Re(C h) accounts for the conjugate half of the states.
@@ -183,10 +194,6 @@ class S5(Layer):
             )
         y = 2 * real_of_dense(hidden, params["C"], x.dtype) + params["D"].astype(x.dtype) * x
         return y, state
-
-
-def _log_half(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jnp.full(shape, math.log(0.5), dtype)
 
 
 def _segment_ends(reset: jax.Array | None, sequence_axis: str | None) -> jax.Array | None:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from seqjax.ops.previous import previous
 from seqjax.types import PyTree
 
 
@@ -54,6 +56,48 @@ class TeacherForced:
         return self.cell(params, (1 - self.alpha) * h + self.alpha * target, inputs)
 
 
+def jacobian_norms(
+    cell: Callable[[Any, jax.Array, Any], jax.Array],
+    params: PyTree,
+    xs: PyTree,
+    states: jax.Array,
+    initial_state: jax.Array | None = None,
+    *,
+    reset: jax.Array | None = None,
+) -> jax.Array:
+    """Return the largest singular value of each Jacobian dh_t / dh_{t-1} along a trajectory.
+
+    The largest of them is the argument of `least_forcing`. All Jacobians of the trajectory are in
+    memory, so pass a part of a long one.
+
+    Args:
+      cell: f(params, h, x) -> h, one step of one sequence.
+      params: the cell's parameters.
+      xs: pytree of [B, T, ...] arrays, the cell's inputs.
+      states: h_1 .. h_T, [B, T, D] or [B, T, D, k], as `nonlinear_scan` returns them.
+      initial_state: h_0; by default zeros.
+      reset: [B, T] bool, true where h_{t-1} is zero.
+
+    Returns:
+      [B, T].
+
+    Example:
+      >>> import jax.numpy as jnp, seqjax
+      >>> norms = seqjax.methods.jacobian_norms(
+      ...     lambda w, h, x: w @ h + x, 3 * jnp.eye(2), jnp.ones((1, 5, 2)), jnp.ones((1, 5, 2))
+      ... )
+      >>> print(norms.round(3), round(seqjax.methods.least_forcing(float(norms.max())), 3))
+      [[3. 3. 3. 3. 3.]] 0.667
+    """
+    earlier, _ = previous(states, initial_state, reset)
+
+    def norm(h: jax.Array, x: PyTree) -> jax.Array:
+        jacobian = jax.jacfwd(cell, argnums=1)(params, h, x)
+        return jnp.linalg.norm(jacobian.reshape(h.size, h.size), ord=2)
+
+    return jax.vmap(jax.vmap(norm))(earlier, xs)
+
+
 def least_forcing(largest: float) -> float:
     """Return the smallest alpha that keeps gradients from exploding: max(0, 1 - 1 / largest).
 
@@ -61,7 +105,8 @@ def least_forcing(largest: float) -> float:
     ((1 - alpha) largest)^T, which is 1 for this alpha (arXiv 2306.04406).
 
     Args:
-      largest: the largest singular value of any Jacobian of the cell along a trajectory.
+      largest: the largest singular value of any Jacobian of the cell along a trajectory; see
+        `jacobian_norms`.
 
     Example:
       >>> import seqjax

@@ -237,3 +237,16 @@ def test_unknown_series_end_with_one_line(tmp_path):
         labelled.time_series("NoSuchSet")
     with pytest.raises(UserError, match=r"needs --config\.task\.path: a folder"):
         labelled.time_series("")
+
+
+def test_reading_twice_repeats_the_sequence():
+    task = recall.make_mqar(16, 2, 16)
+    once, twice = task.generate(rng(), 5, 16), examples.read_twice(task).generate(rng(), 5, 16)
+    for a, b in zip(once[:2], twice[:2], strict=True):
+        np.testing.assert_array_equal(b, np.tile(a, (1, 2)))
+    assert not twice.counted[:, :16].any()
+    np.testing.assert_array_equal(twice.counted[:, 16:], once.counted)
+    assert examples.read_twice(task).longest() == 32
+    varying = state_tracking.make("parity", train_length=9, test_lengths=(9,), last_only=False)
+    with pytest.raises(ValueError, match="read twice must have one length, got shortest="):
+        examples.read_twice(varying)

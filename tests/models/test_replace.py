@@ -25,6 +25,7 @@ VALUES = {
     "param_scales": [()],
     "rope_base": [100.0],
     "shared": [seqjax.layers.GatedMLP(4, 8)],
+    "state_limit": [seqjax.methods.StateWindow(3)],
     "stream_factors": [(0.5, 2.0)],
     "solver": [seqjax.Newton(window=8)],
 }

@@ -22,6 +22,7 @@ CELLS = [
     cells.Elman(D),
     cells.GRU(D),
     cells.LSTM(D),
+    cells.LSTM(D, layer_norm=True, norm_eps=1e-2),
     cells.ParaGRU(D),
     cells.ParaLSTM(D),
     cells.SLSTM(D),
@@ -316,7 +317,8 @@ VARIANTS = ("nig", "nfg", "nog", "niaf", "noaf", "cifg", "fgr")
 def test_lstm_variants_are_the_equations(x64):
     rng = np.random.default_rng(0)
     for variant in VARIANTS:
-        cell = cells.LSTM(D, variant, peepholes=variant != "nog")
+        normed = variant in ("noaf", "cifg", "fgr")
+        cell = cells.LSTM(D, variant, peepholes=variant != "nog", layer_norm=normed)
         params = cell_params(rng, cell)
         h = rng.uniform(0, 1, (D, cell.width))
         u = rng.standard_normal((cell.gates, D))
@@ -325,6 +327,8 @@ def test_lstm_variants_are_the_equations(x64):
         np.testing.assert_allclose(got, np.stack(expected, axis=-1), rtol=1e-12)
     with pytest.raises(ValueError, match="`variant` must be one of nig, nfg"):
         cells.LSTM(D, "np")
+    with pytest.raises(ValueError, match="`norm_eps` must be above 0, got 0"):
+        cells.LSTM(D, norm_eps=0.0)
 
 
 def test_lstm_variants_start_with_a_forget_bias_of_one():

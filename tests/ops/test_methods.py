@@ -143,6 +143,21 @@ def test_teacher_forcing_is_the_loop_and_saves_iterations(x64):
         methods.TeacherForced(cells.Elman(dim), 1.5)
 
 
+def test_jacobian_norms_are_those_of_the_products(x64):
+    """Check the norms of an Elman network, and the bound on products of forced Jacobians."""
+    rng, dim, length = np.random.default_rng(0), 4, 12
+    params = cell_params(rng, cells.Elman(dim), 1.5)
+    u, reset = rng.standard_normal((1, length, 1, dim)), jnp.arange(length)[None] == 5
+    h0 = jnp.asarray(rng.standard_normal((1, dim)))
+    hs, *_ = seqjax.nonlinear_scan(cells.Elman(dim), params, u, h0, reset=reset)
+    found = methods.jacobian_norms(cells.Elman(dim), params, u, hs, h0, reset=reset)
+    jacobians = [(1 - h**2)[:, None] * params["W"].T for h in np.asarray(hs)[0]]
+    np.testing.assert_allclose(found[0], [np.linalg.norm(J, 2) for J in jacobians], rtol=1e-10)
+    keep = 1 - methods.least_forcing(float(found.max()))
+    product = np.linalg.multi_dot([keep * J for J in jacobians[::-1]])
+    assert np.linalg.norm(product, 2) <= 1
+
+
 def test_teacher_forcing_does_not_cross_resets(x64):
     rng, dim, start = np.random.default_rng(0), 3, 4
     params = cell_params(rng, cells.Elman(dim))

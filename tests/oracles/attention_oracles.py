@@ -46,8 +46,11 @@ def mamba2(layer, params, x, reset=None):
         for h in range(heads):
             group = h // (heads // layer.groups)
             B_t, C_t = (w[b, t].reshape(layer.groups, states)[group] for w in (B, C))
-            decay = np.exp(-np.exp(p["A_log"][h]) * dt[b, t, h])
-            memory[h] = decay * memory[h] + np.outer(B_t, dt[b, t, h] * u_t[h])
+            decay = layer.decay_factor * np.exp(-np.exp(p["A_log"][h]) * dt[b, t, h])
+            written = np.outer(B_t, layer.write_factor * dt[b, t, h] * u_t[h])
+            memory[h] = decay * memory[h] + written
+            if layer.state_limit is not None:  # a largest norm
+                memory[h] *= min(1, layer.state_limit.largest / np.linalg.norm(memory[h]))
             out[h] = memory[h].T @ C_t + p["D"][h] * u_t[h]
         y, gate = out.reshape(-1), _silu(z[b, t])
         if layer.norm == "gate_first":

@@ -39,7 +39,10 @@ def _complex(pair):
 def lru(layer, params, x, reset=None):
     """h = lambda h + gamma B x; y = Re(C h) + D x (arXiv 2303.06349)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    lam = np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"]))
+    modulus = np.exp(-np.exp(p["nu_log"]))
+    if layer.reparameterization == "best":
+        modulus = 1 - 1 / (p["nu_log"] ** 2 + 0.5)
+    lam = modulus * np.exp(1j * np.exp(p["theta_log"]))
     gamma = np.exp(p["gamma_log"])
     B, C = _complex(p["B"]), _complex(p["C"])
     y = np.zeros_like(x)
@@ -53,10 +56,17 @@ def lru(layer, params, x, reset=None):
     return y
 
 
+def stable_rate(layer, w):
+    """Return the rate that `layer.reparameterization` makes of a weight (arXiv 2311.14495)."""
+    if layer.reparameterization == "best":
+        return 1 / (w**2 + 0.1)
+    return np.exp(w) if layer.reparameterization == "exp" else np.log1p(np.exp(w))
+
+
 def s5(layer, params, x, reset=None):
     """Zero-order hold of h' = Lambda h + B x; y = 2 Re(C h) + D x (arXiv 2208.04933)."""
     p, x, reset = _f64(params), _f64(x), _resets(x, reset)
-    lam = -np.exp(p["log_A_real"]) + 1j * p["A_imag"]
+    lam = -stable_rate(layer, p["log_A_real"]) + 1j * p["A_imag"]
     a_bar = np.exp(lam * np.exp(p["log_step"]))
     b_bar = _complex(p["B"]) * ((a_bar - 1) / lam)
     states = lam.shape[0]

@@ -38,15 +38,29 @@ def gru_step(hyper, p, state, u):
     return [(1 - update) * new + update * h]
 
 
+def normalize(z, heads, eps):
+    """Normalize z [gates, N] over the gates and the channels of each head."""
+    parts = [
+        (part - part.mean()) / np.sqrt(part.var() + eps) for part in np.split(z, heads or 1, axis=1)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
 def lstm_step(hyper, p, state, u):
     c, h, *gates = state
     missing = {"nig": "i", "nfg": "f", "cifg": "f", "nog": "o"}.get(hyper.variant)
-    rows = dict(zip((name for name in "ifgo" if name != missing), u, strict=True))
+    names = [name for name in "ifgo" if name != missing]
+    heads = getattr(hyper, "heads", None)
+    products = np.stack([h @ p[f"W_{name}"] for name in names])
+    if hyper.layer_norm:
+        scales = np.stack([p[f"S_{name}"] for name in names])
+        products = scales * normalize(products, heads, hyper.norm_eps)
+    rows = dict(zip(names, u + products, strict=True))
 
     def gate(name, c):
         if name == missing:
             return np.ones_like(c)
-        before = rows[name] + h @ p[f"W_{name}"]
+        before = rows[name]
         if hyper.variant == "fgr":
             before = before + sum(
                 value @ p[f"W_{old}{name}"] for old, value in zip("ifo", gates, strict=True)
@@ -55,10 +69,13 @@ def lstm_step(hyper, p, state, u):
 
     i = gate("i", c)
     f = 1 - i if hyper.variant == "cifg" else gate("f", c)
-    g = rows["g"] + h @ p["W_g"]
+    g = rows["g"]
     c = f * c + i * (g if hyper.variant == "niaf" else np.tanh(g))
     o = gate("o", c)
-    h = o * (c if hyper.variant == "noaf" else np.tanh(c))
+    read = c
+    if hyper.layer_norm:
+        read = p["S_c"] * normalize(c[None], heads, hyper.norm_eps)[0] + p["b_c"]
+    h = o * (read if hyper.variant == "noaf" else np.tanh(read))
     return [c, h, i, f, o] if hyper.variant == "fgr" else [c, h]
 
 
@@ -184,7 +201,10 @@ def _loop(name, layer, params, x, reset=None):
         for t in range(length):
             if reset[b, t]:
                 state = [np.zeros(size)] * width
-            u = (x[b, t] @ p["in_proj"] + p["bias"]).reshape(-1, size)
+            u = (x[b, t] @ p["in_proj"]).reshape(-1, size)
+            if "in_scale" in p:
+                u = p["in_scale"].reshape(-1, size) * normalize(u, layer.heads, layer.norm_eps)
+            u = u + p["bias"].reshape(-1, size)
             state = step(layer, p, state, u)
             y[b, t] = state[read] @ p["out_proj"]
     return y

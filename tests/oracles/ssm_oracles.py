@@ -7,7 +7,16 @@ import math
 
 import numpy as np
 
-from tests.oracles.layer_oracles import _complex, _Conv, _f64, _resets, _sigmoid, _silu, short_conv
+from tests.oracles.layer_oracles import (
+    _complex,
+    _Conv,
+    _f64,
+    _resets,
+    _sigmoid,
+    _silu,
+    short_conv,
+    stable_rate,
+)
 
 
 def _relu(x):
@@ -62,7 +71,7 @@ def longhorn(layer, params, x, reset=None):
 def s4d(layer, params, x, reset=None):
     """Zero-order hold of h' = Lambda h + B x in every channel; y = C h + D x (arXiv 2206.11893)."""
     p = _f64(params)
-    lam, dt = -np.exp(p["log_A_real"]), np.exp(p["log_step"])[:, None]
+    lam, dt = -stable_rate(layer, p["log_A_real"]), np.exp(p["log_step"])[:, None]
     B, C, twice = p["B"], p["C"], 1
     if layer.spectrum != "real":
         lam, B, C, twice = lam + 1j * p["A_imag"], _complex(B), _complex(C), 2
@@ -80,7 +89,7 @@ def s4d(layer, params, x, reset=None):
 class _Dss:
     """The hyperparameters of the state space inside a GSS."""
 
-    spectrum, output_glu = "dss", False
+    spectrum, output_glu, reparameterization = "dss", False, "exp"
 
 
 def gss(layer, params, x, reset=None):
