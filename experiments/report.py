@@ -32,6 +32,7 @@ from experiments.configs import lm
 from experiments.sweeps.grids import GRIDS, Grid, Job
 
 Rows = list[dict[str, Any]]
+Chosen = dict[str, tuple[dict[str, Any], Rows]]  # label -> overrides of its best job, and rows
 _STRONG_FIRST = [*range(0, 20, 2), *range(1, 20, 2)]  # tab20 alternates strong and pale colors
 OURS = Path(sweep.RESULTS).name  # the notes describe only these results
 COMMAND = "python -m experiments.sweep --grids="
@@ -105,7 +106,7 @@ def _is_of(row: dict[str, Any], job: Job) -> bool:
     return named and wanted == row["overrides"]
 
 
-def best(grid: Grid, rows: Rows) -> dict[str, tuple[dict[str, Any], Rows]]:
+def best(grid: Grid, rows: Rows) -> Chosen:
     """Return the overrides of the best job and its rows, one per seed, for each label."""
     groups: dict[str, dict[str, tuple[dict[str, Any], Rows]]] = {}
     for row in rows:
@@ -143,8 +144,9 @@ def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
             f"Horizon: right answers beyond chance, of {grid.answers} in a longest test sequence."
         )
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for label, (overrides, same) in best(grid, rows).items():
-        cells = [label, *(_spread(numbers(same, column)) for column in grid.columns)]
+    chosen = best(grid, rows)
+    for label, (overrides, same) in chosen.items():
+        cells = [label, *(_cell(grid, column, chosen, same) for column in grid.columns)]
         if grid.answers:
             cells.append(_horizon(grid, same))
         if with_published:
@@ -166,6 +168,15 @@ def _horizon(grid: Grid, rows: Rows) -> str:
     """
     scores = numbers(rows, "scaled_accuracy")
     return f"{statistics.fmean(scores) * grid.answers:.1f}" if scores else ""
+
+
+def _cell(grid: Grid, column: str, chosen: Chosen, same: Rows) -> str:
+    """Return the text of a number of the runs `same`, or of its ratio to that of a label."""
+    scores = numbers(same, column)
+    if (label := grid.relative.get(column)) is None:
+        return _spread(scores)
+    units = numbers(chosen[label][1], column) if label in chosen else []
+    return _spread([score / statistics.fmean(units) for score in scores]) if units else ""
 
 
 def _missing(grid: Grid, rows: Rows) -> int:

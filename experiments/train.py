@@ -106,7 +106,7 @@ def train(
     state, step = mesh.make_state(config.seed, objective.load(mesh)), 0
     frozen = objective.frozen
     score: float | None = None  # of the current parameters, if evaluated; smaller is better
-    best_score, timed = math.inf, {"steps": 0, "seconds": 0.0}
+    best_score, timed = math.inf, {"steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     target = config.stop_at if objective.lower_is_better else -config.stop_at
 
     def good_enough() -> bool:
@@ -134,7 +134,9 @@ def train(
             step, state, meta = restored
             pipeline.resume(batches, meta["data"])
             best_score = math.inf if meta["best"] is None else meta["best"]
-            score, timed = meta.get("score"), meta.get("timed", timed)
+            score = meta.get("score")
+            # Earlier versions did not store the processor time.
+            timed = saved if (saved := meta.get("timed", {})).keys() == timed.keys() else timed
         saved_step = step
         log = stack.enter_context(
             contextlib.closing(logs.RunLog(workdir, step) if devices.is_main() else logs.NoLog())
@@ -228,12 +230,14 @@ def train(
         result = evaluate(state["params"], True)
         say(objective.describe(result))
         result |= {"exit_code": 0, "step": step, **metrics.timing(step)}
+        result["parameters"] = count_params(state["params"])
         save_curves(config, objective, workdir, result)
         files = "metrics.jsonl, curves.png, checkpoints, best"
-        if "sample" in config and jax.process_count() == 1:
+        wanted = "sample" in config and config.sample.num_bytes != 0
+        if wanted and jax.process_count() == 1:
             save_sample(config, model, state["params"], workdir)
             files += ", sample.txt"
-        elif "sample" in config:
+        elif wanted:
             say(
                 "no sample from several processes: "
                 f"python -m experiments.generate --workdir={workdir}"

@@ -54,7 +54,7 @@ COMMENTS = {
     "eval.sequences": "test sequences per length of the final evaluation",
     "eval.tokens": "tokens per batch of an evaluation",
     "sample.prompt": "text that the sample continues",
-    "sample.num_bytes": "bytes of the sample",
+    "sample.num_bytes": "bytes of the sample; 0: no sample",
     "sample.temperature": "temperature of the sample; 0: the most likely byte",
     "sample.top_p": "draw from the most likely bytes with this total probability",
     "task.name": "task, one of the words above",

@@ -3,7 +3,7 @@
     python -m experiments.bench            # suites scan, ops, choice, newton: 40 minutes on 2 cores
     python -m experiments.bench scan       # elementwise scan
     python -m experiments.bench ops        # chunked algorithms
-    python -m experiments.bench options    # options of the matrix-state ops
+    python -m experiments.bench options    # ops and options against what they reduce to
     python -m experiments.bench forward    # forward passes in processor time
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential

@@ -14,7 +14,7 @@ import jax
 from absl import flags
 
 ONLY = flags.DEFINE_string(
-    "only", "", "Only rows of ops, choice, peers, tpu or gpu whose name starts with this."
+    "only", "", "Only rows of ops, options, choice, peers, tpu or gpu whose name starts with this."
 )
 PROCESSOR_TIME = flags.DEFINE_boolean(
     "processor_time", False, "Compare processor time in peers; pin the process to one core."

@@ -10,6 +10,9 @@ gated_deltanet, Mamba about twice; expect 1.8 to 2.1 bits per byte. The nonlinea
 ltc) have not been measured with these sizes; experiments/results/RESULTS.md has them at 463,000
 parameters. `summary.json` contains the result of a run.
 
+`:deltanet,small` (any layer) is a run of about a minute: 200 steps of 8 x 128 bytes, blocks of
+width 64, no sample. The grid `layers` of `experiments.sweep` trains every layer at this size.
+
 `:deltanet,quicktest` (any layer) is a run of a few seconds that learns almost nothing.
 """
 
@@ -20,7 +23,7 @@ from ml_collections import ConfigDict
 from experiments.configs import common
 
 KINDS = {"layer": common.layers("deltanet")}
-SWITCHES = common.QUICKTEST
+SWITCHES = {"small": "width 64, 200 steps of 8 x 128 bytes"} | common.QUICKTEST
 # 48 samples of 500 bytes from `lm.py:deltanet` have 31 % white space and 2.08 bits per byte, close
 # to 32 % and 2.05 of the held-out text. Temperature 0.8 and top_p 0.95 give 47 % and 1.10 bits per
 # byte (24 samples).
@@ -29,10 +32,11 @@ TOP_P = 0.99
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Build the configuration; `arg` is a layer name, `quicktest`, or both with a comma."""
+    """Build the configuration; `arg` is a layer name and switches, separated by commas."""
     words, switches = common.parse(arg, KINDS, SWITCHES)
     layer = words["layer"]
-    config = ConfigDict(common.settings(f"lm-{layer}", layer, dim=128, depth=2, heads=8))
+    dim = 64 if "small" in switches else 128
+    config = ConfigDict(common.settings(f"lm-{layer}", layer, dim=dim, depth=2, heads=dim // 16))
     config.update(
         {
             "data": {
@@ -58,6 +62,16 @@ def get_config(arg: str = "") -> ConfigDict:
             },
         }
     )
+    if "small" in switches:
+        config.name += "-small"
+        config.update(
+            {
+                "steps": 200,
+                "data": {"batch_size": 8},
+                "eval": {"bytes": 1 << 14, "final_bytes": 1 << 16},
+                "sample": {"num_bytes": 0},  # no sample
+            }
+        )
     if "quicktest" in switches:
         config.name += "-quicktest"
         config.update(common.small(layer))

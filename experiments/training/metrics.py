@@ -19,7 +19,8 @@ class StepMetrics:
     Metrics stay on the device until then, so that it does not wait for the host.
 
     Attributes:
-      timed: number of the measured steps and their seconds, which checkpoints store.
+      timed: number of the measured steps, their seconds and their processor time, which
+        checkpoints store.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class StepMetrics:
     def restart_clock(self) -> None:
         """Exclude the time since the last call of `write`."""
         self._clock = time.perf_counter()
+        self._cpu_clock = time.process_time()
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Add the metrics of a step, which are still on the device."""
@@ -61,6 +63,7 @@ class StepMetrics:
         pending, self._pending = self._pending, []
         fetched = jax.device_get([metrics for _, metrics in pending])
         seconds = time.perf_counter() - self._clock
+        cpu_seconds = time.process_time() - self._cpu_clock
         rows: list[dict[str, Any]] = []
         for (step, _), metrics in zip(pending, fetched, strict=True):
             row = {"step": step} | {name: float(value) for name, value in metrics.items()}
@@ -75,6 +78,7 @@ class StepMetrics:
         if timed:
             self.timed["steps"] += len(rows)
             self.timed["seconds"] += seconds
+            self.timed["cpu_seconds"] += cpu_seconds
             last["tokens_per_second"] = speed = len(rows) * self._tokens_per_step / seconds
             if solver is not None:
                 mean = sum(row["loss"] for row in rows) / len(rows)
@@ -89,12 +93,19 @@ class StepMetrics:
     def timing(self, step: int) -> dict[str, float]:
         """Return the tokens of all steps, the training seconds and the tokens per second.
 
-        The numbers include the steps before a resume and exclude evaluation. The first step after
-        each start compiles, so it counts with the mean time of the other steps. Without a measured
-        step, the result has only `tokens`.
+        Tokens per second of processor time depend less on other programs. They count the time of
+        all threads of this process. The numbers include the steps before a resume and exclude
+        evaluation. The first step after each start compiles, so it counts with the mean time of the
+        other steps. Without a measured step, the result has only `tokens`.
         """
         tokens = step * self._tokens_per_step
         if not self.timed["seconds"]:
             return {"tokens": tokens}
-        speed = self.timed["steps"] * self._tokens_per_step / self.timed["seconds"]
-        return {"tokens": tokens, "train_seconds": tokens / speed, "tokens_per_second": speed}
+        measured = self.timed["steps"] * self._tokens_per_step
+        speed = measured / self.timed["seconds"]
+        return {
+            "tokens": tokens,
+            "train_seconds": tokens / speed,
+            "tokens_per_second": speed,
+            "tokens_per_cpu_second": measured / self.timed["cpu_seconds"],
+        }

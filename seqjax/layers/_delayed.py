@@ -29,8 +29,10 @@ def two_point(
         R_{t+1} = a_t R_t + (c_t + b_{t+1}) sum_r k_t^r (v_t^r)^T
         o_t^r = a_t R_t^T q_t^r + c_t sum_s ((k_t^s)^T q_t^r) v_t^s
 
-    For a rank above 1, `linear_attention` runs on 2 * rank - 1 steps for each token: writes in the
-    first `rank` of them, reads in the last.
+    For a rank above 1, `linear_attention` runs on `rank` steps for each token, with one write and
+    one read each. All reads of a token follow all of its writes. So a sum over the pairs of a
+    token adds the writes of later sub-steps. These do not decay before the reads, and the outputs
+    are exact.
 
     Args:
       q, k: [B, T, rank, H, K].
@@ -52,29 +54,40 @@ def two_point(
     before |= {"c": nothing, "log_decay": nothing}
     late, last = previous(now, before, context.reset, context.sequence_axis)
     weight = (late["c"] + b)[:, :, None, :, None]
-    reset = None if context.reset is None else at_substep(context.reset, 2 * rank - 1, 0)
+    reset = None if context.reset is None else at_substep(context.reset, rank, 0)
+    reads = q * jnp.exp(log_decay)[:, :, None, :, None].astype(q.dtype)
+    writes = late["k"] * weight.astype(k.dtype)
     o, memory = linear_attention(
-        _substeps(q * jnp.exp(log_decay)[:, :, None, :, None].astype(q.dtype), rank - 1, 0),
-        _substeps(late["k"] * weight.astype(k.dtype), 0, rank - 1),
-        _substeps(late["v"], 0, rank - 1),
-        at_substep(late["log_decay"], 2 * rank - 1, 0),
+        _as_steps(reads),
+        _as_steps(writes),
+        _as_steps(late["v"]),
+        at_substep(late["log_decay"], rank, 0),
         state["memory"],
         scale=1.0,
         reset=reset,
         sequence_axis=context.sequence_axis,
     )
-    o = o.reshape(*q.shape[:2], 2 * rank - 1, *o.shape[2:])[:, :, rank - 1 :].astype(wide)
-    scores = jnp.einsum("btrhk,btshk->btrsh", q.astype(wide), k.astype(wide)) * c[:, :, None, None]
-    o = (o + jnp.einsum("btrsh,btshv->btrhv", scores, v.astype(wide))).astype(v.dtype)
+    o = o.reshape(v.shape).astype(wide)
+    o = o + _read(q, k, v, c[:, :, None, None], wide)
+    if rank > 1:  # the writes of later sub-steps
+        later = jnp.triu(jnp.ones((rank, rank), wide), 1)[..., None]
+        o = o + _read(reads, writes, late["v"], later, wide)
+    o = o.astype(v.dtype)
     k, v = (last[name].astype(memory.dtype) for name in ("k", "v"))
     written = jnp.einsum("brhk,brhv->bhkv", k * last["c"][:, None, :, None], v)
     memory = jnp.exp(last["log_decay"])[..., None, None] * memory + written
     return o, {"memory": memory, "k": k, "v": v}
 
 
-def _substeps(x: jax.Array, before: int, after: int) -> jax.Array:
-    """Lay x [B, T, R, ...] out in time, with steps of zeros before and after the R of a token."""
-    padding = [(0, 0)] * x.ndim
-    padding[2] = (before, after)
-    x = jnp.pad(x, padding)
+def _as_steps(x: jax.Array) -> jax.Array:
+    """Lay x [B, T, R, ...] out in time."""
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def _read(
+    q: jax.Array, k: jax.Array, v: jax.Array, weights: jax.Array, wide: jnp.dtype
+) -> jax.Array:
+    """Return sum_s (q^r . k^s) w^rs v^s within each step; w broadcasts to [B, T, R, R, H]."""
+    q, k, v = (x.astype(wide) for x in (q, k, v))
+    scores = jnp.einsum("btrhk,btshk->btrsh", q, k) * weights
+    return jnp.einsum("btrsh,btshv->btrhv", scores, v)

@@ -210,7 +210,8 @@ class DeltaProduct(DeltaNet):
     state tracking tasks that one update cannot. beta is 2 sigmoid by default.
 
     `delta_rule` runs on n * T steps, one for each update, so a token costs n times that of
-    `DeltaNet`.
+    `DeltaNet`. The result is exact: the decay is that of the first of these steps, and only the
+    last one has a query.
 
     Parameters: those of `DeltaNet`, with k_proj [dim, n * H * K], v_proj [dim, n * H' * V],
     beta_proj [dim, n * H'] and the convolutions of k and v; the update j comes first. State: that

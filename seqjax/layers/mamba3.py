@@ -40,7 +40,8 @@ class Mamba3(Layer):
         S_t = a_t S_{t-1} + sum over r of the two writes, with u_t^r = u_t * mimo_x^r
         y_t = sum over r of mimo_o^r * (S_t^T q_t^r + D u_t^r) * silu(x_t W_z * mimo_z^r)
 
-    It runs on 2 R - 1 steps of `linear_attention` for each token.
+    Every read of a token follows all of its writes. `linear_attention` computes this exactly, on R
+    steps for each token and a sum over the R x R pairs of a token.
 
     softplus(dt_bias) starts log-uniform in [dt_min, dt_max], D, the biases and mimo_z at 1, mimo_x
     and mimo_o at 1 / R.

@@ -130,6 +130,21 @@ def test_a_report_shows_the_best_rate_and_every_seed():
     assert "have not run" not in report.table("tiny", RATED, every)
 
 
+def test_a_column_shows_ratios_to_a_label():
+    grid = grids.dataclasses.replace(RATED, relative={"accuracy": "lru, width 16"})
+    text = report.table("tiny", grid, ROWS)
+    assert "| lru, width 16 | 1.000 (spread 0.333) |" in text
+    assert "| lru, width 32 | 1.500 |" in text
+    assert "| lru, width 32 |  |" in report.table("tiny", grid, ROWS[3:])
+
+
+def test_a_grid_trains_every_layer_of_the_registry():
+    jobs = grids.GRIDS["layers"].jobs
+    assert [job.label for job in jobs] == list(seqjax.layers.REGISTRY)
+    config = lm.get_config(jobs[0].config.split(":")[1])
+    assert (config.steps, config.model.dim, config.model.options.lru.state_dim) == (200, 64, 64)
+
+
 def test_a_report_keeps_other_settings_apart():
     other, own = dict(ROWS[4]), dict(ROWS[0])
     other |= {"set": {"steps": 7}, "overrides": other["overrides"] | {"steps": 7}}

@@ -192,19 +192,30 @@ def test_stop_and_resume_is_a_run_never_stopped(reference, text, tmp_path, monke
 @pytest.mark.slow
 def test_timing_counts_the_steps_before_a_resume(text, tmp_path, monkeypatch):
     slow_clock = types.SimpleNamespace(perf_counter=itertools.count(step=1000.0).__next__)
+    slow_clock.process_time = slow_clock.perf_counter
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "time", slow_clock)
         train.train(quick(text, steps=4), tmp_path)
     summary = train.train(quick(text, steps=8), tmp_path)
     assert summary["train_seconds"] > 1000
+    assert 0 < summary["tokens_per_cpu_second"] < 1
     assert train.train(quick(text, steps=8), tmp_path) == summary
 
 
 @pytest.mark.slow
 def test_a_run_without_a_measured_step_has_no_speed(text, tmp_path):
-    summary = train.train(quick(text, steps=1), tmp_path)
+    config = quick(text, steps=1)
+    config.sample.num_bytes = 0
+    summary = train.train(config, tmp_path)
     assert summary["tokens"] == 128
-    assert not {"train_seconds", "tokens_per_second"} & set(summary)
+    assert not {"train_seconds", "tokens_per_second", "tokens_per_cpu_second"} & set(summary)
+    assert summary["parameters"] == sum(
+        math.prod(shape)
+        for shape in jax.tree.leaves(
+            build_model(config.model).param_shapes(), is_leaf=lambda x: isinstance(x, tuple)
+        )
+    )
+    assert not (tmp_path / "sample.txt").exists()
 
 
 def test_held_out_numbers_say_which_bytes_they_cover(text, tmp_path, capsys, monkeypatch):
