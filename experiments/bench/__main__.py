@@ -8,8 +8,10 @@
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
     python -m experiments.bench generate   # tokens per second of generation
+    python -m experiments.bench speculate  # speculative decoding: ways to restore a state
     python -m experiments.bench peers      # layers of other libraries against those of seqjax
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
+    python -m experiments.bench tpu_decode # a decode step compiled for TPU, not run
     python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
     python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
 
@@ -35,7 +37,18 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, device, generate, gpu, newton, options, peers, tpu
+from experiments.bench import (
+    cases,
+    device,
+    generate,
+    gpu,
+    newton,
+    options,
+    peers,
+    speculate,
+    tpu,
+    tpu_decode,
+)
 from experiments.bench.tools import ONLY, Candidates, Table, cpu_seconds, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -200,8 +213,10 @@ SUITES = {
     "choice": bench_choice,
     "newton": newton.bench_newton,
     "generate": generate.bench_generate,
+    "speculate": speculate.bench_speculate,
     "peers": peers.bench_peers,
     "tpu": tpu.bench_tpu,
+    "tpu_decode": tpu_decode.bench_decode,
     "gpu": gpu.bench_gpu,
     "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
 }
