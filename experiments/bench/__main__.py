@@ -8,10 +8,12 @@
     python -m experiments.bench choice     # the default algorithm against the named ones
     python -m experiments.bench newton     # nonlinear RNNs: Newton against sequential
     python -m experiments.bench generate   # tokens per second of generation
+    python -m experiments.bench speculate  # speculative decoding: ways to restore a state
     python -m experiments.bench peers      # layers of other libraries against those of seqjax
     python -m experiments.bench loops      # elementwise scan against numba, the last table of peers
     python -m experiments.bench allocator  # training steps with memory that the process keeps
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
+    python -m experiments.bench tpu_decode # a decode step compiled for TPU, not run
     python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
     python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
 
@@ -47,7 +49,9 @@ from experiments.bench import (
     newton,
     options,
     peers,
+    speculate,
     tpu,
+    tpu_decode,
 )
 from experiments.bench.tools import (
     ONLY,
@@ -227,10 +231,12 @@ SUITES = {
     "choice": bench_choice,
     "newton": newton.bench_newton,
     "generate": generate.bench_generate,
+    "speculate": speculate.bench_speculate,
     "peers": bench_peers,
     "loops": loops.bench_loops,
     "allocator": allocator.bench_allocator,
     "tpu": tpu.bench_tpu,
+    "tpu_decode": tpu_decode.bench_decode,
     "gpu": gpu.bench_gpu,
     "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
 }

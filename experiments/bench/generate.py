@@ -1,8 +1,12 @@
-"""Tokens per second of generation: in a loop on the device, and from Python token by token."""
+"""Tokens per second of generation: in a loop on the device, and from Python token by token.
+
+By default one layer of each family runs: the first that the registry lists for an op, and for a
+module of layers without an op.
+"""
 
 import functools
 import itertools
-import statistics
+import time
 from typing import Any
 
 import jax
@@ -11,20 +15,46 @@ import numpy as np
 from absl import flags
 
 import seqjax
-from experiments.bench.tools import Table, seconds
+from experiments.base.errors import UserError, nearest
+from experiments.bench.tools import Table, cpu_seconds
 from seqjax.layers import REGISTRY
 
 LAYERS = flags.DEFINE_list(
     "layers",
-    "lru,mamba,mamba2,gla,gated_deltanet,rwkv7,mlstm,gru,attention",
-    "Layers of suite generate, by their names in configurations.",
+    "",
+    "Layers of suites generate and speculate, by their names in configurations; by default one of"
+    " each family.",
 )
 VOCAB, DIM, DEPTH, HEADS = 256, 128, 2, 4
 PROMPT, TOKENS = 128, 64
-LOOP = "Python loop, tokens/s"
-COLUMNS = ["decode, tokens/s", LOOP, "decode / loop", "prefill, tokens/s", "prefill / decode"]
+COLUMNS = [
+    "decode, tokens/s",
+    "Python loop, tokens/s",
+    "decode / loop",
+    "decode / loop of one program",
+    "prefill, tokens/s",
+    "prefill / decode",
+]
 
 
+def family(name: str) -> str:
+    """Return the op of a registered layer, or its module if it has no op."""
+    entry = REGISTRY[name]
+    return entry.op or entry.layer.__module__.rpartition(".")[2]
+
+
+def layer_names() -> list[str]:
+    """Return the layers that `LAYERS` names, or the first one of each family."""
+    for name in LAYERS.value:
+        if name not in REGISTRY:
+            raise UserError(f"--layers: unknown layer {name!r}: {nearest(name, REGISTRY)}")
+    first: dict[str, str] = {}
+    for name in REGISTRY:
+        first.setdefault(family(name), name)
+    return LAYERS.value or list(first.values())
+
+
+@functools.cache
 def make_model(name: str) -> tuple[Any, Any]:
     """Return a small language model with a registered layer, and its parameters."""
     entry = REGISTRY[name]
@@ -34,57 +64,72 @@ def make_model(name: str) -> tuple[Any, Any]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(model: Any, params: Any, token: Any, state: Any, key: Any) -> Any:
+def _step(model: Any, params: Any, token: Any, state: Any) -> Any:
+    return model.step(params, token, state)
+
+
+_draw = jax.jit(jax.random.categorical)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step_and_draw(model: Any, params: Any, token: Any, state: Any, key: Any, index: Any) -> Any:
     logits, state = model.step(params, token, state)
-    return jax.random.categorical(key, logits), state
+    return jax.random.categorical(jax.random.fold_in(key, index), logits), state
 
 
 def loop(model: Any, params: Any, state: Any, batch: int) -> Any:
-    """Generate `TOKENS` tokens with one call of the device each."""
+    """Generate `TOKENS` tokens as many scripts do: a step, a key and a draw for each token."""
     token, key = jnp.zeros(batch, jnp.int32), jax.random.key(0)
     for index in range(TOKENS):
-        token, state = _step(model, params, token, state, jax.random.fold_in(key, index))
+        logits, state = _step(model, params, token, state)
+        token = _draw(jax.random.fold_in(key, index), logits)
         np.asarray(token)  # shown to the user
     return token
 
 
+def fused_loop(model: Any, params: Any, state: Any, batch: int) -> Any:
+    """Generate `TOKENS` tokens with one program for each token."""
+    token, key = jnp.zeros(batch, jnp.int32), jax.random.key(0)
+    for index in range(TOKENS):
+        token, state = _step_and_draw(model, params, token, state, key, index)
+        np.asarray(token)
+    return token
+
+
 def rates(name: str, batch: int, rounds: int) -> dict[str, float | str]:
-    """Return tokens per second of each way, and their ratios, in medians over the rounds."""
+    """Return tokens per second of each way, and their ratios, from the least times of all rounds.
+
+    On CPU they are seconds of processor time.
+    """
     model, params = make_model(name)
     prompt = jax.random.randint(jax.random.key(1), (batch, PROMPT), 0, VOCAB)
     state = model.initial_state(batch)
-    options: dict[str, Any] = {"key": jax.random.key(2)}
+    # Reading a prompt of one token is one step, so that all ways take `TOKENS` steps.
     runs = {
-        "one": lambda: seqjax.generate(model, params, prompt, max_new_tokens=1, **options),
-        "many": lambda: seqjax.generate(
-            model, params, prompt, max_new_tokens=1 + TOKENS, **options
+        "decode": lambda: seqjax.generate(
+            model, params, prompt[:, :1], max_new_tokens=TOKENS, key=jax.random.key(2)
         ),
         "loop": lambda: loop(model, params, state, batch),
+        "fused": lambda: fused_loop(model, params, state, batch),
         "prefill": lambda: seqjax.prefill(model, params, prompt),
     }
-    for run in runs.values():
-        jax.block_until_ready(run())  # compile
-    times = [{key: seconds(run) for key, run in runs.items()} for _ in range(rounds)]
-
-    def median(value: Any) -> float:
-        return statistics.median(map(value, times))
-
-    decode = median(lambda t: batch * TOKENS / max(t["many"] - t["one"], 1e-9))
-    by_loop = median(lambda t: batch * TOKENS / t["loop"])
-    prefill = median(lambda t: batch * PROMPT / t["prefill"])
+    on_cpu = jax.default_backend() == "cpu"
+    times = cpu_seconds(runs, rounds, time.process_time if on_cpu else time.perf_counter)
+    decode, prefill = batch * TOKENS / times["decode"], batch * PROMPT / times["prefill"]
     return {
         COLUMNS[0]: f"{decode:,.0f}",
-        COLUMNS[1]: f"{by_loop:,.0f}",
-        COLUMNS[2]: median(lambda t: t["loop"] / max(t["many"] - t["one"], 1e-9)),
-        COLUMNS[3]: f"{prefill:,.0f}",
-        COLUMNS[4]: prefill / decode,
+        COLUMNS[1]: f"{batch * TOKENS / times['loop']:,.0f}",
+        COLUMNS[2]: times["loop"] / times["decode"],
+        COLUMNS[3]: times["fused"] / times["decode"],
+        COLUMNS[4]: f"{prefill:,.0f}",
+        COLUMNS[5]: prefill / decode,
     }
 
 
 def bench_generate(rounds: int) -> None:
-    """Print tokens per second of every layer for batches of 1 and 64."""
+    """Print tokens per second of a layer of each family for batches of 1 and 64."""
     table = Table(
         f"Generation: {DEPTH} blocks of width {DIM}, prompts of {PROMPT}, {TOKENS} tokens", COLUMNS
     )
-    for name, batch in itertools.product(LAYERS.value, (1, 64)):
-        table.row(f"{name}, B={batch}", rates(name, batch, rounds))
+    for name, batch in itertools.product(layer_names(), (1, 64)):
+        table.row(f"{family(name)}: {name}, B={batch}", rates(name, batch, rounds))

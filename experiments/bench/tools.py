@@ -52,26 +52,31 @@ def seconds(run: Callable[..., Any]) -> float:
     return taken
 
 
-def processor_times(candidates: Candidates, rounds: int) -> dict[str, list[float]]:
+def processor_times(
+    candidates: Candidates, rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
     """Return the processor times of the calls of each candidate; a round calls each one once.
 
     Processor time depends less on other programs than elapsed time does. It adds the time of all
-    threads, so pin the process to one core (`taskset -c 0`) to leave out threads that wait.
+    threads, so pin the process to one core (`taskset -c 0`) to leave out threads that wait. On
+    accelerators, pass a `clock` of elapsed time.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         jax.block_until_ready(run())  # compile
     for _ in range(rounds):
         for name, run in candidates.items():
-            start = time.process_time()
+            start = clock()
             jax.block_until_ready(run())
-            times[name].append(time.process_time() - start)
+            times[name].append(clock() - start)
     return times
 
 
-def cpu_seconds(candidates: Candidates, rounds: int) -> dict[str, float]:
+def cpu_seconds(
+    candidates: Candidates, rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, float]:
     """Return the least processor time of a call of each candidate; see `processor_times`."""
-    return {name: min(found) for name, found in processor_times(candidates, rounds).items()}
+    return {name: min(found) for name, found in processor_times(candidates, rounds, clock).items()}
 
 
 def run_apart(

@@ -218,9 +218,13 @@ def _compile(name: str, dtype: str, chip: str, implementation: str, length: int)
 
 
 def compile_apart(
-    *request: Any, folder: pathlib.Path, flags: str = "", may_crash: bool = False
+    *request: Any,
+    module: str = "experiments.bench.tpu",
+    folder: pathlib.Path,
+    flags: str = "",
+    may_crash: bool = False,
 ) -> str:
-    """Run `_compile` in a separate process, because libtpu reads its flags only once.
+    """Run `module` in a separate process, because libtpu reads its flags only once.
 
     With `may_crash`, a crash of the process is no error: libtpu's profiler crashes on some
     kernels after it has written their schedule.
@@ -230,7 +234,7 @@ def compile_apart(
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    return run_apart("experiments.bench.tpu", request, folder, env, may_crash=may_crash)
+    return run_apart(module, request, folder, env, may_crash=may_crash)
 
 
 def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, float]:

@@ -137,6 +137,7 @@ def type_bytes(text: str) -> float:
     return total
 
 
+ASYNC_COPIES = ("copy-start", "slice-start")
 NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
@@ -144,6 +145,8 @@ def operation_bytes(
     operation: Operation, types: dict[str, str], computations: dict[str, list[Operation]]
 ) -> float:
     """Compute the bytes that an operation reads and writes; for sliced arrays, of the slices."""
+    if operation.kind in ASYNC_COPIES:
+        return _copied_bytes(operation)
     if operation.kind == "dynamic-update-slice":
         return 2 * type_bytes(types[operation.operands[1]])
     if operation.kind in ("dynamic-slice", "slice"):
@@ -174,6 +177,14 @@ def operation_bytes(
     return min(total, type_bytes(operation.type) + sum(type_bytes(types[o]) for o in operands))
 
 
+def _copied_bytes(operation: Operation) -> float:
+    """Compute the bytes of an asynchronous copy, whose type has the array, its copy and a flag."""
+    arrays = re.findall(r"[a-z]+\d*\[[\d,]*\]\{[^}]*\}", operation.type)[:2]
+    source, copy = arrays if operation.kind == "slice-start" else arrays[::-1]
+    moved = type_bytes(re.sub(r"S\(\d+\)", "", copy))
+    return moved * ((type_bytes(source) > 0) + (type_bytes(copy) > 0))
+
+
 class Cost(NamedTuple):
     """Cost of a program.
 
@@ -182,7 +193,9 @@ class Cost(NamedTuple):
 
       cycles: cycles of compute.
 
-      seconds: sum over operations of the larger of compute time and memory time.
+      seconds: sum over operations of the larger of compute time and memory time. Asynchronous
+        copies run beside other operations, and count only in the memory time of all bytes, which
+        is the least time of a program.
 
       operations: number of executed operations.
     """
@@ -251,11 +264,14 @@ def cost(text: str, kernels: dict[str, Kernel], chip: Chip) -> Cost:
                     kernel = kernels[operation.name]
                     cycles, moved = kernel.cycles, max(moved, kernel.bytes)
                 seconds = max(cycles / chip.clock, moved / chip.bandwidth)
+                if operation.kind in ASYNC_COPIES:
+                    cycles, seconds = 0.0, 0.0
                 part = Cost(moved * times, cycles * times, seconds * times, times)
             total = add(total, part)
         return total
 
-    return walk(entry, 1)
+    found = walk(entry, 1)
+    return found._replace(seconds=max(found.seconds, found.bytes / chip.bandwidth))
 
 
 def ideal_bytes(text: str) -> float:

@@ -216,11 +216,8 @@ def extend(decoding: Decoding, logits: jax.Array, arrays: Arrays) -> tuple[Decod
 def advance(
     model: Any, params: PyTree, decoding: Decoding, arrays: Arrays
 ) -> tuple[Decoding, jax.Array]:
-    """Read the last token of the rows that are not done, and choose the next one."""
+    """Read the last token of all rows, and choose the next one of those that are not done."""
     logits, state = model.step(params, decoding.token, decoding.state)
-    # No row waits for others if it is alone, or if nothing can end it.
-    if len(decoding.done) > 1 and arrays.stop_tokens.size:
-        state = prompts.select_rows(decoding.done, decoding.state, state)
     return extend(decoding._replace(state=state), logits, arrays)
 
 
@@ -233,26 +230,46 @@ def fill(
     arrays: Arrays,
     first: int,
 ) -> tuple[Decoding, jax.Array, jax.Array]:
-    """Generate into `tokens` and `logprobs` [B, N] from column `first`, until all rows are done."""
+    """Generate into `tokens` and `logprobs` [B, N] from column `first`, until all rows are done.
+
+    Rows that are done take further steps, which do not count: their states are stored when they
+    end. A choice between two states in every step would read and write both, and no step could
+    update the state in place.
+    """
     begun = decoding.position - first
+    # No row waits for others if it is alone, or if nothing can end it.
+    waits = len(decoding.done) > 1 and arrays.stop_tokens.size > 0
 
     def unfinished(carry: Any) -> jax.Array:
         decoding = carry[0]
         return (decoding.position - begun < tokens.shape[1]) & ~jnp.all(decoding.done)
 
     def body(carry: Any) -> Any:
-        decoding, tokens, logprobs = carry
-        column = decoding.position - begun
-        decoding, logprob = advance(model, params, decoding, arrays)
+        before, tokens, logprobs, ended = carry
+        column = before.position - begun
+        decoding, logprob = advance(model, params, before, arrays)
+        if waits:
+            now = decoding.done & ~before.done
+            ended = jax.lax.cond(
+                jnp.any(now),
+                lambda ended: prompts.select_rows(now, decoding.state, ended),
+                lambda ended: ended,
+                ended,
+            )
 
         def put(array: jax.Array, values: jax.Array) -> jax.Array:
             # A scatter, `.at[:, column].set`, is a loop over the rows on CPU.
             values = values[:, None].astype(array.dtype)
             return jax.lax.dynamic_update_slice_in_dim(array, values, column, axis=1)
 
-        return decoding, put(tokens, decoding.token), put(logprobs, logprob)
+        return decoding, put(tokens, decoding.token), put(logprobs, logprob), ended
 
-    return jax.lax.while_loop(unfinished, body, (decoding, tokens, logprobs))
+    start = decoding, tokens, logprobs, decoding.state if waits else None
+    decoding, tokens, logprobs, ended = jax.lax.while_loop(unfinished, body, start)
+    if waits:
+        state = prompts.select_rows(decoding.done, ended, decoding.state)
+        decoding = decoding._replace(state=state)
+    return decoding, tokens, logprobs
 
 
 @prompts.jit_with_donation

@@ -63,8 +63,10 @@ def speculate(
     tokens therefore have exactly the distribution of `generate` with the target.
 
     After a rejection the target's state is computed again from the state at the start of the round:
-    storing the state after every token would take k times the memory and a pass step by step. The
-    draft runs step by step anyway and keeps the states of one round.
+    storing the state after every token would take k + 1 times the memory, and read the weights in
+    k + 1 steps. On CPU, where weights fit the cache, a round with stored states takes 0.56 to 1.00
+    times as long (`experiments.bench speculate`). The draft runs step by step anyway and keeps the
+    states of one round.
 
     Args:
       target, draft: language models with the same vocabulary.

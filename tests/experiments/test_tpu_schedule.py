@@ -50,6 +50,35 @@ def test_a_program_is_added_up():
     assert found.seconds == pytest.approx((slices + copy + 1e6) / 1e9)
 
 
+COPIES = """HloModule jit_h, is_scheduled=true
+
+ENTRY %main (x: f32[64,128]) -> f32[64,128] {
+  %x = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %s = ((f32[64,128]{1,0:T(8,128)}), f32[8,128]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) \
+slice-start(%x), slice={[0:8], [0:128]}
+  %row = f32[8,128]{1,0:T(8,128)S(1)} slice-done(%s)
+  %near = f32[64,128]{1,0:T(8,128)S(1)} fusion(%row), kind=kLoop, calls=%elsewhere, \
+backend_config={"window_config":{"estimated_cycles":"100"}}
+  %c = (f32[64,128]{1,0:T(8,128)}, f32[64,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%near)
+  ROOT %y = f32[64,128]{1,0:T(8,128)} copy-done(%c)
+}
+
+%elsewhere (a: f32[8,128]) -> f32[64,128] {
+  %a = f32[8,128]{1,0:T(8,128)S(1)} parameter(0)
+  ROOT %b = f32[64,128]{1,0:T(8,128)S(1)} broadcast(%a), dimensions={0,1}
+}
+"""
+
+
+def test_asynchronous_copies_count_once_and_overlap():
+    found = tpu_schedule.cost(COPIES, {}, CHIP)
+    assert found.bytes == ROW + ARRAY  # from HBM to VMEM, and back
+    assert found.cycles == 100
+    assert found.seconds == (ROW + ARRAY) / 1e9  # 1e-7 seconds of compute run beside the copies
+    slow = CHIP._replace(clock=1e6)
+    assert tpu_schedule.cost(COPIES, {}, slow).seconds == 100 / 1e6
+
+
 # As libtpu 0.0.50 and newer print them: the bound is in the condition, the step in the body.
 COUNTING = """HloModule jit_g, is_scheduled=true
 

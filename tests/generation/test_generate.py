@@ -67,6 +67,9 @@ def test_rows_end_at_their_stop_tokens():
         assert out.lengths[row] == length
         assert out.tokens[row].tolist() == tokens[:length] + [0] * (9 - length)
         assert (out.logprobs[row, length:] == 0).all()
+        _, state = greedy_loop(model, params, prompt[row], 9, [stop])
+        got = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], out.state)
+        assert_close(leaves(got), leaves(state), 1e-4)
 
 
 @pytest.mark.slow
