@@ -83,6 +83,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "Folder of a published checkpoint, or its name on the Hugging Face hub; instead of a run.",
         flag_values=values,
     )
+    flags.DEFINE_boolean(
+        "int8",
+        False,
+        "Store the projections of the published checkpoint in int8; needs the package qwix.",
+        flag_values=values,
+    )
     flags.DEFINE_string("text", "", "File to evaluate a checkpoint on.", flag_values=values)
     flags.DEFINE_integer(
         "num_bytes",
@@ -134,8 +140,12 @@ def main(values: Any) -> int:
             raise UserError("--checkpoint: must not be combined with --workdir or --path")
         if not values.text:
             raise UserError("--checkpoint: must have --text, the file to evaluate on")
-        evaluate_checkpoint(values.checkpoint, values.text, options)
+        if values.int8 and options.dynamic:
+            raise UserError("--int8: must not be combined with --dynamic_evaluation")
+        evaluate_checkpoint(values.checkpoint, values.text, options, in_int8=values.int8)
         return 0
+    if values.int8:
+        raise UserError("--int8: must have --checkpoint")
     if values.text:
         raise UserError("--text: must have --checkpoint; give --path for a run")
     evaluate(values.workdir, values.which, values.path, options)
@@ -174,7 +184,9 @@ def evaluate(
     return result
 
 
-def evaluate_checkpoint(path: str, text: str, options: Options) -> dict[str, Any]:
+def evaluate_checkpoint(
+    path: str, text: str, options: Options, *, in_int8: bool = False
+) -> dict[str, Any]:
     """Evaluate a published checkpoint on a file of text; print and return the result."""
     content = finetuning.read_text(text, "--text").encode()
     # A character that the limit splits is left out.
@@ -185,6 +197,7 @@ def evaluate_checkpoint(path: str, text: str, options: Options) -> dict[str, Any
         window=options.window or CHECKPOINT_WINDOW,
         lanes=options.lanes or 1,
         dtype="float32" if options.dynamic else None,
+        in_int8=in_int8,
     )
     nats = options.total(read.model)(read.params(), read.streams, read.window)
     bits = nats / math.log(2) / read.num_bytes

@@ -40,6 +40,12 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
         "Folder of a published checkpoint, or its name on the Hugging Face hub; instead of a run.",
         flag_values=values,
     )
+    flags.DEFINE_boolean(
+        "int8",
+        False,
+        "Store the projections of the published checkpoint in int8; needs the package qwix.",
+        flag_values=values,
+    )
     flags.DEFINE_string("prompt", "", "Text to continue.", flag_values=values)
     flags.DEFINE_string(
         "prompts", "", "File with one prompt per line, continued in one batch.", flag_values=values
@@ -95,6 +101,8 @@ def main(values: Any) -> int:
     if values.checkpoint and values.workdir:
         raise UserError("--checkpoint: must not be combined with --workdir")
     prompts = read_prompts(values.prompts) if values.prompts else [values.prompt]
+    if values.int8 and not values.checkpoint:
+        raise UserError("--int8: must have --checkpoint")
     if values.interactive:
         return _converse(values, settings)
     if values.checkpoint:
@@ -134,7 +142,7 @@ def generate(
 
 
 def _from_checkpoint(values: Any, prompts: list[str], settings: sampling.Settings) -> int:
-    model = published.Published(values.checkpoint)
+    model = published.Published(values.checkpoint, in_int8=values.int8)
     for prompt, sample in itertools.product(prompts, range(values.num_samples)):
         own = dataclasses.replace(settings, seed=settings.seed + sample)
         _show(itertools.chain([prompt], model.stream(prompt, own)))
@@ -164,7 +172,8 @@ def _show(texts: Iterable[str]) -> None:
 
 def _converse(values: Any, settings: sampling.Settings) -> int:
     if values.checkpoint:
-        answer = published.Published(values.checkpoint).conversation(settings)
+        model = published.Published(values.checkpoint, in_int8=values.int8)
+        answer = model.conversation(settings)
     else:
         conversation = sampling.Conversation(*_load(values.workdir, values.which), settings)
 

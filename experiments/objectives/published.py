@@ -15,7 +15,9 @@ import seqjax
 from experiments.base.errors import UserError
 from experiments.data import pipeline
 from experiments.data.tokens import INSTALL, Tokenizer, check_vocabulary
+from experiments.objectives import int8
 from experiments.objectives.sampling import GROUP_SIZE, Conversation, Settings
+from seqjax.models import LanguageModel
 
 
 class Published:
@@ -25,14 +27,20 @@ class Published:
       stop_tokens: tokens that end a text, from the checkpoint's configuration.
     """
 
-    def __init__(self, path: str, *, capacity: int = 4096) -> None:
-        """Load a folder, or a name on the Hugging Face hub, in the dtype of its weights."""
+    def __init__(self, path: str, *, capacity: int = 4096, in_int8: bool = False) -> None:
+        """Load a folder, or a name on the Hugging Face hub, in the dtype of its weights.
+
+        With `in_int8`, projections are stored in int8.
+        """
         with one_line(path):
             from seqjax.pretrained import hub, load
 
             folder = hub.find_folder(path)
             self._tokenizer = Tokenizer(folder)
-            self._model, self._params = load(folder, capacity=capacity)
+            model, self._params = load(folder, capacity=capacity)
+        self._model: LanguageModel = model
+        if in_int8:
+            self._model, self._params = int8.of_model(model), int8.quantize(self._params)
         self.stop_tokens = self._tokenizer.stop_tokens
 
     def stream(self, prompt: str, settings: Settings) -> Iterator[str]:
@@ -134,7 +142,14 @@ class Reading:
 
 
 def read_text(
-    path: str, text: str, *, window: int, lanes: int, dtype: str | None, capacity: int = 4096
+    path: str,
+    text: str,
+    *,
+    window: int,
+    lanes: int,
+    dtype: str | None,
+    capacity: int = 4096,
+    in_int8: bool = False,
 ) -> Reading:
     """Return a text as windows of tokens for a published model.
 
@@ -148,6 +163,7 @@ def read_text(
       lanes: number of parts of the text that are read side by side.
       dtype: dtype of the weights; None for that of the files.
       capacity: tokens of attention caches.
+      in_int8: whether projections are stored in int8.
     """
     with one_line(path):
         from seqjax.pretrained import hub, load, read_model
@@ -171,10 +187,12 @@ def read_text(
 
     def params() -> Any:
         with one_line(path):
-            return load(folder, dtype=dtype, capacity=capacity)[1]
+            loaded = load(folder, dtype=dtype, capacity=capacity)[1]
+        return int8.quantize(loaded) if in_int8 else loaded
 
     size = len(text[len(text) - characters :].encode())
-    return Reading(model, params, streams, window, tokens, size, context)
+    chosen = int8.of_model(model) if in_int8 else model
+    return Reading(chosen, params, streams, window, tokens, size, context)
 
 
 @contextlib.contextmanager

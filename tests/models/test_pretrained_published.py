@@ -34,6 +34,25 @@ def test_the_features_of_a_head_of_nemotron():
     assert model.backbone == pretrained.read_model(config).backbone
 
 
+@pytest.mark.parametrize(
+    ("rope", "rotated"),
+    [
+        ({}, 6),
+        ({"rope_parameters": None}, 6),
+        ({"rope_theta": None}, 0),
+        ({"rope_parameters": None, "rope_theta": None}, 0),
+        ({"rope_parameters": {"rope_theta": None, "rope_type": "default"}}, 0),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": None}, 0),
+        ({"rope_theta": 1e6}, 6),
+    ],
+)
+def test_positions_of_olmo_hybrid(rope, rotated):
+    """Check that a base of null turns positions off, and a missing one is the default."""
+    config = {k: v for k, v in fields("olmo_hybrid").items() if not k.startswith("rope_")}
+    model = pretrained.read_model(config | rope)
+    assert mixers(model)[1].rotary_dim == rotated
+
+
 @pytest.mark.parametrize("name", ["qwen3_5_text", "qwen3_next", "nemotron_h", "olmo_hybrid"])
 def test_heads_for_further_tokens_are_not_read(name, tmp_path):
     _, expected, *_ = load(name)
@@ -53,9 +72,10 @@ def test_an_index_without_files_ends_with_one_line(content, tmp_path):
     ("name", "config", "message"),
     [
         ("bamba", {"hidden_size": 7}, "load: config.json must describe a valid model; .*dim=7"),
+        ("recurrent_gemma", {"logits_soft_cap": -1}, "load: .*`logits_soft_cap` must be > 0"),
         ("nemotron_h", {"n_groups": 3}, "load: config.json must describe a valid model; .*groups"),
     ],
 )
-def test_sizes_that_do_not_fit_end_with_one_line(name, config, message):
+def test_values_that_no_model_has_end_with_one_line(name, config, message):
     with pytest.raises(ValueError, match=message):
         pretrained.read_model(fields(name) | config)

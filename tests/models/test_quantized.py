@@ -1,4 +1,4 @@
-"""Projections in int8 with qwix, as in docs/guides/pretrained.md; skipped without qwix."""
+"""Projections in int8 with qwix; skipped without qwix."""
 
 import pathlib
 
@@ -7,36 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.objectives.int8 import dequantize, quantize
 from seqjax import pretrained
 
-qwix = pytest.importorskip("qwix")
+pytest.importorskip("qwix")
 pytest.importorskip("safetensors")
 FOLDER = pathlib.Path(__file__).parent / "checkpoints"
-
-
-def quantize(params):
-    """Return the parameters with projections in int8 and a scale for each output feature."""
-
-    def leaf(path, value):
-        if not path[-1].key.endswith("_proj"):
-            return value
-        kept = [axis for axis in range(value.ndim) if axis != value.ndim - 2]
-        return qwix.quantize(value, jnp.int8, channelwise_axes=kept)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
-
-
-def dequantize(params):
-    """Return arrays; call it inside `jax.jit`."""
-
-    def is_quantized(leaf):
-        return isinstance(leaf, qwix.QArray)
-
-    return jax.tree.map(
-        lambda leaf: qwix.dequantize(leaf) if is_quantized(leaf) else leaf,
-        params,
-        is_leaf=is_quantized,
-    )
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -16,14 +16,13 @@ def _build(config: Config, capacity: int) -> Architecture:
         config.expect(name, only, default=only)
     counts = parts.heads(config, 30)
     head_dim = config.integer("head_dim", dim // counts["heads"])
-    rope = config.has("rope_theta") or config.rope_fields().has("rope_theta")
     theta, share = config.rope(10000.0)
     attention = Attention(
         dim,
         **counts,
         head_dim=head_dim,
         capacity=capacity,
-        rotary_dim=parts.rotary(head_dim, share) if rope else 0,
+        rotary_dim=parts.rotary(head_dim, share) if _rotates(config) else 0,
         rope_base=theta,
         qk_norm="rms_all_heads",
         norm_eps=eps,
@@ -87,6 +86,13 @@ def _build(config: Config, capacity: int) -> Architecture:
             if kind == "linear"
         ],
     )
+
+
+def _rotates(config: Config) -> bool:
+    """Return whether attention has positions: without them, `rope_theta` is null, not missing."""
+    nested = config.rope_fields().values
+    values = nested if "rope_theta" in nested else config.values
+    return values.get("rope_theta", 0) is not None
 
 
 def _delta() -> list[Tensor]:

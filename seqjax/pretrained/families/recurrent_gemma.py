@@ -70,7 +70,7 @@ def _build(config: Config, capacity: int) -> Architecture:
         norm_eps=eps,
         model={
             "embedding_scale": scale,
-            "logit_cap": config.number("logits_soft_cap", 30.0),
+            "logit_cap": parts.positive(config, "logits_soft_cap", 30.0),
         },
     )
 
