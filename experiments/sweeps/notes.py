@@ -1,0 +1,81 @@
+"""What the tables of `grids.py` show: the comment below each."""
+
+NOTES = {
+    "mqar": (
+        "Attention solves the task at every width, as in the paper (arXiv 2312.04927, with larger "
+        "sizes). Mamba, the other layer in both comparisons, needs width 64 and one of the two "
+        "learning rates. Gated DeltaNet, whose states are matrices, solves it from width 32 on. "
+        "LRU, S5 and GateLoop do not solve it at any of these widths. The decays of LRU and S5 do "
+        "not depend on the input. GateLoop has no convolution that combines neighboring tokens. "
+        "An accuracy of 0.25 means that the model outputs one of the four stored values "
+        "at random."
+    ),
+    "parity": (
+        "As in the paper, DeltaNet and Mamba need eigenvalues of both signs. Here every symbol has "
+        "an answer, not only the last one. A model that counts up to 40 answers the first 40 "
+        "symbols correctly, so the other scaled accuracies are above 0. After 1,500 "
+        "steps GRU and LSTM have learned the task; the elementwise cells ParaGRU and ParaLSTM have "
+        "not."
+    ),
+    "modular_arithmetic": (
+        "No RNN reaches the published accuracy. The RNNs trained for 6,000 steps, the other "
+        "models for 1,500. The horizon of an RNN is nearly the same at every test length, 13 to 20 "
+        "answers, and expressions of the training length have 20. The RNNs have learned "
+        "expressions of the training length and do not generalize to longer ones. With eigenvalues "
+        "of both signs, Mamba is more accurate than without after the same number of steps. A GRU "
+        "of twice the width did not learn faster, and a learning rate of 0.01 was slower."
+    ),
+    "S3": (
+        "A GRU learns the task in 6,000 steps and generalizes to six times the training length. "
+        "The other models have not learned it after 1,500 steps. By then Mamba with eigenvalues of "
+        "both signs is the most accurate, followed by DeltaNet with and without them. A model that "
+        "knows only the sign of the permutation is right in a third of its answers at every "
+        "length: DeltaNet with eigenvalues of both signs has learned little more."
+    ),
+    "selective_copying": (
+        "As in the paper, the task needs input-dependent decays: Mamba and gated DeltaNet reach "
+        "99 % after 1,600 steps, LRU and S5 do not after 4,000. With 64 positions, LRU and S5 are "
+        "more accurate than the paper's S4 with 4,096."
+    ),
+    "induction_heads": (
+        "All models solve the task at the training length, gated DeltaNet also at 64 times that "
+        "length. Mamba does not generalize to it after 4,000 steps; the paper trains it on 256 "
+        "tokens for many more steps."
+    ),
+    "curriculum": (
+        "With a curriculum, sequences grow from 3 to 16 symbols over the first two thirds of the "
+        "run; without, their lengths are mixed from the start."
+    ),
+    "games": (
+        "A return is 1 if all answers are right, -1 if all are wrong, and -0.5 at random. It is "
+        "the mean over the last tenth of the run, with actions drawn from the policy."
+    ),
+    "listops": (
+        "Accuracies are far below the published ones, although the expressions are shorter. "
+        "Training is short: 2,000 steps of 32 are about six passes over 10,000 expressions, and "
+        "the papers train on about ten times as many."
+    ),
+    "text": (
+        "All layers use one learning rate and one seed, so small differences are not significant. "
+        "Speeds are measured on one core while another run used the other core."
+    ),
+    "S5": (
+        "DeltaNet and GRU have not learned the task after 1,500 steps: they answer the first "
+        "symbol only, where the answer is the symbol itself."
+    ),
+    "layers": (
+        "All layers use one learning rate and one seed, and models differ in size. Runs are short: "
+        "small differences are not significant. Speeds are tokens per second of processor time on "
+        "one core, in float32, over those of LRU. Other programs used the machine at the same "
+        "time. On a GPU or TPU the order differs: there, matrix states run on matrix units. The "
+        "evaluation carries states over 2,048 bytes, training windows have 128. UnICORNN does not "
+        "forget, so its states probably grow beyond those of training."
+    ),
+    "A5": (
+        "No model has learned the task after 1,500 steps, not even GRU and LSTM, which reach 100 % "
+        "in the paper. A horizon of 1 is the first symbol, whose answer is the symbol itself: the "
+        "RNNs do not know the product of two elements. There are 3,600 products. In these runs, "
+        "each is the second answer of 27 sequences, and the second answers are one in 22 of those "
+        "in the loss."
+    ),
+}
