@@ -35,6 +35,11 @@ def keep_memory() -> bool:
 
 def _on_cpu() -> bool:
     """Return whether JAX will choose the CPU, without starting a backend."""
-    if platforms := jax.config.read("jax_platforms"):
+    if platforms := _platforms():
         return platforms.split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ACCELERATORS)
+
+
+def _platforms() -> str | None:
+    """Return the platforms that the user chose for JAX, in order."""
+    return jax.config.jax_platforms  # type: ignore[attr-defined]

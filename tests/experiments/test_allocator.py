@@ -31,10 +31,19 @@ def calls(monkeypatch):
     [("cpu", True, True), ("cuda,cpu", False, False), (None, False, True), (None, True, False)],
 )
 def test_the_settings_apply_on_cpu_only(calls, monkeypatch, platforms, plugin, applies):
-    monkeypatch.setattr(type(jax.config), "read", lambda self, name: platforms)
+    monkeypatch.setattr(allocator, "_platforms", lambda: platforms)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: plugin or None)
     assert allocator.keep_memory() is applies
     assert calls == (allocator.SETTINGS if applies else {})
+
+
+def test_the_choice_of_platforms_is_read_from_jax(calls):
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        assert allocator.keep_memory()
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 def test_without_glibc_nothing_is_set(monkeypatch):
