@@ -83,14 +83,15 @@ def test_an_upward_import_is_seen():
 
 # Folders of experiments, each with those that it may import; the commands may import all.
 ROOMS = {
+    "control": {"training", "base"},
     "training": {"objectives", "base"},
     "objectives": {"tasks", "data", "base"},
+    "configs": {"tasks", "base"},
     "tasks": {"data", "base"},
     "data": {"base"},
     "bench": {"compiled", "base"},
     "compiled": set(),
     "sweeps": set(),
-    "configs": {"base"},
     "base": set(),
 }
 
@@ -193,4 +194,7 @@ def test_annotations_are_true(case, compiled_quickly):
     typed = jaxtyping.jaxtyped(typechecker=beartype.beartype)(function)
     arrays = cast(inputs, "float32")
     options = OPTIONS.get(str(case), {})
+    if "A_log" in arrays:
+        gate = seqjax.ops.SoftplusGate(arrays.pop("A_log"), arrays.pop("dt_bias"))
+        options = {"gate": gate, "normalize": True}
     typed(**arrays, initial_state=cast(state, "float32"), reset=jnp.asarray(reset), **options)

@@ -63,6 +63,7 @@ COMMENTS = {
     "task.test_lengths": "lengths of the test sequences",
     "task.last_only": "count the last answer of a sequence only",
     "task.curriculum": "training rows over which the length of sequences grows; 0: none",
+    "task.read_twice": "read the sequence twice before the answers",
     "task.needles": "keys in the text, each with digits",
     "task.digits": "digits of each key",
     "task.symbols": "symbols of a language",
