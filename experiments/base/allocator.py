@@ -42,4 +42,4 @@ def _on_cpu() -> bool:
 
 def _platforms() -> str | None:
     """Return the platforms that the user chose for JAX, in order."""
-    return jax.config.jax_platforms  # type: ignore[attr-defined]
+    return getattr(jax.config, "jax_platforms", None)
