@@ -78,8 +78,11 @@ def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly
     )
     for name, slope in expected.items():
         gradient, at = (state_grad, state) if name is None else (grads[name], inputs[name])
-        # Central differences of a float64 loop are good to about 1e-9.
-        assert_close(contract(gradient, direction(at)), np.float64(slope), 1e-6)
+        # Differences of a float64 loop are good to about 1e-9, also where the slope is zero because
+        # a reset clears the state.
+        found = contract(gradient, direction(at))
+        if abs(found - slope) > 1e-9:
+            assert_close(found, np.float64(slope), 1e-6)
 
 
 @by_variant(quick={"linear_scan", "monoid_scan-softmax", "nonlinear_scan-block", "LRU"})

@@ -54,6 +54,7 @@ def test_without_glibc_nothing_is_set(monkeypatch):
     assert not allocator.keep_memory()
 
 
+@pytest.mark.slow
 def test_a_step_is_measured(monkeypatch):
     monkeypatch.setattr(bench, "STEPS", 1)
     found = json.loads(bench.measure("lru", kept=False))
