@@ -44,7 +44,13 @@ NOTES = {
     ),
     "curriculum": (
         "With a curriculum, sequences grow from 3 to 16 symbols over the first two thirds of the "
-        "run; without, their lengths are mixed from the start."
+        "run; without, their lengths are mixed from the start. After 1,500 steps of mixed lengths, "
+        "the GRU knows the first two or three answers on S4. After as many with a curriculum, it "
+        "is right in a quarter of its answers, also at 16 times the training length. It knows the "
+        "product up to a normal subgroup of four elements, and guesses among these four. Models "
+        "learn a quotient of the group first: the sign on S3, and S3 on S4. A5 has no proper "
+        "quotients, so that no such step leads to its product. Other programs ran on the same "
+        "cores, so the times are too long."
     ),
     "games": (
         "A return is 1 if all answers are right, -1 if all are wrong, and -0.5 at random. It is "
