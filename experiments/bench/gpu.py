@@ -236,7 +236,9 @@ def compile_apart(name: str, dtype: str, folder: pathlib.Path) -> Report:
 
     return Report(
         registers=max(numbers(r"Used (\d+) registers", "*.ptxas")),
-        spills=sum(numbers(r"(\d+) bytes spill", "*.ptxas")),
+        # Not the warning, which has the same numbers.
+        spills=sum(numbers(r"stack frame, (\d+) bytes spill", "*.ptxas"))
+        + sum(numbers(r"stack frame, \d+ bytes spill stores, (\d+)", "*.ptxas")),
         shared=max(numbers(r"dynamic_shared_memory_size %c(\d+)_i32", "*.mlir-passes.log")),
     )
 

@@ -74,7 +74,7 @@ def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
 def test_matrix_states_use_tensor_cores(op, way, tmp_path):
     name = f"{op}{way}, decay per head, B=1, T=4096, H=8, K=V=128"
     report = gpu.compile_apart(name, "bfloat16", folder=tmp_path)
-    if not way:  # the kernel for the gradients of 128 keys spills
+    if name.startswith("linear_attention,"):  # the gradients of 128 keys spill
         assert report.spills == 0
     assert report.shared + 1024 <= gpu.SHARED_PER_CORE
     for ptx in tmp_path.glob("*.ptx"):
