@@ -11,6 +11,7 @@
     python -m experiments.bench peers      # layers of other libraries against those of seqjax
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
+    python -m experiments.bench dense      # Newton on dense cells, predicted for H100 and TPU
     python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
 
 Each row is one shape. Each round times every candidate once. The table prints the median over
@@ -35,7 +36,7 @@ from jax import lax
 import seqjax
 from experiments.base import cli
 from experiments.base.errors import UserError, nearest
-from experiments.bench import cases, device, generate, gpu, newton, options, peers, tpu
+from experiments.bench import cases, dense, device, generate, gpu, newton, options, peers, tpu
 from experiments.bench.tools import ONLY, Candidates, Table, cpu_seconds, ratios, seconds
 
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
@@ -203,6 +204,7 @@ SUITES = {
     "peers": peers.bench_peers,
     "tpu": tpu.bench_tpu,
     "gpu": gpu.bench_gpu,
+    "dense": dense.bench_dense,
     "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
 }
 
