@@ -15,6 +15,7 @@
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench tpu_decode # a decode step compiled for TPU, not run
     python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
+    python -m experiments.bench dense      # Newton on dense cells, predicted for H100 and TPU
     python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
 
 Each row is one shape. Each round times every candidate once. The table prints the median over
@@ -42,6 +43,7 @@ from experiments.base.errors import UserError, nearest
 from experiments.bench import (
     allocator,
     cases,
+    dense,
     device,
     generate,
     gpu,
@@ -238,6 +240,7 @@ SUITES = {
     "tpu": tpu.bench_tpu,
     "tpu_decode": tpu_decode.bench_decode,
     "gpu": gpu.bench_gpu,
+    "dense": dense.bench_dense,
     "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
 }
 
