@@ -66,36 +66,25 @@ def _ask(op: str, batch: int, chip: str, flags: str = "") -> str:
 
 
 @functools.cache
-def profiled_cycles(op: str, batch: int, chip: str) -> float:
-    """Return the cycles of compute from libtpu's profile of a small batch.
+def _cycles(op: str, batch: int, chip: str, flags: str) -> float:
+    """Return the cycles of compute: those of a profile with its flags, or an estimate."""
+    return tpu_schedule.cost(_ask(op, batch, chip, flags), {}, CHIPS[chip]).cycles
 
-    The profiler's memory grows with the cycles: a batch of 64 takes more than 3 GB.
+
+def cycles(op: str, batch: int, chip: str) -> float:
+    """Return the cycles of compute of the compiled step.
+
+    The profiler's memory grows with the cycles: a batch of 64 takes more than 3 GB. Cycles of large
+    batches are extrapolated linearly from those of `PROFILED`. A batch of 1 differs in kind: its
+    products with weights run on the vector unit.
     """
-    text = _ask(op, batch, chip, tpu_schedule.PROFILE)
-    return tpu_schedule.cost(text, {}, CHIPS[chip]).cycles
-
-
-def measure(op: str, batch: int, chip: str) -> dict[str, float]:
-    """Return the ideal bytes, and the bytes, seconds and operations of the compiled step.
-
-    Cycles of large batches are extrapolated linearly from those of `PROFILED`. A batch of 1 differs
-    in kind: its products with weights run on the vector unit. Copies overlap with compute, so the
-    seconds are the larger of both times of the whole program.
-    """
-    at, text = CHIPS[chip], _ask(op, batch, chip)
-    found = tpu_schedule.cost(text, {}, at)
-    if batch > max(PROFILED):
-        few, many = (profiled_cycles(op, n, chip) for n in PROFILED)
-        cycles = few + (many - few) * (batch - PROFILED[0]) / (PROFILED[1] - PROFILED[0])
-    else:
-        cycles = profiled_cycles(op, batch, chip)
-    return {
-        "ideal": tpu_schedule.ideal_bytes(text),
-        "bytes": found.bytes,
-        "cycles": cycles,
-        "seconds": max(cycles / at.clock, found.bytes / at.bandwidth),
-        "operations": found.operations,
-    }
+    try:
+        if batch <= max(PROFILED):
+            return _cycles(op, batch, chip, tpu_schedule.PROFILE)
+        few, many = (_cycles(op, n, chip, tpu_schedule.PROFILE) for n in PROFILED)
+        return few + (many - few) * (batch - PROFILED[0]) / (PROFILED[1] - PROFILED[0])
+    except RuntimeError:  # the profiler crashes on some operations
+        return _cycles(op, batch, chip, "")
 
 
 def bench_decode(rounds: int) -> None:
@@ -110,14 +99,16 @@ def bench_decode(rounds: int) -> None:
         label = f"{op}, B={batch}, {chip}"
         if not label.startswith(ONLY.value):
             continue
-        found = measure(op, batch, chip)
-        bound = found["ideal"] / CHIPS[chip].bandwidth
+        at, text = CHIPS[chip], _ask(op, batch, chip)
+        found, ideal = tpu_schedule.cost(text, {}, at), tpu_schedule.ideal_bytes(text)
+        bound, compute = ideal / at.bandwidth, cycles(op, batch, chip) / at.clock
         values: dict[str, float | str] = {
             "bound, us": f"{bound * 1e6:.1f}",
-            "bytes / ideal": found["bytes"] / found["ideal"],
-            "cycles / bound": found["cycles"] / CHIPS[chip].clock / bound,
-            "time / bound": found["seconds"] / bound,
-            "operations": str(found["operations"]),
+            "bytes / ideal": found.bytes / ideal,
+            "cycles / bound": compute / bound,
+            # Copies overlap with compute.
+            "time / bound": max(compute, found.bytes / at.bandwidth) / bound,
+            "operations": str(found.operations),
         }
         table.row(label, values)
 
