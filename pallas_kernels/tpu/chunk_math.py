@@ -12,16 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.tpu.numerics import (
-    GROUP,
     NT,
     TN,
     Numerics,
-    block_index,
     column_indices,
-    powers_below,
     row_indices,
     rows_down,
 )
@@ -245,132 +241,6 @@ class SharedDecay:
         """
         reads, writes = (jnp.sum(x, axis=1, keepdims=True) for x in (reads, writes))
         return DecaySumCotangents(pairs + jnp.sum(last), reads, writes)
-
-
-def _broadcast_row(x: jax.Array, width: int, at: int) -> jax.Array:
-    """Copy row `at` of each block of `width` rows of x [C, K] to all rows of the block."""
-    size, channels = x.shape
-    unit = max(GROUP, width)
-    blocks = x.reshape(size // unit, unit, channels)
-    result = None
-    row_in_unit = lax.broadcasted_iota(jnp.int32, blocks.shape, 1)
-    for start in range(0, unit, width):
-        row = jnp.broadcast_to(blocks[:, start + at : start + at + 1], blocks.shape)
-        result = row if result is None else jnp.where(row_in_unit >= start, row, result)
-    assert result is not None
-    return result.reshape(size, channels)
-
-
-class ChannelDecays(SharedDecay):
-    """Decays per channel, from finite logarithms g [C, K].
-
-    The decays from j to t factorize at any step between. For every t and j < t there is one block
-    width at which j is in the first and t in the second half of the same block. The decays then
-    factorize at the middle of the block.
-    """
-
-    def __init__(self, num: Numerics, g: jax.Array, values: int) -> None:
-        """Compute the decays of one head, with states [K, values]."""
-        self.num = num
-        size = g.shape[0]
-        t, j = row_indices(size), column_indices(size)
-        self.lower = t >= j
-        self.pair_masks = [
-            (block_index(t, 2 * w) == block_index(j, 2 * w))
-            & (block_index(t, w) > block_index(j, w))
-            for w in powers_below(size)
-        ]
-        upto, after = jnp.exp(g), jnp.ones_like(g)
-        self.levels = []
-        step = row_indices(*g.shape)
-        for width in powers_below(size):
-            self.levels.append((upto, after))
-            second = (step & width) > 0
-            first_end = _broadcast_row(upto, 2 * width, width - 1)
-            second_end = _broadcast_row(upto, 2 * width, 2 * width - 1)
-            after = jnp.where(second, after, after * second_end)
-            upto = jnp.where(second, first_end * upto, upto)
-        self.upto, self.after = upto, after
-        ones = num.ones(row_indices(size, values) >= 0)
-        self.total = jnp.exp(num.dot(g, ones, TN, exact=True))
-
-    def pairs_with(self, lefts: list[jax.Array], rights: list[jax.Array]) -> list[list[jax.Array]]:
-        """Compute P [C, C] for every right factor and every left factor."""
-        size = self.lower.shape[0]
-        diagonal = row_indices(size) == column_indices(size)
-        products = self._products(jnp.concatenate(lefts, axis=0), jnp.concatenate(rights, axis=0))
-        result = [[jnp.where(diagonal, p, 0.0) for p in by_left] for by_left in products]
-        for mask, (upto, after) in zip(self.pair_masks, self.levels, strict=True):
-            left = jnp.concatenate([x.astype(upto.dtype) * upto for x in lefts], axis=0)
-            right = jnp.concatenate([x.astype(after.dtype) * after for x in rights], axis=0)
-            found = self._products(left, right, exact=True)
-            result = [
-                [jnp.where(mask, new, p) for new, p in zip(*by_left, strict=True)]
-                for by_left in zip(found, result, strict=True)
-            ]
-        return result
-
-    def pairs_back(
-        self,
-        cts: list[jax.Array],
-        lefts: list[jax.Array],
-        right: jax.Array,
-        pairs: list[jax.Array],
-        exact: bool = False,
-    ) -> PairCotangents:
-        """Compute the cotangents of the factors and of g from those of P; see `SharedDecay`."""
-        del pairs
-        size = right.shape[0]
-        lefts, right = [x.astype(self.num.dtype) for x in lefts], right.astype(self.num.dtype)
-        diagonal = row_indices(size) == column_indices(size)
-        ends = [jnp.sum(jnp.where(diagonal, ct, 0.0), axis=1, keepdims=True) for ct in cts]
-        d_lefts = [end * right for end in ends]
-        d_right = sum(end * x for end, x in zip(ends[1:], lefts[1:], strict=True))
-        d_right = d_right + ends[0] * lefts[0]
-        spans = jnp.zeros_like(right)
-        i, t = row_indices(size), column_indices(size)
-        for width, mask, (upto, after) in zip(
-            powers_below(size), self.pair_masks, self.levels, strict=True
-        ):
-            stacked = jnp.concatenate([jnp.where(mask, ct, 0.0) for ct in cts], axis=0)
-            back = self.num.dot(stacked, right * after, exact=exact)
-            by_left = [upto * back[n * size : (n + 1) * size] for n in range(len(lefts))]
-            left = jnp.concatenate([x * upto for x in lefts], axis=0)
-            by_right = after * self.num.dot(stacked, left, TN, exact)
-            # For a pair that factorizes at the middle of a block, the left factor has the decays
-            # from the middle to t, and the right factor those after j. Other steps do not enter.
-            change = right * by_right
-            change = sum((x * d for x, d in zip(lefts, by_left, strict=True)), change)
-            second = (t & width) > 0
-            within = (second & (i <= t)) | (~second & (i > t))
-            within = within & (block_index(i, width) == block_index(t, width))
-            spans = spans + self.num.dot(self.num.ones(within), change, exact=True)
-            d_lefts = [d + own for d, own in zip(d_lefts, by_left, strict=True)]
-            d_right = d_right + by_right
-        return PairCotangents(d_lefts, d_right, spans)
-
-    def _left(self, d: Any, x: jax.Array, state: jax.Array, exact: bool) -> jax.Array:
-        return self.num.dot(x.astype(d.dtype) * d, state, exact=exact)
-
-    def write(self, x: jax.Array, y: jax.Array, exact: bool = False) -> jax.Array:
-        """Compute the sum over t of D_{C,t} x_t y_t^T [K, V], from x [C, K] and y [C, V]."""
-        return self.num.dot(x.astype(self.num.dtype) * self.after, y, TN, exact)
-
-    def _right(self, d: Any, x: jax.Array, y: jax.Array, exact: bool) -> jax.Array:
-        return self.num.dot(x.astype(d.dtype) * d, y, TN, exact)
-
-    def carry(self, state: jax.Array) -> jax.Array:
-        """Apply all decays of the chunk to a state."""
-        return self.total * state
-
-    def decay_sums_back(
-        self, pairs: jax.Array, reads: jax.Array, writes: jax.Array, last: jax.Array
-    ) -> DecaySumCotangents:
-        """Compute the cotangents of sums of g, [C, K] each; see `SharedDecay`."""
-        ones = self.num.ones(row_indices(GROUP, last.shape[1]) >= 0)
-        return DecaySumCotangents(
-            pairs + self.num.dot(ones, last, NT, exact=True)[:1], reads, writes
-        )
 
 
 def decay_gradient(back: DecaySumCotangents, num: Numerics) -> jax.Array:

@@ -10,6 +10,7 @@ to zero. Afterwards it sets to NaN the outputs and states that depend on them, u
 """
 
 import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.jax_compat import pl
 from pallas_kernels.tpu import chunk_math, input_maps
+from pallas_kernels.tpu.channel_decays import ChannelDecays
 from pallas_kernels.tpu.chunk_math import LOG_ZERO
 from pallas_kernels.tpu.head_layout import join_heads, split_heads
 from pallas_kernels.tpu.numerics import TN, Numerics, column_indices, row_indices
@@ -150,25 +152,59 @@ def _nan_state(p: Variant, r: Refs, chunk: jax.Array, head: int) -> jax.Array:
 
 def _decays(p: Variant, r: Refs) -> list[Any]:
     if p.decay == "channel":
-        decays: list[Any] = []
-        for h in range(p.heads):
+
+        def load(h: int) -> jax.Array:
             g = r.g_s[h]
-            if p.reset:
-                g = jnp.where(r.reset_s[...] > 0, LOG_ZERO, g)
-            decays.append(chunk_math.ChannelDecays(p.num, g, r.state_s.shape[-1]))
-        return decays
+            return jnp.where(r.reset_s[...] > 0, LOG_ZERO, g) if p.reset else g
+
+        values = r.state_s.shape[-1]
+        loads = [functools.partial(load, h) for h in range(p.heads)]
+        return [ChannelDecays(p.num, p.chunk, each, values) for each in loads]
     values = chunk_math.head_decays(r.g_s[...], p.num) if p.head_logs else None
     return [chunk_math.SharedDecay(p.num, p.chunk, values, h) for h in range(p.heads)]
 
 
-def _heads(p: Variant, r: Refs) -> list[dict[str, jax.Array]]:
-    heads = []
-    for h in range(p.heads):
-        x = {name: getattr(r, name + "_s")[h] for name in ("q", "k", "v", *p.vectors)}
-        if p.beta:
-            x["beta"] = r.beta_s[:, h : h + 1]
-        heads.append(x)
-    return heads
+class _Inputs(Mapping[str, jax.Array]):
+    """Inputs of a head by name, read from memory wherever they are used.
+
+    The inputs of all heads together do not fit the registers.
+    """
+
+    def __init__(self, reads: dict[str, Callable[[], jax.Array]]) -> None:
+        self.reads = reads
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self.reads[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.reads)
+
+    def __len__(self) -> int:
+        return len(self.reads)
+
+
+class _Matrices(Sequence[jax.Array]):
+    """Matrices of all heads, read from memory wherever they are used."""
+
+    def __init__(self, ref: Any) -> None:
+        self.ref = ref
+
+    def __getitem__(self, head: Any) -> Any:
+        if head >= len(self):
+            raise IndexError(head)
+        return self.ref[head]
+
+    def __len__(self) -> int:
+        return int(self.ref.shape[0])
+
+
+def _heads(p: Variant, r: Refs) -> list[Mapping[str, jax.Array]]:
+    def reads(h: int) -> dict[str, Callable[[], jax.Array]]:
+        names = ("q", "k", "v", *p.vectors)
+        made = {name: functools.partial(getattr(r, name + "_s").__getitem__, h) for name in names}
+        return made | ({"beta": lambda: r.beta_s[:, h : h + 1]} if p.beta else {})
+
+    return [_Inputs(reads(h)) for h in range(p.heads)]
 
 
 def _prepare(p: Variant, r: Refs, chunk: jax.Array) -> jax.Array:
@@ -193,7 +229,7 @@ def forward_kernel(p: Variant, r: Refs) -> None:
     if p.save_states:
         r.states[0, 0] = r.state_s[...]
     repaired = _prepare(p, r, chunk)
-    states = [r.state_s[h] for h in range(p.heads)]
+    states = _Matrices(r.state_s)
     results = p.recurrence.forward(p.num, _decays(p, r), _heads(p, r), states, p.scale)
     for h, (out, state) in enumerate(results):
         r.o_s[h] = out.astype(r.o_s.dtype)
@@ -229,9 +265,7 @@ def backward_kernel(p: Variant, r: Refs) -> None:
         for h in range(p.heads):
             r.ct_s[h] = jnp.where(_nan_state(p, r, chunk, h), 0.0, r.ct_s[h])
 
-    states = [r.state_s[h] for h in range(p.heads)]
-    d_outs = [r.do_s[h] for h in range(p.heads)]
-    cts = [r.ct_s[h] for h in range(p.heads)]
+    states, d_outs, cts = (_Matrices(ref) for ref in (r.state_s, r.do_s, r.ct_s))
     results = p.recurrence.backward(
         p.num, _decays(p, r), _heads(p, r), states, p.scale, d_outs, cts
     )

@@ -6,6 +6,7 @@ accuracy (`exact`). Their float32 values are split into two bfloat16 numbers who
 correct bits. Inputs in bfloat16 are never split.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,15 +30,27 @@ class Numerics(NamedTuple):
     dtype: Any
     bfloat16_factors: bool
 
-    def dot(self, a: jax.Array, b: jax.Array, kind: Any = NN, exact: bool = False) -> jax.Array:
-        """Multiply two matrices; `exact` splits float32 factors instead of rounding them."""
+    def dot(
+        self,
+        a: jax.Array,
+        b: jax.Array,
+        kind: Any = NN,
+        exact: bool = False,
+        expand: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> jax.Array:
+        """Multiply two matrices; `exact` splits float32 factors instead of rounding them.
+
+        With `expand` the second factor is `expand(b)`. It copies or zeroes numbers, so that the
+        smaller b is split.
+        """
         dims = (kind, ((), ()))
         if not self.bfloat16_factors:
             a, b = a.astype(self.dtype), b.astype(self.dtype)
+            b = b if expand is None else expand(b)
             return lax.dot_general(
                 a, b, dims, precision=lax.Precision.HIGHEST, preferred_element_type=self.dtype
             )
-        lefts, rights = _split(a, exact), _split(b, exact)
+        lefts, rights = _split(a, exact), _split(b, exact, expand)
         total = None
         for i, left in reversed(list(enumerate(lefts))):  # the smallest first
             for j, right in reversed(list(enumerate(rights))):
@@ -47,6 +60,15 @@ class Numerics(NamedTuple):
         assert total is not None
         return total
 
+    def columns(self, row: jax.Array, width: int) -> jax.Array:
+        """Copy a row [1, K] to all columns of [K, width], with all bits of its numbers."""
+        index = row_indices(2 * GROUP, row.shape[1])
+        stacked, rest = jnp.zeros(index.shape, self.dtype), row
+        for n in range(3 if self.bfloat16_factors else 1):  # three parts of a float32 number
+            part = _rounded(rest) if self.bfloat16_factors else rest
+            stacked, rest = jnp.where(index == n, part, stacked), rest - part
+        return self.dot(stacked, self.ones(row_indices(2 * GROUP, width) >= 0), TN)
+
     def ones(self, mask: jax.Array) -> jax.Array:
         """Convert a mask to a factor of a product, which is exact in any dtype."""
         return jnp.where(mask, 1.0, 0.0).astype(
@@ -54,17 +76,28 @@ class Numerics(NamedTuple):
         )
 
 
-def _split(x: jax.Array, exact: bool) -> list[jax.Array]:
-    if x.dtype == jnp.bfloat16:
-        return [x]
-    if not exact:
-        return [x.astype(jnp.bfloat16)]
-    # By bit operations, because a compiler may drop a cast to bfloat16 and back.
+def _split(
+    x: jax.Array, exact: bool, expand: Callable[[jax.Array], jax.Array] | None = None
+) -> list[jax.Array]:
+    if x.dtype == jnp.bfloat16 or not exact:
+        parts = [x]
+    else:
+        high = _rounded(x)
+        parts = [high, x - high]
+    if expand is not None:
+        parts = [expand(part.astype(jnp.float32)) for part in parts]
+    return [part.astype(jnp.bfloat16) for part in parts]
+
+
+def _rounded(x: jax.Array) -> jax.Array:
+    """Round float32 numbers to bfloat16, in float32.
+
+    By bit operations, because a compiler may drop a cast to bfloat16 and back.
+    """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
-    high = lax.bitcast_convert_type(
+    return lax.bitcast_convert_type(
         (bits + jnp.uint32(0x8000)) & jnp.uint32(0xFFFF0000), jnp.float32
     )
-    return [high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)]
 
 
 def rows_down(x: jax.Array) -> jax.Array:
