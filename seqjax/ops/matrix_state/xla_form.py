@@ -42,7 +42,9 @@ def run(
     state = S0.dtype
     if options.normalize:
         arrays = input_maps.normalize(arrays)
-    log_decay = input_maps.open_gate(log_decay)
+    if isinstance(log_decay, tuple):
+        log_decay = input_maps.open_gate(log_decay)
+    vectors = [name for name, x in arrays.items() if x.ndim == 4]
     arrays = {name: x if x.ndim == 4 else x[..., None] for name, x in arrays.items()}
     sizes = (arrays["v"].shape, options.chunk_size)
     if log_decay is not None:
@@ -71,8 +73,6 @@ def run(
         S = recurrence.step(S, decayed, x)
         return S, linalg.read(S, x["q"]).astype(out)
 
-    patterns = recurrence.patterns
-    vectors = [n for n in arrays if len(patterns[n].split("|")[0].split()) == 4]
     # A complex decay makes the states complex, for which there is no bfloat16.
     mixable = recurrence.mixed and not jnp.issubdtype(state, jnp.complexfloating)
     narrow = mixable and all(arrays[name].dtype == jnp.bfloat16 for name in vectors)
