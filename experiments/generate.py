@@ -6,8 +6,9 @@
     python -m experiments.generate --workdir=runs/lm-mamba --interactive
     python -m experiments.generate --checkpoint=path/to/mamba-130m-hf --prompt="The capital of"
 
-`--checkpoint` samples from a published checkpoint with its tokenizer; `--num_bytes` then counts
-tokens. The run's configuration applies; `python -m experiments.train --help` lists its fields.
+`--checkpoint` samples from a published checkpoint with its tokenizer, also with `--interactive`;
+`--num_bytes` then counts tokens. `--int8` stores its projections in int8. The run's configuration
+applies; `python -m experiments.train --help` lists its fields.
 """
 
 from __future__ import annotations

@@ -141,7 +141,8 @@ def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
         lines.append(f"Published: {grid.source}.")
     if grid.answers:
         lines.append(
-            f"Horizon: right answers beyond chance, of {grid.answers} in a longest test sequence."
+            "Horizon: number of right answers beyond chance in one of the longest test sequences,"
+            f" which have {grid.answers} answers."
         )
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     chosen = best(grid, rows)
@@ -171,7 +172,7 @@ def _horizon(grid: Grid, rows: Rows) -> str:
 
 
 def _cell(grid: Grid, column: str, chosen: Chosen, same: Rows) -> str:
-    """Return the text of a number of the runs `same`, or of its ratio to that of a label."""
+    """Return the cell of a column for the runs `same`: the number, or its ratio to a label's."""
     scores = numbers(same, column)
     if (label := grid.relative.get(column)) is None:
         return _spread(scores)

@@ -1,9 +1,8 @@
 """Settings of glibc's allocator for programs that XLA runs on CPU.
 
-XLA allocates the temporaries of a program at each call. By default glibc returns blocks of this
-size to the operating system when they are freed, and the next call takes a page fault for each 4
-KiB of them. In training steps of small models the faults take a quarter of the time;
-`python -m experiments.bench allocator` measures it.
+XLA allocates the temporaries of a program at each call. By default glibc returns large freed blocks
+to the operating system. The next call then takes a page fault for each 4 KiB. These faults take a
+quarter of a training step of small models; `python -m experiments.bench allocator` measures them.
 """
 
 import ctypes
@@ -12,8 +11,8 @@ import sys
 
 import jax
 
-# Parameters of `mallopt` and values, see `man mallopt`: one arena, no `mmap`, no return of memory
-# at the end of the arena up to 2 GiB, and growth by 64 MiB.
+# Parameters of `mallopt` and their values: one arena, no `mmap`, up to 2 GiB of free memory kept at
+# the end of the arena, and growth by 64 MiB. See `man mallopt`.
 SETTINGS = {-8: 1, -4: 0, -1: 2**31 - 1, -2: 2**26}
 ACCELERATORS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "libtpu")
 

@@ -14,7 +14,9 @@ import jax
 from absl import flags
 
 ONLY = flags.DEFINE_string(
-    "only", "", "Only rows of ops, options, choice, peers, tpu or gpu whose name starts with this."
+    "only",
+    "",
+    "Run only rows whose name starts with this; scan, newton, generate and speculate ignore it.",
 )
 PROCESSOR_TIME = flags.DEFINE_boolean(
     "processor_time", False, "Compare processor time in peers; pin the process to one core."

@@ -1,6 +1,6 @@
 """Predicted time of one decode step on TPU, against moving weights and state once.
 
-    python -m experiments.bench tpu_decode # pip install -e '.[aot]', libtpu >= 0.0.51
+    python -m experiments.bench tpu_decode # pip install -e '.[aot]'
 
 A program is the `step` of one layer in bfloat16, with a donated state in float32.
 """

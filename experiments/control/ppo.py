@@ -163,8 +163,8 @@ def make_iteration(
 ) -> Callable[..., Any]:
     """Return the jitted `iteration(params, optimizer, play, key)`.
 
-    It plays a rollout and updates the parameters; the result has the same first three entries, then
-    the mean return of an episode and the mean loss.
+    It plays a rollout and updates the parameters. It returns the new parameters, optimizer state
+    and games, then the mean return of an episode and the mean loss.
     """
     parts = settings.minibatches
 

@@ -23,7 +23,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Play and update for `config.steps` iterations; return the content of summary.json.
 
     `return` is the mean return of episodes in the last tenth of the run, with actions drawn from
-    the policy: 1 if all are right, -1 if all are wrong. A stopped run starts again from the start.
+    the policy. A return is 1 if all answers are right, and -1 if all are wrong. A stopped run
+    starts again from the first iteration.
     """
     check_positive(config, "steps", "log_every")
     settings = ppo.Settings(**config.control.to_dict())

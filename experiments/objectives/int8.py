@@ -16,8 +16,8 @@ from seqjax.models import LanguageModel
 class Int8Model(LanguageModel):
     """A `LanguageModel` that takes the parameters that `quantize` returns.
 
-    Call `apply` and `step` inside `jax.jit`, as `seqjax.generate` does: each of them makes arrays
-    of the projections, in the dtype that they had, and multiplies in that dtype.
+    Call `apply` and `step` inside `jax.jit`, as `seqjax.generate` does. Both dequantize the
+    projections to their original dtype, and multiply in that dtype.
     """
 
     def apply(self, params: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -65,7 +65,7 @@ class Published:
         yield from until(settings.stop.decode("utf-8", "replace"), self._decode(made))
 
     def conversation(self, settings: Settings) -> Callable[[str], Iterator[str]]:
-        """Return a function from the user's next line to the text that follows all lines."""
+        """Return a function from the user's next line to the continuation of the conversation."""
         turns = Conversation(
             self._model,
             self._params,

@@ -106,7 +106,7 @@ class Conversation:
         self._turns = 0
 
     def answer(self, line: Sequence[int]) -> Iterator[int]:
-        """Read a line, and yield the tokens that follow it; bytes end with the stop string."""
+        """Read a line and yield the next tokens; in byte models, the stop string ends them."""
         text = [*self._unread, *line]
         if not text:
             return

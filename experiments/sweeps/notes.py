@@ -1,4 +1,4 @@
-"""What the tables of `grids.py` show: the comment below each."""
+"""Comments below the tables of the grids in `grids.py`."""
 
 NOTES = {
     "mqar": (
@@ -19,11 +19,12 @@ NOTES = {
     ),
     "modular_arithmetic": (
         "No RNN reaches the published accuracy. The RNNs trained for 6,000 steps, the other "
-        "models for 1,500. The horizon of an RNN is nearly the same at every test length, 13 to 20 "
-        "answers, and expressions of the training length have 20. The RNNs have learned "
-        "expressions of the training length and do not generalize to longer ones. With eigenvalues "
-        "of both signs, Mamba is more accurate than without after the same number of steps. A GRU "
-        "of twice the width did not learn faster, and a learning rate of 0.01 was slower."
+        "models for 1,500. The horizon of an RNN is 13 to 20 answers, nearly the same at every "
+        "test length. Expressions of the training length have 20 answers. The RNNs have learned "
+        "expressions of the training length and do not generalize to longer ones. After 1,500 "
+        "steps, Mamba is more accurate with eigenvalues of both signs than with positive "
+        "eigenvalues. A GRU of twice the width learns no faster, and a learning rate of 0.01 is "
+        "slower."
     ),
     "S3": (
         "A GRU learns the task in 6,000 steps and generalizes to six times the training length. "
@@ -44,13 +45,13 @@ NOTES = {
     ),
     "curriculum": (
         "With a curriculum, sequences grow from 3 to 16 symbols over the first two thirds of the "
-        "run; without, their lengths are mixed from the start. After 1,500 steps of mixed lengths, "
-        "the GRU knows the first two or three answers on S4. After as many with a curriculum, it "
-        "is right in a quarter of its answers, also at 16 times the training length. It knows the "
-        "product up to a normal subgroup of four elements, and guesses among these four. Models "
-        "learn a quotient of the group first: the sign on S3, and S3 on S4. A5 has no proper "
-        "quotients, so that no such step leads to its product. Other programs ran on the same "
-        "cores, so the times are too long."
+        "run. Mixed lengths are random from the start. After 1,500 steps of mixed lengths, the GRU "
+        "knows the first two or three answers on S4. After 1,500 steps with a curriculum, a "
+        "quarter of the answers are right, also at 16 times the training length. The GRU then "
+        "knows the product up to a normal subgroup of four elements, and guesses among these four. "
+        "Models learn a quotient of the group first: the sign on S3, and S3 on S4. A5 has no "
+        "proper quotient to learn first. Other programs ran on the same cores, so the times are "
+        "too long."
     ),
     "games": (
         "A return is 1 if all answers are right, -1 if all are wrong, and -0.5 at random. It is "
@@ -74,14 +75,14 @@ NOTES = {
         "small differences are not significant. Speeds are tokens per second of processor time on "
         "one core, in float32, over those of LRU. Other programs used the machine at the same "
         "time. On a GPU or TPU the order differs: there, matrix states run on matrix units. The "
-        "evaluation carries states over 2,048 bytes, training windows have 128. UnICORNN does not "
-        "forget, so its states probably grow beyond those of training."
+        "evaluation carries states over 2,048 bytes, and training windows have 128 bytes. UnICORNN "
+        "does not forget, so its states probably grow larger than in training."
     ),
     "A5": (
         "No model has learned the task after 1,500 steps, not even GRU and LSTM, which reach 100 % "
-        "in the paper. A horizon of 1 is the first symbol, whose answer is the symbol itself: the "
-        "RNNs do not know the product of two elements. There are 3,600 products. In these runs, "
-        "each is the second answer of 27 sequences, and the second answers are one in 22 of those "
-        "in the loss."
+        "in the paper. With a horizon of 1, a model knows only the first answer, which is the "
+        "symbol itself. The RNNs do not know the product of two elements. There are 3,600 such "
+        "products, and each is the second answer of 27 training sequences. One in 22 answers in "
+        "the loss is a second answer."
     ),
 }

@@ -16,8 +16,8 @@ def generate(rng: np.random.Generator, count: int, size: int) -> Split:
     """Generate arrow pointing: does the arrow point to the circle?
 
     An arrow is a tail with a head next to it, in one of eight directions. The label is 1 if the
-    circle is on the ray from the tail through the head, behind the head. In half of the images with
-    label 0 the circle is on the ray of another direction, so that the direction decides.
+    circle is on the ray from the tail through the head, beyond the head. In half of the images with
+    label 0, the circle is on a ray of another direction, so the label depends on the direction.
 
     Args:
       rng: the generator.

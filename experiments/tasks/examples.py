@@ -151,8 +151,8 @@ def last_alone(example: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def read_twice(task: Task) -> Task:
     """Return the task with every sequence twice in a row; only answers of the second copy count.
 
-    JRT-prompt of Just read twice (arXiv 2407.05483): a model with a state of fixed size knows the
-    questions when it reads the text again, and stores what they ask for.
+    This is the JRT-prompt of Just read twice (arXiv 2407.05483). When a model reads the second
+    copy, its state already contains the questions. It can then store only the relevant text.
     """
     if task.shortest is not None:
         raise ValueError(

@@ -11,9 +11,9 @@ A chunk gets the state S before it and the cotangent F of the state after it. In
 where linear attention has U = V, dV = dU, and no terms with N. A thread block has one chunk of one
 head. It iterates over tiles of the columns of the state, and adds the tiles in registers.
 
-The logarithm of a decay enters in sums: those up to a step, in reads of S, those after a step, in
-writes, and those between two steps. The kernel returns the cotangents of these sums, because no
-term of the gradient may be a difference of larger terms.
+Logarithms of decays enter as three kinds of sums: up to a step (for reads of S), after a step (for
+writes), and between two steps. The kernel returns the cotangents of these sums. Differences of
+larger terms would lose accuracy, so the gradient contains none.
 """
 
 import functools

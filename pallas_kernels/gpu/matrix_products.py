@@ -42,7 +42,7 @@ class Numerics(NamedTuple):
 def split(x: jax.Array, count: int) -> list[jax.Array]:
     """Split float32 numbers into bfloat16 numbers; a bfloat16 array is one piece.
 
-    By bit operations, because a compiler may drop a cast to bfloat16 and back.
+    Rounding uses bit operations, because a compiler may drop a cast to bfloat16 and back.
     """
     if x.dtype == jnp.bfloat16:
         return [x]

@@ -190,8 +190,8 @@ def _check(
         raise NotImplementedError(f"{op}: there is no GPU kernel with `a` and `b` yet; {hint}")
     if log_decay is not None and log_decay.ndim == 4:
         raise NotImplementedError(
-            f"{op}: the GPU kernel must have no decay or one per head, got decays per channel;"
-            f" {hint}"
+            f"{op}: `log_decay` must be None or [B, T, H] in the GPU kernel, got decays per"
+            f" channel; {hint}"
         )
     if state.dtype != jnp.float32:
         raise NotImplementedError(

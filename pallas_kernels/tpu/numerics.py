@@ -40,8 +40,8 @@ class Numerics(NamedTuple):
     ) -> jax.Array:
         """Multiply two matrices; `exact` splits float32 factors instead of rounding them.
 
-        With `expand` the second factor is `expand(b)`. It copies or zeroes numbers, so that the
-        smaller b is split.
+        With `expand` the second factor is `expand(b)`, which may only copy numbers or set them to
+        zero. The split is then done before the expansion, on the smaller b.
         """
         dims = (kind, ((), ()))
         if not self.bfloat16_factors:
@@ -92,7 +92,7 @@ def _split(
 def _rounded(x: jax.Array) -> jax.Array:
     """Round float32 numbers to bfloat16, in float32.
 
-    By bit operations, because a compiler may drop a cast to bfloat16 and back.
+    Rounding uses bit operations, because a compiler may drop a cast to bfloat16 and back.
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     return lax.bitcast_convert_type(

@@ -40,9 +40,9 @@ class LSTM(Cell):
         tanh(c')                    ->  tanh(S_c * norm(c') + b_c)
         norm(z) = (z - mean(z)) / sqrt(var(z) + norm_eps)
 
-    Departures: none from the form of PyTorch and cuDNN, by default. The paper of the layer norm has
-    no norm_eps, without which the first step, h = 0, is undefined. Its shifts of the products are
-    part of u. The terms of peepholes and of "fgr" are not normalized.
+    Departures: the default has none from the form of PyTorch and cuDNN. The paper on layer
+    normalization has no norm_eps, so its first step, with h = 0, is undefined. The paper's shifts
+    of the products are part of u here. The terms of peepholes and of "fgr" are not normalized.
 
     Parameters: W_i, W_f, W_g, W_o [D, D], those of missing gates left out; with peepholes P_i, P_f,
     P_o [D]; for "fgr" W_ii, W_if, .., W_oo [D, D] from the first gate to the second; with

@@ -232,12 +232,12 @@ def fill(
 ) -> tuple[Decoding, jax.Array, jax.Array]:
     """Generate into `tokens` and `logprobs` [B, N] from column `first`, until all rows are done.
 
-    Rows that are done take further steps, which do not count: their states are stored when they
-    end. A choice between two states in every step would read and write both, and no step could
-    update the state in place.
+    Rows that are done still take steps. The state of a row is stored when the row ends, and these
+    steps do not change the stored state. A select of states in every step would read and write
+    both states, and would prevent updates in place.
     """
     begun = decoding.position - first
-    # No row waits for others if it is alone, or if nothing can end it.
+    # A single row, or rows without stop tokens, end together: no state has to be stored.
     waits = len(decoding.done) > 1 and arrays.stop_tokens.size > 0
 
     def unfinished(carry: Any) -> jax.Array:

@@ -29,10 +29,10 @@ def two_point(
         R_{t+1} = a_t R_t + (c_t + b_{t+1}) sum_r k_t^r (v_t^r)^T
         o_t^r = a_t R_t^T q_t^r + c_t sum_s ((k_t^s)^T q_t^r) v_t^s
 
-    For a rank above 1, `linear_attention` runs on `rank` steps for each token, with one write and
-    one read each. All reads of a token follow all of its writes. So a sum over the pairs of a
-    token adds the writes of later sub-steps. These do not decay before the reads, and the outputs
-    are exact.
+    For a rank above 1, `linear_attention` runs on `rank` sub-steps for each token, with one write
+    and one read each. Every read of a token must include all writes of the token, but the op reads
+    only those up to the same sub-step. A sum over the pairs of a token adds the later writes. There
+    is no decay between the sub-steps of a token, so the outputs are exact.
 
     Args:
       q, k: [B, T, rank, H, K].

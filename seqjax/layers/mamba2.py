@@ -37,11 +37,11 @@ class Mamba2(Layer):
 
     A starts uniform in [1, 16], softplus(dt_bias) log-uniform in [dt_min, dt_max], D as ones.
 
-    Options of Stuffed Mamba (arXiv 2410.07145) keep the state from collapsing in sequences much
-    longer than those of training, also with trained parameters. `decay_factor` multiplies the decay
-    of S (forget more), `write_factor` the term B_t (dt_t u_t)^T (remember less). `state_limit`
-    limits S: `seqjax.methods.StateNorm` rescales it, `seqjax.methods.StateWindow` reads only the
-    last steps.
+    Three options of Stuffed Mamba (arXiv 2410.07145) are for sequences much longer than the
+    training sequences. They also work with trained parameters. `decay_factor` multiplies the decay
+    of S, so the layer forgets more. `write_factor` multiplies the writes B_t (dt_t u_t)^T, so the
+    layer remembers less. `state_limit` is `seqjax.methods.StateNorm`, which rescales S, or
+    `seqjax.methods.StateWindow`, which reads only the last steps.
 
     Departures: published checkpoints store the projections in one array, in the order z, u, B, C,
     dt, and the convolutions of u, B, C in another. Here each is a parameter, so that heads can be
@@ -80,7 +80,7 @@ class Mamba2(Layer):
       dt_min: smallest dt at initialisation.
       dt_max: largest dt at initialisation.
       decay_factor: factor of the decay of S, in (0, 1].
-      write_factor: factor of what is added to S, positive.
+      write_factor: factor of the writes to S, positive.
       state_limit: a `StateNorm` or a `StateWindow`; by default S is not limited.
     """
 

@@ -110,10 +110,10 @@ class LSTM(RNN):
     The matrices start uniform in +-1/sqrt(N), the bias of f at 1 (Jozefowicz et al., 2015), the
     other biases at 0.
 
-    `layer_norm` is the layer-normalized LSTM (arXiv 1607.06450). It normalizes x_t W_in and h_{t-1}
-    W over all gates, each with its own scale, and c_t before the last tanh, with scale S_c and
-    shift b_c; see `seqjax.cells.LSTM`. With heads, each head has its own statistics. Scales start
-    at 1, b_c at 0. One bias stands for both shifts of the products.
+    `layer_norm` is the layer-normalized LSTM (arXiv 1607.06450); see `seqjax.cells.LSTM`. It
+    normalizes x_t W_in and h_{t-1} W over all gates, each with its own scale. It also normalizes
+    c_t before the last tanh, with scale S_c and shift b_c. With heads, each head has its own
+    statistics. Scales start at 1, b_c at 0. `bias` replaces the two shifts of the products.
 
     Parameters: in_proj [dim, 4 N], bias [4 N], W_i, W_f, W_g, W_o [N, N], out_proj [N, dim]; with
     `layer_norm` in_scale [4 N], S_i, S_f, S_g, S_o, S_c, b_c [N]. State: (c, h) as [B, N, 2].

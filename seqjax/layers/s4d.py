@@ -42,7 +42,7 @@ class S4D(Layer):
 
     `reparameterization` selects the rate -Re(Lambda) as a function of log_A_real (StableSSM, arXiv
     2311.14495): "exp" as above, "softplus", or "best", 1 / (log_A_real^2 + 0.1). With "best"
-    the gradient is bounded relative to the weight; its rates are below 10, too small for "real".
+    the ratio of gradient to weight is bounded. Rates are at most 10, too small for "real".
 
     The imaginary parts of HiPPO's B are limited to [-2, 2], as in the authors' repository, which
     also halves B.

@@ -1,4 +1,4 @@
-"""Methods around recurrences: training of cells, limits of states, prefixes read both ways."""
+"""Methods around recurrences: training of cells, attention over a prefix, limits of states."""
 
 from seqjax.methods.prefix_linear_attention import (
     prefix_linear_attention as prefix_linear_attention,

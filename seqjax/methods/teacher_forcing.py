@@ -67,8 +67,8 @@ def jacobian_norms(
 ) -> jax.Array:
     """Return the largest singular value of each Jacobian dh_t / dh_{t-1} along a trajectory.
 
-    The largest of them is the argument of `least_forcing`. All Jacobians of the trajectory are in
-    memory, so pass a part of a long one.
+    Pass the maximum of the result to `least_forcing`. All Jacobians of the trajectory are in memory
+    at once, so pass only a part of a long trajectory.
 
     Args:
       cell: f(params, h, x) -> h, one step of one sequence.

@@ -189,7 +189,10 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load: {index.name} must have a `weight_map`, got {error!r}.") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f"load: the `weight_map` of {index.name} must have a file of each tensor.")
+        raise ValueError(
+            f"load: the `weight_map` of {index.name} must map each tensor to a file name, got"
+            " another value."
+        )
     return found
 
 

@@ -124,7 +124,7 @@ def lowered(op, shape, decay_axes=3, implementation="pallas", **keywords):
     ("shape", "keywords", "message"),
     [
         ((1, 64, 1, 32), {}, "must have keys of 64 or 128 numbers .* got 32 and 32"),
-        ((1, 64, 1, 64), {"decay_axes": 4}, "got decays per channel"),
+        ((1, 64, 1, 64), {"decay_axes": 4}, "got decays per channel;"),
         ((1, 64, 1, 64), {"chunk_size": 128}, "must have chunks of 64 steps.*128"),
     ],
     ids=["width", "decays per channel", "chunk size"],

@@ -74,8 +74,8 @@ def delta_rule(
 
     S is decayed, and then the value that it returns for k_t moves by beta_t towards v_t. Where
     `reset` is true, S_{t-1} is cleared first. The state is stable for beta |k|^2 in [0, 2]. By
-    default the op does not normalise the keys. `normalize` and `gate` are computed inside the
-    Pallas kernel, so that the program has no passes over memory for them.
+    default the op does not normalize the keys. The Pallas kernel for TPU computes `normalize` and
+    `gate` itself, which saves passes over memory.
 
     DeltaNet (arXiv 2406.06484) is this op without decays, Gated DeltaNet (2412.06464) with one
     decay per head, and Kimi Delta Attention (2510.26692) with one per key channel. Beta up to 2
@@ -99,9 +99,9 @@ def delta_rule(
         decays are then g = -exp(A_log) softplus(x + dt_bias).
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
-        sequential algorithm. In the Pallas kernel for TPU 128, or the largest size that fits its
-        memory, and in the one for GPU always 64. The backward pass stores at most one state per
-        chunk.
+        sequential algorithm. The Pallas kernel for TPU uses 128 by default, or the largest size
+        that fits its memory. The kernel for GPU supports only 64. The backward pass stores at most
+        one state per chunk.
       algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
         few steps, and on CPU for small states and without derivatives.

@@ -1,6 +1,7 @@
 """Maps of the inputs of matrix-state ops: the L2 norm of queries and keys, and gates of decays.
 
-XLA computes them before the recurrence, and the Pallas kernels inside.
+The TPU kernels of `delta_rule` compute these maps. For other calls, XLA computes them before the
+recurrence.
 """
 
 from typing import Any, NamedTuple

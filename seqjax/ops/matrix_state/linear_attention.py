@@ -141,9 +141,9 @@ def linear_attention(
         decays of 0.9, 1.2 % for 0.99, 4.3 % for 0.999 and 5.9 % without decay.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
-        sequential algorithm. In the Pallas kernel for TPU 128, or the largest size that fits its
-        memory, and in the one for GPU always 64. The backward pass stores at most one state per
-        chunk.
+        sequential algorithm. The Pallas kernel for TPU uses 128 by default, or the largest size
+        that fits its memory. The kernel for GPU supports only 64. The backward pass stores at most
+        one state per chunk.
       algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
         few steps, and on CPU for small states and without derivatives.

@@ -197,7 +197,7 @@ class MatrixRecurrence:
           bonus: [H, K] or [H]; with `exclusive`, outputs read S_{t-1} + diag(bonus) k_t v_t^T.
           state_dtype: bfloat16 for a final state of half the size; by default float32 or float64.
           normalize: whether to divide "q" and "k" by sqrt(|x|^2 + 1e-6) first.
-          gate: maps `log_decay` to the logarithms of the decays; by default they are equal.
+          gate: function from `log_decay` to the logarithms of the decays; by default none.
           reset: [B, T] bool, True where the state is cleared before the step.
           chunk_size: steps in a chunk, rounded up to a power of two; by default 64, or 16 for the
             sequential algorithm, which recomputes its states in chunks.

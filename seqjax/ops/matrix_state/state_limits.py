@@ -16,15 +16,15 @@ from seqjax.types import Array, Float, Reset
 
 @dataclasses.dataclass(frozen=True)
 class StateNorm:
-    """Linear attention whose state may not exceed a norm.
+    """Linear attention with a largest norm of the state.
 
         Z_t = exp(g_t) S_{t-1} + k_t v_t^T                                   g = log_decay
         S_t = Z_t min(1, largest / |Z_t|)                 Frobenius norm of each head
         o_t = scale S_t^T q_t
 
-    State normalization of Stuffed Mamba (arXiv 2410.07145): in sequences longer than those of
-    training the state does not grow without bound. The recurrence is nonlinear, so it runs step by
-    step.
+    This is state normalization of Stuffed Mamba (arXiv 2410.07145). It bounds the state in
+    sequences that are longer than the training sequences. The recurrence is nonlinear, so it runs
+    step by step.
 
     Call it as `linear_attention`: limit(q, k, v, log_decay, initial_state, scale=, reset=,
     sequence_axis=) returns (o, final state [B, H, K, V]).
@@ -204,7 +204,7 @@ def _window_sum(z: Array, window: int) -> Array:
 
 
 def _check(op: str, q: Array, k: Array, v: Array, log_decay: Array) -> None:
-    """Check the shapes that `linear_attention` does not see."""
+    """Check the shapes of q, k, v and log_decay."""
     if q.ndim != 4 or v.ndim != 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2]:
         raise ValueError(
             f"{op}: `q` and `k` must have shape [B, T, G, K] and `v` [B, T, H, V], got"

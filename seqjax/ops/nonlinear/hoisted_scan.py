@@ -36,7 +36,7 @@ _VIEWS = primitive_names("slice squeeze")
 
 
 class _Block(NamedTuple):
-    """A contiguous block of an array: what the loop reads in place of a copy for all steps."""
+    """A contiguous block of an array, which the loop reads without a copy for all steps."""
 
     array: jax.Array
     start: tuple[int, ...]
@@ -161,7 +161,7 @@ def _body(
 ) -> Callable[..., Any]:
     """Return the loop's step, (carry, values of the step, constants) -> (carry, outputs).
 
-    It holds no arrays of the trace, because JAX keeps it for derivatives.
+    The step contains no arrays of the trace, because JAX stores the step for derivatives.
     """
     copies: dict[_Value, _Value] = {}
 
@@ -212,7 +212,8 @@ def _in_place(
 ) -> tuple[Any, Any]:
     """Run the loop on CPU: slice [B, T, ...] arrays and write the outputs without transposes."""
     shapes = jax.eval_shape(body, carry, _rows(xs, reads, 0), constants)[1]
-    # Different in both directions: XLA would merge equal buffers and copy them for each loop.
+    # Forward and reverse loops start from different values: XLA merges equal buffers, and then
+    # copies the merged buffer for each loop.
     ys = [jnp.full((y.shape[0], length, *y.shape[1:]), int(reverse), y.dtype) for y in shapes]
     leaves, tree = jax.tree.flatten((carry, ys, xs, constants))
     carry, ys, xs, constants = jax.tree.unflatten(tree, jax_compat.match_varying(*leaves))

@@ -113,7 +113,7 @@ def _sequential(
     shape = hs.shape[2:]
     leaves, tree = jax.tree.flatten((params, xs))
     which = inexact(leaves)
-    # Columns from here on. XLA removes slices of stacks unless other operations are in between.
+    # Use columns from here on: XLA removes a slice of a stack only if no operation is between them.
     states, start, cts = (split_state(value, shape) for value in (hs, h0, ct))
     found = [sequence_parallel.previous(*pair, reset) for pair in zip(start, states, strict=True)]
     step = on_columns(functools.partial(cell, params), shape)

@@ -1,4 +1,4 @@
-"""Steps on the coupled numbers of a state, each as an array of its own.
+"""Steps on the coupled numbers of a state, each as a separate array.
 
 A state [D, k] holds k coupled numbers of each channel, such as (c, h) of an LSTM. On CPU, XLA
 vectorizes a step over D if each of its arrays is [D], and not if the numbers alternate in memory.
