@@ -81,6 +81,9 @@ class PrefixCache:
         sizes = sorted({len(known) for known in self._entries}, reverse=True)
         for size in sizes:
             if size < len(name) and name[:size] in self._entries:
+                if _is_deleted(self._entries[name[:size]][0]):  # a call with `donate_state` took it
+                    del self._entries[name[:size]]
+                    continue
                 self._entries.move_to_end(name[:size])
                 return size // 4, self._entries[name[:size]][0]
         return 0, None
@@ -124,6 +127,10 @@ class PrefixCache:
             self.insert(row[:stop], state)
             start = stop
         return logits, state
+
+
+def _is_deleted(state: PyTree) -> bool:
+    return any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state))
 
 
 def _key(tokens: Any) -> bytes:

@@ -37,7 +37,7 @@ def save_state(path: str | os.PathLike[str], state: PyTree) -> None:
       (1, 4)
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays: dict[str, Any] = {_name(key): np.asarray(leaf) for key, leaf in leaves}
+    arrays: dict[str, Any] = {_name(key, leaf): _bits(np.asarray(leaf)) for key, leaf in leaves}
     with pathlib.Path(path).open("wb") as file:
         np.savez(file, **arrays)
 
@@ -67,7 +67,7 @@ def load_state(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     """
     arrays = _read(path)
     leaves, tree = jax.tree_util.tree_flatten_with_path(like)
-    wanted = {_name(key): leaf for key, leaf in leaves}
+    wanted = {_name(key, leaf): leaf for key, leaf in leaves}
     if wanted.keys() != arrays.keys():
         different = sorted(wanted.keys() ^ arrays.keys())
         raise ValueError(
@@ -76,7 +76,7 @@ def load_state(path: str | os.PathLike[str], like: PyTree) -> PyTree:
         )
     for name, leaf in wanted.items():
         found = arrays[name]
-        if found.dtype == np.dtype(f"V{leaf.dtype.itemsize}"):  # how NumPy reads bfloat16
+        if _is_foreign(leaf.dtype) and found.dtype.itemsize == leaf.dtype.itemsize:
             found = arrays[name] = found.view(leaf.dtype)
         if found.shape != leaf.shape or found.dtype != leaf.dtype:
             raise ValueError(
@@ -97,5 +97,16 @@ def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
 
 
-def _name(path: Any) -> str:
-    return "state" + jax.tree_util.keystr(path)
+def _is_foreign(dtype: Any) -> bool:
+    """Return True for dtypes that NumPy files do not have, such as bfloat16."""
+    return np.dtype(dtype).kind == "V"
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.dtype.itemsize}") if _is_foreign(array.dtype) else array
+
+
+def _name(path: Any, leaf: Any) -> str:
+    """Return the name of a leaf in the file; that of bits ends with their dtype."""
+    dtype = np.dtype(leaf.dtype)
+    return f"state{jax.tree_util.keystr(path)}{f':{dtype}' if _is_foreign(dtype) else ''}"

@@ -131,6 +131,16 @@ def test_a_cached_prefix_is_not_read_again():
     assert_close(leaves(state), leaves(whole), 1e-4)
 
 
+def test_a_cache_forgets_states_that_another_call_took():
+    model, params = small()
+    cache = seqjax.PrefixCache(max_bytes=1 << 20)
+    _, state = cache.prefill(model, params, np.arange(4), positions=[2])
+    options = {"max_new_tokens": 2, "temperature": 0.0, "donate_state": True}
+    seqjax.generate(model, params, jnp.array([[5]]), state=state, **options)
+    assert cache.longest(np.arange(5))[0] == 2
+    cache.prefill(model, params, np.arange(5))
+
+
 def test_a_full_cache_drops_the_oldest_states():
     model, _ = hybrid()
     state = model.initial_state(1)

@@ -81,6 +81,10 @@ def test_numpy_saves_every_dtype(tmp_path):
     for name, leaf in state.items():
         assert got[name].dtype == leaf.dtype
         np.testing.assert_array_equal(got[name], leaf)
+    for dtype in (jnp.float16, jnp.int16):  # of the same size as bfloat16
+        like = state | {"narrow": jnp.zeros(2, dtype)}
+        with pytest.raises(ValueError, match=r"^load_state: .*narrow"):
+            seqjax.load_state(tmp_path / "state", like=like)
 
 
 def test_other_files_are_no_snapshots(tmp_path):

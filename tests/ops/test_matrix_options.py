@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import seqjax
+from seqjax.ops.matrix_state import delta_rule
 from tests.contract.harness import assert_close
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -144,3 +145,12 @@ def test_a_normalizer_needs_both_parts_of_the_state(state):
     one = jnp.ones((2, 2, 1, 1))
     with pytest.raises(ValueError, match=r"^linear_attention: `initial_state` must be a pair"):
         seqjax.linear_attention(one, one, one, None, state, normalizer=True)
+
+
+def test_exclusive_reads_use_normalized_queries_and_keys(x64):
+    given, state, _ = arrays("delta_rule", None)
+    unit = {n: given[n] / np.sqrt((given[n] ** 2).sum(-1, keepdims=True) + 1e-6) for n in "qk"}
+    run = functools.partial(
+        delta_rule._DELTA_RULE, initial_state=state, exclusive=True, bonus=jnp.full((H,), 0.5)
+    )
+    assert_close(run(given, normalize=True), run(given | unit), 1e-12)

@@ -105,7 +105,9 @@ def delta_rule(
       algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
         few steps, and on CPU for small states and without derivatives.
-      implementation: "xla" or "pallas"; by default the backend is chosen automatically.
+      implementation: "xla" or "pallas"; by default the backend is chosen automatically. The
+        kernel for GPU runs only by name, in float32 and bfloat16. It requires K of 64 or 128, V a
+        multiple of 64, and no decays per channel.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
 

@@ -313,6 +313,9 @@ def _recur(
     out = checks.output_dtype(arrays["v"], *values)
     S0, log_decay = arrays.pop("initial_state").astype(state), arrays.pop("log_decay")
     scale = None if scale is None else scale.astype(jnp.finfo(state).dtype)
+    if options.exclusive and options.normalize:  # `exclusive` also reads the queries and keys
+        arrays = input_maps.normalize(arrays)
+        options = dataclasses.replace(options, normalize=False)
 
     run = functools.partial(xla_form.run, recurrence, options, out)
     xla = unless_differentiated(functools.partial(run, False), functools.partial(run, True))
