@@ -16,6 +16,7 @@ from seqjax import models
 from seqjax.layers import PLSTM2D, REGISTRY, Chimera, Entry
 
 VOCAB_SIZE = 256
+DTYPES = ("bfloat16", "float16", "float32", "float64")  # those of layers
 
 
 def _heads(dim: int, heads: int) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def build_classifier(model: ConfigDict, num_classes: int, **inputs: Any) -> mode
 def build_feature_model(model: ConfigDict, inputs: int, outputs: int) -> FeatureModel:
     """Build the model from features to numbers that `config.model` describes."""
     with _one_line():
-        return FeatureModel(inputs, outputs, _backbone(model))
+        return FeatureModel(inputs, outputs, _backbone(model), _dtype(model))
 
 
 def build_image_classifier(
@@ -62,7 +63,14 @@ def build_image_classifier(
     """Build the classifier of images that `config.model` describes."""
     with _one_line():
         backbone = _backbone(model, {**GRID_LAYERS, **REGISTRY})
-        return ImageClassifier(num_classes, backbone, channels, pool)
+        return ImageClassifier(num_classes, backbone, channels, pool, _dtype(model))
+
+
+def _dtype(model: ConfigDict) -> str:
+    dtype = model.get("dtype", "float32")
+    if dtype not in DTYPES:
+        raise UserError(f"config.model.dtype: must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype
 
 
 def _backbone(model: ConfigDict, entries: Mapping[str, Entry] = REGISTRY) -> models.Backbone:

@@ -17,19 +17,21 @@ from seqjax.layers import Param
 class FeatureModel(layers.Layer):
     """A backbone between two linear maps: y_t = backbone(x_t W + b) V + c.
 
-    Inputs are features [B, T, inputs] and outputs numbers [B, T, outputs], both float32. The
-    methods are those of a layer.
+    Inputs are features [B, T, inputs]. Outputs are numbers [B, T, outputs], in float32 or better.
+    The methods are those of a layer.
 
     Attributes:
       inputs: features per position.
       outputs: numbers per position.
       backbone: the stack of blocks.
+      dtype: dtype of the backbone's computation.
       dim: features of the backbone.
     """
 
     inputs: int
     outputs: int
     backbone: models.Backbone
+    dtype: str = "float32"
     dim: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,10 @@ class FeatureModel(layers.Layer):
             "head_bias": Param((self.outputs,), (None,), "bias", zeros),
         }
 
+    def initial_state(self, batch_size: int, dtype: Any = None) -> Any:
+        """Return the state before the first position, by default for the model's `dtype`."""
+        return super().initial_state(batch_size, self.dtype if dtype is None else dtype)
+
     def make_state(self, batch_size: int, dtype: Any) -> Any:
         """Return the backbone's state."""
         return self.backbone.make_state(batch_size, dtype)
@@ -59,12 +65,14 @@ class FeatureModel(layers.Layer):
         if x.shape[-1:] != (self.inputs,) or x.ndim != 3 - one_step:
             lead = "B" if one_step else "B, T"
             raise ValueError(f"FeatureModel: `x` must be [{lead}, {self.inputs}], got {x.shape}.")
-        return x.dtype
+        return jnp.dtype(self.dtype)
 
     def forward(
         self, params: dict[str, Any], x: jax.Array, state: Any, context: Any
     ) -> tuple[jax.Array, Any]:
         """Return the outputs and the backbone's state."""
-        hidden = x @ params["input_proj"] + params["input_bias"]
+        weight, bias = (params[f"input_{name}"].astype(self.dtype) for name in ("proj", "bias"))
+        hidden = x.astype(self.dtype) @ weight + bias
         hidden, state = self.backbone.forward(params["backbone"], hidden, state, context)
+        hidden = hidden.astype(jnp.promote_types(self.dtype, jnp.float32))
         return hidden @ params["head"] + params["head_bias"], state

@@ -33,12 +33,15 @@ class ImageClassifier(Layer):
       channels: numbers per pixel.
 
       pool: "mean", or "max", which does not depend on the size of the image.
+
+      dtype: dtype of the computation before the pool; logits are float32 or better.
     """
 
     num_classes: int
     backbone: Backbone
     channels: int
     pool: Literal["mean", "max"] = "mean"
+    dtype: str = "float32"
     dim: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,20 +76,21 @@ class ImageClassifier(Layer):
                 f"ImageClassifier: `x` must have shape [B, X, Y, {self.channels}], got"
                 f" {list(x.shape)}."
             )
-        return x.dtype
+        return jnp.dtype(self.dtype)
 
     def forward(
         self, params: Params, x: jax.Array, state: Any, context: Context
     ) -> tuple[jax.Array, Any]:
         """Return the logits [B, num_classes]."""
         axes = ("NHWC", "HWIO", "NHWC")
+        wide, x = jnp.promote_types(self.dtype, jnp.float32), x.astype(self.dtype)
         stem = params["stem"].astype(x.dtype)
         x = jax.lax.conv_general_dilated(x, stem, (1, 1), "SAME", dimension_numbers=axes)
         x = jax.nn.gelu(x + params["stem_bias"].astype(x.dtype))
         if not self.reads_grids:
             x = x.reshape(len(x), -1, self.dim)
-        start = self.backbone.make_state(len(x), jnp.float32)
+        start = self.backbone.make_state(len(x), wide)
         x, _ = self.backbone.forward(params["backbone"], x, start, context)
-        x = x.reshape(len(x), -1, self.dim)
+        x = x.reshape(len(x), -1, self.dim).astype(wide)
         pooled = x.mean(axis=1) if self.pool == "mean" else x.max(axis=1)
         return pooled @ params["head"] + params["head_bias"], state

@@ -101,7 +101,8 @@ def check_prompt(
 
 def _check_stop_tokens(name: str, stop_tokens: Any, vocab: int | None) -> jax.Array:
     """Return the stop tokens [S]."""
-    empty = isinstance(stop_tokens, list | tuple) and not stop_tokens
+    array = as_array(stop_tokens)
+    empty = array is not None and array.size == 0  # of any dtype: that of np.array([]) is float64
     stops = jnp.zeros(0, jnp.int32) if empty else as_integers(stop_tokens)
     if stops is None or stops.ndim > 1:
         raise ValueError(
@@ -143,9 +144,12 @@ def as_integers(value: Any) -> jax.Array | None:
     array = as_array(value)
     if array is None or not jnp.issubdtype(array.dtype, jnp.integer):
         return None
-    # A conversion would wrap around.
-    if isinstance(array, np.ndarray) and ((array < INT32.min) | (array > INT32.max)).any():
-        return None
+    traced = isinstance(array, jax.core.Tracer)
+    known = isinstance(array, np.ndarray) or (not traced and array.is_fully_addressable)
+    if known and array.dtype.itemsize >= 4 and array.dtype != jnp.int32:
+        values = np.asarray(array)
+        if ((values < INT32.min) | (values > INT32.max)).any():
+            return None  # a conversion would wrap around
     return jnp.asarray(array).astype(jnp.int32)
 
 

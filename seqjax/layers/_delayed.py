@@ -1,12 +1,18 @@
 """Matrix memories in which every step writes its own and the previous keys and values."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from seqjax.layers._reductions import at_substep
 from seqjax.layers.context import Context
 from seqjax.ops.matrix_state.linear_attention import linear_attention
 from seqjax.ops.previous import previous
+
+# Products of numbers in the state dtype. The default precision would round them.
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def two_point(
@@ -74,7 +80,7 @@ def two_point(
         o = o + _read(reads, writes, late["v"], later, wide)
     o = o.astype(v.dtype)
     k, v = (last[name].astype(memory.dtype) for name in ("k", "v"))
-    written = jnp.einsum("brhk,brhv->bhkv", k * last["c"][:, None, :, None], v)
+    written = _einsum("brhk,brhv->bhkv", k * last["c"][:, None, :, None], v)
     memory = jnp.exp(last["log_decay"])[..., None, None] * memory + written
     return o, {"memory": memory, "k": k, "v": v}
 
@@ -89,5 +95,5 @@ def _read(
 ) -> jax.Array:
     """Return sum_s (q^r . k^s) w^rs v^s within each step; w broadcasts to [B, T, R, R, H]."""
     q, k, v = (x.astype(wide) for x in (q, k, v))
-    scores = jnp.einsum("btrhk,btshk->btrsh", q, k) * weights
-    return jnp.einsum("btrsh,btshv->btrhv", scores, v)
+    scores = _einsum("btrhk,btshk->btrsh", q, k) * weights
+    return _einsum("btrsh,btshv->btrhv", scores, v)

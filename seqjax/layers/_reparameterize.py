@@ -25,7 +25,8 @@ def weight_of_rate(value: Any, kind: Reparameterization) -> np.ndarray:
     value = np.asarray(value, np.float64)
     if kind == "best":
         return np.sqrt(1 / value - _B)
-    return np.log(value) if kind == "exp" else np.log(np.expm1(value))
+    # The inverse of softplus, log(exp(value) - 1), without the exponential of a large value.
+    return np.log(value) if kind == "exp" else value + np.log(-np.expm1(-value))
 
 
 def one_minus_decay(weight: jax.Array) -> jax.Array:

@@ -213,12 +213,17 @@ class Mamba2(Layer):
     def make_state(self, batch_size: int, dtype: Any) -> State:
         state = {name: conv.make_state(batch_size, dtype) for name, conv in self._convs().items()}
         shape = (batch_size, self.head_count, self.state_dim, self.head_dim)
-        if isinstance(self.state_limit, StateWindow):
+        if self.state_limit is not None:
             return state | {"memory": self.state_limit.initial_state(*shape, dtype, self.groups)}
         return state | {"memory": jnp.zeros(shape, dtype)}
 
     def state_flops(self) -> int:
-        return 5 * self.head_count * self.state_dim * self.head_dim  # decay 1, write 2, read 2
+        size = self.head_count * self.state_dim * self.head_dim
+        if isinstance(self.state_limit, StateWindow):  # two recurrences
+            return 10 * size
+        if isinstance(self.state_limit, StateNorm):  # square 1, sum 1, rescale 1
+            return 8 * size
+        return 5 * size  # decay 1, write 2, read 2
 
     def forward(
         self, params: Params, x: jax.Array, state: State, context: Context

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from seqjax.ops.core.checks import state_dtype
 from seqjax.ops.previous import previous
 from seqjax.types import PyTree
 
@@ -79,7 +80,7 @@ def jacobian_norms(
       reset: [B, T] bool, true where h_{t-1} is zero.
 
     Returns:
-      [B, T].
+      [B, T], in float32, or in float64 for float64 Jacobians.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -93,8 +94,9 @@ def jacobian_norms(
     earlier, _ = previous(states, initial_state, reset)
 
     def norm(h: jax.Array, x: PyTree) -> jax.Array:
-        jacobian = jax.jacfwd(cell, argnums=1)(params, h, x)
-        return jnp.linalg.norm(jacobian.reshape(h.size, h.size), ord=2)
+        jacobian = jax.jacfwd(cell, argnums=1)(params, h, x).reshape(h.size, h.size)
+        # There is no singular value decomposition of narrower numbers.
+        return jnp.linalg.norm(jacobian.astype(state_dtype(jacobian)), ord=2)
 
     return jax.vmap(jax.vmap(norm))(earlier, xs)
 

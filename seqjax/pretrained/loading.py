@@ -26,6 +26,7 @@ from seqjax.pretrained.model import (
     flat,
     is_stacked,
     leaf_at,
+    make_model,
     nested,
     parameter_parts,
 )
@@ -204,16 +205,7 @@ def _open(
 def _model(
     source: Source, architecture: Architecture, dtype: Any, scan: bool, remat: bool
 ) -> PretrainedModel:
-    model = PretrainedModel(
-        vocab_size=architecture.vocab_size,
-        backbone=architecture.backbone(scan, remat),
-        tie_embeddings=architecture.tie_embeddings,
-        dtype=dtype,
-        source=source,
-        **architecture.model,
-    )
-    cached = architecture.with_cache_dtype(model.dtype)
-    model = dataclasses.replace(model, backbone=cached.backbone(scan, remat))
+    model = make_model(source, architecture, dtype, scan, remat)
     if model.dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ValueError("load: `dtype` float64 must have jax_enable_x64, got False.")
     return model

@@ -70,6 +70,22 @@ class PretrainedModel(LanguageModel):
     source: Source | None = None
 
 
+def make_model(
+    source: Source, architecture: Architecture, dtype: Any, scan: bool, remat: bool
+) -> PretrainedModel:
+    """Return the model of an architecture."""
+    model = PretrainedModel(
+        vocab_size=architecture.vocab_size,
+        backbone=architecture.backbone(scan, remat),
+        tie_embeddings=architecture.tie_embeddings,
+        dtype=dtype,
+        source=source,
+        **architecture.model,
+    )
+    cached = architecture.with_cache_dtype(model.dtype)
+    return dataclasses.replace(model, backbone=cached.backbone(scan, remat))
+
+
 Leaf = list[tuple[Cut, int] | None]
 
 

@@ -1,19 +1,30 @@
 """Writing of checkpoints in their published format."""
 
+import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from seqjax.layers import _checks
+from seqjax.layers import Layer, _checks
 from seqjax.layers._base import Params
 from seqjax.models import LanguageModel
 from seqjax.pretrained.files import write
-from seqjax.pretrained.model import PretrainedModel, flat, is_stacked, parameter_parts
+from seqjax.pretrained.model import (
+    PretrainedModel,
+    flat,
+    is_stacked,
+    make_model,
+    parameter_parts,
+)
 from seqjax.pretrained.table import Cut
+
+# Fields of layers that do not change the function of a sequence, and that configs do not have.
+FREE_FIELDS = ("algorithm", "implementation", "capacity", "cache_dtype", "dropout")
 
 
 def save(
@@ -30,14 +41,15 @@ def save(
     tokenizer are not written.
 
     Args:
-      model: the model that `load` returned, possibly changed by `dataclasses.replace`.
+      model: the model that `load` returned. `dataclasses.replace` may have changed its dtype, and
+        options that do not change the function, such as `algorithm` or `scan`.
       params: its parameters.
       path: a folder without safetensors files; it is created.
       shard_bytes: largest size of a file, unless one tensor is larger.
 
     Raises:
-      ValueError: if the model did not come from `load`, the parameters do not fit, the folder has
-        safetensors files, or parameters are on other processes.
+      ValueError: if the model did not come from `load`, or has other options than its config; if
+        the parameters do not fit or are on other processes; or if the folder has safetensors files.
 
     Example:
       >>> import tempfile
@@ -56,6 +68,9 @@ def save(
             f"save: `model` must come from seqjax.pretrained.load, got {type(model).__name__}."
         )
     _checks.params(model, params)
+    # The capacity of caches does not change the table.
+    architecture = model.source.architecture(capacity=1)
+    _check_options(make_model(model.source, architecture, model.dtype, False, False), model)
     folder = pathlib.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     present = sorted(folder.glob("*.safetensors*"))
@@ -71,8 +86,6 @@ def save(
                 f"save: parameter {name} must be on this process's devices; gather it with"
                 " jax.experimental.multihost_utils.process_allgather."
             )
-    # The capacity of caches does not change the table.
-    architecture = model.source.architecture(capacity=1)
     parts = parameter_parts(model, model.source.table(architecture), architecture.unused)
     arrays: dict[str, tuple[Cut, dict[int, Any]]] = {}
     for name, leaf in parts.items():
@@ -107,3 +120,31 @@ def save(
     content = json.dumps(values, indent=2) + "\n"
     (folder / "config.json").write_text(content, encoding="utf-8")
     write(folder, layout, make, shard_bytes)
+
+
+def _check_options(wanted: PretrainedModel, given: PretrainedModel) -> None:
+    """Raise if the function of the model is not that of its config."""
+    _compare("", wanted, given, ("backbone", "source", *FREE_FIELDS))
+    names = [field.name for field in dataclasses.fields(given.backbone)]
+    final_norm = ("norm", "norm_eps")
+    skipped = [name for name in names if name not in final_norm]
+    _compare("backbone.", wanted.backbone, given.backbone, skipped)
+    _compare("backbone.block_", wanted.backbone.stack, given.backbone.stack)
+
+
+def _compare(path: str, wanted: Any, given: Any, skipped: Sequence[str] = FREE_FIELDS) -> None:
+    """Raise at the first option that differs."""
+    if isinstance(wanted, Layer) and type(given) is type(wanted):
+        made: Any = wanted
+        for field in dataclasses.fields(made):
+            if field.name not in skipped:
+                own, other = (getattr(layer, field.name) for layer in (wanted, given))
+                _compare(f"{path}{field.name}.", own, other)
+    elif isinstance(wanted, tuple) and isinstance(given, tuple) and len(given) == len(wanted):
+        for place, (own, other) in enumerate(zip(wanted, given, strict=True)):
+            _compare(f"{path}{place}.", own, other)
+    elif wanted != given:
+        raise ValueError(
+            f"save: `{path[:-1]}` of the model must be that of its config.json, {wanted!r}, got"
+            f" {given!r}, which the format cannot store."
+        )

@@ -1,6 +1,7 @@
 """Games of memory, PPO's advantages and loss, and a run."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -100,6 +101,23 @@ def test_the_loss_reads_the_memory_of_the_rollout():
     value = ppo.loss(model, params, state.memory, rollout, advantage, plain)
     assert float(value) == pytest.approx(0, abs=1e-5)
     assert (after.t == (state.t + 10) % 7).all()
+
+
+def test_the_dtype_of_the_config_is_that_of_the_activations():
+    """Play games with a model in bfloat16, whose memory is that of the float32 model."""
+    game = games.make("repeat_previous", cards=8, lag=2)
+    settings = config.get_config("repeat_previous,gru,quicktest")
+    rollouts = []
+    for dtype in ("float32", "bfloat16"):
+        settings.model.dtype = dtype
+        model = build.build_feature_model(settings.model, game.features, games.SUITS + 1)
+        params = model.init(jax.random.key(0))
+        state = ppo.start(game, model, 4, jax.random.key(1))
+        run = jax.jit(functools.partial(ppo.play, game, model, steps=5))
+        rollouts.append(run(params, state, jax.random.key(2))[1])
+    exact, narrow = (np.asarray(rollout.value[:, 0]) for rollout in rollouts)
+    assert exact.dtype == narrow.dtype == np.float32
+    assert 0 < np.abs(narrow - exact).max() < 0.05 * np.abs(exact).max()
 
 
 def test_a_run_leaves_its_results(tmp_path):

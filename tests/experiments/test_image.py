@@ -55,6 +55,23 @@ def test_the_classifier_takes_images_of_any_size():
         jax.eval_shape(model.apply, params, jax.ShapeDtypeStruct((2, 4, 3), np.float32))
 
 
+@pytest.mark.parametrize("layer", ["plstm_2d", "s5"])
+def test_the_dtype_of_the_config_is_that_of_the_activations(layer):
+    config = quick(layer=layer)
+    model = protocol.make(config).model
+    params = model.init(jax.random.key(0))
+    params["head"] = jax.random.normal(jax.random.key(1), params["head"].shape)
+    pictures = np.random.default_rng(0).random((2, 4, 4, 3), np.float32)
+    exact, _ = jax.jit(model.apply)(params, pictures)
+    config.model.dtype = "bfloat16"
+    narrow, _ = jax.jit(protocol.make(config).model.apply)(params, pictures)
+    assert narrow.dtype == np.float32
+    assert 0 < np.abs(narrow - exact).max() < 0.05 * np.abs(exact).max()
+    config.model.dtype = "int8"
+    with pytest.raises(UserError, match=r"config\.model\.dtype: must be one of .*, got 'int8'"):
+        protocol.make(config)
+
+
 def test_a_mesh_is_refused():
     config = quick()
     config.mesh = "data=2"

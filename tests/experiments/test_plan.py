@@ -14,7 +14,8 @@ from experiments.base import build
 from experiments.base.errors import UserError
 from experiments.compiled import collectives, flops
 from experiments.configs import lm, pod
-from seqjax.layers import GRU, LRU, REGISTRY, DeltaNet, SlidingWindowAttention
+from seqjax import methods
+from seqjax.layers import GRU, LRU, REGISTRY, DeltaNet, Mamba2, SlidingWindowAttention
 from seqjax.models import Backbone, LanguageModel
 
 
@@ -50,6 +51,9 @@ def test_operations_by_hand():
     assert SlidingWindowAttention(8, 2, 5).state_flops() == 4 * 5 * 8
     assert LRU(8, state_dim=3).state_flops() == 24
     assert GRU(8, state_dim=3).state_flops() == 8 * 3 * 3
+    numbers = {"dim": 8, "heads": 2, "head_dim": 4, "state_dim": 3}
+    for limit, per_number in ((None, 5), (methods.StateWindow(6), 10), (methods.StateNorm(1.0), 8)):
+        assert Mamba2(**numbers, state_limit=limit).state_flops() == per_number * 2 * 3 * 4
 
 
 @pytest.mark.parametrize("layer", sorted(REGISTRY))

@@ -65,6 +65,25 @@ def test_values_are_checked(change, message):
     assert "\n" not in str(raised.value)
 
 
+def test_integers_of_64_bits_do_not_wrap_around(x64):
+    model, _ = hybrid()
+    options = {"key": jax.random.key(0), "sampling": Sampling(), "lengths": None}
+    with pytest.raises(ValueError, match=r"the prompt .*, got int64 of shape \[1, 1\]\."):
+        check("generate", model, jnp.array([[2**32 + 1]]), stop_tokens=(), **options)
+    with pytest.raises(ValueError, match="`stop_tokens` must be a token or a list of tokens"):
+        check("generate", model, prompts(), stop_tokens=jnp.array([2**32 + 1]), **options)
+    found = check("generate", model, jnp.array([[1]]), stop_tokens=jnp.array(2), **options)
+    assert found.tokens.dtype == found.stop_tokens.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("none", [(), [], np.array([]), np.zeros(0, int), jnp.zeros(0)])
+def test_no_stop_tokens(none):
+    model, _ = hybrid()
+    options = {"key": jax.random.key(0), "sampling": Sampling(), "lengths": None}
+    stops = check("generate", model, prompts(), stop_tokens=none, **options).stop_tokens
+    assert (stops.shape, stops.dtype) == ((0,), jnp.int32)
+
+
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, None, "4"])
 @pytest.mark.parametrize(
     ("run", "field"),

@@ -90,3 +90,15 @@ def test_two_point(rank, sizes, x64, strict):
         last_k[b, :, h], last_v[b, :, h] = k[b, t, :, h], v[b, t, :, h]
         expected[b, t, :, h] = q[b, t, :, h] @ S[b, h]
     assert_close((o, final), (expected, {"memory": S, "k": last_k, "v": last_v}), 1e-12)
+
+
+def test_products_of_the_state_dtype_are_not_rounded():
+    """The default precision of accelerators would round the factors of the own and last writes."""
+    q = k = v = jnp.ones((1, 3, 2, H, K))
+    weight = jnp.ones((1, 3, H))
+    state = {"memory": jnp.zeros((1, H, K, K)), "k": k[:, 0], "v": v[:, 0]}
+    made = jax.make_jaxpr(lambda: two_point(q, k, v, -weight, (weight,) * 2, state, Context()))()
+    dots = [eqn for eqn in made.eqns if eqn.primitive.name == "dot_general"]
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(dots) == 5  # two reads of two products, and the writes of the last step
+    assert all(eqn.params["precision"] == highest for eqn in dots)

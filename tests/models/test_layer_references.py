@@ -292,3 +292,9 @@ def test_outputs_match_the_reference(name, x64, compiled_quickly):
     # The code of the quasi-LSTM adds 1e-8 inside a logarithm.
     tolerance = 1e-7 if name == "quasi_lstm" else 1e-10
     assert_close(y[0], np.array(REFERENCE[name]), tolerance)
+
+
+def test_softplus_rates_of_many_real_states_are_finite():
+    layer = S4D(dim=2, state_dim=1024, spectrum="real", reparameterization="softplus")
+    weights = layer.init(jax.random.key(0))["log_A_real"]
+    np.testing.assert_allclose(jax.nn.softplus(weights[0]), np.arange(1, 1025), rtol=1e-6)

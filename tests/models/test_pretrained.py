@@ -4,6 +4,7 @@
 `make_from_equations.py` those of families that transformers does not have.
 """
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -14,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seqjax import pretrained
+from seqjax import methods, pretrained
 
 safetensors = pytest.importorskip("safetensors.numpy")
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -324,6 +325,36 @@ def test_saving_refuses_what_it_cannot_write(tmp_path):
         pretrained.save(model, {}, tmp_path)
     with pytest.raises(ValueError, match=r"`model` must come from seqjax.pretrained.load"):
         pretrained.save(model.backbone, params["backbone"], tmp_path)
+
+
+def with_mixer(model, **changes):
+    """Return a model whose blocks have a mixer with other options."""
+    (block,) = model.backbone.blocks
+    block = dataclasses.replace(block, mixer=dataclasses.replace(block.mixer, **changes))
+    return dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, blocks=block))
+
+
+def test_saving_refuses_options_that_the_config_lacks(tmp_path):
+    model, params, *_ = load("mamba2")
+    got = r"` of the model must be that of its config.json, .*, got .*, which the format cannot"
+    mixer = "`backbone.block_0.mixer."
+    for changed, field in (
+        (with_mixer(model, decay_factor=0.5), mixer + "decay_factor"),
+        (with_mixer(model, write_factor=0.5), mixer + "write_factor"),
+        (with_mixer(model, state_limit=methods.StateNorm(1.0)), mixer + "state_limit"),
+        (dataclasses.replace(model, logit_cap=30.0), "`logit_cap"),
+        (
+            dataclasses.replace(model, backbone=dataclasses.replace(model.backbone, norm_eps=0.1)),
+            "`backbone.norm_eps",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^save: {field}{got}"):
+            pretrained.save(changed, params, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    backbone = dataclasses.replace(model.backbone, remat=True)
+    same = dataclasses.replace(model, backbone=backbone, dtype="bfloat16")
+    pretrained.save(same, params, tmp_path / "copy")
+    assert pretrained.read_model(tmp_path / "copy").backbone == model.backbone
 
 
 def test_a_folder_never_reaches_for_the_network(monkeypatch):

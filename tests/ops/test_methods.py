@@ -158,6 +158,14 @@ def test_jacobian_norms_are_those_of_the_products(x64):
     assert np.linalg.norm(product, 2) <= 1
 
 
+def test_jacobian_norms_of_narrow_states_are_float32():
+    W = jnp.asarray([[2, 1], [0, 0.5]], jnp.bfloat16)
+    states = jnp.ones((1, 3, 2), jnp.bfloat16)
+    found = methods.jacobian_norms(lambda w, h, x: w @ h + x, W, states, states)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, np.full((1, 3), np.linalg.norm(W.astype(float), 2)), 1e-6)
+
+
 def test_teacher_forcing_does_not_cross_resets(x64):
     rng, dim, start = np.random.default_rng(0), 3, 4
     params = cell_params(rng, cells.Elman(dim))

@@ -47,6 +47,36 @@ def test_a_window_reads_the_last_writes(window, x64):
     rest, last = run(*(z[:, 5:] for z in arrays), middle, reset=reset[:, 5:])
     np.testing.assert_allclose(jnp.concatenate([first, rest], 1), y, rtol=1e-10, atol=1e-12)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), last, state)
+    steps, last = stepped(run, arrays, reset)
+    np.testing.assert_allclose(steps, y, rtol=1e-10, atol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), last, state)
+
+
+def stepped(run, arrays, reset):
+    """Run calls of one step each."""
+    outputs, state = [], None
+    for t in range(T):
+        now = slice(t, t + 1)
+        y, state = run(*(z[:, now] for z in arrays), state, reset=reset[:, now])
+        outputs.append(y)
+    return jnp.concatenate(outputs, axis=1), state
+
+
+def test_a_window_of_narrow_inputs_is_the_rounded_difference():
+    """Decays near 1 make the state far larger than the window's part of it."""
+    rng, length, window = np.random.default_rng(0), 400, 3
+    shapes = (1, length, G, K), (1, length, G, K), (1, length, H, V)
+    narrow = [jnp.asarray(rng.random(shape) + 0.5, jnp.bfloat16) for shape in shapes]
+    narrow.append(jnp.asarray(-rng.exponential(0.002, (1, length, H)), jnp.bfloat16))
+    y, _ = jax.jit(methods.StateWindow(window))(*narrow)
+    assert y.dtype == jnp.bfloat16
+    found, *plain = (np.asarray(z, np.float64) for z in (y, *narrow))
+    none = np.zeros((1, length), bool)
+    for t, h in np.ndindex(length, H):
+        S = sum(writes(*plain, none, 0, h, t)[-window:])
+        wanted = S.T @ plain[0][0, t, 0] * K**-0.5
+        # Half a unit in the last place of bfloat16, and float32 sums of 400 steps.
+        np.testing.assert_allclose(found[0, t, h], wanted, rtol=2**-8 + 1e-4)
 
 
 def test_what_was_before_a_reset_is_not_read(x64):
@@ -82,6 +112,9 @@ def test_a_norm_limits_the_state(x64):
             np.testing.assert_allclose(y[b, t, h], S.T @ q[b, t, 0] * K**-0.5, atol=1e-12)
         np.testing.assert_allclose(state[b, h], S, atol=1e-12)
     assert 0 < limited < B * H * T
+    steps, last = stepped(run, arrays, reset)
+    np.testing.assert_allclose(steps, y, rtol=1e-12)
+    np.testing.assert_allclose(last, state, rtol=1e-12)
     slopes = jax.jit(jax.grad(lambda v: jnp.sum(run(*arrays[:2], v, arrays[3])[0] ** 2)))(
         0 * arrays[2]
     )
@@ -100,6 +133,25 @@ def test_bad_limits_are_refused():
         methods.StateWindow(2)(q, k, v, log_decay, sequence_axis="time")
     with pytest.raises(ValueError, match=r"Mamba2: `decay_factor` must be in \(0, 1\], got 1.5"):
         seqjax.layers.Mamba2(dim=4, head_dim=4, decay_factor=1.5)
+
+
+def test_states_of_other_limits_are_refused():
+    arrays, _ = inputs()
+    sizes = (B, H, K, V, arrays[0].dtype)
+    limit, norm = methods.StateWindow(4), methods.StateNorm(1.0)
+    longer, sizes_of_keys = methods.StateWindow(8), r"\['k'\]` must have shape \[2, 4, 1, 3\], got "
+    for op, state, words in (
+        (limit, longer.initial_state(*sizes, G), sizes_of_keys + r"\[2, 8, 1, 3\]; make one"),
+        (limit, limit.initial_state(*sizes), sizes_of_keys + r"\[2, 4, 2, 3\]; make one"),
+        (limit, limit.initial_state(3, *sizes[1:], G), r"\['earlier'\]` .*, got \[3, 2, 3, 4\]"),
+        (limit, norm.initial_state(*sizes), r"` must be a dict with the entries .*, got an array;"),
+        (norm, limit.initial_state(*sizes), r"` must be an array, got a dict"),
+        (norm, jnp.zeros((B, H, V, K)), r"` must have shape \[2, 2, 3, 4\], got \[2, 2, 4, 3\];"),
+        (norm, jnp.zeros((B, H, K, V), int), r"` must be floating point, got int32; cast it"),
+    ):
+        with pytest.raises(ValueError, match=f"^{type(op).__name__}: `initial_state" + words) as e:
+            op(*arrays, state)
+        assert "\n" not in str(e.value)
 
 
 def test_a_layer_with_a_window_steps_as_it_applies(x64):

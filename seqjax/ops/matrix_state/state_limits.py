@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -47,8 +48,11 @@ class StateNorm:
         if not self.largest > 0:
             raise ValueError(f"StateNorm: `largest` must be above 0, got {self.largest!r}.")
 
-    def initial_state(self, batch_size: int, heads: int, K: int, V: int, dtype: Any) -> Any:
-        """Return the state before the first step: zeros [B, H, K, V]."""
+    def initial_state(
+        self, batch_size: int, heads: int, K: int, V: int, dtype: Any, groups: int | None = None
+    ) -> Array:
+        """Return the state before the first step: zeros [B, H, K, V] for any `groups`."""
+        del groups
         return jnp.zeros((batch_size, heads, K, V), dtype)
 
     def __call__(
@@ -66,16 +70,15 @@ class StateNorm:
         """Compute outputs and the final state; see `linear_attention` for the arguments."""
         _check("StateNorm", q, k, v, log_decay)
         heads, dtype = v.shape[2], v.dtype
-        wide = checks.state_dtype(q, k, v, log_decay)
+        state = _start(self, initial_state, q, k, v, log_decay)
+        wide = state.dtype
         q, k, v, log_decay = (z.astype(wide) for z in (q, k, v, log_decay))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if initial_state is None:
-            initial_state = self.initial_state(q.shape[0], heads, q.shape[-1], v.shape[-1], wide)
         y, state = step_scan(
             _limited_step,
             jnp.asarray(self.largest, wide),
             (scale * repeat(q, heads), repeat(k, heads), v, jnp.exp(log_decay)),
-            initial_state,
+            state,
             reset=reset,
             sequence_axis=sequence_axis,
         )
@@ -161,12 +164,13 @@ class StateWindow:
                 " the heads over devices."
             )
         _check("StateWindow", q, k, v, log_decay)
-        batch, length, groups, K = k.shape
-        heads, V = v.shape[2:]
-        wide = checks.state_dtype(q, k, v, log_decay)
-        state = initial_state
-        if state is None:
-            state = self.initial_state(batch, heads, K, V, wide, groups)
+        (batch, length), (heads, dtype) = k.shape[:2], (v.shape[2], v.dtype)
+        state = _start(self, initial_state, q, k, v, log_decay)
+        wide = state["memory"].dtype
+        # The difference of the outputs can be far smaller than they are. Narrow ones would round it
+        # away.
+        q, k, v, log_decay = (z.astype(wide) for z in (q, k, v, log_decay))
+        reset = checks.check_reset("StateWindow", reset, batch, length)
         cut = jnp.zeros((batch, length), bool) if reset is None else reset
         now = {"k": k, "v": v, "log_decay": log_decay, "reset": cut}
         # The inputs of the steps from `window` before the first of this call.
@@ -176,7 +180,7 @@ class StateWindow:
         # No reset in the window: the state at its start belongs to the same document.
         same = (_window_sum(every["reset"], self.window) == 0)[..., None]
         decay = jnp.exp(jnp.where(same, _window_sum(every["log_decay"], self.window), 0))
-        reading = jnp.where(same[..., None], repeat(q, heads).astype(wide) * decay[..., None], 0)
+        reading = jnp.where(same[..., None], repeat(q, heads) * decay[..., None], 0)
         removed, earlier = linear_attention(
             reading,
             repeat(late["k"], heads),
@@ -186,9 +190,9 @@ class StateWindow:
             scale=scale,
             reset=late["reset"] > 0,
         )
-        y = jnp.where(same[..., None], o.astype(wide) - removed.astype(wide), o.astype(wide))
+        y = jnp.where(same[..., None], o - removed, o)
         recent = {name: z[:, length:] for name, z in every.items()}
-        return y.astype(v.dtype), {"memory": memory, "earlier": earlier, **recent}
+        return y.astype(dtype), {"memory": memory, "earlier": earlier, **recent}
 
 
 def _joined(before: Array, now: Array) -> Array:
@@ -203,8 +207,42 @@ def _window_sum(z: Array, window: int) -> Array:
     )
 
 
+def _start(
+    limit: StateNorm | StateWindow, given: Any, q: Array, k: Array, v: Array, log_decay: Array
+) -> Any:
+    """Return the initial state in the state dtype: the given one, checked, or zeros."""
+    op, (batch, _, groups, K), (heads, V) = type(limit).__name__, k.shape, v.shape[2:]
+    leaves = [] if given is None else [jnp.asarray(leaf) for leaf in jax.tree.leaves(given)]
+    for leaf in leaves:
+        checks.check_dtypes(op, {"initial_state": leaf}, complex_ok=False)
+    wide = checks.state_dtype(q, k, v, log_decay, *leaves)
+
+    def make() -> Any:
+        return limit.initial_state(batch, heads, K, V, wide, groups)
+
+    if given is None:
+        return make()
+    wanted = jax.eval_shape(make)
+    hint = "make one with `initial_state` of the same limit, sizes and groups."
+    tree: Any = jax.tree.structure(wanted)
+    if tree != jax.tree.structure(given):
+        raise ValueError(
+            f"{op}: `initial_state` must be {checks.describe_tree(wanted)}, got"
+            f" {checks.describe_tree(given)}; {hint}"
+        )
+    for (path, want), leaf in zip(jax.tree_util.tree_leaves_with_path(wanted), leaves, strict=True):
+        if want.shape != leaf.shape:
+            raise ValueError(
+                f"{op}: `initial_state{jax.tree_util.keystr(path)}` must have shape"
+                f" {list(want.shape)}, got {list(leaf.shape)}; {hint}"
+            )
+    return jax.tree.unflatten(tree, [leaf.astype(wide) for leaf in leaves])
+
+
 def _check(op: str, q: Array, k: Array, v: Array, log_decay: Array) -> None:
-    """Check the shapes of q, k, v and log_decay."""
+    """Check the dtypes and shapes of q, k, v and log_decay."""
+    given = {"q": q, "k": k, "v": v, "log_decay": log_decay}
+    checks.check_dtypes(op, given, complex_ok=False)
     if q.ndim != 4 or v.ndim != 4 or q.shape != k.shape or q.shape[:2] != v.shape[:2]:
         raise ValueError(
             f"{op}: `q` and `k` must have shape [B, T, G, K] and `v` [B, T, H, V], got"
