@@ -66,7 +66,7 @@ def chebyshev(p, h, x, n=7):
     a, b = p, x
     for _ in range(n):
         a, b = b, 2 * x * b - a
-    return jnp.tanh(h + b[:2].T)
+    return jnp.tanh(jnp.stack([h[:, 0] + b[0], h[:, 1] + b[1]], axis=1))
 
 
 CELLS = [
