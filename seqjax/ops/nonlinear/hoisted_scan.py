@@ -33,6 +33,9 @@ LARGEST = 2
 # Operations that cost less in the loop than reading their results from memory.
 _CHEAP = primitive_names("add sub mul neg integer_pow square")
 _VIEWS = primitive_names("slice squeeze")
+# Largest number of cheap operations that replace the reading of one result. It also bounds the
+# work of a trace: the operations of a slice are those of its terms.
+MOST_CHEAP = 8
 
 
 class _Block(NamedTuple):
@@ -47,12 +50,13 @@ class _Block(NamedTuple):
 class _Value:
     """A value of a step: CONSTANT, PER_STEP with leading axis B * T, or IN_LOOP without array.
 
-    A PER_STEP value may be a block of a larger one.
+    A PER_STEP value may be a block of a larger one, or the result of `cost` cheap operations.
     """
 
     kind: int
     array: Any = None
     block: _Block | None = None
+    cost: int = 0
 
 
 class _Operation(NamedTuple):
@@ -100,7 +104,7 @@ def hoisted_scan(
         return _plain_scan(step, carry, xs, reverse=reverse)
     largest = LARGEST * sum(math.prod(x.shape) for x in jax.tree.leaves(row))
     loop: list[_Operation] = []
-    cheap: dict[_Value, _Operation] = {}
+    hoisted = _Hoisted()
 
     def apply(eqn: Any, ins: list[_Value]) -> list[_Value]:
         kind = max((v.kind for v in ins), default=CONSTANT)
@@ -108,29 +112,14 @@ def hoisted_scan(
             operation = _in_loop(eqn, ins)
             loop.append(operation)
             return operation.outs
-        run = bind(eqn, eqn.params)
-        if kind == CONSTANT:
-            return [_Value(kind, array) for array in run(*(v.array for v in ins))]
-        mapped = jax.vmap(run, [0 if v.kind == PER_STEP else None for v in ins])
-        arrays = mapped(*(v.array for v in ins))
-        if eqn.primitive.name in _VIEWS and ins[0] in cheap:
-            # A slice of a sum: the loop reads slices of the terms in place and adds them.
-            run, terms, _ = cheap[ins[0]]
-            terms = [apply(eqn, [v])[0] if _rank(v) else v for v in terms]
-        elif eqn.primitive.name in _CHEAP:
-            terms = ins
-        else:
-            return [_Value(kind, array, _block(eqn, ins)) for array in arrays]
-        [value] = outs = [_Value(kind, array) for array in arrays]
-        cheap[value] = _Operation(run, terms, outs)
-        return outs
+        return hoisted.apply(eqn, ins)
 
     started = [_Value(IN_LOOP) for _ in flat]
     # One axis B * T: gradients of products over two axes transpose their operands on CPU.
     given = [*started, *(_Value(PER_STEP, x.reshape(-1, *x.shape[2:])) for x in leaves)]
     results = interpret(program, given, lambda array: _Value(CONSTANT, array), apply, INLINED)
     loop = _needed(loop, results)
-    loop, used = _fewer_inputs(loop, results, cheap)
+    loop, used = _fewer_inputs(loop, results, hoisted.cheap)
     read = [*(v for operation in loop for v in operation.ins), *results]
     fixed = dict.fromkeys(v for v in read if v.kind == CONSTANT and isinstance(v.array, jax.Array))
     body = jax.vmap(_body(loop, results, (*started, *used, *fixed), len(flat)), (0, 0, None))
@@ -154,6 +143,52 @@ def hoisted_scan(
     final, ys = unless_differentiated(forward, by_scan)(*operands)
     ys = jax.tree.unflatten(jax.tree.structure(shapes[1]), ys)
     return jax.tree.unflatten(tree, final), ys
+
+
+class _Hoisted:
+    """The operations outside of the loop.
+
+    `cheap` has those that the loop could run instead of reading their results.
+    """
+
+    def __init__(self) -> None:
+        self.cheap: dict[_Value, _Operation] = {}
+        self._views: dict[Any, list[_Value]] = {}
+
+    def apply(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+        """Run an operation, once for constants or for all steps."""
+        if all(v.kind == CONSTANT for v in ins):
+            arrays = bind(eqn, eqn.params)(*(v.array for v in ins))
+            return [_Value(CONSTANT, array) for array in arrays]
+        if eqn.primitive.name not in _VIEWS:
+            return self._for_all_steps(eqn, ins)
+        # Equal slices are one value, so that the loop reads it once.
+        key = ins[0], eqn.primitive.name, *eqn.params.items()
+        if key not in self._views:
+            self._views[key] = self._for_all_steps(eqn, ins)
+        return self._views[key]
+
+    def _for_all_steps(self, eqn: Any, ins: list[_Value]) -> list[_Value]:
+        run, name = bind(eqn, eqn.params), eqn.primitive.name
+        mapped = jax.vmap(run, [0 if v.kind == PER_STEP else None for v in ins])
+        arrays = mapped(*(v.array for v in ins))
+        if name in _VIEWS and ins[0] in self.cheap and self._has_equal_shapes(ins[0]):
+            # A slice of a sum: the loop reads slices of the terms in place and adds them.
+            run, terms, _ = self.cheap[ins[0]]
+            terms = [self.apply(eqn, [v])[0] if _shape(v) else v for v in terms]
+        elif name in _CHEAP:
+            terms = ins
+        else:
+            return [_Value(PER_STEP, array, _block(eqn, ins)) for array in arrays]
+        cost = 1 + sum(v.cost for v in terms)
+        [value] = outs = [_Value(PER_STEP, array, cost=cost) for array in arrays]
+        if cost <= MOST_CHEAP:
+            self.cheap[value] = _Operation(run, terms, outs)
+        return outs
+
+    def _has_equal_shapes(self, value: _Value) -> bool:
+        """Return whether the indices of a value are those of its terms, except of scalars."""
+        return all(_shape(v) in ((), _shape(value)) for v in self.cheap[value].ins)
 
 
 def _body(
@@ -275,9 +310,9 @@ def _whole(array: jax.Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (0,) * (array.ndim - 1), array.shape[1:]
 
 
-def _rank(value: _Value) -> int:
-    """Return the number of axes of a value of one step."""
-    return jnp.ndim(value.array) - (value.kind == PER_STEP)
+def _shape(value: _Value) -> tuple[int, ...]:
+    """Return the shape of a value of one step."""
+    return jnp.shape(value.array)[value.kind == PER_STEP :]
 
 
 def _block(eqn: Any, ins: list[_Value]) -> _Block | None:
@@ -324,12 +359,15 @@ def _fewer_inputs(
         operations.add(value)
         needed: set[_Value] = set()
         for v in (v for v in cheap[value].ins if v.kind == PER_STEP):
-            needed |= inputs(v, operations) if v in cheap and v not in used else {v}
+            if v in used or v not in cheap:
+                needed.add(v)
+            elif v not in operations and v not in moved:
+                needed |= inputs(v, operations)
         return needed
 
     for value in [v for v in cheap if v in used][::-1]:
         operations: set[_Value] = set()
-        new = inputs(value, operations) - used.keys() - moved
+        new = inputs(value, operations) - used.keys()
         if len(new) <= 1:
             del used[value]
             used |= dict.fromkeys(new)

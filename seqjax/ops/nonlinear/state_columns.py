@@ -35,7 +35,7 @@ def join_state(columns: Sequence[jax.Array], shape: Sequence[int]) -> jax.Array:
 
 
 def _few(shape: Sequence[int]) -> bool:
-    return len(shape) == 2 and shape[-1] <= FEW
+    return len(shape) == 2 and 1 <= shape[-1] <= FEW
 
 
 def on_columns(
@@ -71,12 +71,14 @@ def _same(array: Any) -> Any:
 def _apply(eqn: Any, ins: list[Any]) -> Sequence[Any]:
     """Run an operation; keep stacks of columns, slices of stacks and single columns as columns."""
     name, params = eqn.primitive.name, eqn.params
-    if name == "stack" and params["axis"] == 1 and jnp.ndim(ins[0]) == 1:
+    if name == "stack" and params["axis"] == 1 and len(eqn.invars[0].aval.shape) == 1:
         return [_Columns(tuple(ins))]
     if ins and isinstance(ins[0], _Columns):
-        [columns], shape = ins[0], eqn.outvars[0].aval.shape
-        if name == "slice" and params["strides"] is None and shape[0] == len(columns[0]):
-            return [_Columns(columns[params["start_indices"][1] :][: shape[1]])]
+        [columns] = ins[0]
+        before, after = (v.aval.shape for v in (eqn.invars[0], eqn.outvars[0]))
+        # A stack has at least one column: an empty slice is an array.
+        if name == "slice" and params["strides"] is None and after[0] == before[0] and after[1]:
+            return [_Columns(columns[params["start_indices"][1] :][: after[1]])]
         if name == "squeeze" and params["dimensions"] == (1,):
             return [columns[0]]
     arrays = [jnp.stack(x.arrays, axis=-1) if isinstance(x, _Columns) else x for x in ins]
