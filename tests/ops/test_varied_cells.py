@@ -98,6 +98,7 @@ def by_scan(cell, p, xs, h0, reset):
     return jax.vmap(one)(xs, h0, reset)
 
 
+@pytest.mark.quick("stacks_of_whole_states", "slices_of_broadcast_sums", "shared_terms")
 @pytest.mark.parametrize("cell", CELLS)
 def test_states_and_gradients_are_those_of_a_plain_scan(cell, x64):
     args, reset = arguments(), np.array([[0, 0, 1, 0], [1, 0, 0, 0]], bool)
