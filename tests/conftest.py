@@ -27,12 +27,19 @@ gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Mark as slow the parameter sets that a `quick` mark does not name."""
+    unknown = {}
     for item in items:
         for mark in item.iter_markers("quick"):
+            name = item.nodeid.partition("[")[0]
+            unknown.setdefault(name, set(mark.args)).discard(item.callspec.id)
             if item.callspec.id not in mark.args:
                 item.add_marker(pytest.mark.slow)
+    whole = not any("::" in argument for argument in config.args)
+    for name, ids in unknown.items():
+        if whole and ids:
+            raise pytest.UsageError(f"{name}: no parameter set has the quick ids {sorted(ids)}")
 
 
 class RowScheduling(LoadScopeScheduling):

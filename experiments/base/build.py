@@ -13,28 +13,10 @@ from experiments.base.errors import UserError, nearest
 from experiments.base.feature_model import FeatureModel
 from experiments.base.image_model import ImageClassifier
 from seqjax import models
-from seqjax.layers import PLSTM2D, REGISTRY, Chimera, Entry
+from seqjax.layers import GRID_REGISTRY, REGISTRY, Entry
 
 VOCAB_SIZE = 256
 DTYPES = ("bfloat16", "float16", "float32", "float64")  # those of layers
-
-
-def _heads(dim: int, heads: int) -> dict[str, Any]:
-    del dim
-    return {"heads": heads}
-
-
-def _chimera(dim: int, heads: int) -> dict[str, Any]:
-    del dim, heads
-    return {"state_dim": 16, "expand": 2}
-
-
-GRID_LAYERS: Mapping[str, Entry] = {
-    "plstm_2d_p": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "P"}),
-    "plstm_2d_d": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "D"}),
-    "chimera": Entry(Chimera, "Chimera", "2406.04320", "selective_scan_2d", _chimera),
-}
-"""Layers over grids by the name that configurations of images use."""
 
 
 def build_model(model: ConfigDict, vocab_size: int = VOCAB_SIZE) -> models.LanguageModel:
@@ -62,7 +44,7 @@ def build_image_classifier(
 ) -> ImageClassifier:
     """Build the classifier of images that `config.model` describes."""
     with _one_line():
-        backbone = _backbone(model, {**GRID_LAYERS, **REGISTRY})
+        backbone = _backbone(model, {**GRID_REGISTRY, **REGISTRY})
         return ImageClassifier(num_classes, backbone, channels, pool, _dtype(model))
 
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from experiments.base.build import GRID_LAYERS
 from experiments.configs import common
+from seqjax.layers import GRID_REGISTRY
 
 TASKS = ("arrows", "image_digits")
 MIXERS = {"plstm_2d": "plstm_2d_p,plstm_2d_d", "chimera": "chimera"}
@@ -61,5 +61,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.mixers = MIXERS.get(layer, common.MIXERS.get(layer, layer))
     config.model.depth = max(2, len(config.model.mixers.split(",")))
     config.model.options.s5.update({"dt_min": 1e-3, "dt_max": 1e-1, "bidirectional": True})
-    config.model.options.update({n: entry.defaults(dim, heads) for n, entry in GRID_LAYERS.items()})
+    options = {name: entry.defaults(dim, heads) for name, entry in GRID_REGISTRY.items()}
+    config.model.options.update(options)
     return config

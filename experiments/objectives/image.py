@@ -12,10 +12,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from experiments.base import build, devices
+from experiments.base import build
 from experiments.base.errors import UserError
-from experiments.data import pipeline
-from experiments.objectives.task import Judged, fingerprint
+from experiments.objectives.task import SequenceTask, fingerprint
 from experiments.tasks import arrows, batches, labelled
 from experiments.tasks.labelled import LabelledSet, Split
 
@@ -49,7 +48,7 @@ TASKS: dict[str, Callable[[ConfigDict], tuple[LabelledSet, dict[int, Split]]]] =
 }
 
 
-class ImageTask(Judged):
+class ImageTask(SequenceTask):
     """Task with one label per image."""
 
     unit = "pixels"
@@ -66,16 +65,8 @@ class ImageTask(Judged):
             config.model, self._data.num_classes, self._data.input_dim, config.task.pool
         )
         shape = np.shape(self._data.train.inputs[0])
+        self._length = shape[0]
         self.batch_shape = (config.data.batch_size, shape[0] * shape[1])
-
-    def batches(self, rows: Any) -> pipeline.Streams:
-        """Return endless training batches, see `batches.of_labelled`."""
-        del rows
-        size, train = self._config.data.batch_size, self._data.train
-        made = batches.of_labelled(
-            train, length=len(train.inputs[0]), batch_size=size, seed=self._config.seed
-        )
-        return pipeline.Streams({0: made}, size)
 
     def prepare(self, batch: Any) -> Any:
         """Return images and labels; images have no padding, and so no mask."""
@@ -95,13 +86,6 @@ class ImageTask(Judged):
             return jnp.sum(jnp.argmax(logits, axis=-1) == labels)
 
         return right
-
-    def make_evaluate(
-        self, device_mesh: devices.DeviceMesh
-    ) -> Callable[[Any, bool], dict[str, Any]]:
-        """Return `evaluate`."""
-        del device_mesh
-        return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
         """Return the accuracy at every size if `final`, else on a part of the largest images.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import hashlib
 from collections.abc import Callable, Iterator
@@ -95,13 +96,24 @@ def _state_tracking(name: str, task: ConfigDict) -> examples.Task:
     )
 
 
-class Judged(WholeModel):
+class Judged(WholeModel, abc.ABC):
     """Base class of both kinds of tasks; the metric is accuracy."""
 
     metric = "accuracy"
     lower_is_better = False
     unit = "positions"
     curve = "loss"
+
+    @abc.abstractmethod
+    def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
+        """Return the numbers of an evaluation."""
+
+    def make_evaluate(
+        self, device_mesh: devices.DeviceMesh
+    ) -> Callable[[Any, bool], dict[str, Any]]:
+        """Return `evaluate`, whose sharding the compiler chooses."""
+        del device_mesh
+        return self._evaluate
 
     def log(self, nats: float) -> dict[str, float]:
         """Return an empty dict: the loss has no other unit."""
@@ -166,13 +178,6 @@ class TokenTask(Judged):
             return jnp.sum((jnp.argmax(logits, axis=-1) == targets) & counted)
 
         return right
-
-    def make_evaluate(
-        self, device_mesh: devices.DeviceMesh
-    ) -> Callable[[Any, bool], dict[str, Any]]:
-        """Return `evaluate`, whose sharding the compiler chooses."""
-        del device_mesh
-        return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
         """Return the accuracy at every test length if `final`, else at the longest length.
@@ -290,13 +295,6 @@ class SequenceTask(Judged):
             return jnp.sum(jnp.argmax(logits, axis=-1) == batch["label"])
 
         return right
-
-    def make_evaluate(
-        self, device_mesh: devices.DeviceMesh
-    ) -> Callable[[Any, bool], dict[str, Any]]:
-        """Return `evaluate`, whose sharding the compiler chooses."""
-        del device_mesh
-        return self._evaluate
 
     def _evaluate(self, params: Any, final: bool) -> dict[str, Any]:
         """Return the accuracy on the test set if `final`, else on a part of it."""

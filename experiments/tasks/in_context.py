@@ -1,4 +1,4 @@
-"""In-context learning: each sequence has its own language or function, to learn from its start.
+"""Tasks of in-context learning: each sequence has its own language or function.
 
 Languages follow Akyurek et al. (arXiv 2401.12973), linear functions Garg et al. (arXiv 2208.01066).
 """

@@ -143,9 +143,6 @@ def _head_backward(
 
 
 _RECURRENCE = ChunkRecurrence("delta_rule", _forward, backward_by_head(_solve, _head_backward))
-
-
-INPUT_MAPS = True  # the kernels normalize q and k, and compute the gate of the decays
-
+INPUT_MAPS, SHARED_HEADS, RECOMPUTES_STATES = True, False, False
 forward = functools.partial(matrix_state.forward, _RECURRENCE)
 backward = functools.partial(matrix_state.backward, _RECURRENCE)

@@ -159,7 +159,6 @@ def _head_backward(
 _RECURRENCE = ChunkRecurrence(
     "generalized_delta_rule", _forward, backward_by_head(_solve, _head_backward)
 )
-
-
+INPUT_MAPS, SHARED_HEADS, RECOMPUTES_STATES = False, False, False
 forward = functools.partial(matrix_state.forward, _RECURRENCE)
 backward = functools.partial(matrix_state.backward, _RECURRENCE)

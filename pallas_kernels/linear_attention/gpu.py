@@ -7,8 +7,6 @@ import functools
 
 from pallas_kernels.gpu import matrix_state
 
-SHARED_HEADS = True  # in the forward pass, heads may share queries and keys
-RECOMPUTES_STATES = True  # the backward pass takes the initial state, not the states
-
+INPUT_MAPS, SHARED_HEADS, RECOMPUTES_STATES = False, True, True
 forward = functools.partial(matrix_state.forward, "linear_attention")
 backward = functools.partial(matrix_state.backward, "linear_attention")

@@ -84,6 +84,6 @@ def _for_heads(function: Callable[..., Steps]) -> Callable[..., list[Any]]:
 _RECURRENCE = ChunkRecurrence("linear_attention", _for_heads(_forward), _for_heads(_backward))
 
 # `beta` is None for this recurrence.
-
+INPUT_MAPS, SHARED_HEADS, RECOMPUTES_STATES = False, False, False
 forward = functools.partial(matrix_state.forward, _RECURRENCE)
 backward = functools.partial(matrix_state.backward, _RECURRENCE)

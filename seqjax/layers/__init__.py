@@ -53,6 +53,7 @@ from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.plstm_2d import PLSTM2D as PLSTM2D
 from seqjax.layers.qrnn import QRNN as QRNN
 from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
+from seqjax.layers.registry import GRID_REGISTRY as GRID_REGISTRY
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
 from seqjax.layers.retnet import RetNet as RetNet
@@ -92,6 +93,7 @@ __all__ = [
     "CEMA",
     "FFM",
     "GLA",
+    "GRID_REGISTRY",
     "GRU",
     "GSA",
     "GSS",

@@ -17,6 +17,7 @@ from seqjax.layers.attention import SlidingWindowAttention
 from seqjax.layers.based import Based
 from seqjax.layers.block_linear import BlockLinear
 from seqjax.layers.block_recurrent import BlockRecurrent
+from seqjax.layers.chimera import Chimera
 from seqjax.layers.comba import Comba
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
@@ -44,6 +45,7 @@ from seqjax.layers.mesanet import MesaNet
 from seqjax.layers.minrnn import MinGRU, MinLSTM
 from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.plstm import PLSTM
+from seqjax.layers.plstm_2d import PLSTM2D
 from seqjax.layers.qrnn import QRNN, QuasiLSTM
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
@@ -103,6 +105,11 @@ def _states(dim: int, heads: int) -> Options:
 
 def _states_and_dt(dim: int, heads: int) -> Options:
     return _states(dim, heads) | {"dt": 1.0}
+
+
+def _chimera(dim: int, heads: int) -> Options:
+    del dim, heads
+    return {"state_dim": 16, "expand": 2}
 
 
 def _heads(dim: int, heads: int) -> Options:
@@ -360,3 +367,12 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
     }
 )
 """All architectures by the name that configurations use."""
+
+GRID_REGISTRY: Mapping[str, Entry] = MappingProxyType(
+    {
+        "plstm_2d_p": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "P"}),
+        "plstm_2d_d": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "D"}),
+        "chimera": Entry(Chimera, "Chimera", "2406.04320", "selective_scan_2d", _chimera),
+    }
+)
+"""The layers over grids, which only models of images use."""

@@ -3,6 +3,12 @@
 The kernels take at most 256 columns, and those for TPU equal numbers of heads. `_layout` repeats
 the queries and keys of shared heads, and divides wide values into slices: columns of a state are
 independent, so a slice is one more head.
+
+The module of a kernel declares three features:
+
+- INPUT_MAPS: it normalizes q and k, and computes the gate of the decays.
+- SHARED_HEADS: in its forward pass, heads may share queries and keys.
+- RECOMPUTES_STATES: its backward pass takes the initial state, not those of the chunks.
 """
 
 import functools
@@ -54,20 +60,20 @@ def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callab
     }
 
     def layout(kernels: Any, reset: Any, repeat: bool) -> Callable[..., Any]:
-        inside = getattr(kernels, "INPUT_MAPS", False)
+        inside = kernels.INPUT_MAPS
         outside = options.normalize and (options.scale is None or not inside)
         return functools.partial(_layout, reset, repeat, outside, not inside)
 
     def maps(kernels: Any, gate: Any) -> dict[str, Any]:
         """Return the maps of inputs that the kernels compute themselves."""
-        if not getattr(kernels, "INPUT_MAPS", False):
+        if not kernels.INPUT_MAPS:
             return {}
         return {"normalize": options.normalize and options.scale is not None, "gate": gate}
 
     def forward(
         kernels: Any, arrays: Any, log_decay: Any, S0: Any, reset: Any, scale: Any, *, save: bool
     ) -> Any:
-        repeat = not getattr(kernels, "SHARED_HEADS", False)
+        repeat = not kernels.SHARED_HEADS
         run = layout(kernels, reset, repeat)
         *inputs, gate, vectors, state = run(arrays, log_decay, S0, scale)
         out, final, *states = kernels.forward(
@@ -88,7 +94,7 @@ def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callab
         [states], (d_out, d_final) = residuals, cotangents
         run = layout(kernels, reset, True)
         (*inputs, gate, vectors, state), transpose = jax.vjp(run, arrays, log_decay, S0, scale)
-        if getattr(kernels, "RECOMPUTES_STATES", False):
+        if kernels.RECOMPUTES_STATES:
             states = state
         inputs += [states, reset, _columns(d_out), _slices(d_final)]
         grads = kernels.backward(*inputs, vectors=vectors, **maps(kernels, gate), **shared)

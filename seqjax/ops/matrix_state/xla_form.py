@@ -77,7 +77,7 @@ def run(
     mixable = recurrence.mixed and not jnp.issubdtype(state, jnp.complexfloating)
     narrow = mixable and all(arrays[name].dtype == jnp.bfloat16 for name in vectors)
 
-    def run(division: chunk_sizes.Division | None, S0: jax.Array, inputs: Any) -> Any:
+    def divided(division: chunk_sizes.Division | None, S0: jax.Array, inputs: Any) -> Any:
         mixed = division is not None and division.mixed
         if not mixed:
             inputs = inputs | {"q": inputs["q"].astype(state) * factor}
@@ -102,5 +102,5 @@ def run(
     algorithm = options.on_cpu if differentiated else options.forward_on_cpu
     on_cpu = chunk_sizes.divide(algorithm, chunk_sizes.CPU, *sizes, narrow)
     elsewhere = chunk_sizes.divide(options.elsewhere, chunk_sizes.ACCELERATOR, *sizes, narrow)
-    results = backends.by_platform(run, on_cpu, elsewhere, S0, arrays)
+    results = backends.by_platform(divided, on_cpu, elsewhere, S0, arrays)
     return ungroup(*results) if shared else results

@@ -7,7 +7,7 @@ from seqjax.pretrained.families import parts
 from seqjax.pretrained.family import Architecture, Family, norm
 from seqjax.pretrained.table import Tensor, conv, linear, rows
 
-_NORM_EPS = 1e-5  # of the mixer's norm, whatever `rms_norm_eps` is
+_NORM_EPS = 1e-5  # of the mixer's norm, which does not use `rms_norm_eps`
 
 
 def _build(config: Config, capacity: int) -> Architecture:
