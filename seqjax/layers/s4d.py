@@ -265,7 +265,7 @@ class GSS(Layer):
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, inner, hidden = self.dim, self.channels, self.expand * self.dim
         weight = _init.fan_in_normal
-        norm = {
+        norm: dict[str, Param | Layer] = {
             "norm_scale": Param((inner,), ("mlp",), "norm", _init.ones),
             "norm_bias": Param((inner,), ("mlp",), "norm", _init.zeros),
         }
