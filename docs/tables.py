@@ -3,11 +3,12 @@
 import pathlib
 import re
 
-from seqjax.layers import REGISTRY, RNN, Entry, GateLoop, Longhorn
+from seqjax.layers import GRID_REGISTRY, REGISTRY, RNN, Entry, GateLoop, Longhorn
 from seqjax.ops.core.backends import BACKENDS
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
+ENTRIES = {**REGISTRY, **GRID_REGISTRY}
 
 
 def kernels(entry: Entry) -> str:
@@ -32,7 +33,7 @@ def kernels(entry: Entry) -> str:
 def ops() -> str:
     """Return the table of ops, with the architectures that each op computes."""
     titles: dict[str, list[str]] = {}
-    for entry in REGISTRY.values():
+    for entry in ENTRIES.values():
         titles.setdefault(entry.op, []).append(entry.title)
     rows = ["| op | architectures |", "|---|---|"]
     titles["none"] = titles.pop("", [])
@@ -47,7 +48,7 @@ def architectures() -> str:
         "| architecture | configuration | class | op | kernels | paper |",
         "|---|---|---|---|---|---|",
     ]
-    for name, entry in REGISTRY.items():
+    for name, entry in ENTRIES.items():
         fixed = ", ".join(f"{key}={value!r}" for key, value in entry.fixed.items())
         paper = entry.paper
         if paper[0].isdigit():

@@ -34,6 +34,7 @@ from seqjax.layers.lmu import LMU as LMU
 from seqjax.layers.loglinear import LogLinearAttention as LogLinearAttention
 from seqjax.layers.longhorn import Longhorn as Longhorn
 from seqjax.layers.lru import LRU as LRU
+from seqjax.layers.lssl import LSSL as LSSL
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mamba3 import Mamba3 as Mamba3
@@ -103,6 +104,7 @@ __all__ = [
     "LEM",
     "LMU",
     "LRU",
+    "LSSL",
     "LSTM",
     "LTC",
     "MGU",

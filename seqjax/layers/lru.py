@@ -34,6 +34,8 @@ class LRU(Layer):
 
         lambda = (1 - 1 / (w^2 + 0.5)) exp(i exp(theta_log))
 
+    The first factor is in [-1, 1). It starts at |lambda|, and turns negative if w^2 < 0.5.
+
     Departures: the uniform draws stay 1e-6 away from 0 and 1, where the logarithms are infinite.
     The paper's block (norm, gated unit, skip) is not part of the layer; the backbone provides it.
 

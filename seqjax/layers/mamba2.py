@@ -39,9 +39,10 @@ class Mamba2(Layer):
 
     Three options of Stuffed Mamba (arXiv 2410.07145) are for sequences much longer than the
     training sequences. They also work with trained parameters. `decay_factor` multiplies the decay
-    of S, so the layer forgets more. `write_factor` multiplies the writes B_t (dt_t u_t)^T, so the
-    layer remembers less. `state_limit` is `seqjax.methods.StateNorm`, which rescales S, or
-    `seqjax.methods.StateWindow`, which reads only the last steps.
+    of S, so the layer forgets more (0.9999 in the paper). `write_factor` multiplies the writes
+    B_t (dt_t u_t)^T, so the layer remembers less (0.75). `state_limit` is
+    `seqjax.methods.StateNorm`, which rescales S, or `seqjax.methods.StateWindow`, which reads only
+    the last steps.
 
     Departures: published checkpoints store the projections in one array, in the order z, u, B, C,
     dt, and the convolutions of u, B, C in another. Here each is a parameter, so that heads can be

@@ -37,6 +37,7 @@ from seqjax.layers.lmu import LMU
 from seqjax.layers.loglinear import LogLinearAttention
 from seqjax.layers.longhorn import Longhorn
 from seqjax.layers.lru import LRU
+from seqjax.layers.lssl import LSSL
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.mamba3 import Mamba3
@@ -218,6 +219,11 @@ def _s4d(dim: int, heads: int) -> Options:
     return {"state_dim": 32, "dt_min": 1e-2, "dt_max": 2.0}
 
 
+def _lssl(dim: int, heads: int) -> Options:
+    # A step costs the square of the states.
+    return _s4d(dim, heads) | {"state_dim": 8}
+
+
 def _longhorn(dim: int, heads: int) -> Options:
     del dim, heads
     return {"state_dim": 16, "expand": 2, "conv_size": 4}
@@ -262,6 +268,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "linoss": Entry(LinOSS, "LinOSS", "2410.03943", "block_scan", _states),
         "lmu": Entry(LMU, "LMU", "2102.11417", "block_scan", _lmu),
         "legs": Entry(LegS, "HiPPO-LegS", "2008.07669", "block_scan", _memory),
+        "lssl": Entry(LSSL, "LSSL", "2110.13985", "block_scan", _lssl),
         "block_linear": Entry(
             BlockLinear, "Block-diagonal linear RNN", "2309.07412", "block_scan", _blocks
         ),
@@ -370,8 +377,12 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
 
 GRID_REGISTRY: Mapping[str, Entry] = MappingProxyType(
     {
-        "plstm_2d_p": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "P"}),
-        "plstm_2d_d": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "D"}),
+        "plstm_2d_p": Entry(
+            PLSTM2D, "pLSTM in 2-D (P)", "2506.11997", "plstm_2d", _heads, {"mode": "P"}
+        ),
+        "plstm_2d_d": Entry(
+            PLSTM2D, "pLSTM in 2-D (D)", "2506.11997", "plstm_2d", _heads, {"mode": "D"}
+        ),
         "chimera": Entry(Chimera, "Chimera", "2406.04320", "selective_scan_2d", _chimera),
     }
 )
