@@ -115,6 +115,26 @@ def _kda(T: int, dtype: str) -> Shapes:
     return made | {"gate": seqjax.ops.SoftplusGate(*shapes)}
 
 
+def _cell_rows() -> dict[str, Row]:
+    """Return rows of cells with matrices. The XLA form is the loop over steps."""
+    made = {}
+    for cell in (seqjax.cells.GRU(512), seqjax.cells.LSTM(512)):
+
+        def shapes(T: int, dtype: str, cell: seqjax.cells.Cell = cell) -> Shapes:
+            weight = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+            return {
+                "params": {name: weight(cell.param_shape(name)) for name in cell.recurrent},
+                "xs": jax.ShapeDtypeStruct((64, T, cell.gates, cell.dim), jnp.dtype(dtype)),
+                "initial_state": jax.eval_shape(lambda: cell.initial_state(64)),
+            }
+
+        name = f"nonlinear_scan, {type(cell).__name__}, B=64, T=1024, D=512"
+        row = Row("nonlinear_scan", shapes, 1024, dtypes=("bfloat16",), chips=("v5e",))
+        row = row._replace(keywords=(("cell", cell),))
+        made[name] = row
+    return made
+
+
 def _matrix_rows() -> dict[str, Row]:
     made = {}
     for op in ("linear_attention", "delta_rule"):
@@ -171,6 +191,7 @@ ROWS = {
         chips=("v5e",),
         xla=False,
     ),
+    **_cell_rows(),
     **_matrix_rows(),
 }
 

@@ -14,6 +14,7 @@ from seqjax.layers.chimera import Chimera as Chimera
 from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
+from seqjax.layers.delta_rnn import DeltaRNN as DeltaRNN
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
 from seqjax.layers.ffm import FFM as FFM
@@ -54,6 +55,7 @@ from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.plstm_2d import PLSTM2D as PLSTM2D
 from seqjax.layers.qrnn import QRNN as QRNN
 from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
+from seqjax.layers.recurrent_deltanet import RecurrentDeltaNet as RecurrentDeltaNet
 from seqjax.layers.registry import GRID_REGISTRY as GRID_REGISTRY
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
@@ -140,6 +142,7 @@ __all__ = [
     "DampedEMA",
     "DeltaNet",
     "DeltaProduct",
+    "DeltaRNN",
     "Elman",
     "Entry",
     "GateLoop",
@@ -170,6 +173,7 @@ __all__ = [
     "QuasiLSTM",
     "RMSNorm",
     "RWKVChannelMix",
+    "RecurrentDeltaNet",
     "RetNet",
     "Scaled",
     "SharedTransformer",

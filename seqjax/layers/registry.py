@@ -19,6 +19,7 @@ from seqjax.layers.block_linear import BlockLinear
 from seqjax.layers.block_recurrent import BlockRecurrent
 from seqjax.layers.chimera import Chimera
 from seqjax.layers.comba import Comba
+from seqjax.layers.delta_rnn import DeltaRNN
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
@@ -48,6 +49,7 @@ from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.plstm import PLSTM
 from seqjax.layers.plstm_2d import PLSTM2D
 from seqjax.layers.qrnn import QRNN, QuasiLSTM
+from seqjax.layers.recurrent_deltanet import RecurrentDeltaNet
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
@@ -286,6 +288,10 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         ),
         "aaren": Entry(Aaren, "Aaren", "2405.13956", "linear_scan", _heads),
         "srwm": Entry(SRWM, "SRWM", "2202.05780", "step_scan", _heads),
+        "recurrent_deltanet": Entry(
+            RecurrentDeltaNet, "Recurrent Delta Net", "2106.06295", "step_scan", _heads
+        ),
+        "delta_rnn": Entry(DeltaRNN, "Delta RNN", "2106.06295", "step_scan", _heads),
         "ttt_linear": Entry(TTTLinear, "TTT-Linear", "2407.04620", "", _ttt),
         "ttt_mlp": Entry(TTTMLP, "TTT-MLP", "2407.04620", "", _ttt),
         "titans": Entry(Titans, "Titans (memory)", "2501.00663", "", _ttt),

@@ -1,4 +1,4 @@
-"""Rows of the layers with exponential gates, each also at logarithms of +-60, and of SRWM."""
+"""Rows of the layers with exponential gates, also at logarithms of +-60, and of softmax keys."""
 
 import dataclasses
 import functools
@@ -112,6 +112,10 @@ EXPONENTIAL = [
         exponential_oracles.srwm,
         "SRWM-input_softmax",
     ),
+    layer_case(
+        seqjax.layers.RecurrentDeltaNet(dim=6, heads=2), exponential_oracles.recurrent_deltanet
+    ),
+    layer_case(seqjax.layers.DeltaRNN(dim=6, heads=2, head_dim=2), exponential_oracles.delta_rnn),
     # Conjugate gradients are exact after K = 4 iterations, up to rounding.
     layer_case(seqjax.layers.MesaNet(dim=8, heads=2, iterations=8), memory_oracles.mesanet),
     # Three levels of memory reach over 8 steps, fewer than the tests have.

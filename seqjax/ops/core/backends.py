@@ -47,7 +47,7 @@ BACKENDS: dict[str, Kernels | None] = {
     "log_scan": None,
     "momentum_delta_rule": None,
     "monoid_scan": None,
-    "nonlinear_scan": Kernels("sequential", {"cuda": "gpu"}, ()),
+    "nonlinear_scan": Kernels("sequential", {"cuda": "gpu", "tpu": "tpu"}, ()),
     "selective_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
     "step_scan": None,
     "ssm_scan": None,
@@ -115,11 +115,13 @@ class Backend(NamedTuple):
       op: the name of the op.
       mode: how the call uses the kernel of the op.
       preferred: the targets on which `Mode.AUTO` runs the kernel.
+      platforms: the platforms whose kernel supports the call, or None for all.
     """
 
     op: str
     mode: Mode = Mode.OFF
     preferred: tuple[str, ...] = ()
+    platforms: tuple[str, ...] | None = None
 
     @property
     def interpret(self) -> bool:
@@ -130,15 +132,22 @@ class Backend(NamedTuple):
     def modules(self) -> dict[str, str]:
         """The modules of the kernel by platform."""
         kernels = BACKENDS[self.op]
-        return {} if kernels is None else kernels.modules
+        if kernels is None:
+            return {}
+        wanted = kernels.modules if self.platforms is None else self.platforms
+        return {p: module for p, module in kernels.modules.items() if p in wanted}
+
+    @property
+    def interpreted(self) -> str:
+        """The platform whose kernel runs in interpret mode."""
+        return next(iter(self.modules))
 
     def kernels(self, target: jax_compat.Target | None = None) -> Any:
         """Import the module of `pallas_kernels` for the target, or the one for interpret mode.
 
         The import takes half a second, which programs for CPU do not need.
         """
-        first = next(iter(self.modules))
-        platform = first if self.interpret or target is None else target.platform
+        platform = self.interpreted if self.interpret or target is None else target.platform
         return importlib.import_module(f"pallas_kernels.{self.op}.{self.modules[platform]}")
 
 
@@ -161,7 +170,13 @@ def _unsupported_target(
     backend: Backend, target: jax_compat.Target, operands: Sequence[jax.Array]
 ) -> str | None:
     """Return the reason why the kernel does not support a target, or None."""
+    kernels = BACKENDS[backend.op]
     if target.platform not in backend.modules:
+        if kernels is not None and target.platform in kernels.modules:
+            return (
+                f"the Pallas kernel for {target.platform} does not support these arguments, and"
+                f" that for {' and '.join(backend.modules)} does; use implementation='xla' or None."
+            )
         return (
             f"there is no Pallas kernel for {target.platform}; use implementation='xla' or None, or"
             " interpret=True to try the kernel there."
@@ -236,6 +251,7 @@ def select_backend(
     length: Any,
     unsupported: str | None = None,
     excluded: Sequence[str] = (),
+    platforms: tuple[str, ...] | None = None,
 ) -> Backend:
     """Check the caller's `implementation` and return the backend of the call.
 
@@ -247,6 +263,7 @@ def select_backend(
       unsupported: the reason why the kernel does not support this call, or None.
       length: T. A kernel needs a known T, and is the default from 8 steps on.
       excluded: targets on which the kernel is not the default for this call, such as "hopper".
+      platforms: the platforms whose kernel supports the call; by default all of the op.
 
     Raises:
       ValueError: if a name is unknown, or `interpret` is combined with implementation="xla".
@@ -285,13 +302,14 @@ def select_backend(
             )
         if not interpret and jax_compat.is_split_by_compiler():
             raise NotImplementedError(f"{op}: {SPLIT}")
-        return Backend(op, Mode.INTERPRET if interpret else Mode.REQUIRED)
+        mode = Mode.INTERPRET if interpret else Mode.REQUIRED
+        return Backend(op, mode, platforms=platforms)
     if kernels is None or unsupported is not None or not pays_off(length):
         return Backend(op)
     preferred = tuple(target for target in kernels.preferred if target not in excluded)
     if not preferred or algorithm not in (None, kernels.algorithm):
         return Backend(op)
-    return Backend(op, Mode.AUTO, preferred)
+    return Backend(op, Mode.AUTO, preferred, platforms)
 
 
 def unsupported_dtype(dtypes: Iterable[Any], *refused: str) -> str | None:
