@@ -78,10 +78,10 @@ class Headwise(Cell):
         return h if self.width == 1 else jnp.moveaxis(h, -1, -2).reshape(*h.shape[:-2], -1)
 
     def over_heads(self, run: Callable[..., Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """Return `run`, a scan over the cell of one head, as a scan over all heads.
+        """Convert `run`, a scan with the cell of one head, to a scan of all heads.
 
-        Both are functions of (params, u [B, T, gates, D], state [B, ...], reset [B, T] or None)
-        that return all states and the last one.
+        Both scans are functions of (params, u [B, T, gates, D], state [B, ...], reset [B, T] or
+        None) that return all states and the last one.
         """
 
         def run_all(

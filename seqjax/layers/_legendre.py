@@ -1,4 +1,4 @@
-"""Legendre memories: the layer around `LMU` and `LegS`, and the transition of HiPPO-LegS."""
+"""Legendre memories: the base class of `LMU` and `LegS`, and the transition of HiPPO-LegS."""
 
 import abc
 import dataclasses
@@ -54,7 +54,7 @@ class LegendreLayer(Layer):
 
 
 def legs_transition(steps: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Return the bilinear rule of m' = -A m + B u with HiPPO-LegS's A and B, for a step of 1/k.
+    """Discretize m' = -A m + B u of HiPPO-LegS by the bilinear rule, with a step of 1/k.
 
     Args:
       steps: k [..., 1], the inverse of the step.
@@ -67,8 +67,8 @@ def legs_transition(steps: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     root = np.sqrt(2 * np.arange(size) + 1)
     lower = jnp.asarray(np.tril(np.outer(root, root), -1), steps.dtype)
     diagonal = 1 + jnp.arange(1, size + 1, dtype=steps.dtype) / (2 * steps)
-    # I + A/2k is a diagonal times a unit lower triangular matrix. Its inverse M gives the
-    # transition 2 M - I.
+    # I + A/2k is a diagonal times a unit lower triangular matrix. With the inverse M of I + A/2k,
+    # the transition is 2 M - I.
     scaled = lower / (2 * steps[..., None] * diagonal[..., None])
     inverse = inverse_unit_lower(scaled) / diagonal[..., None, :]
     weights = matmul(inverse, jnp.asarray(root, steps.dtype)) / steps

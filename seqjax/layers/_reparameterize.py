@@ -8,8 +8,8 @@ import numpy as np
 
 Reparameterization = Literal["exp", "softplus", "best"]
 KINDS = ("exp", "softplus", "best")
-# The constants of the authors' code, radarFudan/StableSSM: that of the layer, in
-# src/models/recurrent/stablessm.py, and that of discrete time, in
+# Both constants are from the authors' code, radarFudan/StableSSM. That of the layer is in
+# src/models/recurrent/stablessm.py, and that of discrete time in
 # notebooks/stable_reparameterizations.ipynb.
 _B, _B_DISCRETE = 0.1, 0.5
 LARGEST_RATE = 1 / _B

@@ -18,7 +18,7 @@ from seqjax.ops.step_scan import step_scan
 
 @dataclasses.dataclass(frozen=True)
 class DeltaRNN(Layer):
-    """Delta RNN, a recurrent fast weight programmer (arXiv 2106.06295, version 2 of the code).
+    """Delta RNN, a recurrent fast weight programmer (arXiv 2106.06295, version 2 in its code).
 
         q_t, k_t = phi(x_t W_q), phi(x_t W_k)                               per head
         beta_t, beta'_t = sigmoid(x_t W_beta), sigmoid(x_t W'_beta)
@@ -28,16 +28,16 @@ class DeltaRNN(Layer):
         h_t = S_t^T q_t + R_t^T softmax(h_{t-1})
         y_t = K^-0.5 h_t W_o
 
-    phi(z) = (elu(z) + 1) / (sum(elu(z) + 1) + 1e-6). S is linear in its past, and `delta_rule`
-    computes its part for all steps at once. `step_scan` computes R and h in order.
+    phi(z) = (elu(z) + 1) / (sum(elu(z) + 1) + 1e-6). S does not depend on h, so `delta_rule`
+    computes S_t^T q_t for all steps at once. `step_scan` computes R and h step by step.
 
-    Departures: the residual connection and the norm of the authors' layer are left to the block
-    around it. The authors' phi has no 1e-6. Projections start normal with variance 1/fan_in, where
-    the authors have torch's default.
+    Departures: the residual connection and the norm of the authors' layer are not part of it; the
+    backbone provides them. The authors' phi does not add 1e-6. Projections start normal with
+    variance 1/fan_in; the authors use PyTorch's default.
 
     Parameters: q_proj, k_proj, v_proj, recurrent_k_proj, recurrent_v_proj [dim, H K], beta_proj,
     recurrent_beta_proj [dim, H], out_proj [H K, dim].
-    State: {"memory": S, "recurrent": R [B, H, K, K], "output": h [B, H, K]}.
+    State: {"memory": S [B, H, K, K], "recurrent": R [B, H, K, K], "output": h [B, H, K]}.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -85,7 +85,7 @@ class DeltaRNN(Layer):
         return {"memory": matrix, "recurrent": matrix, "output": jnp.zeros((*lead, size), dtype)}
 
     def state_flops(self) -> int:
-        # For each matrix two reads and one write of 2 each.
+        # Each matrix has two reads and one write, of 2 K^2 operations each.
         return 12 * self.heads * self.key_dim**2
 
     def forward(

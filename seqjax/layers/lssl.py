@@ -1,4 +1,4 @@
-"""LSSL: a dense state space that is constant in time, one for each channel."""
+"""LSSL: a dense state space for each channel, constant in time."""
 
 import dataclasses
 import math
@@ -25,19 +25,20 @@ class LSSL(Layer):
         z_t = C h_t + D x_t                                               [outputs] for each channel
         y_t = gelu(z_t) W_o + b_o
 
-        A_ij = sqrt((2i + 1)(2j + 1)) for i > j,  i + 1 for i = j,  0 else
+        A_ij = sqrt((2i + 1)(2j + 1)) for i > j,  i + 1 for i = j,  0 otherwise
         B_i = sqrt(2i + 1)
 
     s = exp(log_step) is the step of a channel in the bilinear rule, log-uniform in [dt_min, dt_max]
     at the start. C and D start standard normal, W_o normal with variance 1/fan_in, b_o at zero.
 
-    A is never diagonalized: its eigenvectors are too close to dependent, with a condition of 8e10
-    at state_dim=16. A step costs dim * N^2 operations, and the states of all steps take
-    B * T * dim * N numbers of memory. `S4D(spectrum="legs")` is a cheaper diagonal approximation.
+    A is not diagonalized, because its eigenvectors are nearly linearly dependent. Their condition
+    number is 8e10 at state_dim=16. A step costs dim * N^2 operations, and the states of all steps
+    take B * T * dim * N numbers of memory. `S4D(spectrum="legs")` is a cheaper diagonal
+    approximation.
 
-    Departures: A and B are constants, as in the paper's LSSL-fixed, but the steps are trained. The
-    paper also trains A. The paper computes a convolution; here the recurrence runs, so that the
-    layer has a state.
+    Departures: A and B are constants, as in the paper's LSSL-fixed, but the steps s are trained.
+    The paper also trains A. The paper computes a convolution; this layer computes the recurrence,
+    so that it has a state.
 
     Parameters: log_step [dim]; C [dim, outputs, N]; D [dim, outputs]; out_proj [dim * outputs,
     dim]; out_bias [dim]; N = state_dim. State: [B, dim, N].
@@ -55,8 +56,8 @@ class LSSL(Layer):
       dim: features of input and output.
       state_dim: states N per channel.
       outputs: features that are read from the states of a channel.
-      dt_min: smallest step size at initialisation.
-      dt_max: largest step size at initialisation.
+      dt_min: smallest step size at initialization.
+      dt_max: largest step size at initialization.
     """
 
     dim: int
@@ -96,7 +97,7 @@ class LSSL(Layer):
         return jnp.zeros((batch_size, self.dim, self.state_dim), dtype)
 
     def state_flops(self) -> int:
-        # the transition 2 N, the input 2, the outputs 2 each
+        # For each state: 2 N for the transition, 2 for the input, and 2 for each output.
         return 2 * self.dim * self.state_dim * (self.state_dim + 1 + self.outputs)
 
     def forward(

@@ -30,12 +30,13 @@ class RecurrentDeltaNet(Layer):
         o_t = S_t^T q_t
         y_t = K^-0.5 o_t W_o
 
-    What is written depends on what was read, so the recurrence has no parallel form: `step_scan`
-    computes it in order. `DeltaNet(feature_map="softmax")` is the linear layer that remains without
-    the matrices R.
+    The update of S depends on the previous output, so the recurrence has no parallel form.
+    `step_scan` computes it step by step. Without the matrices R, the recurrence is linear in S:
+    that layer is `DeltaNet(feature_map="softmax")`.
 
-    Departures: the residual connection and the norm of the authors' layer are left to the block
-    around it. W start normal with variance 1/fan_in, where the authors have torch's default.
+    Departures: the residual connection and the norm of the authors' layer are not part of it; the
+    backbone provides them. The matrices W start normal with variance 1/fan_in; the authors use
+    PyTorch's default.
 
     Initialization: R normal with variance 1 / K, as in the authors' code.
 
@@ -97,7 +98,7 @@ class RecurrentDeltaNet(Layer):
         }
 
     def state_flops(self) -> int:
-        # Two reads and one write of 2 each. The products with R are counted as weights.
+        # Two reads and one write, of 2 K^2 operations each. The products with R count as weights.
         return 6 * self.heads * self.key_dim**2
 
     def forward(

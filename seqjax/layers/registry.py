@@ -222,7 +222,7 @@ def _s4d(dim: int, heads: int) -> Options:
 
 
 def _lssl(dim: int, heads: int) -> Options:
-    # A step costs the square of the states.
+    # The cost of a step grows with the square of state_dim, so the state is small.
     return _s4d(dim, heads) | {"state_dim": 8}
 
 

@@ -52,7 +52,7 @@ class S4D(Layer):
 
     Departures: Re(Lambda) is stored as the logarithm of its negative. There is no bilinear rule.
     DSS's form "softmax" normalizes its kernel over a fixed length, which no recurrence computes.
-    DSS shares Lambda among the channels; here each channel trains its own.
+    DSS shares Lambda among the channels; here each channel has its own.
     `output_glu` makes the gelu and gated linear unit optional.
 
     Parameters: log_A_real, A_imag [dim, N/2]; log_step, D [dim]; B, C [2, dim, N/2], real and
@@ -73,8 +73,8 @@ class S4D(Layer):
       dim: features of input and output.
       state_dim: real states N per channel; even unless `spectrum` is "real".
       spectrum: "lin", "inv", "legs", "real" or "dss".
-      dt_min: smallest step size at initialisation.
-      dt_max: largest step size at initialisation.
+      dt_min: smallest step size at initialization.
+      dt_max: largest step size at initialization.
       output_glu: whether a gelu and a gated linear unit follow.
       reparameterization: "exp", "softplus" or "best".
     """
@@ -208,8 +208,8 @@ class GSS(Layer):
         v_t = gelu(x_t W_v)                               [hidden]
         y_t = ((ssm(u)_t W_s) * v_t) W_o
 
-    ssm is `S4D(inner, state_dim, "dss")`. With `inner_norm` a layer norm precedes it, as in the
-    implementation gated-state-spaces-pytorch.
+    ssm is `S4D(inner, state_dim, "dss")`. With `inner_norm` a layer norm precedes it, as in
+    lucidrains/gated-state-spaces-pytorch.
 
     Departures: the paper fixes the step size at 1, draws Lambda at random, and shares it among the
     channels; here the state space starts as DSS does. Weights start normal with variance 1/fan_in.
@@ -233,8 +233,8 @@ class GSS(Layer):
       state_dim: real states per channel, even.
       inner: channels of the state space; by default dim / 4, rounded up.
       expand: hidden = expand * dim features of the gate.
-      dt_min: smallest step size at initialisation.
-      dt_max: largest step size at initialisation.
+      dt_min: smallest step size at initialization.
+      dt_max: largest step size at initialization.
       inner_norm: whether a layer norm precedes the state space.
       norm_eps: constant added to the variance in that norm.
     """

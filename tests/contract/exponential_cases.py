@@ -1,4 +1,4 @@
-"""Rows of the layers with exponential gates, also at logarithms of +-60, and of softmax keys."""
+"""Rows of layers with exponential gates, also at logarithms of +-60, or with softmax keys."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ _RWKV4 = layer_case(seqjax.layers.RWKV4(dim=4, layer=1, depth=3), exponential_or
 EXPONENTIAL = [
     _MLSTM(seqjax.layers.MLSTM(dim=4, heads=2)),
     _changed(
-        # h = C^T q / |n q| without the maximum of the denominator. Where n q nearly cancels, the two
+        # h = C^T q / |n q| without the maximum in the denominator. Where n q nearly cancels, both
         # rounded sums differ: by 4e-5 in one of 8,000 steps, where |n q| is 3e-4 of |n| |q|.
         dataclasses.replace(
             _MLSTM(seqjax.layers.MLSTM(dim=8, heads=4)),

@@ -174,7 +174,7 @@ def _unsupported_target(
     if target.platform not in backend.modules:
         if kernels is not None and target.platform in kernels.modules:
             return (
-                f"the Pallas kernel for {target.platform} does not support these arguments, and"
+                f"the Pallas kernel for {target.platform} does not support these arguments, but"
                 f" that for {' and '.join(backend.modules)} does; use implementation='xla' or None."
             )
         return (
@@ -263,7 +263,7 @@ def select_backend(
       unsupported: the reason why the kernel does not support this call, or None.
       length: T. A kernel needs a known T, and is the default from 8 steps on.
       excluded: targets on which the kernel is not the default for this call, such as "hopper".
-      platforms: the platforms whose kernel supports the call; by default all of the op.
+      platforms: the platforms whose kernel supports the call; by default all platforms of the op.
 
     Raises:
       ValueError: if a name is unknown, or `interpret` is combined with implementation="xla".

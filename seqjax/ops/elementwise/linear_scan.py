@@ -40,7 +40,7 @@ def linear_scan(
     Where `reset` is true the state is cleared first: h_t = x_t, even if a_t or h_{t-1} is NaN.
     With `reverse` time runs from the last step to the first, initial state and resets included.
 
-    LRU, S5, S4D, RG-LRU, HGRN, minGRU and moving averages are this recurrence. It parallelises
+    LRU, S5, S4D, RG-LRU, HGRN, minGRU and moving averages are this recurrence. It parallelizes
     over time because the maps h -> a h + x compose to maps of the same form (Blelloch, Prefix
     sums and their applications, 1990; Martin and Cundy, arXiv 1709.04057). Forward mode, reverse
     mode and all higher derivatives are again linear scans. The only residuals are `decay` and the

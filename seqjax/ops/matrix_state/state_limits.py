@@ -24,13 +24,13 @@ class StateNorm:
         S_t = Z_t min(1, largest / |Z_t|)                 Frobenius norm of each head
         o_t = scale S_t^T q_t
 
-    This is state normalization of Stuffed Mamba (arXiv 2410.07145, first version). It bounds the
-    state in sequences that are longer than the training sequences. The recurrence is nonlinear, so
-    it runs step by step.
+    This is the state normalization of Stuffed Mamba (first version of arXiv 2410.07145). It bounds
+    the state in sequences that are longer than the training sequences. The recurrence is nonlinear,
+    so it runs step by step.
 
-    Departures: the authors' code (thunlp/stuffed-mamba) limits the state once in 128 steps. It
-    multiplies by |Z_t| / largest there, which enlarges the state; here it shrinks to `largest`. The
-    code takes the norms after a prompt as limits, one for each head.
+    Departures: the authors' code (thunlp/stuffed-mamba) limits the state once every 128 steps. It
+    multiplies the state by |Z_t| / largest, which enlarges the state. This class shrinks the norm
+    to `largest`. The limits in the authors' code are the norms after a prompt, one for each head.
 
     Call it as `linear_attention`: limit(q, k, v, log_decay, initial_state, scale=, reset=,
     sequence_axis=) returns (o, final state [B, H, K, V]).
@@ -119,8 +119,8 @@ class StateWindow:
 
     This is the sliding window of Stuffed Mamba (arXiv 2410.07145, equation 8). A step reads exactly
     the last `window` writes of its document. The recurrence runs twice, so any algorithm of
-    `linear_attention` computes it. The state also holds the inputs of `window` steps, where the
-    paper runs the model again on their tokens.
+    `linear_attention` computes it. The state also holds the inputs of `window` steps. The
+    paper runs the model again on the tokens of these steps instead.
 
     Rounding errors are relative to S_t, which still sums all steps. Use it with decays below 1.
 

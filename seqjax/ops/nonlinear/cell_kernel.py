@@ -42,7 +42,7 @@ def platforms(cell: Any, structure: str) -> tuple[str, ...] | None:
 
 
 def _has_dense_heads(cell: Any) -> bool:
-    """Return whether a cell has heads with dense cells, as `seqjax.cells.Headwise`."""
+    """Return whether a cell has heads with dense cells, like `seqjax.cells.Headwise`."""
     return hasattr(cell, "over_heads") and cell.cell.structure == "dense"
 
 
@@ -53,11 +53,11 @@ def by_kernel(
     out_dtype: Any,
     by_steps: Callable[..., Any],
 ) -> Callable[..., tuple[Array, Array]]:
-    """Return the function (params, xs, h0, reset or None) -> (states, final state) on the kernels.
+    """Return the function (params, xs, h0, reset or None) -> (states, final state) of the kernels.
 
     The backward kernel recomputes the cell's derivative at every state. Forward mode and higher
-    derivatives come from `by_steps`, the step-by-step form of `nonlinear_scan`. The heads of a cell
-    are one more axis of the kernels' grid.
+    derivatives come from `by_steps`, the step-by-step form of `nonlinear_scan`. For a cell
+    with dense heads, the heads are one more axis of the kernels' grid.
     """
     if _has_dense_heads(cell):
         return cell.over_heads(

@@ -78,15 +78,16 @@ def nonlinear_scan(
       solver: a `Newton`.
       algorithm: "newton" or "sequential". By default sequential on CPU, for dense cells (see
         `jacobian`) and for blocks of more than 8 numbers, Newton otherwise.
-      implementation: "xla", the default, or "pallas": a sequential kernel for GPU from Hopper on,
-        and for TPU, where it is compiled and has not run. Cells consist of elementwise operations,
-        and on TPU also of products with matrices [D, D] of up to 16 MiB in all. Every leaf of `xs`
-        must have D channels as its last axis. Dtypes are float32, bfloat16 and int32. On GPU, rows
-        of D numbers must be multiples of 16 bytes.
+      implementation: "xla", the default, or "pallas": a sequential kernel for TPU, and for GPU from
+        Hopper on. The TPU kernel is compiled in tests, and has not run on a TPU yet. The cell must
+        consist of elementwise operations. On TPU it may also multiply by matrices [D, D] of at most
+        16 MiB in all. Every leaf of `xs` must have D channels as its last axis. Dtypes are float32,
+        bfloat16 and int32. On GPU, rows of D numbers must be multiples of 16 bytes.
       on_failure: the action if Newton does not converge: "sequential" finishes step by step,
         "error" raises, "warn" warns and returns the unconverged states, flagged in `info`.
-      interpret: run the kernel in interpret mode on any platform: that for TPU if the cell has
-        products with matrices, else that for GPU, for jax 0.11.2 or newer. This is slow.
+      interpret: run a kernel in interpret mode on any platform. This is slow. A cell with products
+        with matrices uses the TPU kernel. Any other cell uses the GPU kernel, which requires jax
+        0.11.2 or newer.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
