@@ -28,7 +28,7 @@ from seqjax import layers, sharding
 
 DEVICES = (1, 2, 4, 8)
 DIM, STEPS = 128, 256
-# A layer of each op that splits time, with the op in front of its name.
+# One layer for each op that splits time. Its name begins with the op.
 LAYERS: dict[str, layers.Layer] = {
     "linear_scan: LRU": layers.LRU(DIM),
     "linear_scan: S5, both ways": layers.S5(DIM, bidirectional=True),
@@ -92,11 +92,11 @@ def sent(layer: layers.Layer, count: int, steps: int = STEPS) -> int:
 
 
 def draw(curves: dict[str, list[float]], path: str) -> None:
-    """Plot the bytes over the number of devices, with a line for each layer and its name."""
+    """Plot the bytes over the number of devices, with one labeled line for each layer."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    lowest = 0.0  # position of the next name: names stand a line apart
+    lowest = 0.0  # position of the previous name: names are at least a line apart
     for number, (name, points) in enumerate(sorted(curves.items(), key=lambda c: c[1][-1])):
         color = COLORS[number % len(COLORS)]
         axes.plot(DEVICES, points, "o-", color=color)

@@ -26,9 +26,10 @@ class CellProgram(NamedTuple):
 
     Attributes:
       forward: (matrices, rows of parameters, state and input) -> rows of the next state.
-      operands: (the same) -> rows of the operands of `products`.
-      backward: (the same, rows of taps and of the state's cotangent) -> rows of the cotangents of
-        the floating-point arguments and of the taps, without those of the matrices.
+      operands: (the same arguments) -> rows of the operands of `products`.
+      backward: (the same arguments, rows of the taps and of the state's cotangent) -> rows of the
+        cotangents of the floating-point arguments and of the taps, without those of the matrices.
+        See `products` for taps.
       state: layout of the state.
       params: layouts of the arrays that the cell closes over, then of its parameters, without
         matrices.
@@ -37,11 +38,11 @@ class CellProgram(NamedTuple):
       param_arrays: the arrays of `params`, [1, (R,) D].
       x_arrays: the arrays of `xs`, [B, T, (R,) D].
       matrices: the matrices [D, D].
-      leaves: for each floating-point leaf of the parameters whether it is a matrix, and its number
+      leaves: for each floating-point leaf of the parameters, whether it is a matrix, and its index
         in `matrices` or `params`.
-      products: the products with matrices. Their `matrix` is a number in `matrices`.
-      taps: layouts of the results of `products`.
-      slots: for each row of `operands` a number, equal for rows that are the same.
+      products: the products with matrices. Their `matrix` is an index into `matrices`.
+      taps: layouts of the taps, which are those of the results of `products`.
+      slots: for each row of `operands`, an index that identical rows share.
     """
 
     forward: Callable[..., Sequence[Row]]
@@ -170,7 +171,7 @@ def _slots(
     dtypes: Sequence[Any],
     row: tuple[int, ...],
 ) -> list[int]:
-    """Return a number for each row that a function of rows returns, equal for the same row."""
+    """Return, for each row that `operands` returns, an index that identical rows share."""
     found: dict[int, int] = {}
     slots: list[int] = []
 

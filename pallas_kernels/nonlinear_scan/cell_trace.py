@@ -1,10 +1,10 @@
 """Conversion of a cell's jaxpr to operations on rows of channels.
 
 A cell is a function of arrays with an axis of D channels. The jaxpr is evaluated on arrays of
-*rows*. The channel axis is removed, and each remaining element becomes a row of channels: [128] on
-GPU, where a thread has one channel, or [sequences, D] on TPU. Data-movement ops only permute rows,
-so only elementwise ops on rows remain, and products of a row with a matrix [D, D]. Any other op
-that mixes channels, or that is not listed here, raises an error.
+*rows*. The channel axis is removed, and each remaining element becomes a row of channels. A row is
+[128] on GPU, where a thread has one channel, and [sequences, D] on TPU. Data-movement ops only
+permute rows. The remaining ops are elementwise ops on rows, and products of a row with a matrix
+[D, D]. Any other op that mixes channels, or that is not listed here, raises an error.
 """
 
 import functools
@@ -137,7 +137,7 @@ def by_channel(
 
         return list(jax.linear_transpose(push, *tangent_rows)(list(cotangents)))
 
-    if len(sizes.row) > 1:  # Mosaic for TPU lowers the ops of a transposition
+    if len(sizes.row) > 1:  # Mosaic for TPU lowers the ops that a transposition introduces
         return forward, backward
     results = jax.eval_shape(forward, *primal_rows)
     return (
@@ -153,7 +153,7 @@ def by_rows(
     sizes: Sizes,
     axes: Sequence[int] = (0,),
 ) -> Callable[..., list[Any]]:
-    """Return a function of arrays as one of rows; `axes` are the channel axes of the results."""
+    """Convert a function of arrays to one of rows; `axes` are the channel axes of the results."""
     shapes = [jax.ShapeDtypeStruct(s.shape, d) for s, d in zip(layouts, dtypes, strict=True)]
     jaxpr = jax.make_jaxpr(function)(*shapes)
     return lambda *rows: _result_rows(jaxpr, _grouped(rows, layouts), sizes, axes)
@@ -192,11 +192,11 @@ def _with_native_ops(
 
 
 def unsupported(what: str) -> NotImplementedError:
-    """Return the error of a cell that has something which the kernels do not support."""
+    """Return the error for a cell that contains `what`, which the kernels do not support."""
     return NotImplementedError(
         f"{OP}: the Pallas kernel must have a cell of elementwise operations on independent "
-        f"channels (on TPU, and of products with matrices), got {what}; use implementation='xla' or"
-        " None."
+        f"channels (on TPU, also of products with matrices), got {what}; use implementation='xla' "
+        "or None."
     )
 
 
@@ -232,13 +232,17 @@ def _constant(value: Any) -> RowArray:
 
 
 def product_axes(eqn: Any, matrix: int) -> tuple[int, int]:
-    """Return the axes over which a product with a matrix, operand number `matrix`, sums.
+    """Return the axes that a product with a matrix sums over.
+
+    Args:
+      eqn: the equation of the product.
+      matrix: index of the operand that is the matrix.
 
     Returns:
       (axis of the other operand, axis of the matrix).
 
     Raises:
-      NotImplementedError: if the product is not one of channels with one axis of a matrix.
+      NotImplementedError: if the product sums over several axes, or has batch axes.
     """
     contracted, batch = eqn.params["dimension_numbers"]
     if any(batch) or any(len(axes) != 1 for axes in contracted):
@@ -269,7 +273,7 @@ def _product(eqn: Any, ins: Sequence[Any], sizes: Sizes) -> RowArray:
     out = np.empty(elements.shape, object)
     for index in np.ndindex(out.shape):
         out[index] = multiply(elements[index])
-    # The free axes of a product come in the order of its operands.
+    # The result of a product has the free axes of its first operand, then those of its second.
     at = out.ndim if which else 0
     return RowArray(np.expand_dims(out, at), at)
 

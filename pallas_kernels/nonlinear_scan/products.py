@@ -1,9 +1,11 @@
 """Products of a cell with matrices [D, D], and the factors of the matrices' cotangents.
 
-The cotangent of a matrix is a sum of outer products over all steps and sequences: of the other
-operand of a product, and the cotangent of its result. A kernel collects both for a block of time,
-and multiplies them once. The cotangents of the results are those of *taps*: zeros, which are added
-to the results.
+The cotangent of a matrix is a sum of outer products over all steps and sequences. The factors of an
+outer product are the other operand of the cell's product, and the cotangent of its result. A kernel
+collects both factors for a block of time, and multiplies them once.
+
+A *tap* is an array of zeros that is added to the result of a product. Its cotangent is that of the
+result.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ class Product(NamedTuple):
     """A product of an array with a matrix.
 
     Attributes:
-      matrix: number of the program's argument that is the matrix.
+      matrix: index of the program's argument that is the matrix.
       summed: the axis of the matrix that is summed.
       operand_axis: the axis of the other operand that is summed, its channel axis.
       result: shape and dtype of the result.
@@ -42,7 +44,7 @@ class _Value(NamedTuple):
 
 
 def find_products(closed: Any, candidates: Sequence[int]) -> list[Product]:
-    """Return the products of a program with its arguments of these numbers that are matrices."""
+    """Return the products with matrices; `candidates` are the indices of possible arguments."""
     found: list[Product] = []
 
     def apply(eqn: Any, ins: list[int | None]) -> list[None]:
@@ -67,7 +69,7 @@ def find_products(closed: Any, candidates: Sequence[int]) -> list[Product]:
             raise unsupported("a matrix in a function with a custom derivative")
         return [None] * len(eqn.outvars)
 
-    # Vectors are operands of products too, and no matrices.
+    # Vectors can be operands of products too, and are not matrices.
     numbers = [
         i if i in candidates and v.aval.ndim == 2 else None
         for i, v in enumerate(closed.jaxpr.invars)
@@ -83,7 +85,7 @@ def tapped(
 
     Args:
       closed: the program.
-      matrices: numbers of the arguments that are matrices.
+      matrices: indices of the arguments that are matrices.
       leaves: the arguments.
       taps: one array for each product, or () for none.
 

@@ -23,7 +23,7 @@ class Matrix(NamedTuple):
 
 
 class MatrixLayout(NamedTuple):
-    """Layout of an argument that is a matrix. It takes the place of one row."""
+    """Layout of an argument that is a matrix. The matrix takes the place of one row."""
 
     shape: tuple[int, int]
     size: int = 1

@@ -3,22 +3,23 @@
     h_t = f(h_{t-1}, x_t)
     adjoint:  w_t = g_t + c_{t+1};   (dp_t, c_t, dx_t) = w_t^T df(p, h_{t-1}, x_t)
 
-g_t is the cotangent of h_t, dp_t is summed over time, and c_T+1 is the cotangent of the final
+g_t is the cotangent of h_t, dp_t is summed over time, and c_{T+1} is the cotangent of the final
 state. Where `reset` is true, h_{t-1} and c_t are zero.
 
-The loop over time runs inside of the kernel. The state, the recurrent matrices and the sums of
-their cotangents stay in VMEM, and inputs and outputs pass once, in blocks of time. A cell consists
-of elementwise operations and of products with matrices [D, D], which `cell_program` converts to
-rows of channels. Here a row is [sequences, D], so that a product of a row runs on the MXU. Arrays
-are [T, R, B, D] in memory, for R numbers per channel: then the row of a step is contiguous.
+The loop over time runs inside the kernel. The state, the recurrent matrices and the sums of their
+cotangents stay in VMEM. Inputs and outputs are copied once, in blocks of time. A cell consists of
+elementwise operations and of products with matrices [D, D], which `cell_program` converts to
+operations on rows of channels. Here a row is [sequences, D], so that a product of a row runs on the
+MXU. Arrays are [T, R, B, D] in memory, for R numbers per channel, so that the row of a step is
+contiguous.
 
-The backward pass collects the factors of the matrices' cotangents for a block of time, and
+The backward pass collects the factors of the matrices' cotangents for a block of time. It
 multiplies them once, with a sum over steps and sequences. All products have the precision that the
 cell gives them, by default that of `jax.default_matmul_precision`.
 
-All matrices of a cell may take `MATRIX_BYTES` = 16 MiB in float32: VMEM holds them with their
-cotangents and the blocks. Elman fits up to D = 2048, a GRU up to D = 1152, an LSTM and a head of
-sLSTM up to D = 1024. D is padded to a multiple of 128 there.
+The matrices of a cell may take at most `MATRIX_BYTES` = 16 MiB in float32, because VMEM holds them
+with their cotangents and the blocks. Elman fits up to D = 2048, a GRU up to D = 1152, and an LSTM
+or a head of sLSTM up to D = 1024. The sizes include padding of D to a multiple of 128.
 """
 
 import functools
@@ -186,7 +187,7 @@ def _prepare(
 
 
 def _inputs(program: CellProgram, at: Blocks, reset: jax.Array | None) -> list[Entry]:
-    """Return the inputs of both passes. What does not change is buffered once."""
+    """Return the inputs of both passes. Inputs that do not change over time are buffered once."""
 
     def constant(x: jax.Array) -> Entry:
         zeros = (0,) * x.ndim
@@ -214,7 +215,7 @@ def _call(
     scratch: list[tuple[str, tuple[int, ...]]],
     dtype: Any,
 ) -> dict[str, list[jax.Array]]:
-    """Run a kernel, which gets lists of its references by name; return its outputs by name."""
+    """Run a kernel on lists of references by name, and return its outputs by name."""
 
     def by_name(names: list[str], values: Any) -> Refs:
         found: Refs = {}
@@ -271,7 +272,7 @@ def _backward(program: CellProgram, at: Blocks, refs: Refs) -> None:
     @pl.when(pl.program_id(1) == 0)
     def _start() -> None:
         c_ref[...] = refs["d_final"][0][...]
-        # The factors of the last block are zero after the end of the sequence.
+        # In the last block, the factors must be zero after the end of the sequence.
         for ref in (*sums, *matrices, *operands, *results):
             ref[...] = jnp.zeros_like(ref)
 
@@ -330,7 +331,7 @@ def _fixed(refs: Refs, at: Blocks, dtype: Any) -> list[jax.Array]:
 
 
 def _reset(refs: Refs, at: Blocks, t: Any) -> jax.Array | None:
-    """Return where the state is cleared before step t, as a row."""
+    """Return a row that is true where the state is cleared before step t; None without resets."""
     if "reset" not in refs:
         return None
     return jnp.broadcast_to(refs["reset"][0][t, 0], at.row) != 0

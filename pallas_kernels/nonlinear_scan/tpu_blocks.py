@@ -9,7 +9,7 @@ from pallas_kernels.jax_compat import pl
 from pallas_kernels.nonlinear_scan.cell_trace import OP
 from pallas_kernels.nonlinear_scan.row_arrays import ArrayLayout
 
-BLOCK_BYTES = 14 * 2**20  # of all blocks of time, and of the factors of a block
+BLOCK_BYTES = 14 * 2**20  # of all blocks of time, and of the factors for a block
 MAX_SEQUENCES = 128  # in a block
 MAX_STEPS = 64  # in a block
 
@@ -23,7 +23,7 @@ class Blocks(NamedTuple):
       channels: D.
       sequences: number of sequences in a block.
       steps: number of steps in a block.
-      reverse: whether time runs from the end.
+      reverse: whether time runs backward.
       interpret: whether the kernel is interpreted.
     """
 
@@ -51,7 +51,7 @@ class Blocks(NamedTuple):
         return self.grid[0] * self.sequences
 
     def valid_steps(self) -> Any:
-        """Return the number of steps before the end of the sequence in the block that runs."""
+        """Return the number of steps of the current block before the end of the sequence."""
         if self.length % self.steps == 0:
             return self.steps
         i = pl.program_id(1)
@@ -74,8 +74,8 @@ class Blocks(NamedTuple):
     def time_first(self, x: jax.Array, lead: int, zero: bool = False) -> jax.Array:
         """Convert [B, T, (R,) D] or, with `lead` 1, [B, (R,) D], to the kernel's layout.
 
-        Padded sequences are copies of the last one, so that they are as finite as it is. Their
-        cotangents are zero.
+        The batch is padded with copies of its last sequence, so that padding adds no non-finite
+        values. With `zero`, for cotangents, it is padded with zeros.
         """
         x = x.reshape(*x.shape[:lead], -1, x.shape[-1])
         x = jnp.moveaxis(x, 0, -2)
@@ -91,7 +91,7 @@ class Blocks(NamedTuple):
 def choose_blocks(
     length: int, batch: int, channels: int, rows: int, reverse: bool, interpret: bool
 ) -> Blocks:
-    """Choose the sizes of blocks for `rows` rows of float32 in VMEM per step.
+    """Choose the sizes of blocks if a step has `rows` rows of float32 in VMEM.
 
     Raises:
       NotImplementedError: if not even a step of eight sequences fits.
@@ -108,8 +108,8 @@ def choose_blocks(
         sequences = -(-sequences // 32) * 16
     if steps(sequences) == 0:
         raise NotImplementedError(
-            f"{OP}: a step of the cell must fit the memory of a TPU core, got D={channels} with"
-            f" {rows} numbers per channel; use implementation='xla' or None."
+            f"{OP}: a step of the cell must fit into the memory of a TPU core, got D={channels} "
+            f"with {rows} numbers per channel; use implementation='xla' or None."
         )
     return Blocks(
         length,

@@ -115,7 +115,7 @@ LAYERS = [
         ssm_oracles.s4d,
         "S4D-best",
     ),
-    # Three channels can have a small variance, by which the norm divides bfloat16's rounding.
+    # The variance of three channels can be small. The norm divides bfloat16 rounding errors by it.
     _layer(
         seqjax.layers.GSS(dim=4, state_dim=4, inner=3, expand=2, inner_norm=True, norm_eps=0.1),
         ssm_oracles.gss,
