@@ -48,8 +48,8 @@ def takes_any_length(case, algorithm):
 
 # A named algorithm that runs with a symbolic B and T runs with a symbolic B. The defaults do not
 # follow from that: they depend on whether T is known. Those of a layer are those of its ops, so
-# that one layer of each kind is enough. Gradients are those of an op's code, which its rows share:
-# they take the first row of each op and the thorough rows.
+# that one layer of each kind is enough. The rows of an op share the code of its gradients, so the
+# first row of each op and the thorough rows are enough.
 BATCH_ONLY = [
     v
     for v in VARIANTS

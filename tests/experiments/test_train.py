@@ -64,8 +64,8 @@ def reference(text, tmp_path_factory):
 
 
 QUICK = {"attention", "gru", "lru"}
-# The first block has a lower bound of 0, and no earlier values that RWKV-7 could mix in. The states
-# of the Block-Recurrent Transformer serve the next window, and the sequences have one window.
+# The first block has a lower bound of 0, and no earlier values that RWKV-7 could mix in. The next
+# window reads the states of the Block-Recurrent Transformer, and the sequences have one window.
 UNUSED = {
     "hgrn": {"lower_bound"},
     "hgrn2": {"lower_bound"},

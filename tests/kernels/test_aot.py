@@ -180,7 +180,7 @@ def test_other_forms_compile(program):
     [
         pytest.param(nonlinear_scan(cells.GRU(256), "float32", 16), id="GRU"),
         pytest.param(nonlinear_scan(cells.Elman(20), "bfloat16", 1, 9), id="Elman, ragged"),
-        # All that VMEM holds of matrices, their cotangents and blocks.
+        # The largest matrices that fit into VMEM with their cotangents and blocks.
         pytest.param(nonlinear_scan(cells.LSTM(1024), "float32"), id="LSTM"),
         pytest.param(nonlinear_scan(cells.LSTM(512), "bfloat16", 300), id="LSTM, three blocks"),
         pytest.param(

@@ -26,7 +26,7 @@ def arrays(cell, batch, length, dtype="float32"):
     """Return parameters, inputs, state and resets, and cotangents of all states and the last."""
     rng = np.random.default_rng(0)
     xs = rng.standard_normal((batch, length, cell.gates, cell.dim))
-    # From a state that its steps lead to: sLSTM's divides by one of its numbers.
+    # sLSTM divides by a number of its state, so it starts from a state that its steps can reach.
     state = np.asarray(cell.initial_state(batch))
     if cell.width < 4:
         state = rng.uniform(-0.9, 0.9, state.shape)
