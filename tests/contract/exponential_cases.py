@@ -1,4 +1,4 @@
-"""Rows of layers with exponential gates, also at logarithms of +-60, or with softmax keys."""
+"""Rows of the layers with exponential gates, also at logarithms of +-60, and of softmax keys."""
 
 import dataclasses
 import functools
@@ -74,8 +74,8 @@ _RWKV4 = layer_case(seqjax.layers.RWKV4(dim=4, layer=1, depth=3), exponential_or
 EXPONENTIAL = [
     _MLSTM(seqjax.layers.MLSTM(dim=4, heads=2)),
     _changed(
-        # h = C^T q / |n q| without the maximum in the denominator. Where n q nearly cancels, the
-        # two rounded sums differ: by 4e-5 in one of 8,000 steps, where |n q| is 3e-4 of |n| |q|.
+        # Here h = C^T q / |n q|: the 1 of the maximum is too small to matter. Where n q nearly
+        # cancels, the two rounded sums differ: by 4e-5 at one of 2,000 steps.
         dataclasses.replace(
             _MLSTM(seqjax.layers.MLSTM(dim=8, heads=4)),
             tolerance={"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2},
