@@ -100,7 +100,7 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
     for number, (name, points) in enumerate(sorted(curves.items(), key=lambda c: c[1][-1])):
         color = COLORS[number % len(COLORS)]
         axes.plot(DEVICES, points, "o-", color=color)
-        lowest = max(points[-1], lowest * 1.28)
+        lowest = max(points[-1], lowest * 1.42)
         axes.annotate(
             name,
             (DEVICES[-1], points[-1]),
@@ -108,7 +108,7 @@ def draw(curves: dict[str, list[float]], path: str) -> None:
             color=color,
             va="center",
             fontsize="small",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "relpos": (0, 0.5)},
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
