@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import seqjax
-from seqjax.ops.matrix_state import chunk_sizes
+from seqjax.ops.matrix_state import block_decays, chunk_sizes
 from tests.contract.harness import assert_close
 
 B, T, H, K, V = 2, 13, 2, 4, 3
@@ -33,6 +33,27 @@ def arrays(op, decay):
         shape = (B, T, H) if decay == "head" else (B, T, H, K)
         made["log_decay"] = jnp.asarray(-rng.uniform(0, 1, shape), jnp.float32)
     return made
+
+
+def test_decays_by_level():
+    """Compare values and derivatives of both forms, with resets and strong decays."""
+    rng = np.random.default_rng(0)
+    g = -rng.uniform(0, 2, (3, 16)).astype(np.float32)
+    g[0, [0, 5, 6]], g[1, 3::4], g[2, 7] = -np.inf, -30.0, -np.inf
+    weights = rng.standard_normal((3, 16, 16)).astype(np.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(by_level, g):
+        def total(g):
+            made = block_decays.between(g, by_level=by_level)
+            return jnp.sum(weights * made), made
+
+        return jax.grad(total, has_aux=True)(g)
+
+    found, expected = both(True, g), both(False, g)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-6)
+    assert (found[1][0, 6:, :6] == 0).all()
 
 
 CASES = [

@@ -32,8 +32,8 @@ from jax.ad_checkpoint import checkpoint_name
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.linalg import diagonal, matmul, product, sum_to
 from seqjax.ops.core.residual_names import RESIDUALS, named
+from seqjax.ops.matrix_state.block_decays import same_segment
 from seqjax.ops.matrix_state.chunk_sizes import Division
-from seqjax.ops.matrix_state.decays import same_segment
 
 UNROLL = 4  # turns of a loop on accelerators between two tests of its counter
 
