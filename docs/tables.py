@@ -3,11 +3,13 @@
 import pathlib
 import re
 
-from seqjax.layers import REGISTRY, RNN, Entry, GateLoop, Longhorn
+from seqjax.layers import GRID_REGISTRY, REGISTRY, RNN, Entry, GateLoop, Longhorn
 from seqjax.ops.core.backends import BACKENDS
+from seqjax.ops.nonlinear import cell_kernel
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
+ENTRIES = {**REGISTRY, **GRID_REGISTRY}
 
 
 def kernels(entry: Entry) -> str:
@@ -17,22 +19,22 @@ def kernels(entry: Entry) -> str:
     """
     found = BACKENDS.get(entry.op)
     layer = entry.make(64, **entry.defaults(64, 4))
-    # The kernels of `linear_attention` are real, those of `selective_scan` have exponential decays,
-    # and that of `nonlinear_scan` is elementwise.
+    # The kernels of `linear_attention` are real, those of `selective_scan` have exponential decays.
     if found is None or isinstance(layer, GateLoop | Longhorn):
         return ""
-    if isinstance(layer, RNN) and layer.cell.structure == "dense":
-        return ""
+    supported = set(found.modules)
+    if isinstance(layer, RNN):
+        supported &= set(cell_kernel.platforms(layer.cell, layer.cell.structure) or supported)
     default = {"cuda" if target == "hopper" else target for target in found.preferred}
     named = "" if default else " (by name)"
-    platforms = [platform for platform in found.modules if platform in (default or found.modules)]
+    platforms = [platform for platform in PLATFORMS if platform in (default or supported)]
     return ", ".join(PLATFORMS[platform] for platform in platforms) + named
 
 
 def ops() -> str:
     """Return the table of ops, with the architectures that each op computes."""
     titles: dict[str, list[str]] = {}
-    for entry in REGISTRY.values():
+    for entry in ENTRIES.values():
         titles.setdefault(entry.op, []).append(entry.title)
     rows = ["| op | architectures |", "|---|---|"]
     titles["none"] = titles.pop("", [])
@@ -47,7 +49,7 @@ def architectures() -> str:
         "| architecture | configuration | class | op | kernels | paper |",
         "|---|---|---|---|---|---|",
     ]
-    for name, entry in REGISTRY.items():
+    for name, entry in ENTRIES.items():
         fixed = ", ".join(f"{key}={value!r}" for key, value in entry.fixed.items())
         paper = entry.paper
         if paper[0].isdigit():

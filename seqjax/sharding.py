@@ -133,7 +133,7 @@ def make_mesh(
     default here is Auto. Models accept them on both. Your own functions of parameters may
     fail on Explicit axes.
 
-    Neighbours on the mesh are close to each other on a TPU's torus, whose axes are split where the
+    Neighbors on the mesh are close to each other on a TPU's torus, whose axes are split where the
     sizes require it. The network between slices (by default hosts, on GPUs) is slow. The mesh axes
     data, fsdp, sequence and tensor cross it, in this order, as far as their sizes have common
     factors with the number of slices. If the size of `data` is the number of slices, only the sum

@@ -22,6 +22,7 @@ GENERATED = re.compile(r"<!-- --8<-- \[start:(?:ops|architectures)\] -->.*?\[end
 CODE = re.compile(r"^```.*?^```", re.M | re.S)
 NAMESPACES = (seqjax, seqjax.layers, seqjax.models, jax)
 PROSE = CODE.sub("", README)
+ENTRIES = {**seqjax.layers.REGISTRY, **seqjax.layers.GRID_REGISTRY}
 
 
 def load(name):
@@ -58,8 +59,8 @@ def meanings(text):
     if text.startswith((".venv", "runs/")):
         return text  # the commands make these folders
     if re.fullmatch(r"[\w.]+", text) and not text.endswith(".md"):
-        if text in seqjax.layers.REGISTRY:
-            return seqjax.layers.REGISTRY[text]
+        if text in ENTRIES:
+            return ENTRIES[text]
         if text in arguments(seqjax.linear_scan) | arguments(seqjax.layers.LRU.apply):
             return text
         return resolve(text)
@@ -114,7 +115,7 @@ def test_the_tables_are_those_of_the_code():
     """Compare with the output of docs/tables.py, and resolve every row."""
     assert load("tables").updated(README) == README
     for title, name, layer, op, _, paper in rows("| architecture |"):
-        entry = seqjax.layers.REGISTRY[name.strip("`")]
+        entry = ENTRIES[name.strip("`")]
         assert entry.title == title
         made, *fixed = re.findall(r"`([^`]+)`", layer)
         assert issubclass(getattr(seqjax.layers, made), seqjax.layers.Layer)
@@ -123,7 +124,7 @@ def test_the_tables_are_those_of_the_code():
         assert op == "" or callable(getattr(seqjax, op.strip("`")))
         assert re.fullmatch(r"\[(\S+)\]\(https://arxiv.org/abs/\1\)|.* \d{4}", paper)
     titles = [title for row in rows("| op |") for title in row[1].split(", ")]
-    assert sorted(titles) == sorted(e.title for e in seqjax.layers.REGISTRY.values())
+    assert sorted(titles) == sorted(entry.title for entry in ENTRIES.values())
 
 
 def test_every_layer_is_named():

@@ -14,6 +14,7 @@
     python -m experiments.bench allocator  # training steps with memory that the process keeps
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench tpu_decode # a decode step compiled for TPU, not run
+    python -m experiments.bench tune       # block sizes of kernels compiled for TPU, not run
     python -m experiments.bench gpu        # kernels and XLA compiled for H100, not run
     python -m experiments.bench dense      # Newton on dense cells, predicted for H100 and TPU
     python -m experiments.bench device     # check of this machine's accelerator, 8 minutes
@@ -54,6 +55,7 @@ from experiments.bench import (
     speculate,
     tpu,
     tpu_decode,
+    tune,
 )
 from experiments.bench.tools import (
     ONLY,
@@ -239,6 +241,7 @@ SUITES = {
     "allocator": allocator.bench_allocator,
     "tpu": tpu.bench_tpu,
     "tpu_decode": tpu_decode.bench_decode,
+    "tune": tune.bench_tune,
     "gpu": gpu.bench_gpu,
     "dense": dense.bench_dense,
     "device": lambda rounds: device.main(["--only", ONLY.value]) and None,
@@ -248,7 +251,8 @@ SUITES = {
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags of this script, which the suites read from absl's global flags."""
     del argv
-    for flag in (ROUNDS, ONLY, PROCESSOR_TIME, newton.FIGURE, generate.LAYERS):
+    suites = (newton.FIGURE, generate.LAYERS, tune.CHIP_NAMES, tune.OUTPUT)
+    for flag in (ROUNDS, ONLY, PROCESSOR_TIME, *suites):
         values[flag.name] = flags.FLAGS[flag.name]
 
 

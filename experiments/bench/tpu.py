@@ -25,6 +25,7 @@ from experiments.compiled import tpu_schedule
 from experiments.compiled.chips import CHIPS
 
 Shapes = dict[str, Any]  # trees of jax.ShapeDtypeStruct
+Blocks = tuple[int, int] | None  # by default chosen by the op
 
 
 class Row(NamedTuple):
@@ -115,6 +116,26 @@ def _kda(T: int, dtype: str) -> Shapes:
     return made | {"gate": seqjax.ops.SoftplusGate(*shapes)}
 
 
+def _cell_rows() -> dict[str, Row]:
+    """Return rows of cells with matrices. The XLA form is the loop over steps."""
+    made = {}
+    for cell in (seqjax.cells.GRU(512), seqjax.cells.LSTM(512)):
+
+        def shapes(T: int, dtype: str, cell: seqjax.cells.Cell = cell) -> Shapes:
+            weight = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+            return {
+                "params": {name: weight(cell.param_shape(name)) for name in cell.recurrent},
+                "xs": jax.ShapeDtypeStruct((64, T, cell.gates, cell.dim), jnp.dtype(dtype)),
+                "initial_state": jax.eval_shape(lambda: cell.initial_state(64)),
+            }
+
+        name = f"nonlinear_scan, {type(cell).__name__}, B=64, T=1024, D=512"
+        row = Row("nonlinear_scan", shapes, 1024, dtypes=("bfloat16",), chips=("v5e",))
+        row = row._replace(keywords=(("cell", cell),))
+        made[name] = row
+    return made
+
+
 def _matrix_rows() -> dict[str, Row]:
     made = {}
     for op in ("linear_attention", "delta_rule"):
@@ -171,16 +192,18 @@ ROWS = {
         chips=("v5e",),
         xla=False,
     ),
+    **_cell_rows(),
     **_matrix_rows(),
 }
 
 
-def program(row: Row, length: int, dtype: str, implementation: str) -> tuple[Any, list[Any]]:
+def program(
+    row: Row, length: int, dtype: str, implementation: str, block_sizes: Blocks = None
+) -> tuple[Any, list[Any]]:
     """Return the function of a row, which takes arrays, and the shapes of its arguments."""
     shapes = row.shapes(length, dtype)
-    op = functools.partial(
-        getattr(seqjax, row.op), implementation=implementation, **dict(row.keywords)
-    )
+    keywords = dict(row.keywords) | ({} if block_sizes is None else {"block_sizes": block_sizes})
+    op = functools.partial(getattr(seqjax, row.op), implementation=implementation, **keywords)
 
     def run(*arrays: Any) -> Any:
         return op(**dict(zip(shapes, arrays, strict=True)))[:2]  # without the SolveInfo
@@ -196,7 +219,9 @@ def program(row: Row, length: int, dtype: str, implementation: str) -> tuple[Any
     return back, [kept, out]
 
 
-def _compile(name: str, dtype: str, chip: str, implementation: str, length: int) -> str:
+def _compile(
+    name: str, dtype: str, chip: str, implementation: str, block_sizes: Blocks, length: int
+) -> str:
     """Return the text of the compiled program; runs in the worker process."""
     from jax.experimental import topologies
 
@@ -211,7 +236,7 @@ def _compile(name: str, dtype: str, chip: str, implementation: str, length: int)
         """
         return Format(Layout(tuple(range(s.ndim))), place)
 
-    run, shapes = program(ROWS[name], length, dtype, implementation)
+    run, shapes = program(ROWS[name], length, dtype, implementation, block_sizes)
     args = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=rows(s)), shapes)
     results = jax.tree.map(rows, jax.eval_shape(run, *shapes))
     return jax.jit(run, out_shardings=results).lower(*args).compile().as_text() or ""
@@ -237,12 +262,15 @@ def compile_apart(
     return run_apart(module, request, folder, env, may_crash=may_crash)
 
 
-def measure(name: str, dtype: str, chip: str, implementation: str) -> dict[str, float]:
+def measure(
+    name: str, dtype: str, chip: str, implementation: str, block_sizes: Blocks = None
+) -> dict[str, float]:
     """Return the ideal bytes and the bytes, cycles and seconds of the compiled program."""
     row = ROWS[name]
     with tempfile.TemporaryDirectory() as place:
         folder = pathlib.Path(place)
-        ask = functools.partial(compile_apart, name, dtype, chip, implementation, folder=folder)
+        request = (name, dtype, chip, implementation, block_sizes)
+        ask = functools.partial(compile_apart, *request, folder=folder)
         kernels: dict[str, tpu_schedule.Kernel] = {}
         if implementation == "xla":
             try:

@@ -28,14 +28,24 @@ from seqjax import layers, sharding
 
 DEVICES = (1, 2, 4, 8)
 DIM, STEPS = 128, 256
+# One layer for each op that splits time. Its name begins with the op.
 LAYERS: dict[str, layers.Layer] = {
-    "LRU": layers.LRU(DIM),
-    "S5, both ways": layers.S5(DIM, bidirectional=True),
-    "Mamba": layers.Mamba(DIM),
-    "DeltaNet": layers.DeltaNet(DIM, heads=2),
-    "SlidingWindowAttention, 64": layers.SlidingWindowAttention(DIM, heads=2, window=64),
-    "ParaGRU": layers.ParaGRU(DIM),
+    "linear_scan: LRU": layers.LRU(DIM),
+    "linear_scan: S5, both ways": layers.S5(DIM, bidirectional=True),
+    "ssm_scan: S4D": layers.S4D(DIM),
+    "block_scan: LinOSS": layers.LinOSS(DIM),
+    "selective_scan: Mamba": layers.Mamba(DIM),
+    "log_scan: LightNet": layers.LightNet(DIM, heads=2),
+    "linear_attention: GLA": layers.GLA(DIM, heads=2),
+    "delta_rule: DeltaNet": layers.DeltaNet(DIM, heads=2),
+    "generalized_delta_rule: Comba": layers.Comba(DIM, heads=2),
+    "step_scan: SRWM": layers.SRWM(DIM, heads=2),
+    "nonlinear_scan: ParaGRU, by step": layers.ParaGRU(DIM, algorithm="sequential"),
+    "nonlinear_scan: ParaGRU, Newton, an iteration": layers.ParaGRU(DIM, algorithm="newton"),
+    "attention, window 64": layers.SlidingWindowAttention(DIM, heads=2, window=64),
 }
+# Colors that color-blind readers can tell apart (Okabe and Ito, 2008).
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -82,21 +92,33 @@ def sent(layer: layers.Layer, count: int, steps: int = STEPS) -> int:
 
 
 def draw(curves: dict[str, list[float]], path: str) -> None:
-    """Plot the bytes over the number of devices, with a line for each layer."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    """Plot the bytes over the number of devices, with one labeled line for each layer."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, points in curves.items():
-        axes.plot(DEVICES, points, "o-", label=name)
+    lowest = 0.0  # position of the previous name: names are at least a line apart
+    for number, (name, points) in enumerate(sorted(curves.items(), key=lambda c: c[1][-1])):
+        color = COLORS[number % len(COLORS)]
+        axes.plot(DEVICES, points, "o-", color=color)
+        lowest = max(points[-1], lowest * 1.28)
+        axes.annotate(
+            name,
+            (DEVICES[-1], points[-1]),
+            (DEVICES[-1] * 1.12, lowest),
+            color=color,
+            va="center",
+            fontsize="small",
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6},
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.5 * lowest)
+    axes.set_xlim(DEVICES[0] / 1.1, DEVICES[-1] * 1.05)
     axes.set_xticks(DEVICES, list(map(str, DEVICES)))
     axes.set_xlabel(f"devices, {STEPS} steps each")
     axes.set_ylabel("KiB sent per device")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -1,4 +1,4 @@
-"""A cell and the arrays of a call, converted to the layout of the GPU kernels."""
+"""A cell and the arrays of a call, converted to the layout of the kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from pallas_kernels.gpu.limits import BLOCK_FEATURES
-from pallas_kernels.nonlinear_scan.cell_trace import (
-    OP,
+from pallas_kernels.nonlinear_scan.cell_trace import OP, by_channel, by_rows
+from pallas_kernels.nonlinear_scan.products import Product, find_products, tapped
+from pallas_kernels.nonlinear_scan.row_arrays import (
     ArrayLayout,
+    MatrixLayout,
     Sizes,
     array_layout,
-    by_channel,
 )
 
 Cell = Callable[[Any, jax.Array, Any], jax.Array]
@@ -25,18 +25,28 @@ class CellProgram(NamedTuple):
     """A cell as a function of rows, and the arrays of a call in the kernels' layout.
 
     Attributes:
-      forward: (rows of parameters, state and input) -> rows of the next state.
-      backward: (these rows and rows of the state's cotangent) -> rows of the cotangents of the
-        floating-point arguments.
+      forward: (matrices, rows of parameters, state and input) -> rows of the next state.
+      operands: (the same arguments) -> rows of the operands of `products`.
+      backward: (the same arguments, rows of the taps and of the state's cotangent) -> rows of the
+        cotangents of the floating-point arguments and of the taps, without those of the matrices.
+        See `products` for taps.
       state: layout of the state.
-      params: layouts of the arrays that the cell closes over, then of its parameters.
+      params: layouts of the arrays that the cell closes over, then of its parameters, without
+        matrices.
       xs: layouts of the inputs.
       closed_over: number of `params` that the cell closes over.
       param_arrays: the arrays of `params`, [1, (R,) D].
       x_arrays: the arrays of `xs`, [B, T, (R,) D].
+      matrices: the matrices [D, D].
+      leaves: for each floating-point leaf of the parameters, whether it is a matrix, and its index
+        in `matrices` or `params`.
+      products: the products with matrices. Their `matrix` is an index into `matrices`.
+      taps: layouts of the taps, which are those of the results of `products`.
+      slots: for each row of `operands`, an index that identical rows share.
     """
 
     forward: Callable[..., Sequence[Row]]
+    operands: Callable[..., Sequence[Row]]
     backward: Callable[..., Sequence[Row]]
     state: ArrayLayout
     params: list[ArrayLayout]
@@ -44,6 +54,11 @@ class CellProgram(NamedTuple):
     closed_over: int
     param_arrays: tuple[jax.Array, ...]
     x_arrays: tuple[jax.Array, ...]
+    matrices: tuple[jax.Array, ...]
+    leaves: list[tuple[bool, int]]
+    products: list[Product]
+    taps: list[ArrayLayout]
+    slots: list[int]
 
 
 def is_float(x: Any) -> bool:
@@ -51,8 +66,17 @@ def is_float(x: Any) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def cell_program(cell: Cell, params: Any, xs: Any, h0: jax.Array) -> CellProgram:
+def cell_program(
+    cell: Cell, params: Any, xs: Any, h0: jax.Array, row: tuple[int, ...]
+) -> CellProgram:
     """Convert a cell and the arrays of a call.
+
+    Args:
+      cell: f(params, h, x) -> h of one sequence.
+      params: pytree of arrays.
+      xs: pytree of [B, T, ...] arrays.
+      h0: [B, D] or [B, D, k].
+      row: the shape of a row, [width] without products or [sequences, D] with them.
 
     Raises:
       NotImplementedError: if the kernel does not support the cell or an array.
@@ -63,49 +87,125 @@ def cell_program(cell: Cell, params: Any, xs: Any, h0: jax.Array) -> CellProgram
     def like(x: jax.Array, lead: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape[lead:], state_dtype if is_float(x) else x.dtype)
 
-    closed = jax.make_jaxpr(cell)(
+    shapes = (
         jax.tree.map(lambda x: like(x, 0), params),
         like(h0, 1),
         jax.tree.map(lambda x: like(x, 2), xs),
     )
+    closed = jax.make_jaxpr(cell)(*shapes)
     closed_over = [jnp.asarray(c) for c in closed.consts]
     arrays = [*closed_over, *params_flat]
 
-    def flat(*leaves: jax.Array) -> jax.Array:
-        with_consts = ClosedJaxpr(closed.jaxpr, leaves[: len(closed_over)])
-        return jaxpr_as_fun(with_consts)(*leaves[len(closed_over) :])[0]
+    def of_arrays(consts: Sequence[jax.Array], leaves: Sequence[jax.Array]) -> Any:
+        return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*leaves)
 
-    of_params = [array_layout(x.shape, channels) for x in arrays]
+    whole = jax.make_jaxpr(of_arrays)(closed_over, jax.tree.leaves(shapes))
+    products = find_products(whole, range(len(arrays))) if len(row) > 1 else []
+    chosen = sorted({p.matrix for p in products})
+    plain = [i for i in range(len(arrays)) if i not in chosen]
+    products = [p._replace(matrix=chosen.index(p.matrix)) for p in products]
+
+    def run(leaves: Sequence[jax.Array], taps: Sequence[jax.Array]) -> tuple[Any, Any]:
+        order = (*chosen, *plain)
+        given = [leaves[order.index(i)] for i in range(len(arrays))]
+        return tapped(whole, chosen, [*given, *leaves[len(arrays) :]], taps)
+
+    of_params = [array_layout(arrays[i].shape, channels) for i in plain]
     of_xs = [array_layout(x.shape[2:], channels) for x in xs_flat]
     state = ArrayLayout(h0.shape[1:], 0)
-    for x, layout in zip(xs_flat, of_xs, strict=True):
-        if layout.axis is None:
-            raise NotImplementedError(
-                f"{OP}: `xs` must have an axis of D={channels} channels in the GPU kernel, got "
-                f"{list(x.shape)}; broadcast it, or use implementation='xla' or None."
-            )
-    for x in (*arrays, *xs_flat):
-        if x.dtype not in DTYPES:
-            raise NotImplementedError(
-                f"{OP}: arrays of the GPU kernel must be {', '.join(DTYPES)}, got {x.dtype}; use "
-                "implementation='xla' or None."
-            )
+    taps = [ArrayLayout(p.result.shape, p.result_axis) for p in products]
+    _check(arrays, xs_flat, of_xs, channels)
+    layouts: list[ArrayLayout | MatrixLayout] = [
+        *(MatrixLayout(arrays[i].shape) for i in chosen),
+        *of_params,
+        state,
+        *of_xs,
+    ]
+    dtypes = [like(arrays[i], 0).dtype for i in (*chosen, *plain)]
+    dtypes += [like(x, 0).dtype for x in (h0, *xs_flat)]
+    sizes, count = Sizes(channels, row), len(layouts)
     forward, backward = by_channel(
-        flat,
-        [*of_params, state, *of_xs],
-        [like(x, 0).dtype for x in (*arrays, h0, *xs_flat)],
-        Sizes(channels, BLOCK_FEATURES),
+        lambda *leaves: run(leaves[:count], leaves[count:])[0][0],
+        [*layouts, *taps],
+        [*dtypes, *(p.result.dtype for p in products)],
+        sizes,
     )
+    if products:
+        forward = by_rows(lambda *leaves: run(leaves, ())[0][0], layouts, dtypes, sizes)
+    operands = by_rows(
+        lambda *leaves: run(leaves, ())[1],
+        layouts,
+        dtypes,
+        sizes,
+        [p.operand_axis for p in products],
+    )
+    first = len(closed_over)
     return CellProgram(
         forward,
+        operands,
         backward,
         state,
         of_params,
         of_xs,
-        len(closed_over),
+        sum(i < first for i in plain),
         tuple(
-            layout.channels_last(x[None], channels)
-            for layout, x in zip(of_params, arrays, strict=True)
+            layout.channels_last(arrays[i][None], channels)
+            for layout, i in zip(of_params, plain, strict=True)
         ),
         tuple(layout.channels_last(x, channels) for layout, x in zip(of_xs, xs_flat, strict=True)),
+        tuple(arrays[i] for i in chosen),
+        [
+            (i in chosen, (chosen if i in chosen else plain).index(i))
+            for i in range(first, len(arrays))
+            if is_float(arrays[i])
+        ],
+        products,
+        taps,
+        _slots(operands, layouts, dtypes, row),
     )
+
+
+def _slots(
+    operands: Callable[..., Sequence[Row]],
+    layouts: Sequence[ArrayLayout | MatrixLayout],
+    dtypes: Sequence[Any],
+    row: tuple[int, ...],
+) -> list[int]:
+    """Return, for each row that `operands` returns, an index that identical rows share."""
+    found: dict[int, int] = {}
+    slots: list[int] = []
+
+    def run(*rows: Row) -> Sequence[Row]:
+        out = operands(*rows)
+        slots.extend(found.setdefault(id(x), len(found)) for x in out)
+        return out
+
+    jax.eval_shape(
+        run,
+        *(
+            jax.ShapeDtypeStruct(s.shape if isinstance(s, MatrixLayout) else row, d)
+            for s, d in zip(layouts, dtypes, strict=True)
+            for _ in range(s.size)
+        ),
+    )
+    return slots
+
+
+def _check(
+    arrays: Sequence[jax.Array],
+    xs: Sequence[jax.Array],
+    of_xs: Sequence[ArrayLayout],
+    channels: int,
+) -> None:
+    for x, layout in zip(xs, of_xs, strict=True):
+        if layout.axis is None:
+            raise NotImplementedError(
+                f"{OP}: `xs` must have an axis of D={channels} channels in the Pallas kernel, got "
+                f"{list(x.shape)}; broadcast it, or use implementation='xla' or None."
+            )
+    for x in (*arrays, *xs):
+        if x.dtype not in DTYPES:
+            raise NotImplementedError(
+                f"{OP}: arrays of the Pallas kernel must be {', '.join(DTYPES)}, got {x.dtype}; "
+                "use implementation='xla' or None."
+            )

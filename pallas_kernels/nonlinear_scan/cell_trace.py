@@ -1,17 +1,16 @@
-"""Conversion of a cell's jaxpr to one channel per thread.
+"""Conversion of a cell's jaxpr to operations on rows of channels.
 
-A cell is a function of arrays with an axis of D channels, where element i of the result depends
-only on elements i of the arguments. The jaxpr is evaluated on arrays of *rows*. The channel axis is
-removed, and each remaining element becomes a row of `width` channels. Data-movement ops only
-permute rows, so only elementwise ops on rows remain. An op that mixes channels, or that is not
-listed here, raises an error.
+A cell is a function of arrays with an axis of D channels. The jaxpr is evaluated on arrays of
+*rows*. The channel axis is removed, and each remaining element becomes a row of channels. A row is
+[128] on GPU, where a thread has one channel, and [sequences, D] on TPU. Data-movement ops only
+permute rows. The remaining ops are elementwise ops on rows, and products of a row with a matrix
+[D, D]. Any other op that mixes channels, or that is not listed here, raises an error.
 """
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,13 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 
 from pallas_kernels.jaxpr_interpreter import interpret, primitive_names
+from pallas_kernels.nonlinear_scan.row_arrays import (
+    ArrayLayout,
+    Matrix,
+    MatrixLayout,
+    RowArray,
+    Sizes,
+)
 
 OP = "nonlinear_scan"
 
@@ -73,115 +79,34 @@ _DATA_MOVEMENT = primitive_names(
 )
 
 
-class Sizes(NamedTuple):
-    """Number of channels of a program, and number of channels in a row."""
-
-    channels: int
-    width: int
-
-
-class RowArray(NamedTuple):
-    """An array whose elements are rows of channels.
-
-    Attributes:
-      elements: array with the axes of the original, in which the channel axis and axes of equal
-        elements have size 1. An element is a row, or a number if it is equal for all channels.
-      axis: the channel axis; None if all channels are equal.
-    """
-
-    elements: np.ndarray
-    axis: int | None
-
-
-class ArrayLayout(NamedTuple):
-    """Position of the channels in an array of a cell.
-
-    Attributes:
-      shape: shape without batch and time.
-      axis: the channel axis, None if the array has none.
-    """
-
-    shape: tuple[int, ...]
-    axis: int | None
-
-    @property
-    def other_axes(self) -> tuple[int, ...]:
-        """Shape without the channel axis."""
-        return tuple(n for i, n in enumerate(self.shape) if i != self.axis)
-
-    @property
-    def size(self) -> int:
-        """Number of elements per channel."""
-        return math.prod(self.other_axes)
-
-    @property
-    def number_axis(self) -> tuple[int, ...]:
-        """Axis of R numbers per channel in a kernel's array: (R,), or () where R is 1."""
-        return () if self.size == 1 else (self.size,)
-
-    def from_rows(self, rows: Sequence[jax.Array]) -> RowArray:
-        """Build the array of rows from the rows in order."""
-        elements = np.empty(self.size, object)
-        for i, row in enumerate(rows):  # one by one: NumPy would convert a list of rows
-            elements[i] = row
-        elements = elements.reshape(self.other_axes)
-        if self.axis is not None:
-            elements = np.expand_dims(elements, self.axis)
-        return RowArray(elements, self.axis)
-
-    def channels_last(self, array: jax.Array, channels: int) -> jax.Array:
-        """Convert [..., *shape] to [..., R, D], or to [..., D] where R is 1."""
-        lead = array.shape[: array.ndim - len(self.shape)]
-        if self.axis is None:
-            array = jnp.broadcast_to(array[..., None], (*array.shape, channels))
-        else:
-            array = jnp.moveaxis(array, len(lead) + self.axis, -1)
-        return array.reshape(*lead, *self.number_axis, channels)
-
-    def original_axes(self, array: jax.Array) -> jax.Array:
-        """Convert [..., (R,) D] to [..., *shape]; sum over the channels if `axis` is None.
-
-        The sum is the transpose of the broadcast in `channels_last`, for cotangents.
-        """
-        lead = array.shape[: array.ndim - 1 - len(self.number_axis)]
-        array = array.reshape(*lead, *self.other_axes, array.shape[-1])
-        return (
-            jnp.sum(array, -1)
-            if self.axis is None
-            else jnp.moveaxis(array, -1, len(lead) + self.axis)
-        )
-
-
-def array_layout(shape: Sequence[int], channels: int) -> ArrayLayout:
-    """Return the layout of an array whose channels are its last axis of that size."""
-    axes = [i for i, n in enumerate(shape) if n == channels]
-    return ArrayLayout(tuple(shape), axes[-1] if axes else None)
-
-
 def by_channel(
     function: Callable[..., jax.Array],
-    layouts: Sequence[ArrayLayout],
+    layouts: Sequence[ArrayLayout | MatrixLayout],
     dtypes: Sequence[Any],
     sizes: Sizes,
 ) -> tuple[Callable[..., Sequence[Any]], Callable[..., Sequence[Any]]]:
-    """Convert an elementwise function of arrays to a function of rows, and to its adjoint.
+    """Convert a function of arrays to a function of rows, and to its adjoint.
 
     Args:
       function: a function of arrays with these layouts and dtypes, whose result has channels first.
       layouts: layouts of the arguments.
       dtypes: dtypes of the arguments.
-      sizes: sizes of the channel axis and of a row.
+      sizes: the number of channels and the shape of a row.
 
     Returns:
       (rows of all arguments, in order) -> rows of the result; and (these rows, rows of the
-      result's cotangent) -> rows of the cotangents of the floating-point arguments.
+      result's cotangent) -> rows of the cotangents of the floating-point arguments, without those
+      of matrices.
 
     Raises:
       NotImplementedError: if the function mixes channels or has an op that kernels do not support.
     """
-    width = sizes.width
     shapes = [jax.ShapeDtypeStruct(s.shape, d) for s, d in zip(layouts, dtypes, strict=True)]
-    inexact = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.inexact)]
+    inexact = [
+        i
+        for i, (s, d) in enumerate(zip(layouts, dtypes, strict=True))
+        if jnp.issubdtype(d, jnp.inexact) and isinstance(s, ArrayLayout)
+    ]
 
     def jvp(arrays: Sequence[Any], tangents: Sequence[Any]) -> jax.Array:
         def of_inexact(*values: jax.Array) -> jax.Array:
@@ -192,99 +117,176 @@ def by_channel(
 
         return jax.jvp(of_inexact, [arrays[i] for i in inexact], list(tangents))[1]
 
-    value_jaxpr = jax.make_jaxpr(function)(*shapes)
     jvp_jaxpr = jax.make_jaxpr(jvp)(shapes, [shapes[i] for i in inexact])
-
-    def grouped(rows: Sequence[Any], layouts: Sequence[ArrayLayout]) -> list[RowArray]:
-        rest = iter(rows)
-        return [s.from_rows(list(itertools.islice(rest, s.size))) for s in layouts]
-
-    def evaluate(closed: Any, args: list[RowArray]) -> list[Any]:
-        [out] = _evaluate(closed, args, sizes)
-        [var] = closed.jaxpr.outvars
-        if out.axis not in (0, None):
-            raise _unsupported("a result whose channels are not its first axis")
-        elements = np.broadcast_to(out.elements, (1, *var.aval.shape[1:])).reshape(-1)
-        return [_row(x, width, var.aval.dtype) for x in elements]
-
-    def forward(*rows: Any) -> list[Any]:
-        return evaluate(value_jaxpr, grouped(rows, layouts))
-
-    argument_of_row = [i for i, s in enumerate(layouts) for _ in range(s.size)]
-    primal_rows = [jax.ShapeDtypeStruct((width,), dtypes[i]) for i in argument_of_row]
-    tangent_rows = [s for s, i in zip(primal_rows, argument_of_row, strict=True) if i in inexact]
+    forward = by_rows(function, layouts, dtypes, sizes)
+    primal_rows = [
+        jax.ShapeDtypeStruct(sizes.row if isinstance(s, ArrayLayout) else s.shape, d)
+        for s, d in zip(layouts, dtypes, strict=True)
+        for _ in range(s.size)
+    ]
+    tangent_rows = [
+        jax.ShapeDtypeStruct(sizes.row, dtypes[i]) for i in inexact for _ in range(layouts[i].size)
+    ]
 
     def backward(*rows: Any) -> list[Any]:
         primals, cotangents = rows[: len(primal_rows)], rows[len(primal_rows) :]
 
         def push(*tangents: Any) -> list[Any]:
-            arrays = grouped(primals, layouts) + grouped(tangents, [layouts[i] for i in inexact])
-            return evaluate(jvp_jaxpr, arrays)
+            moving = _grouped(tangents, [layouts[i] for i in inexact])
+            return _result_rows(jvp_jaxpr, [*_grouped(primals, layouts), *moving], sizes, [0])
 
         return list(jax.linear_transpose(push, *tangent_rows)(list(cotangents)))
 
+    if len(sizes.row) > 1:  # Mosaic for TPU lowers the ops that a transposition introduces
+        return forward, backward
     results = jax.eval_shape(forward, *primal_rows)
     return (
-        _with_native_ops(forward, primal_rows, width),
-        _with_native_ops(backward, [*primal_rows, *results], width),
+        _with_native_ops(forward, primal_rows, sizes.row),
+        _with_native_ops(backward, [*primal_rows, *results], sizes.row),
     )
 
 
-def _with_native_ops(function: Callable[..., Any], like: Sequence[Any], width: int) -> Any:
+def by_rows(
+    function: Callable[..., Any],
+    layouts: Sequence[ArrayLayout | MatrixLayout],
+    dtypes: Sequence[Any],
+    sizes: Sizes,
+    axes: Sequence[int] = (0,),
+) -> Callable[..., list[Any]]:
+    """Convert a function of arrays to one of rows; `axes` are the channel axes of the results."""
+    shapes = [jax.ShapeDtypeStruct(s.shape, d) for s, d in zip(layouts, dtypes, strict=True)]
+    jaxpr = jax.make_jaxpr(function)(*shapes)
+    return lambda *rows: _result_rows(jaxpr, _grouped(rows, layouts), sizes, axes)
+
+
+def _grouped(rows: Sequence[Any], layouts: Sequence[ArrayLayout | MatrixLayout]) -> list[Any]:
+    rest = iter(rows)
+    return [s.from_rows(list(itertools.islice(rest, s.size))) for s in layouts]
+
+
+def _result_rows(closed: Any, args: list[Any], sizes: Sizes, axes: Sequence[int]) -> list[Any]:
+    rows: list[Any] = []
+    outs = _evaluate(closed, args, sizes)
+    for out, var, axis in zip(outs, closed.jaxpr.outvars, axes, strict=True):
+        if isinstance(out, Matrix) or out.axis not in (axis, None):
+            raise unsupported("a result whose channels are not its first axis")
+        shape = [1 if i == axis else n for i, n in enumerate(var.aval.shape)]
+        elements = np.broadcast_to(out.elements, shape).reshape(-1)
+        rows += [_row(x, sizes.row, var.aval.dtype) for x in elements]
+    return rows
+
+
+def _with_native_ops(
+    function: Callable[..., Any], like: Sequence[Any], row: tuple[int, ...]
+) -> Any:
     """Rewrite a function of rows in native ops, because transposition introduces others."""
     closed = jax.make_jaxpr(function)(*like)
 
     def rewritten(*rows: Any) -> list[Any]:
-        args = [ArrayLayout((width,), 0).from_rows([row]) for row in rows]
-        out = _evaluate(closed, args, Sizes(width, width))
+        args = [ArrayLayout(row, 0).from_rows([x]) for x in rows]
+        out = _evaluate(closed, args, Sizes(row[0], row))
         dtypes = [v.aval.dtype for v in closed.jaxpr.outvars]
-        return [_row(x.elements.item(), width, d) for x, d in zip(out, dtypes, strict=True)]
+        return [_row(x.elements.item(), row, d) for x, d in zip(out, dtypes, strict=True)]
 
     return jaxpr_as_fun(jax.make_jaxpr(rewritten)(*like))
 
 
-def _unsupported(what: str) -> NotImplementedError:
+def unsupported(what: str) -> NotImplementedError:
+    """Return the error for a cell that contains `what`, which the kernels do not support."""
     return NotImplementedError(
         f"{OP}: the Pallas kernel must have a cell of elementwise operations on independent "
-        f"channels, got {what}; use implementation='xla' or None."
+        f"channels (on TPU, also of products with matrices), got {what}; use implementation='xla' "
+        "or None."
     )
 
 
-def _row(element: Any, width: int, dtype: Any) -> jax.Array:
-    return element if getattr(element, "ndim", 0) else jnp.full((width,), element, dtype)
+def _row(element: Any, row: tuple[int, ...], dtype: Any) -> jax.Array:
+    return element if getattr(element, "ndim", 0) else jnp.full(row, element, dtype)
 
 
-def _evaluate(closed: Any, args: Sequence[RowArray], sizes: Sizes) -> list[RowArray]:
-    def apply(eqn: Any, ins: Sequence[RowArray]) -> list[RowArray]:
+def _evaluate(closed: Any, args: Sequence[Any], sizes: Sizes) -> list[Any]:
+    def apply(eqn: Any, ins: Sequence[Any]) -> list[RowArray]:
         name = eqn.primitive.name
+        matrices = sum(isinstance(x, Matrix) for x in ins)
+        if name == "dot_general" and matrices == 1:
+            return [_product(eqn, ins, sizes)]
+        if name == "dot_general":
+            raise unsupported("a product with another factor than a matrix [D, D] of `params`")
+        if matrices:
+            raise unsupported(f"{name!r} of a matrix")
         if name in _NATIVE or name in _COMPOSED:
-            return [_elementwise(eqn, ins, sizes.width)]
+            return [_elementwise(eqn, ins, sizes.row)]
         if name in _REDUCTIONS:
-            return [_reduced(eqn, ins[0], sizes.width)]
+            return [_reduced(eqn, ins[0], sizes.row)]
         if name in _DATA_MOVEMENT:
             return _permuted(eqn, ins, sizes.channels)
-        raise _unsupported(f"the operation {name!r}")
+        raise unsupported(f"the operation {name!r}")
 
     return interpret(closed, args, _constant, apply)
 
 
 def _constant(value: Any) -> RowArray:
     if np.ndim(value):
-        raise _unsupported("an array that is not an argument")
+        raise unsupported("an array that is not an argument")
     return RowArray(np.array(value, object), None)
 
 
-def _elementwise(eqn: Any, ins: Sequence[RowArray], width: int) -> RowArray:
+def product_axes(eqn: Any, matrix: int) -> tuple[int, int]:
+    """Return the axes that a product with a matrix sums over.
+
+    Args:
+      eqn: the equation of the product.
+      matrix: index of the operand that is the matrix.
+
+    Returns:
+      (axis of the other operand, axis of the matrix).
+
+    Raises:
+      NotImplementedError: if the product sums over several axes, or has batch axes.
+    """
+    contracted, batch = eqn.params["dimension_numbers"]
+    if any(batch) or any(len(axes) != 1 for axes in contracted):
+        raise unsupported("a product over several axes, or with a matrix for each channel")
+    return contracted[1 - matrix][0], contracted[matrix][0]
+
+
+def _product(eqn: Any, ins: Sequence[Any], sizes: Sizes) -> RowArray:
+    """Multiply all rows of an array with a matrix."""
+    which = int(isinstance(ins[1], Matrix))
+    matrix, x = ins[which].array, ins[1 - which]
+    axis, summed = product_axes(eqn, which)
+    if x.axis not in (axis, None):
+        raise unsupported("a product over another axis than the channels")
+    shape = [1 if i == axis else n for i, n in enumerate(eqn.invars[1 - which].aval.shape)]
+    aval = eqn.invars[1 - which].aval
+
+    def multiply(element: Any) -> jax.Array:
+        return lax.dot_general(
+            _row(element, sizes.row, aval.dtype),
+            matrix,
+            (((1,), (summed,)), ((), ())),
+            precision=eqn.params["precision"],
+            preferred_element_type=eqn.outvars[0].aval.dtype,
+        )
+
+    elements = np.squeeze(np.broadcast_to(x.elements, shape), axis)
+    out = np.empty(elements.shape, object)
+    for index in np.ndindex(out.shape):
+        out[index] = multiply(elements[index])
+    # The result of a product has the free axes of its first operand, then those of its second.
+    at = out.ndim if which else 0
+    return RowArray(np.expand_dims(out, at), at)
+
+
+def _elementwise(eqn: Any, ins: Sequence[RowArray], row: tuple[int, ...]) -> RowArray:
     name, axes = eqn.primitive.name, {x.axis for x in ins} - {None}
     arrays = np.broadcast_arrays(*(x.elements for x in ins))
     out = np.empty(arrays[0].shape, object)
     axis = axes.pop() if axes else None
     if axes or (axis is not None and out.shape[axis] != 1):
-        raise _unsupported(f"{name!r} of channels with other channels")
+        raise unsupported(f"{name!r} of channels with other channels")
     for index in np.ndindex(out.shape):
-        rows = [
-            _row(x[index], width, v.aval.dtype) for x, v in zip(arrays, eqn.invars, strict=True)
-        ]
+        rows = [_row(x[index], row, v.aval.dtype) for x, v in zip(arrays, eqn.invars, strict=True)]
         if name in _COMPOSED:
             params = {"y": eqn.params["y"]} if name == "integer_pow" else {}
             out[index] = _COMPOSED[name](*rows, **params)
@@ -295,13 +297,13 @@ def _elementwise(eqn: Any, ins: Sequence[RowArray], width: int) -> RowArray:
     return RowArray(out, axis)
 
 
-def _reduced(eqn: Any, x: RowArray, width: int) -> RowArray:
+def _reduced(eqn: Any, x: RowArray, row: tuple[int, ...]) -> RowArray:
     """Evaluate a reduction over axes other than the channel axis."""
     aval, reduced_axes = eqn.invars[0].aval, eqn.params["axes"]
     if x.axis in reduced_axes:
-        raise _unsupported(f"{eqn.primitive.name!r} over channels")
+        raise unsupported(f"{eqn.primitive.name!r} over channels")
     sizes = [aval.shape[i] if i in reduced_axes else n for i, n in enumerate(x.elements.shape)]
-    to_rows = np.frompyfunc(lambda e: _row(e, width, aval.dtype), 1, 1)
+    to_rows = np.frompyfunc(lambda e: _row(e, row, aval.dtype), 1, 1)
     rows = to_rows(np.broadcast_to(x.elements, sizes))
     combine = np.frompyfunc(_REDUCTIONS[eqn.primitive.name], 2, 1)
     for axis in sorted(reduced_axes, reverse=True):
@@ -338,14 +340,14 @@ def _permuted(eqn: Any, ins: Sequence[RowArray], channels: int) -> list[RowArray
                 ((channel == np.expand_dims(line, rest)) | (channel == 0)).all() for rest in rests
             ]
             if not any(fits):
-                raise _unsupported(f"{eqn.primitive.name!r} over channels")
+                raise unsupported(f"{eqn.primitive.name!r} over channels")
             axis = axes[fits.index(True)]
         for i in range(number.ndim):
             once = number.take([0], i)
             if (number == once).all():
                 number = once
             elif i == axis:
-                raise _unsupported(f"{eqn.primitive.name!r} over channels")
+                raise unsupported(f"{eqn.primitive.name!r} over channels")
         array = np.empty(number.shape, object)
         for index in np.ndindex(number.shape):
             array[index] = elements[number[index]]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gpu import pipeline
+from pallas_kernels.gpu.limits import BLOCK_FEATURES
 from pallas_kernels.gpu.pipeline import BlockLayout, BlockPosition, SharedMemory
 from pallas_kernels.gpu.tma import broadcast_flag, memory_layout, zero_row
 from pallas_kernels.nonlinear_scan.cell_program import Cell, Row, cell_program, is_float
@@ -100,7 +101,7 @@ def scan(
     Raises:
       NotImplementedError: if the kernel does not support the cell or an array.
     """
-    program, state_dtype = cell_program(cell, params, xs, h0), h0.dtype
+    program, state_dtype = cell_program(cell, params, xs, h0, (BLOCK_FEATURES,)), h0.dtype
     batch, length = jax.tree.leaves(xs)[0].shape[:2]
     numbers, width = program.state.number_axis, h0.shape[1]
 
@@ -168,7 +169,7 @@ def adjoint(
       d_states: cotangents of its states [B, T, D] or [B, T, D, k].
       d_final: cotangent of its final state.
     """
-    program, state_dtype = cell_program(cell, params, xs, h0), h0.dtype
+    program, state_dtype = cell_program(cell, params, xs, h0, (BLOCK_FEATURES,)), h0.dtype
     (batch, width), state = h0.shape[:2], program.state
     timed_inputs = {
         "xs": program.x_arrays,

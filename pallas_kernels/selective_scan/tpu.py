@@ -5,7 +5,7 @@
 
 A row [1, D] of x or dt fills whole registers. Each of the N components of the state is therefore
 such a row, and B_t[n], C_t[n] are scalars in SMEM. No step broadcasts along an axis or sums over
-one. States are stored only at the borders of blocks of 64 steps, as residuals of the backward pass
+one. States are stored only at the borders of blocks of time, as residuals of the backward pass
 (`tpu_backward`).
 """
 
@@ -62,9 +62,10 @@ def forward(
     reset: jax.Array | None,
     *,
     save_states: bool,
+    block_sizes: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Compute outputs, final state, and with `save_states` the states before blocks of 64 steps.
+    """Compute outputs, final state, and with `save_states` the states before blocks of time.
 
     Args:
       x: [B, T, D].
@@ -76,6 +77,8 @@ def forward(
       h0: [B, N, D], which determines the dtype of the state.
       reset: [B, T] bool or None.
       save_states: whether to return the residuals of `backward`.
+      block_sizes: steps (a multiple of 16) and columns of D (a multiple of 128, or all) of a block.
+        By default 64 steps, and columns whose states fit half of the registers.
       interpret: run in interpret mode, without a TPU. This is slow.
 
     Returns:
@@ -84,8 +87,11 @@ def forward(
     state_dtype, (batch, length, width) = h0.dtype, x.shape
     group_length = 8 if x.dtype == dt.dtype == state_dtype else 16
     states = A.shape[0]
-    columns = tpu_step.block_columns(width, states, registers=32)
-    variant = Variant(length, width, states, columns, group_length, interpret)
+    steps, columns = block_sizes or (
+        BORDER_STEPS,
+        tpu_step.block_columns(width, states, registers=32),
+    )
+    variant = Variant(length, width, states, steps, columns, group_length, interpret)
     specs = Specs(variant, backwards=False)
     inputs = [
         ("x", x, specs.timed),
@@ -97,13 +103,13 @@ def forward(
         ("h0", h0, specs.state),
     ]
     if reset is not None:
-        inputs.append(("reset", vmem_rows.reset_blocks(reset, BORDER_STEPS), specs.reset))
+        inputs.append(("reset", vmem_rows.reset_blocks(reset, steps), specs.reset))
     outputs = [
         ("y", x.shape, x.dtype, specs.timed),
         ("final", h0.shape, state_dtype, specs.state),
     ]
     if save_states:
-        shape = border_shape((batch, length, width, states))
+        shape = border_shape((batch, length, width, states), steps)
         outputs.append(("borders", shape, state_dtype, specs.borders))
     scratch: Scratch = [("h", (states, columns), state_dtype)]
     scratch += tpu_step.wide_rows(
@@ -127,7 +133,7 @@ def _forward(variant: Variant, refs: Refs) -> None:
     if refs.borders is not None:
         refs.borders[...] = refs.h[...]
     group_count, valid_rows = vmem_rows.groups_in_block(
-        block, BORDER_STEPS, variant.length, group_length
+        block, variant.steps, variant.length, group_length
     )
     step = functools.partial(tpu_step.next_state, refs.A, refs.B, refs.reset)
 

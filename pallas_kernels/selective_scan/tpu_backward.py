@@ -1,9 +1,9 @@
 """The backward pass of the selective scan on TPU, from the states at the borders of its blocks.
 
-The pass takes blocks of 64 steps in reverse. It recomputes the states of a block in VMEM from the
-state at its border, and then runs the adjoint steps from the last to the first. The cotangents of B
-and C are sums over D. They are computed at the end of a block, for all rows of a group at once, so
-that registers are full.
+The pass takes blocks of time in reverse, by default of 64 steps. It recomputes the states of a
+block in VMEM from the state at its border, and then runs the adjoint steps from the last to the
+first. The cotangents of B and C are sums over D. They are computed at the end of a block, for all
+rows of a group at once, so that registers are full.
 """
 
 import functools
@@ -26,9 +26,9 @@ class Refs(NamedTuple):
     Attributes:
       x, dt, dy, A, B, C, D, borders, d_final, reset: blocks of the inputs.
       dx, ddt, d_b, d_c, d_a, dh0, d_d: blocks of the outputs.
-      h: states of the block, scratch [N, 64 + 8, columns]; step r has the state before it in row
+      h: states of the block, scratch [N, steps + 8, columns]; step r has the state before it in row
         7 + r and the state after it in row 8 + r.
-      d_states: cotangents of the states after each step, scratch [N, 64, columns].
+      d_states: cotangents of the states after each step, scratch [N, steps, columns].
       carry: cotangent of the state before the block, scratch.
       wide_x, wide_dt, wide_dy, wide_dx, wide_ddt: rows of a group in the dtype of the state,
         scratch.
@@ -73,14 +73,22 @@ def backward(
     dy: jax.Array,
     d_final: jax.Array,
     *,
+    block_sizes: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """Compute the cotangents of (x, dt, A, B, C, D, h0), those of A to D in the state's dtype."""
+    """Compute the cotangents of (x, dt, A, B, C, D, h0), those of A to D in the state's dtype.
+
+    `block_sizes` must have the steps with which `forward` computed `borders`. By default, columns
+    are half as many as in `forward`, because the pass carries twice the numbers.
+    """
     state_dtype, (batch, length, width) = borders.dtype, x.shape
     group_length = 8 if x.dtype == dt.dtype == dy.dtype == state_dtype else 16
     states = A.shape[0]
-    columns = tpu_step.block_columns(width, states, registers=16)
-    variant = Variant(length, width, states, columns, group_length, interpret)
+    steps, columns = block_sizes or (
+        BORDER_STEPS,
+        tpu_step.block_columns(width, states, registers=16),
+    )
+    variant = Variant(length, width, states, steps, columns, group_length, interpret)
     specs = Specs(variant, backwards=True)
     inputs = [
         ("x", x, specs.timed),
@@ -94,7 +102,7 @@ def backward(
         ("d_final", d_final, specs.state),
     ]
     if reset is not None:
-        inputs.append(("reset", vmem_rows.reset_blocks(reset, BORDER_STEPS), specs.reset))
+        inputs.append(("reset", vmem_rows.reset_blocks(reset, steps), specs.reset))
     sums = (batch, variant.column_blocks, length, states)
     outputs = [
         ("dx", x.shape, x.dtype, specs.timed),
@@ -106,8 +114,8 @@ def backward(
         ("d_d", (batch, 1, width), state_dtype, specs.row),
     ]
     scratch: Scratch = [
-        ("h", (states, BORDER_STEPS + 8, columns), state_dtype),
-        ("d_states", (states, BORDER_STEPS, columns), state_dtype),
+        ("h", (states, steps + 8, columns), state_dtype),
+        ("d_states", (states, steps, columns), state_dtype),
         ("carry", (states, columns), state_dtype),
     ]
     dtypes = {"x": x.dtype, "dt": dt.dtype, "dy": dy.dtype, "dx": x.dtype, "ddt": dt.dtype}
@@ -133,7 +141,7 @@ def _backward(variant: Variant, refs: Refs) -> None:
     block, group_length = variant.time_blocks - 1 - time, variant.group_length
     valid_columns = variant.width - pl.program_id(1) * variant.columns
     group_count, valid_rows = vmem_rows.groups_in_block(
-        block, BORDER_STEPS, variant.length, group_length
+        block, variant.steps, variant.length, group_length
     )
     step = functools.partial(tpu_step.next_state, refs.A, refs.B, refs.reset)
     reader = functools.partial(vmem_rows.row_reader, group_length=group_length)

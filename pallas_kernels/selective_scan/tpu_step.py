@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from pallas_kernels.jax_compat import array_like, pl, pltpu
 from pallas_kernels.selection import select
-from pallas_kernels.selective_scan import BORDER_STEPS
 
 Scratch = list[tuple[str, tuple[int, ...], Any]]
 State = tuple[jax.Array, ...]
@@ -22,6 +21,7 @@ class Variant(NamedTuple):
       length: T.
       width: D.
       states: N.
+      steps: time steps of a block.
       columns: columns of D in a block.
       group_length: rows that are widened and narrowed together.
       interpret: whether the kernel is interpreted.
@@ -30,6 +30,7 @@ class Variant(NamedTuple):
     length: int
     width: int
     states: int
+    steps: int
     columns: int
     group_length: int
     interpret: bool
@@ -37,7 +38,7 @@ class Variant(NamedTuple):
     @property
     def time_blocks(self) -> int:
         """Number of blocks of time."""
-        return -(-self.length // BORDER_STEPS)
+        return -(-self.length // self.steps)
 
     @property
     def column_blocks(self) -> int:
@@ -74,7 +75,7 @@ class Specs:
         def time(t: Any) -> Any:
             return variant.time_blocks - 1 - t if backwards else t
 
-        steps, states, columns = BORDER_STEPS, variant.states, variant.columns
+        steps, states, columns = variant.steps, variant.states, variant.columns
         self.timed = pl.BlockSpec((None, steps, columns), lambda b, d, t: (b, time(t), d))
         self.scalars = pl.BlockSpec(
             (None, steps, states), lambda b, d, t: (b, time(t), 0), memory_space=pltpu.SMEM

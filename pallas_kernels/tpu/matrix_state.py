@@ -17,7 +17,7 @@ from pallas_kernels.tpu.matrix_kernel import backward_kernel, forward_kernel
 from pallas_kernels.tpu.numerics import Numerics
 from pallas_kernels.tpu.variant import ChunkRecurrence, Refs, Variant
 
-BLOCK_HEADS = 8  # heads in a block, the sublanes of a tile
+BLOCK_HEADS = 8  # heads in a block by default, the sublanes of a tile
 VMEM_BYTES = 64 * 2**20
 
 Blocks = dict[str, tuple[str, Any]]  # by name, (kind of block in `_specs`, array or its type)
@@ -28,6 +28,7 @@ def _variant(
     arrays: dict[str, Any],
     scale: float,
     chunk_size: int | None,
+    block_heads: int | None,
     normalize: bool,
 ) -> Variant:
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "log_decay"))
@@ -36,7 +37,7 @@ def _variant(
     vectors = tuple(name for name in ("a", "b") if name in arrays)
     factors = (q, k, v, *(arrays[name] for name in vectors))
     bfloat16 = all(x.dtype == jnp.bfloat16 for x in factors)
-    block_heads = min(heads, BLOCK_HEADS)
+    block_heads = min(heads, block_heads or BLOCK_HEADS)
     return Variant(
         recurrence=recurrence,
         num=Numerics(jnp.dtype(jnp.float64 if float64 else jnp.float32), bfloat16),
@@ -191,6 +192,7 @@ def forward(
     normalize: bool = False,
     gate: tuple[jax.Array, jax.Array] | None = None,
     chunk_size: int | None = None,
+    block_heads: int | None = None,
     states: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
@@ -210,6 +212,7 @@ def forward(
       gate: None, or the rate and the bias [H] or [H, K] of the gate of the decays.
       chunk_size: C, rounded up to a power of two, at least 8 (bfloat16: 16). By default
         `chunk_steps` chooses it.
+      block_heads: heads in a block, a multiple of 8 or H; by default 8.
       states: whether to return the residuals of `backward`.
       interpret: run in interpret mode, without a TPU. This is slow.
 
@@ -218,7 +221,9 @@ def forward(
       chunks [B, T / C, H, K, V]).
     """
     arrays = _by_name(vectors, gate, q, k, v, beta, log_decay, reset)
-    p = _variant(recurrence, arrays | {"initial": initial_state}, scale, chunk_size, normalize)
+    p = _variant(
+        recurrence, arrays | {"initial": initial_state}, scale, chunk_size, block_heads, normalize
+    )
     p = p._replace(save_states=states)
     inputs = _inputs(p, arrays) | {"initial": ("state", initial_state)}
     shape = array_like(q, initial_state.shape, p.num.dtype)
@@ -247,6 +252,7 @@ def backward(
     normalize: bool = False,
     gate: tuple[jax.Array, jax.Array] | None = None,
     chunk_size: int | None = None,
+    block_heads: int | None = None,
     interpret: bool = False,
 ) -> dict[str, jax.Array]:
     """Compute the cotangents of all arrays but `reset`, by name.
@@ -255,7 +261,9 @@ def backward(
     `d_final` are the cotangents of its outputs and of its final state.
     """
     arrays = _by_name(vectors, gate, q, k, v, beta, log_decay, reset)
-    p = _variant(recurrence, arrays | {"initial": states}, scale, chunk_size, normalize)
+    p = _variant(
+        recurrence, arrays | {"initial": states}, scale, chunk_size, block_heads, normalize
+    )
     p = p._replace(backward=True)
     inputs = _inputs(p, arrays) | {
         "states": ("states", states),

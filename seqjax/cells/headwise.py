@@ -1,6 +1,7 @@
 """Head-wise cells: independent heads, each with a separate recurrent matrix."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -74,7 +75,24 @@ class Headwise(Cell):
         return jnp.moveaxis(h.reshape(*h.shape[:-1], self.width, self.cell.dim), -2, -1)
 
     def _flat(self, h: jax.Array) -> jax.Array:
-        return h if self.width == 1 else jnp.moveaxis(h, -1, -2).reshape(-1)
+        return h if self.width == 1 else jnp.moveaxis(h, -1, -2).reshape(*h.shape[:-2], -1)
+
+    def over_heads(self, run: Callable[..., Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """Convert `run`, a scan with the cell of one head, to a scan of all heads.
+
+        Both scans are functions of (params, u [B, T, gates, D], state [B, ...], reset [B, T] or
+        None) that return all states and the last one.
+        """
+
+        def run_all(
+            params: Params, u: jax.Array, h: jax.Array, reset: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array]:
+            u = u.reshape(*u.shape[:-1], self.heads, self.cell.dim)
+            by_head = jax.vmap(run, in_axes=(0, 3, 1, None), out_axes=(2, 1))
+            states, final = by_head(self._by_head(params), u, self._channels(h), reset)
+            return self._flat(states), self._flat(final)
+
+        return run_all
 
     def param_shape(self, name: str) -> tuple[int, ...]:
         """Return [D] or [H, D / H, D / H]."""

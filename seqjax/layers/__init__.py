@@ -14,6 +14,7 @@ from seqjax.layers.chimera import Chimera as Chimera
 from seqjax.layers.comba import Comba as Comba
 from seqjax.layers.context import Context as Context
 from seqjax.layers.conv import ShortConv as ShortConv
+from seqjax.layers.delta_rnn import DeltaRNN as DeltaRNN
 from seqjax.layers.deltanet import DeltaNet as DeltaNet
 from seqjax.layers.deltanet import DeltaProduct as DeltaProduct
 from seqjax.layers.ffm import FFM as FFM
@@ -34,6 +35,7 @@ from seqjax.layers.lmu import LMU as LMU
 from seqjax.layers.loglinear import LogLinearAttention as LogLinearAttention
 from seqjax.layers.longhorn import Longhorn as Longhorn
 from seqjax.layers.lru import LRU as LRU
+from seqjax.layers.lssl import LSSL as LSSL
 from seqjax.layers.mamba import Mamba as Mamba
 from seqjax.layers.mamba2 import Mamba2 as Mamba2
 from seqjax.layers.mamba3 import Mamba3 as Mamba3
@@ -53,6 +55,7 @@ from seqjax.layers.plstm import PLSTM as PLSTM
 from seqjax.layers.plstm_2d import PLSTM2D as PLSTM2D
 from seqjax.layers.qrnn import QRNN as QRNN
 from seqjax.layers.qrnn import QuasiLSTM as QuasiLSTM
+from seqjax.layers.recurrent_deltanet import RecurrentDeltaNet as RecurrentDeltaNet
 from seqjax.layers.registry import GRID_REGISTRY as GRID_REGISTRY
 from seqjax.layers.registry import REGISTRY as REGISTRY
 from seqjax.layers.registry import Entry as Entry
@@ -103,6 +106,7 @@ __all__ = [
     "LEM",
     "LMU",
     "LRU",
+    "LSSL",
     "LSTM",
     "LTC",
     "MGU",
@@ -138,6 +142,7 @@ __all__ = [
     "DampedEMA",
     "DeltaNet",
     "DeltaProduct",
+    "DeltaRNN",
     "Elman",
     "Entry",
     "GateLoop",
@@ -168,6 +173,7 @@ __all__ = [
     "QuasiLSTM",
     "RMSNorm",
     "RWKVChannelMix",
+    "RecurrentDeltaNet",
     "RetNet",
     "Scaled",
     "SharedTransformer",

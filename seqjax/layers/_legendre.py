@@ -1,4 +1,4 @@
-"""Layers around a memory of Legendre coefficients, which `LMU` and `LegS` share."""
+"""Legendre memories: the base class of `LMU` and `LegS`, and the transition of HiPPO-LegS."""
 
 import abc
 import dataclasses
@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.layers import _checks, _init
 from seqjax.layers._base import Layer, Param, Params, State, state_dtype
 from seqjax.layers._math import dense, merge_heads
 from seqjax.layers.context import Context
+from seqjax.ops.core.linalg import inverse_unit_lower, matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,3 +51,25 @@ class LegendreLayer(Layer):
         features = jnp.concatenate([merge_heads(memory).astype(x.dtype), x], axis=-1)
         y = dense(features, params["out_proj"]) + params["out_bias"].astype(x.dtype)
         return jax.nn.relu(y), state
+
+
+def legs_transition(steps: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Discretize m' = -A m + B u of HiPPO-LegS by the bilinear rule, with a step of 1/k.
+
+    Args:
+      steps: k [..., 1], the inverse of the step.
+      size: number of coefficients N.
+
+    Returns:
+      The transition (I + A/2k)^-1 (I - A/2k), [..., N, N], and the weights of the input
+      (I + A/2k)^-1 B / k, [..., N].
+    """
+    root = np.sqrt(2 * np.arange(size) + 1)
+    lower = jnp.asarray(np.tril(np.outer(root, root), -1), steps.dtype)
+    diagonal = 1 + jnp.arange(1, size + 1, dtype=steps.dtype) / (2 * steps)
+    # I + A/2k is a diagonal times a unit lower triangular matrix. With the inverse M of I + A/2k,
+    # the transition is 2 M - I.
+    scaled = lower / (2 * steps[..., None] * diagonal[..., None])
+    inverse = inverse_unit_lower(scaled) / diagonal[..., None, :]
+    weights = matmul(inverse, jnp.asarray(root, steps.dtype)) / steps
+    return 2 * inverse - jnp.eye(size, dtype=steps.dtype), weights

@@ -8,7 +8,9 @@ import numpy as np
 
 Reparameterization = Literal["exp", "softplus", "best"]
 KINDS = ("exp", "softplus", "best")
-# The constant b of the authors' code, and that of the paper for discrete time.
+# Both constants are from the authors' code, radarFudan/StableSSM. That of the layer is in
+# src/models/recurrent/stablessm.py, and that of discrete time in
+# notebooks/stable_reparameterizations.ipynb.
 _B, _B_DISCRETE = 0.1, 0.5
 LARGEST_RATE = 1 / _B
 
@@ -30,7 +32,10 @@ def weight_of_rate(value: Any, kind: Reparameterization) -> np.ndarray:
 
 
 def one_minus_decay(weight: jax.Array) -> jax.Array:
-    """Return 1 - f(w) for the "best" decay of discrete time, f(w) = 1 - 1 / (w^2 + 0.5)."""
+    """Return 1 - f(w) for the "best" decay of discrete time, f(w) = 1 - 1 / (w^2 + 0.5).
+
+    f(w) is in [-1, 1), and negative for w^2 < 0.5.
+    """
     return 1 / (weight * weight + _B_DISCRETE)
 
 

@@ -37,7 +37,7 @@ class Attention(Layer):
 
     A position with a non-finite query, key or value turns every output that may attend to it into
     NaN. No other output or gradient changes. With `sequence_axis` full attention gathers the keys
-    and values of all devices; with a window neighbours exchange the last positions.
+    and values of all devices; with a window neighbors exchange the last positions.
 
     Departures: the scores of 1,024 queries at a time are in memory, with all keys.
 

@@ -28,10 +28,11 @@ class BlockLinear(Layer):
         y_t = h_t
 
     The norm of a column is (sum |p|^1.2)^(1/1.2). No column of A_t has a norm above 1. The lower
-    bound matters only for a block with equal rows, whose A_t is zero.
+    bound 1e-30 matters only for a block with equal rows, whose A_t is zero.
 
-    Departures: weights start normal with variance 1/fan_in. The norm and MLP after the layer are
-    not part of it; the backbone provides them.
+    Departures: weights start normal with variance 1/fan_in. The authors' code has biases, and does
+    not have the bound 1e-30. The norm and MLP after the layer are not part of it; the backbone
+    provides them.
 
     Parameters: transition_in, transition_out [dim, dim * K], [dim * K, dim * K]; input_in,
     input_out [dim, dim]; initial [dim], which starts standard normal.

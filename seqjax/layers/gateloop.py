@@ -46,9 +46,9 @@ class GateLoop(Layer):
       dim: features of input and output.
       heads: number of heads H.
       head_dim: features per head K; by default dim / heads.
-      min_decay: smallest |a| from the biases at initialisation.
-      max_decay: largest |a| from the biases at initialisation.
-      max_phase: largest phase from the biases at initialisation.
+      min_decay: smallest |a| from the biases at initialization.
+      max_decay: largest |a| from the biases at initialization.
+      max_phase: largest phase from the biases at initialization.
     """
 
     dim: int

@@ -5,12 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from seqjax.layers._base import State
-from seqjax.layers._legendre import LegendreLayer
+from seqjax.layers._legendre import LegendreLayer, legs_transition
 from seqjax.layers.context import Context
-from seqjax.ops.core.linalg import inverse_unit_lower
 from seqjax.ops.elementwise.block_scan import block_scan
 from seqjax.ops.elementwise.linear_scan import linear_scan
 
@@ -64,7 +62,7 @@ class LegS(LegendreLayer):
         options: dict[str, Any] = {"reset": context.reset, "sequence_axis": context.sequence_axis}
         one = jnp.ones((1,), u.dtype)
         steps, last = linear_scan(one, jnp.ones_like(u[..., :1]), state["steps"], **options)
-        A, B = _transition(jax.lax.stop_gradient(steps), self.state_dim)
+        A, B = legs_transition(jax.lax.stop_gradient(steps), self.state_dim)
         memory, found = block_scan(
             A[:, :, None],
             (B[..., None] * u[:, :, None])[:, :, None],
@@ -72,16 +70,3 @@ class LegS(LegendreLayer):
             **options,
         )
         return memory[:, :, 0].mT, {"memory": found[:, 0].mT, "steps": last}
-
-
-def _transition(steps: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Return the transition [B, T, N, N] and the input's weights [B, T, N] at steps [B, T, 1]."""
-    root = np.sqrt(2 * np.arange(size) + 1)
-    lower = jnp.asarray(np.tril(np.outer(root, root), -1), steps.dtype)
-    diagonal = 1 + jnp.arange(1, size + 1, dtype=steps.dtype) / (2 * steps)
-    # I + A/2k is a diagonal times a unit lower triangular matrix. Its inverse M gives the
-    # transition 2 M - I.
-    scaled = lower / (2 * steps[..., None] * diagonal[..., None])
-    inverse = inverse_unit_lower(scaled) / diagonal[..., None, :]
-    weights = inverse @ jnp.asarray(root, steps.dtype) / steps
-    return 2 * inverse - jnp.eye(size, dtype=steps.dtype), weights

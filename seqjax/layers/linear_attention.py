@@ -47,8 +47,9 @@ class LinearAttention(MatrixLayer):
 
     Departures: the Performer draws new directions during training, and subtracts a maximum over all
     keys. Here none is subtracted, and features of very long keys underflow. TransNormer has local
-    attention in its first blocks: pass a list of layers to `Backbone`. Projections start normal
-    with variance 1/fan_in.
+    attention in its first blocks: pass a list of layers to `Backbone`. TransNormer's
+    variant T2 has the map "elu". The authors' code of TransNormer also rotates q and k by learned
+    angles (LRPE), and its norm has no scale. Projections start normal with variance 1/fan_in.
 
     Parameters: q_proj, k_proj [dim, H * K], v_proj [dim, H * V], out_proj [H * V, dim]; with
     normalizer="rms" norm [H * V]. State: {"memory": [B, H, M, V]}, with normalizer="sum" also

@@ -49,8 +49,8 @@ class Longhorn(SelectiveBlock):
       expand: inner = expand * dim channels.
       conv_size: taps of the short convolution.
       dt_rank: rank of the map to b; by default dim / 16, rounded up.
-      dt_min: smallest dt at initialisation.
-      dt_max: largest dt at initialisation.
+      dt_min: smallest dt at initialization.
+      dt_max: largest dt at initialization.
       bias: whether the projections in and out have biases.
       conv_bias: whether the convolution has a bias.
       inner_norm_eps: constant added to the mean squares of r_t, B_t and C_t; by default these are

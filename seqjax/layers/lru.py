@@ -34,6 +34,9 @@ class LRU(Layer):
 
         lambda = (1 - 1 / (w^2 + 0.5)) exp(i exp(theta_log))
 
+    The first factor is in [-1, 1). It starts as the |lambda| drawn above, and is negative if
+    w^2 < 0.5.
+
     Departures: the uniform draws stay 1e-6 away from 0 and 1, where the logarithms are infinite.
     The paper's block (norm, gated unit, skip) is not part of the layer; the backbone provides it.
 
@@ -52,9 +55,9 @@ class LRU(Layer):
     Attributes:
       dim: features of input and output.
       state_dim: number of complex states N; by default dim.
-      r_min: smallest |lambda| at initialisation.
-      r_max: largest |lambda| at initialisation.
-      max_phase: largest phase at initialisation.
+      r_min: smallest |lambda| at initialization.
+      r_max: largest |lambda| at initialization.
+      max_phase: largest phase at initialization.
       reparameterization: "exp" or "best", the function from nu_log to the modulus.
     """
 

@@ -39,9 +39,10 @@ class Mamba2(Layer):
 
     Three options of Stuffed Mamba (arXiv 2410.07145) are for sequences much longer than the
     training sequences. They also work with trained parameters. `decay_factor` multiplies the decay
-    of S, so the layer forgets more. `write_factor` multiplies the writes B_t (dt_t u_t)^T, so the
-    layer remembers less. `state_limit` is `seqjax.methods.StateNorm`, which rescales S, or
-    `seqjax.methods.StateWindow`, which reads only the last steps.
+    of S, so the layer forgets more (0.9999 in the paper). `write_factor` multiplies the writes
+    B_t (dt_t u_t)^T, so the layer remembers less (0.75 in the paper). `state_limit` is
+    `seqjax.methods.StateNorm`, which rescales S, or `seqjax.methods.StateWindow`, which reads only
+    the last steps.
 
     Departures: published checkpoints store the projections in one array, in the order z, u, B, C,
     dt, and the convolutions of u, B, C in another. Here each is a parameter, so that heads can be
@@ -77,8 +78,8 @@ class Mamba2(Layer):
       norm: "gate_first", "norm_first", or None for a gate without norm.
       norm_eps: constant added to the mean square in the norm.
       dt_limit: smallest and largest dt; values outside are clipped.
-      dt_min: smallest dt at initialisation.
-      dt_max: largest dt at initialisation.
+      dt_min: smallest dt at initialization.
+      dt_max: largest dt at initialization.
       decay_factor: factor of the decay of S, in (0, 1].
       write_factor: factor of the writes to S, positive.
       state_limit: a `StateNorm` or a `StateWindow`; by default S is not limited.

@@ -19,6 +19,7 @@ from seqjax.layers.block_linear import BlockLinear
 from seqjax.layers.block_recurrent import BlockRecurrent
 from seqjax.layers.chimera import Chimera
 from seqjax.layers.comba import Comba
+from seqjax.layers.delta_rnn import DeltaRNN
 from seqjax.layers.deltanet import DeltaNet, DeltaProduct
 from seqjax.layers.ffm import FFM
 from seqjax.layers.gated_deltanet2 import GatedDeltaNet2
@@ -37,6 +38,7 @@ from seqjax.layers.lmu import LMU
 from seqjax.layers.loglinear import LogLinearAttention
 from seqjax.layers.longhorn import Longhorn
 from seqjax.layers.lru import LRU
+from seqjax.layers.lssl import LSSL
 from seqjax.layers.mamba import Mamba
 from seqjax.layers.mamba2 import Mamba2
 from seqjax.layers.mamba3 import Mamba3
@@ -47,6 +49,7 @@ from seqjax.layers.mlstm import MLSTM
 from seqjax.layers.plstm import PLSTM
 from seqjax.layers.plstm_2d import PLSTM2D
 from seqjax.layers.qrnn import QRNN, QuasiLSTM
+from seqjax.layers.recurrent_deltanet import RecurrentDeltaNet
 from seqjax.layers.retnet import RetNet
 from seqjax.layers.rglru import RGLRU
 from seqjax.layers.rnn import GRU, LEM, LSTM, LTC, SLSTM, Elman, ParaGRU, ParaLSTM
@@ -218,6 +221,11 @@ def _s4d(dim: int, heads: int) -> Options:
     return {"state_dim": 32, "dt_min": 1e-2, "dt_max": 2.0}
 
 
+def _lssl(dim: int, heads: int) -> Options:
+    # The cost of a step grows with the square of state_dim, so the state is small.
+    return _s4d(dim, heads) | {"state_dim": 8}
+
+
 def _longhorn(dim: int, heads: int) -> Options:
     del dim, heads
     return {"state_dim": 16, "expand": 2, "conv_size": 4}
@@ -262,6 +270,7 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         "linoss": Entry(LinOSS, "LinOSS", "2410.03943", "block_scan", _states),
         "lmu": Entry(LMU, "LMU", "2102.11417", "block_scan", _lmu),
         "legs": Entry(LegS, "HiPPO-LegS", "2008.07669", "block_scan", _memory),
+        "lssl": Entry(LSSL, "LSSL", "2110.13985", "block_scan", _lssl),
         "block_linear": Entry(
             BlockLinear, "Block-diagonal linear RNN", "2309.07412", "block_scan", _blocks
         ),
@@ -279,6 +288,10 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
         ),
         "aaren": Entry(Aaren, "Aaren", "2405.13956", "linear_scan", _heads),
         "srwm": Entry(SRWM, "SRWM", "2202.05780", "step_scan", _heads),
+        "recurrent_deltanet": Entry(
+            RecurrentDeltaNet, "Recurrent Delta Net", "2106.06295", "step_scan", _heads
+        ),
+        "delta_rnn": Entry(DeltaRNN, "Delta RNN", "2106.06295", "step_scan", _heads),
         "ttt_linear": Entry(TTTLinear, "TTT-Linear", "2407.04620", "", _ttt),
         "ttt_mlp": Entry(TTTMLP, "TTT-MLP", "2407.04620", "", _ttt),
         "titans": Entry(Titans, "Titans (memory)", "2501.00663", "", _ttt),
@@ -370,8 +383,12 @@ REGISTRY: Mapping[str, Entry] = MappingProxyType(
 
 GRID_REGISTRY: Mapping[str, Entry] = MappingProxyType(
     {
-        "plstm_2d_p": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "P"}),
-        "plstm_2d_d": Entry(PLSTM2D, "pLSTM", "2506.11997", "plstm_2d", _heads, {"mode": "D"}),
+        "plstm_2d_p": Entry(
+            PLSTM2D, "pLSTM in 2-D (P)", "2506.11997", "plstm_2d", _heads, {"mode": "P"}
+        ),
+        "plstm_2d_d": Entry(
+            PLSTM2D, "pLSTM in 2-D (D)", "2506.11997", "plstm_2d", _heads, {"mode": "D"}
+        ),
         "chimera": Entry(Chimera, "Chimera", "2406.04320", "selective_scan_2d", _chimera),
     }
 )

@@ -32,7 +32,7 @@ class RetNet(MatrixLayer):
 
     W_o starts Xavier uniform with a gain of 1/2, the other projections with a gain of 2^-2.5.
 
-    Departures: the form is that of flash-linear-attention. The authors' code pairs neighbouring
+    Departures: the form is that of flash-linear-attention. The authors' code pairs neighboring
     features, uses rope_base^(-2i/(K-2)), and has no scale in the norm. It divides by sums of decays
     and of scores, which cancel in the norm up to its eps.
 

@@ -368,7 +368,7 @@ class LTC(RNN):
     W starts uniform in +-1/sqrt(N), A standard normal, tau uniform in [1, 10], the bias at 0.
 
     Departures: one solver step per input and a sigmoid, see `seqjax.cells.LTC`. The paper does not
-    specify the initialisation.
+    specify the initialization.
 
     Parameters: in_proj [dim, N], bias [N], W [N, N], A, log_tau [N], out_proj [N, dim].
     State: h [B, N].

@@ -60,7 +60,7 @@ class MGU(RNN):
 
     The matrices start uniform in +-1/sqrt(N) and the biases at 0.
 
-    Departures: the paper does not specify the initialisation.
+    Departures: the paper does not specify the initialization.
 
     Parameters: in_proj [dim, 2 N], bias [2 N], W_f, W_n [N, N], out_proj [N, dim]. State: h [B, N].
 
@@ -96,7 +96,7 @@ class PLRNN(RNN):
     has no teacher forcing: for it wrap the cell `seqjax.cells.PLRNN` in
     `seqjax.methods.TeacherForced`, and run it with `seqjax.nonlinear_scan`.
 
-    Departures: see `seqjax.cells.PLRNN`. The paper does not specify the initialisation.
+    Departures: see `seqjax.cells.PLRNN`. The paper does not specify the initialization.
 
     Parameters: in_proj [dim, N], bias [N], a [N], W [N, N], out_proj [N, dim]. State: h [B, N].
 

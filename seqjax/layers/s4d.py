@@ -11,7 +11,7 @@ import numpy as np
 
 from seqjax.layers import _checks, _init, _reparameterize
 from seqjax.layers._base import Layer, Param, Params, State, complex_dtype, state_dtype
-from seqjax.layers._math import dense, gelu_glu
+from seqjax.layers._math import dense, gelu_glu, layer_normalize
 from seqjax.layers._reparameterize import Reparameterization
 from seqjax.layers.context import Context
 from seqjax.ops.elementwise.ssm_scan import ssm_scan
@@ -52,6 +52,7 @@ class S4D(Layer):
 
     Departures: Re(Lambda) is stored as the logarithm of its negative. There is no bilinear rule.
     DSS's form "softmax" normalizes its kernel over a fixed length, which no recurrence computes.
+    DSS shares Lambda among the channels; here each channel has its own.
     `output_glu` makes the gelu and gated linear unit optional.
 
     Parameters: log_A_real, A_imag [dim, N/2]; log_step, D [dim]; B, C [2, dim, N/2], real and
@@ -72,8 +73,8 @@ class S4D(Layer):
       dim: features of input and output.
       state_dim: real states N per channel; even unless `spectrum` is "real".
       spectrum: "lin", "inv", "legs", "real" or "dss".
-      dt_min: smallest step size at initialisation.
-      dt_max: largest step size at initialisation.
+      dt_min: smallest step size at initialization.
+      dt_max: largest step size at initialization.
       output_glu: whether a gelu and a gated linear unit follow.
       reparameterization: "exp", "softplus" or "best".
     """
@@ -207,14 +208,16 @@ class GSS(Layer):
         v_t = gelu(x_t W_v)                               [hidden]
         y_t = ((ssm(u)_t W_s) * v_t) W_o
 
-    ssm is `S4D(inner, state_dim, "dss")`.
+    ssm is `S4D(inner, state_dim, "dss")`. With `inner_norm` a layer norm precedes it, as in
+    lucidrains/gated-state-spaces-pytorch.
 
-    Departures: the paper fixes the step size at 1 and draws Lambda at random; here the state space
-    starts as DSS does. Weights start normal with variance 1/fan_in. The norm before the layer is
-    not part of it; the backbone provides it.
+    Departures: the paper fixes the step size at 1, draws Lambda at random, and shares it among the
+    channels; here the state space starts as DSS does. Weights start normal with variance 1/fan_in.
+    The norm before the layer is not part of it; the backbone provides it.
 
     Parameters: in_proj [dim, inner]; gate_proj [dim, hidden]; ssm (an `S4D`); ssm_proj
-    [inner, hidden]; out_proj [hidden, dim]. State: that of `S4D`, [B, inner, state_dim / 2].
+    [inner, hidden]; out_proj [hidden, dim]; with `inner_norm` norm_scale and norm_bias [inner].
+    State: that of `S4D`, [B, inner, state_dim / 2].
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -230,8 +233,10 @@ class GSS(Layer):
       state_dim: real states per channel, even.
       inner: channels of the state space; by default dim / 4, rounded up.
       expand: hidden = expand * dim features of the gate.
-      dt_min: smallest step size at initialisation.
-      dt_max: largest step size at initialisation.
+      dt_min: smallest step size at initialization.
+      dt_max: largest step size at initialization.
+      inner_norm: whether a layer norm precedes the state space.
+      norm_eps: constant added to the variance in that norm.
     """
 
     dim: int
@@ -240,9 +245,12 @@ class GSS(Layer):
     expand: int = 4
     dt_min: float = 1e-3
     dt_max: float = 1e-1
+    inner_norm: bool = False
+    norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
         _checks.positive(self, dim=self.dim, inner=self.channels, expand=self.expand)
+        _checks.above_zero(self, norm_eps=self.norm_eps)
         self._ssm  # noqa: B018  # checks the other fields
 
     @property
@@ -257,7 +265,12 @@ class GSS(Layer):
     def declare_params(self) -> Mapping[str, Param | Layer]:
         dim, inner, hidden = self.dim, self.channels, self.expand * self.dim
         weight = _init.fan_in_normal
+        norm: dict[str, Param | Layer] = {
+            "norm_scale": Param((inner,), ("mlp",), "norm", _init.ones),
+            "norm_bias": Param((inner,), ("mlp",), "norm", _init.zeros),
+        }
         return {
+            **(norm if self.inner_norm else {}),
             "in_proj": Param((dim, inner), ("embed", "mlp"), "weight", weight),
             "gate_proj": Param((dim, hidden), ("embed", "mlp"), "weight", weight),
             "ssm": self._ssm,
@@ -272,5 +285,7 @@ class GSS(Layer):
         self, params: Params, x: jax.Array, state: State, context: Context
     ) -> tuple[jax.Array, State]:
         u, v = (jax.nn.gelu(dense(x, params[name])) for name in ("in_proj", "gate_proj"))
+        if self.inner_norm:
+            u = layer_normalize(u, params["norm_scale"], params["norm_bias"], self.norm_eps)
         y, state = self._ssm.forward(params["ssm"], u, state, context)
         return dense(dense(y, params["ssm_proj"]) * v, params["out_proj"]), state

@@ -60,9 +60,9 @@ class S5(Layer):
     Attributes:
       dim: features of input and output.
       state_dim: number of real states, a multiple of 2 * blocks; by default dim.
-      blocks: number of HiPPO blocks at initialisation.
-      dt_min: smallest step size at initialisation.
-      dt_max: largest step size at initialisation.
+      blocks: number of HiPPO blocks at initialization.
+      dt_min: smallest step size at initialization.
+      dt_max: largest step size at initialization.
       bidirectional: whether to add the scan from right to left.
       reparameterization: "exp", "softplus" or "best".
     """

@@ -35,8 +35,8 @@ class UnitaryRNN(Layer):
     exp(S_t) is NaN if the absolute numbers of a row of S_t sum to more than 64.
 
     Departures: the paper has one head, and a table of S for every word. Here S_t is a linear map of
-    x_t, and the states of heads are independent. Rounding changes |h_t| slowly over very long
-    sequences.
+    x_t, and the states of heads are independent. The authors' code starts from a constant unit
+    vector instead of a learned h_0. Rounding changes |h_t| slowly over very long sequences.
 
     Parameters: skew_proj [dim, H K (K - 1) / 2]; initial [H, K], normal with variance 1/K;
     out_proj [H K, dim]; weights start normal with variance 1/fan_in.

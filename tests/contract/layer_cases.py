@@ -18,11 +18,21 @@ from tests.oracles import (
 
 LAYERS = [
     _layer(seqjax.layers.LRU(dim=4, state_dim=6), layer_oracles.lru),
+    _layer(
+        seqjax.layers.LRU(dim=2, state_dim=3, reparameterization="best"),
+        layer_oracles.lru,
+        "LRU-best",
+    ),
     _layer(seqjax.layers.S5(dim=4, state_dim=8, blocks=2), layer_oracles.s5),
     _layer(
         seqjax.layers.S5(dim=4, state_dim=4, blocks=1, bidirectional=True),
         layer_oracles.s5,
         "S5-bidirectional",
+    ),
+    _layer(
+        seqjax.layers.S5(dim=2, state_dim=4, reparameterization="softplus"),
+        layer_oracles.s5,
+        "S5-softplus",
     ),
     _layer(seqjax.layers.GateLoop(dim=4, heads=2), layer_oracles.gateloop),
     _layer(seqjax.layers.Mamba(dim=4, state_dim=3), layer_oracles.mamba),
@@ -105,7 +115,11 @@ LAYERS = [
         ssm_oracles.s4d,
         "S4D-best",
     ),
-    _layer(seqjax.layers.GSS(dim=4, state_dim=4, inner=3, expand=2), ssm_oracles.gss),
+    # The variance of three channels can be small. The norm divides bfloat16 rounding errors by it.
+    _layer(
+        seqjax.layers.GSS(dim=4, state_dim=4, inner=3, expand=2, inner_norm=True, norm_eps=0.1),
+        ssm_oracles.gss,
+    ),
     _layer(seqjax.layers.DampedEMA(dim=4, state_dim=3), ssm_oracles.damped_ema),
     _layer(seqjax.layers.CEMA(dim=4, state_dim=3), ssm_oracles.cema),
     _layer(seqjax.layers.LinOSS(dim=4, state_dim=3), ssm_oracles.linoss),
@@ -116,6 +130,7 @@ LAYERS = [
     ),
     _layer(seqjax.layers.LMU(dim=4, state_dim=5, channels=2, window=8.0), ssm_oracles.lmu),
     _layer(seqjax.layers.LegS(dim=4, state_dim=5, channels=2), ssm_oracles.legs),
+    _layer(seqjax.layers.LSSL(dim=3, state_dim=4, outputs=2), ssm_oracles.lssl),
     _layer(seqjax.layers.BlockLinear(dim=6, block_size=3), ssm_oracles.block_linear),
     _layer(seqjax.layers.UnitaryRNN(dim=4, heads=2, head_dim=3), ssm_oracles.unitary),
     *MEMORIES,

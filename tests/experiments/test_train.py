@@ -64,8 +64,14 @@ def reference(text, tmp_path_factory):
 
 
 QUICK = {"attention", "gru", "lru"}
-# The first block has a lower bound of 0, and no earlier values that RWKV-7 could mix in.
-UNUSED = {"hgrn": {"lower_bound"}, "hgrn2": {"lower_bound"}, "rwkv7": {"v0", "v1"}}
+# The first block has a lower bound of 0, and no earlier values that RWKV-7 could mix in. The next
+# window reads the states of the Block-Recurrent Transformer, and the sequences have one window.
+UNUSED = {
+    "hgrn": {"lower_bound"},
+    "hgrn2": {"lower_bound"},
+    "rwkv7": {"v0", "v1"},
+    "block_recurrent": {"state_gate", "state_out_bias"},
+}
 SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in sorted(common.MIXERS.keys() - QUICK))
 
 

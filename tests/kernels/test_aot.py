@@ -14,7 +14,7 @@ import pytest
 from jax.experimental import topologies
 
 import seqjax
-from seqjax import sharding
+from seqjax import cells, sharding
 
 pytestmark = [
     pytest.mark.aot,
@@ -104,6 +104,25 @@ def fused_delta_rule(dtype, decay="BTHK", T=8192, H=16, K=128):
     return run, shapes
 
 
+def nonlinear_scan(cell, dtype, batch=8, length=100):
+    """Return the recurrence of a cell, with resets, and the shapes of its inputs."""
+    reset = jnp.arange(length) % 10 == 3
+
+    def run(arrays):
+        keywords = {"reset": jnp.tile(reset, (batch, 1)), "implementation": "pallas"}
+        return seqjax.nonlinear_scan(cell, **arrays, **keywords)[:2]
+
+    xs = (batch, length, cell.gates, cell.dim)
+    return run, {
+        "params": {
+            name: jax.ShapeDtypeStruct(cell.param_shape(name), jnp.float32)
+            for name in cell.recurrent
+        },
+        "xs": jax.ShapeDtypeStruct(xs, jnp.dtype(dtype)),
+        "initial_state": jax.eval_shape(lambda: cell.initial_state(batch)),
+    }
+
+
 # The kernels by name: dtype -> (function of a tree of arrays, their shapes); and, of temporary
 # memory, how many times the arguments' it may take.
 KERNELS = {
@@ -153,6 +172,25 @@ def test_kernels_compile(name, chip, dtype):
 )
 def test_other_forms_compile(program):
     assert KERNEL in compiled("v6e", *program).as_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(nonlinear_scan(cells.GRU(256), "float32", 16), id="GRU"),
+        pytest.param(nonlinear_scan(cells.Elman(20), "bfloat16", 1, 9), id="Elman, ragged"),
+        # The largest matrices that fit into VMEM with their cotangents and blocks.
+        pytest.param(nonlinear_scan(cells.LSTM(1024), "float32"), id="LSTM"),
+        pytest.param(nonlinear_scan(cells.LSTM(512), "bfloat16", 300), id="LSTM, three blocks"),
+        pytest.param(
+            nonlinear_scan(cells.Headwise(cells.DenseSLSTM(128), 4), "bfloat16"), id="sLSTM"
+        ),
+        pytest.param(nonlinear_scan(cells.ParaLSTM(256), "bfloat16"), id="elementwise"),
+    ],
+)
+def test_cells_compile(program):
+    assert compiled("v5e", *program).as_text().count(KERNEL) == 2
 
 
 def test_what_needs_most_memory_compiles():

@@ -28,7 +28,8 @@ def fused(implementation, decay, chunk_size, given, reset, scale=None):
             )
 
         out, pull = jax.vjp(op, given)
-        return out, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), out))
+        cosines = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape), out)
+        return out, pull(jax.tree.map(lambda c, x: c.astype(x.dtype), cosines, out))
 
     return run(given)
 
@@ -92,7 +93,7 @@ def test_inputs_that_are_not_finite(decay, x64, compiled_quickly):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", ["channel", "scalar"])
-def test_whole_tiles_in_bfloat16(decay):
+def test_whole_tiles_in_bfloat16(decay, compiled_quickly):
     """Check 8 heads of 128 keys in bfloat16, two in a word, against the XLA form in float32."""
     given = inputs(decay, 1, 24, 8, 128, 128, "float32")
     narrow = {name: x.astype("bfloat16") for name, x in given.items() if name in "qkv"}

@@ -80,6 +80,7 @@ def test_kernels_are_the_default_on_hopper_only(program, on):
         functools.partial(selective, 6),
         functools.partial(selective, 128, 17),
         functools.partial(selective, decay="signed"),
+        functools.partial(selective, block_sizes=(64, 128)),
     ],
     ids=[
         "rows of 24 bytes",
@@ -92,6 +93,7 @@ def test_kernels_are_the_default_on_hopper_only(program, on):
         "selective_scan, rows of 24 bytes",
         "selective_scan, 17 states",
         "selective_scan, signed decays",
+        "selective_scan, block sizes",
     ],
 )
 def test_calls_that_the_kernels_do_not_take_use_xla(program, on):

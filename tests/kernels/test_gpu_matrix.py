@@ -126,8 +126,9 @@ def lowered(op, shape, decay_axes=3, implementation="pallas", **keywords):
         ((1, 64, 1, 32), {}, "must have keys of 64 or 128 numbers .* got 32 and 32"),
         ((1, 64, 1, 64), {"decay_axes": 4}, "got decays per channel;"),
         ((1, 64, 1, 64), {"chunk_size": 128}, "must have chunks of 64 steps.*128"),
+        ((1, 64, 1, 64), {"block_sizes": (64, 1)}, "must be None on GPU.*got .*; leave it out"),
     ],
-    ids=["width", "decays per channel", "chunk size"],
+    ids=["width", "decays per channel", "chunk size", "block sizes"],
 )
 def test_what_the_kernels_cannot_do(shape, keywords, message):
     with pytest.raises(NotImplementedError, match=f"^delta_rule: .*{message}"):

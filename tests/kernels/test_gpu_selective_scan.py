@@ -134,13 +134,14 @@ def test_its_backward_pass_is_a_kernel():
 
 
 @pytest.mark.parametrize(
-    ("width", "states", "message"),
+    ("width", "states", "keywords", "message"),
     [
-        (6, 4, r"multiples of 16 bytes, got D=6 numbers of float32.*multiple of 4"),
-        (128, 17, "supports at most 16 states per channel, got N=17"),
+        (6, 4, {}, r"multiples of 16 bytes, got D=6 numbers of float32.*multiple of 4"),
+        (128, 17, {}, "supports at most 16 states per channel, got N=17"),
+        (128, 4, {"block_sizes": (64, 128)}, "must be None on GPU.*got .*; leave it out"),
     ],
-    ids=["alignment", "states"],
+    ids=["alignment", "states", "block sizes"],
 )
-def test_what_it_cannot_do(width, states, message):
+def test_what_it_cannot_do(width, states, keywords, message):
     with pytest.raises(NotImplementedError, match=f"^selective_scan: .*{message}"):
-        program(width, states, implementation="pallas")
+        program(width, states, implementation="pallas", **keywords)

@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqjax.layers import MLSTM, RWKV4, SRWM, LightNet, LogLinearAttention, MesaNet
+from seqjax.layers import (
+    MLSTM,
+    RWKV4,
+    SRWM,
+    DeltaRNN,
+    LightNet,
+    LogLinearAttention,
+    MesaNet,
+    RecurrentDeltaNet,
+)
 
 
 def start(layer):
@@ -72,6 +81,8 @@ def test_other_starts():
         (LightNet, {"gate_rank": 0}, "`gate_rank` must be an integer >= 1, got 0"),
         (MesaNet, {"iterations": 0}, "`iterations` must be an integer >= 1, got 0"),
         (SRWM, {"heads": 3}, "`dim` must be a multiple of `heads`"),
+        (RecurrentDeltaNet, {"heads": 3}, "`dim` must be a multiple of `heads`"),
+        (DeltaRNN, {"head_dim": 0}, "`head_dim` must be an integer >= 1, got 0"),
         (LogLinearAttention, {"levels": 25}, "`levels` must satisfy 2 <= levels <= 24, got 25"),
         (LogLinearAttention, {"rule": "hebb"}, "`rule` must be one of 'decay', 'delta'"),
     ],

@@ -51,7 +51,7 @@ def test_features_of_the_performer_approximate_the_exponential():
 
 
 def test_sums_of_features_may_be_zero():
-    """Check signs that alternate, for which all products of neighbours are zero."""
+    """Check signs that alternate, for which all products of neighbors are zero."""
     made = _feature_maps.sum_normalize(
         _feature_maps.features("dpfp", jnp.array([1.0, -1.0, 1.0]), order=1)
     )

@@ -10,6 +10,8 @@ same arrays:
 - The recurrence of log-linear attention in the same package, whose layer is another one.
 - The authors' code: xlstm (mLSTM), longhorn, linoss, plstm, mega (`MultiHeadEMA`), pytorch-qrnn
   (with f and 1 - f exchanged), languini-kitchen (quasi-LSTM).
+- The authors' layers of recurrent fast weight programmers, recurrent-fwp. The loops of its tests
+  replaced its GPU kernels.
 - The package rwkv 0.8.32: RWKV-5.
 - The repository state-spaces/s4: its minimal S4D, with the gelu by tanh, and the features of the
   Performer. A loop in NumPy applied its matrices of LMU and LegS.
@@ -37,6 +39,7 @@ from seqjax.layers import (
     DampedEMA,
     DeltaNet,
     DeltaProduct,
+    DeltaRNN,
     LegS,
     LightNet,
     LinearAttention,
@@ -45,6 +48,7 @@ from seqjax.layers import (
     Longhorn,
     MesaNet,
     QuasiLSTM,
+    RecurrentDeltaNet,
     RetNet,
 )
 from tests.contract.harness import assert_close
@@ -79,6 +83,8 @@ LAYERS = {
     "qrnn": QRNN(dim=4),
     "quasi_lstm": QuasiLSTM(dim=4, state_dim=6),
     "plstm": PLSTM(dim=4, heads=2, **EPS),
+    "recurrent_deltanet": RecurrentDeltaNet(dim=4, heads=2),
+    "delta_rnn": DeltaRNN(dim=4, heads=2),
 }
 
 
@@ -281,6 +287,20 @@ REFERENCE = {
         [0.374973121499, 0.426138194174, 0.412412203446, 0.267200612646],
         [-0.39852957831, -0.580652175805, 0.0191129574973, -0.560942412277],
     ],
+    "recurrent_deltanet": [
+        [0.0382638064678, -0.063626097556, 0.22843091953, 0.0818122615767],
+        [-0.0536908600191, -0.0975816957908, 0.143145500059, 0.0142063480043],
+        [-0.0114965108904, 0.247611588261, -0.651638713148, -0.220978149183],
+        [0.0148969562599, 0.0285043596685, -0.0416087212007, -0.00056546578802],
+        [0.00990246947414, -0.0261015631706, 0.173762406014, 0.248794171938],
+    ],
+    "delta_rnn": [
+        [0.0295196940368, 0.000885821424909, -0.0406768345107, -0.0153424891892],
+        [-0.0896322379582, -0.131099389419, 0.102356601327, 0.048000719001],
+        [0.1089701032, -0.0735517281847, -0.100719242064, -0.237577772275],
+        [0.300231014233, -0.0822412683086, -0.156182660082, -0.54356471015],
+        [0.164839977547, -0.0474132093749, -0.0815081852351, -0.350881196878],
+    ],
 }
 
 
@@ -289,8 +309,9 @@ def test_outputs_match_the_reference(name, x64, compiled_quickly):
     layer = LAYERS[name]
     params, x = drawn(layer)
     y, _ = jax.jit(layer.apply)(params, x)
-    # The code of the quasi-LSTM adds 1e-8 inside a logarithm.
-    tolerance = 1e-7 if name == "quasi_lstm" else 1e-10
+    # The code of the quasi-LSTM adds 1e-8 inside a logarithm. That of the Delta RNN does not add
+    # 1e-6 to the sums that normalize keys and queries.
+    tolerance = {"quasi_lstm": 1e-7, "delta_rnn": 1e-6}.get(name, 1e-10)
     assert_close(y[0], np.array(REFERENCE[name]), tolerance)
 
 

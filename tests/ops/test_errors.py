@@ -1,5 +1,7 @@
 """Contract: bad input raises one line with the op, the argument and the requirement."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,9 +157,7 @@ def test_layers_check_their_arguments(case):
     if name == "Scaled":  # its size is that of the layer inside
         return
     with pytest.raises(ValueError, match=f"{name}.*dim"):
-        type(layer)(
-            **{**{f: getattr(layer, f) for f in ("heads", "window") if hasattr(layer, f)}, "dim": 0}
-        )
+        dataclasses.replace(layer, dim=0)
 
 
 @by_row(lambda case: case.layer is not None)
@@ -293,3 +293,40 @@ def test_nonlinear_scan_names_a_wrong_cell():
         seqjax.nonlinear_scan(cell, params, xs[:, :, :2], h0)
     with pytest.raises(ValueError, match=r"^nonlinear_scan: `initial_state` .*got None"):
         seqjax.nonlinear_scan(cell, params, xs, None)
+
+
+ELEMENTWISE = r"\(a multiple of 16, a multiple of 128 or D=\d\)"
+MATRIX = r"\(a power of two from 16 on, a multiple of 8 or H=\d\)"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "wrong"),
+    [
+        ("linear_scan", ELEMENTWISE, (8, 128)),
+        ("selective_scan", ELEMENTWISE, (16, 100)),
+        ("linear_attention", MATRIX, (48, 8)),
+        ("delta_rule", MATRIX, (16, 12)),
+        ("generalized_delta_rule", MATRIX, (8, 8)),
+    ],
+)
+def test_block_sizes_are_checked(name, wanted, wrong):
+    case = BY_OP[name]
+    args = op_arguments(case)
+    for sizes in (wrong, 16, (16,), (16, 0), (16.0, 128)):
+        with pytest.raises(ValueError, match=f"^{name}: `block_sizes` must be {wanted}, got .*"):
+            case.run(*args, block_sizes=sizes)
+    with pytest.raises(ValueError, match=f"^{name}: `block_sizes` .*combined with .*'xla'; leave"):
+        case.run(*args, block_sizes=(16, 128), implementation="xla")
+    other = "associative" if name != "selective_scan" else "chunked"
+    with pytest.raises(NotImplementedError, match=f"not {other}; use .* or leave out `block_siz"):
+        case.run(*args, block_sizes=(16, 128), algorithm=other)
+    half = cast(args[0], "float16")
+    with pytest.raises(NotImplementedError, match=r"not support float16.* leave out `block_sizes`"):
+        case.run(half, *args[1:], block_sizes=(16, 128))
+
+
+def test_block_sizes_require_a_kernel():
+    one = jnp.ones((1, 8, 1, 1))
+    own = seqjax.ops.MatrixRecurrence("own", lambda S, DS, x: DS)
+    with pytest.raises(NotImplementedError, match=r"^own: there is no Pallas kernel .*; leave out"):
+        own({"q": one, "k": one, "v": one}, block_sizes=(16, 8))

@@ -81,12 +81,12 @@ def test_values_and_gradients_at_any_weight_scale(cell, length, x64):
         for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-4)):
             got, info, got_grads = solved(cell, "newton", *cast(arrays, dtype))
             assert info.converged.all(), (scale, dtype, info)
-            # Neighbouring states agree to the default tolerance, relative to their size.
+            # Neighboring states agree to the default tolerance, relative to their size.
             size = jnp.maximum(1, jnp.abs(got).max())
             assert (info.residual <= 128 * jnp.finfo(dtype).eps * size).all(), (scale, dtype, info)
             if exponent.max() > -0.05:  # chaotic, or nearly: rounding decides where it goes
                 continue
-            # Even where neighbours come together in the end, rounding may grow on the way: then
+            # Even where neighbors come together in the end, rounding may grow on the way: then
             # float32 is judged by what float32 steps reach, which round off one resolution each.
             rounding = max(1.0, float(info.residual.max() / jnp.finfo(dtype).eps))
             stepped = (

@@ -95,20 +95,22 @@ def test_what_was_before_a_reset_is_not_read(x64):
     np.testing.assert_allclose(value, jnp.sum(alone**2), rtol=1e-10)
 
 
-def test_a_norm_limits_the_state(x64):
+@pytest.mark.parametrize("largest", [1.5, (1.5, 0.7)])
+@pytest.mark.quick("1.5")
+def test_a_norm_limits_the_state(largest, x64):
     arrays, reset = inputs()
-    run = jax.jit(methods.StateNorm(1.5))
+    run = jax.jit(methods.StateNorm(largest))
     y, state = run(*arrays, reset=reset)
     q, k, v, log_decay, cut = (np.asarray(z) for z in (*arrays, reset))
     limited = 0
     for b, h in np.ndindex(B, H):
-        S = np.zeros((K, V))
+        S, limit = np.zeros((K, V)), np.broadcast_to(largest, H)[h]
         for t in range(T):
             S = np.exp(log_decay[b, t, h]) * (0 if cut[b, t] else S) + np.outer(
                 k[b, t, 0], v[b, t, h]
             )
-            limited += np.linalg.norm(S) > 1.5
-            S = S * min(1, 1.5 / np.linalg.norm(S))
+            limited += np.linalg.norm(S) > limit
+            S = S * min(1, limit / np.linalg.norm(S))
             np.testing.assert_allclose(y[b, t, h], S.T @ q[b, t, 0] * K**-0.5, atol=1e-12)
         np.testing.assert_allclose(state[b, h], S, atol=1e-12)
     assert 0 < limited < B * H * T
@@ -125,6 +127,10 @@ def test_bad_limits_are_refused():
     (q, k, v, log_decay), _ = inputs()
     with pytest.raises(ValueError, match="StateNorm: `largest` must be above 0, got 0"):
         methods.StateNorm(0)
+    with pytest.raises(ValueError, match=r"StateNorm: `largest` must be above 0, got \(1, 0\)"):
+        methods.StateNorm([1, 0])
+    with pytest.raises(ValueError, match="`largest` must have one number per head, 2, got 3"):
+        methods.StateNorm((1, 2, 3))(q, k, v, log_decay)
     with pytest.raises(ValueError, match="StateWindow: `window` must be a positive integer"):
         methods.StateWindow(0)
     with pytest.raises(ValueError, match=r"`log_decay` must have shape \[2, 11, 2\], one number"):

@@ -133,6 +133,52 @@ def srwm(layer, params, x, reset=None):
     return y @ p["out_proj"]
 
 
+def recurrent_deltanet(layer, params, x, reset=None):
+    """S <- S + beta k (v - k S) with q, k, v, beta of x and of tanh(q S) (arXiv 2106.06295)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    size = len(p["out_proj"]) // layer.heads
+    o = np.zeros((*x.shape[:2], len(p["out_proj"])))
+    for b in range(len(x)):
+        for h in range(layer.heads):
+            part = slice(h * size, (h + 1) * size)
+            S, out = np.zeros((size, size)), np.zeros(size)
+            for t in range(x.shape[1]):
+                if reset[b, t]:
+                    S, out = np.zeros((size, size)), np.zeros(size)
+                r = np.tanh(out)
+                q, k, v = (x[b, t] @ p[f"{n}_proj"][:, part] + r @ p[f"R_{n}"][h] for n in "qkv")
+                q, k = _softmax(q), _softmax(k)
+                beta = _sigmoid(x[b, t] @ p["beta_proj"][:, h] + r @ p["R_beta"][h, :, 0])
+                S = S + beta * np.outer(k, v - k @ S)
+                out = q @ S
+                o[b, t, part] = out
+    return o / np.sqrt(size) @ p["out_proj"]
+
+
+def delta_rnn(layer, params, x, reset=None):
+    """h = q S + softmax(h) R, both matrices written by the delta rule (arXiv 2106.06295)."""
+    p, x, reset = _f64(params), _f64(x), _resets(x, reset)
+    size = len(p["out_proj"]) // layer.heads
+    y = np.zeros((*x.shape[:2], len(p["out_proj"])))
+    for b in range(len(x)):
+        for i in range(layer.heads):
+            part = slice(i * size, (i + 1) * size)
+            S, R, h = np.zeros((size, size)), np.zeros((size, size)), np.zeros(size)
+            for t in range(x.shape[1]):
+                if reset[b, t]:
+                    S, R, h = np.zeros((size, size)), np.zeros((size, size)), np.zeros(size)
+                q, k, v = (x[b, t] @ p[f"{n}_proj"][:, part] for n in "qkv")
+                q, k = (np.where(z > 0, z + 1, np.exp(z)) for z in (q, k))
+                q, k = (z / (z.sum() + 1e-6) for z in (q, k))
+                S = S + _sigmoid(x[b, t] @ p["beta_proj"][:, i]) * np.outer(k, v - k @ S)
+                k, v = (x[b, t] @ p[f"recurrent_{n}_proj"][:, part] for n in "kv")
+                k, beta = _softmax(k), _sigmoid(x[b, t] @ p["recurrent_beta_proj"][:, i])
+                R = R + beta * np.outer(k, v - k @ R)
+                h = q @ S + _softmax(h) @ R
+                y[b, t, part] = h
+    return y / np.sqrt(size) @ p["out_proj"]
+
+
 def _softmax(x):
     weight = np.exp(x)
     return weight / weight.sum()

@@ -93,9 +93,13 @@ class _Dss:
 
 
 def gss(layer, params, x, reset=None):
-    """y = (ssm(gelu(x W_u)) W_s * gelu(x W_v)) W_o (arXiv 2206.13947)."""
+    """y = (ssm(norm(gelu(x W_u))) W_s * gelu(x W_v)) W_o (arXiv 2206.13947)."""
     p, x = _f64(params), _f64(x)
-    u = s4d(_Dss, p["ssm"], _gelu(x @ p["in_proj"]), reset)
+    u = _gelu(x @ p["in_proj"])
+    if layer.inner_norm:
+        u = (u - u.mean(-1, keepdims=True)) / np.sqrt(u.var(-1, keepdims=True) + layer.norm_eps)
+        u = u * p["norm_scale"] + p["norm_bias"]
+    u = s4d(_Dss, p["ssm"], u, reset)
     return (u @ p["ssm_proj"] * _gelu(x @ p["gate_proj"])) @ p["out_proj"]
 
 
@@ -176,14 +180,20 @@ def lmu(layer, params, x, reset=None):
     return _memory_layer(layer, _f64(params), x, reset, lambda: zeros, remember)
 
 
-def legs(layer, params, x, reset=None):
-    """Bilinear rule for m' = -A m / t + B u / t at t = 1, 2, ... (arXiv 2008.07669)."""
-    size = layer.state_dim
+def _hippo_legs(size):
+    """Return A and B of m' = -A m + B u."""
     A, B = np.zeros((size, size)), np.sqrt(2 * np.arange(size) + 1.0)
     for i in range(size):
         A[i, i] = i + 1
         for j in range(i):
             A[i, j] = B[i] * B[j]
+    return A, B
+
+
+def legs(layer, params, x, reset=None):
+    """Bilinear rule for m' = -A m / t + B u / t at t = 1, 2, ... (arXiv 2008.07669)."""
+    size = layer.state_dim
+    A, B = _hippo_legs(size)
     identity = np.eye(size)
 
     def remember(state, u):
@@ -194,6 +204,23 @@ def legs(layer, params, x, reset=None):
 
     zeros = np.zeros((layer.channels, size))
     return _memory_layer(layer, _f64(params), x, reset, lambda: (0, zeros), remember)
+
+
+def lssl(layer, params, x, reset=None):
+    """Bilinear rule for h' = -A h + B x with a step per channel (arXiv 2110.13985)."""
+    p, size = _f64(params), layer.state_dim
+    A, B = _hippo_legs(size)
+    identity = np.eye(size)
+
+    def step(h, x_t):
+        after, z = np.zeros_like(h), []
+        for channel, s in enumerate(np.exp(p["log_step"])):
+            right = (identity - s / 2 * A) @ h[channel] + s * B * x_t[channel]
+            after[channel] = np.linalg.solve(identity + s / 2 * A, right)
+            z += [p["C"][channel] @ after[channel] + p["D"][channel] * x_t[channel]]
+        return after, _gelu(np.concatenate(z)) @ p["out_proj"] + p["out_bias"]
+
+    return _loop(x, reset, lambda: np.zeros((layer.dim, size)), step)
 
 
 def block_linear(layer, params, x, reset=None):

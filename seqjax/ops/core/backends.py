@@ -31,11 +31,13 @@ class Kernels(NamedTuple):
       modules: module of `pallas_kernels.<op>` for each platform. Interpret mode uses the first one.
       preferred: the targets on which the kernel is the default. "hopper" is CUDA on GPUs of compute
         capability 9.
+      sized: the platforms whose kernel takes `block_sizes`.
     """
 
     algorithm: str
     modules: dict[str, str]
     preferred: tuple[str, ...]
+    sized: tuple[str, ...] = ("tpu",)
 
 
 BACKENDS: dict[str, Kernels | None] = {
@@ -43,11 +45,13 @@ BACKENDS: dict[str, Kernels | None] = {
     "delta_rule": Kernels("chunked", {"tpu": "tpu", "cuda": "gpu"}, ("tpu",)),
     "generalized_delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
     "linear_attention": Kernels("chunked", {"tpu": "tpu", "cuda": "gpu"}, ("tpu",)),
-    "linear_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
+    "linear_scan": Kernels(
+        "sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper"), sized=("tpu", "cuda")
+    ),
     "log_scan": None,
     "momentum_delta_rule": None,
     "monoid_scan": None,
-    "nonlinear_scan": Kernels("sequential", {"cuda": "gpu"}, ()),
+    "nonlinear_scan": Kernels("sequential", {"cuda": "gpu", "tpu": "tpu"}, (), sized=()),
     "selective_scan": Kernels("sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper")),
     "step_scan": None,
     "ssm_scan": None,
@@ -115,11 +119,15 @@ class Backend(NamedTuple):
       op: the name of the op.
       mode: how the call uses the kernel of the op.
       preferred: the targets on which `Mode.AUTO` runs the kernel.
+      platforms: the platforms whose kernel supports the call, or None for all.
+      block_sizes: the caller's choice for the kernel, or None.
     """
 
     op: str
     mode: Mode = Mode.OFF
     preferred: tuple[str, ...] = ()
+    platforms: tuple[str, ...] | None = None
+    block_sizes: tuple[int, int] | None = None
 
     @property
     def interpret(self) -> bool:
@@ -130,15 +138,22 @@ class Backend(NamedTuple):
     def modules(self) -> dict[str, str]:
         """The modules of the kernel by platform."""
         kernels = BACKENDS[self.op]
-        return {} if kernels is None else kernels.modules
+        if kernels is None:
+            return {}
+        wanted = kernels.modules if self.platforms is None else self.platforms
+        return {p: module for p, module in kernels.modules.items() if p in wanted}
+
+    @property
+    def interpreted(self) -> str:
+        """The platform whose kernel runs in interpret mode."""
+        return next(iter(self.modules))
 
     def kernels(self, target: jax_compat.Target | None = None) -> Any:
         """Import the module of `pallas_kernels` for the target, or the one for interpret mode.
 
         The import takes half a second, which programs for CPU do not need.
         """
-        first = next(iter(self.modules))
-        platform = first if self.interpret or target is None else target.platform
+        platform = self.interpreted if self.interpret or target is None else target.platform
         return importlib.import_module(f"pallas_kernels.{self.op}.{self.modules[platform]}")
 
 
@@ -161,7 +176,13 @@ def _unsupported_target(
     backend: Backend, target: jax_compat.Target, operands: Sequence[jax.Array]
 ) -> str | None:
     """Return the reason why the kernel does not support a target, or None."""
+    kernels = BACKENDS[backend.op]
     if target.platform not in backend.modules:
+        if kernels is not None and target.platform in kernels.modules:
+            return (
+                f"the Pallas kernel for {target.platform} does not support these arguments, but"
+                f" that for {' and '.join(backend.modules)} does; use implementation='xla' or None."
+            )
         return (
             f"there is no Pallas kernel for {target.platform}; use implementation='xla' or None, or"
             " interpret=True to try the kernel there."
@@ -177,6 +198,12 @@ def _unsupported_target(
         return (
             "the Pallas kernel for GPU must have sizes that are known at trace time, got the"
             f" symbolic size {symbolic[0]}; use implementation='xla' or None."
+        )
+    kernels = BACKENDS[backend.op]
+    if backend.block_sizes is not None and kernels and target.platform not in kernels.sized:
+        return (
+            "`block_sizes` must be None on GPU, where the blocks of this kernel are fixed, got"
+            f" {backend.block_sizes}; leave it out."
         )
     return SPLIT if target.partitioned else None
 
@@ -236,6 +263,8 @@ def select_backend(
     length: Any,
     unsupported: str | None = None,
     excluded: Sequence[str] = (),
+    platforms: tuple[str, ...] | None = None,
+    block_sizes: tuple[int, int] | None = None,
 ) -> Backend:
     """Check the caller's `implementation` and return the backend of the call.
 
@@ -247,51 +276,59 @@ def select_backend(
       unsupported: the reason why the kernel does not support this call, or None.
       length: T. A kernel needs a known T, and is the default from 8 steps on.
       excluded: targets on which the kernel is not the default for this call, such as "hopper".
+      platforms: the platforms whose kernel supports the call; by default all platforms of the op.
+      block_sizes: the caller's choice for the kernel, checked by the op. They are for TPU, and on
+        GPU they raise. So the kernel for GPU is not the default with them.
 
     Raises:
-      ValueError: if a name is unknown, or `interpret` is combined with implementation="xla".
-      NotImplementedError: if the kernel was chosen explicitly and does not support the call.
+      ValueError: if a name is unknown, or an option of the kernel is combined with
+        implementation="xla".
+      NotImplementedError: if the kernel was chosen explicitly, or `block_sizes` are given, and the
+        kernel does not support the call.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"{op}: `implementation` must be 'xla', 'pallas' or None, got {implementation!r}."
         )
+    options = {"interpret": interpret, "block_sizes": block_sizes is not None}
+    if implementation == "xla" and (option := next((o for o in options if options[o]), None)):
+        raise ValueError(
+            f"{op}: `{option}` is for the Pallas kernel, and must not be combined with"
+            " implementation='xla'; leave one of them out."
+        )
     kernels = BACKENDS.get(op)
     if implementation is None and not interpret:
         implementation = _default_implementation.value
     if implementation == "xla":
-        if interpret:
-            raise ValueError(
-                f"{op}: `interpret` runs the Pallas kernel, and must not be combined with"
-                " implementation='xla'; leave one of them out."
-            )
         return Backend(op)
     if not isinstance(length, int):
         unsupported = f"must have a T that is known at trace time, got the symbolic T={length}"
-    if interpret or implementation == "pallas":
+    required = interpret or implementation == "pallas"
+    if required or block_sizes is not None:
+        hint = "use implementation='xla' or None" if required else "leave out `block_sizes`"
         if kernels is None:
-            raise NotImplementedError(
-                f"{op}: there is no Pallas kernel for this op yet; use implementation='xla' or"
-                " None."
-            )
+            raise NotImplementedError(f"{op}: there is no Pallas kernel for this op yet; {hint}.")
         if algorithm not in (None, kernels.algorithm):
             raise NotImplementedError(
                 f"{op}: the Pallas kernel is {kernels.algorithm}, not {algorithm}; use "
-                f"algorithm={kernels.algorithm!r} or None, or implementation='xla'."
+                f"algorithm={kernels.algorithm!r} or None, or "
+                + ("implementation='xla'." if required else f"{hint}.")
             )
         if unsupported is not None:
-            raise NotImplementedError(
-                f"{op}: the Pallas kernel {unsupported}; use implementation='xla' or None."
-            )
+            raise NotImplementedError(f"{op}: the Pallas kernel {unsupported}; {hint}.")
+    if required:
         if not interpret and jax_compat.is_split_by_compiler():
             raise NotImplementedError(f"{op}: {SPLIT}")
-        return Backend(op, Mode.INTERPRET if interpret else Mode.REQUIRED)
+        mode = Mode.INTERPRET if interpret else Mode.REQUIRED
+        return Backend(op, mode, platforms=platforms, block_sizes=block_sizes)
     if kernels is None or unsupported is not None or not pays_off(length):
         return Backend(op)
+    if block_sizes is not None:
+        excluded = (*excluded, "hopper")
     preferred = tuple(target for target in kernels.preferred if target not in excluded)
     if not preferred or algorithm not in (None, kernels.algorithm):
         return Backend(op)
-    return Backend(op, Mode.AUTO, preferred)
+    return Backend(op, Mode.AUTO, preferred, platforms, block_sizes)
 
 
 def unsupported_dtype(dtypes: Iterable[Any], *refused: str) -> str | None:

@@ -137,6 +137,38 @@ def check_positive(op: str, **given: int | None) -> None:
             raise ValueError(f"{op}: `{name}` must be a positive integer or None, got {value!r}.")
 
 
+def check_block_sizes(
+    op: str, given: Any, axis: str, size: int, *, unit: int, powers: bool = False
+) -> tuple[int, int]:
+    """Return the block sizes of a TPU kernel as a tuple of integers.
+
+    Args:
+      op: name of the op.
+      given: the caller's choice, steps and elements along `axis`.
+      axis: name of the second axis.
+      size: its size.
+      unit: the hardware tile along this axis, of which a block has a multiple or all elements.
+      powers: whether the steps must be a power of two, and not only a multiple of 16.
+
+    Raises:
+      ValueError: if they are not two integers, or the kernel does not support them.
+    """
+    fits = False
+    if isinstance(given, tuple | list) and all(type(n) is int for n in given) and len(given) == 2:
+        steps, width = given
+        fits = (
+            steps >= 16 and steps % 16 == 0 and width >= 1 and (width % unit == 0 or width == size)
+        )
+        fits = fits and not (powers and steps & (steps - 1))
+    if not fits:
+        wanted = "a power of two from 16 on" if powers else "a multiple of 16"
+        raise ValueError(
+            f"{op}: `block_sizes` must be ({wanted}, a multiple of {unit} or {axis}={size}), got"
+            f" {given}; leave it out to choose by shape."
+        )
+    return (steps, width)
+
+
 def check_scale(op: str, scale: Any) -> jax.Array | None:
     """Return `scale` as an array; raise for arrays with axes and for complex numbers."""
     if scale is None:

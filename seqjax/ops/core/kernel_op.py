@@ -103,7 +103,7 @@ def kernel_call(
 
         effects: frozenset[Any] = frozenset()
         # The interpreter of GPU kernels calls back to the host.
-        if backend.mode is Mode.INTERPRET and "tpu" not in backend.modules:
+        if backend.mode is Mode.INTERPRET and backend.interpreted != "tpu":
             interpreted = flat(functools.partial(kernel, backend.kernels()))
             effects = frozenset(jax.make_jaxpr(interpreted)(*leaves).effects)
         out = kernel_p.bind(

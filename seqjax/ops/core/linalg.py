@@ -109,7 +109,13 @@ def outer(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def read(state: jax.Array, key: jax.Array) -> jax.Array:
-    """Return S^T k for a single step: [..., K, V] and [..., K] -> [..., V]."""
+    """Return S^T k for a single step: [..., K, V] and [..., K] -> [..., V].
+
+    Leading axes of size 1 in the key are repeated first. Without this, `einsum` transposes the
+    state.
+    """
+    if key.shape[:-1] != state.shape[:-2]:
+        key = spread(key[..., None], state)[..., 0]
     return jnp.einsum("...kv,...k->...v", state, key, precision=lax.Precision.HIGHEST)
 
 

@@ -33,7 +33,6 @@ from seqjax.ops.elementwise.xla_algorithms import ScanOptions, run, unless_reset
 from seqjax.types import Array
 
 XLA = backends.Backend("linear_scan")
-BlockSizes = tuple[int, int] | None
 
 
 def _abstract(
@@ -50,7 +49,6 @@ def _implementation(
     *rest: jax.Array,
     options: ScanOptions,
     backend: backends.Backend,
-    block_sizes: BlockSizes,
 ) -> tuple[jax.Array, jax.Array]:
     reset = rest[0] if rest else None
     if not backends.runs_kernel(backend, target, a, x, h0):
@@ -64,7 +62,7 @@ def _implementation(
         post=options.post,
         reverse=options.reverse,
         out_dtype=jnp.finfo(options.out_dtype).dtype,
-        block_sizes=block_sizes,
+        block_sizes=backend.block_sizes,
         interpret=backend.interpret,
     )
     return _whole(y), _whole(final)
@@ -93,7 +91,6 @@ def recurrence(
     reset: jax.Array | None,
     options: ScanOptions,
     backend: backends.Backend = XLA,
-    block_sizes: BlockSizes = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Run one of the two forms: a [B|1, T|1, D], x [B, T, D], h0 [B, D], reset [B, T] or None.
 
@@ -105,7 +102,6 @@ def recurrence(
         *jax_compat.match_varying(*operands),
         options=options,
         backend=backend,
-        block_sizes=block_sizes,
     )
     return y, final
 
@@ -117,7 +113,6 @@ def scan(
     reset: Array | None,
     options: ScanOptions,
     backend: backends.Backend,
-    block_sizes: BlockSizes,
 ) -> tuple[Array, Array]:
     """Run the `pre` form with an adjoint that computes all cotangents in one pass.
 
@@ -128,7 +123,7 @@ def scan(
         return recurrence(a, x, h0, reset, options)
 
     def forward(a: Array, x: Array, h0: Array, reset: Array | None) -> tuple[Array, Array]:
-        return recurrence(a, x, h0, reset, options, backend, block_sizes)
+        return recurrence(a, x, h0, reset, options, backend)
 
     def adjoint(args: Any, outputs: Any, _: Any, cotangents: Any) -> list[Array]:
         a, x, h0, reset = args
@@ -138,7 +133,7 @@ def scan(
             a: Array, y: Array, h0: Array, reset: Any, dy: Array, d_final: Array
         ) -> list[Array]:
             backwards = options._replace(post=True, reverse=not options.reverse, out_dtype=h0.dtype)
-            dx, dh0 = recurrence(a, dy, d_final, reset, backwards, backend, block_sizes)
+            dx, dh0 = recurrence(a, dy, d_final, reset, backwards, backend)
             da = dx * unless_reset(reset, shift(h0, y.astype(h0.dtype), options.reverse))
             shared = tuple(axis for axis in (0, 1) if a.shape[axis] == 1)
             da = jnp.sum(da, axis=shared, keepdims=True) if shared else da
@@ -156,7 +151,7 @@ def scan(
                 d_final,
                 reverse=options.reverse,
                 out_dtype=jnp.finfo(like[1].dtype).dtype,
-                block_sizes=block_sizes,
+                block_sizes=backend.block_sizes,
                 interpret=backend.interpret,
             )
             return [_cast(_whole(ct), value) for ct, value in zip(found, like, strict=True)]

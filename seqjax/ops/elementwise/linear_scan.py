@@ -40,7 +40,7 @@ def linear_scan(
     Where `reset` is true the state is cleared first: h_t = x_t, even if a_t or h_{t-1} is NaN.
     With `reverse` time runs from the last step to the first, initial state and resets included.
 
-    LRU, S5, S4D, RG-LRU, HGRN, minGRU and moving averages are this recurrence. It parallelises
+    LRU, S5, S4D, RG-LRU, HGRN, minGRU and moving averages are this recurrence. It parallelizes
     over time because the maps h -> a h + x compose to maps of the same form (Blelloch, Prefix
     sums and their applications, 1990; Martin and Cundy, arXiv 1709.04057). Forward mode, reverse
     mode and all higher derivatives are again linear scans. The only residuals are `decay` and the
@@ -73,8 +73,9 @@ def linear_scan(
       chunk_size: steps in a chunk of the chunked algorithm; by default 256.
       unroll: steps in an iteration of the sequential algorithm's loop; by default 4, and 1 in the
         backward pass.
-      block_sizes: (steps, features) of the kernel: steps a multiple of 16, features a multiple of
-        128 or D; on GPU 128. By default chosen by shape.
+      block_sizes: (steps, features) of a block of the kernel: steps a multiple of 16, features a
+        multiple of 128 or D; on GPU 128. By default chosen by shape. The sizes have no effect where
+        XLA runs the call by default, as on CPU. The compiler raises if a block exceeds its memory.
       interpret: run the TPU kernel in interpret mode, without a TPU. This is slow.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split. `initial_state`
         and the final state are then those of the whole sequence, the same on every device.
@@ -84,8 +85,10 @@ def linear_scan(
       float32 and narrower input, and float64 for float64. Both are complex if any input is.
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, or the algorithm is unknown.
-      NotImplementedError: if the implementation does not support the call or the platform.
+      ValueError: if shapes, dtypes or block sizes do not fit, the algorithm is unknown, or
+        `block_sizes` are combined with implementation="xla".
+      NotImplementedError: if the implementation does not support the call or the platform, or
+        `block_sizes` are given and the kernel does not support the call.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -107,7 +110,8 @@ def linear_scan(
     h0 = given["initial_state"]
     h0 = jnp.zeros((sizes["B"], sizes["D"]), state) if h0 is None else h0.astype(state)
     decay = given["decay"].reshape((1,) * (3 - given["decay"].ndim) + given["decay"].shape)
-    _check_block_sizes(block_sizes, sizes["D"])
+    if block_sizes is not None:
+        block_sizes = checks.check_block_sizes(op, block_sizes, "D", sizes["D"], unit=128)
     dtypes = {jnp.finfo(array.dtype).dtype for array in (decay, given["x"], h0)}
     backend = backends.select_backend(
         op,
@@ -116,8 +120,8 @@ def linear_scan(
         interpret,
         length=sizes["T"],
         unsupported=unsupported(dtypes, interpret),
-        # Block sizes for a TPU raise on GPU, so there a call with `block_sizes` must name "pallas".
-        excluded=() if block_sizes is None and _pays_off_on_gpu(sizes, dtypes) else ("hopper",),
+        excluded=() if _pays_off_on_gpu(sizes, dtypes) else ("hopper",),
+        block_sizes=block_sizes,
     )
     options = ScanOptions(
         out, reverse=reverse, algorithm=algorithm, chunk_size=chunk_size, unroll=unroll
@@ -129,7 +133,6 @@ def linear_scan(
         reset,
         options=options,
         backend=backend,
-        block_sizes=block_sizes,
         sequence_axis=sequence_axis,
     )
 
@@ -149,18 +152,7 @@ def _pays_off_on_gpu(sizes: Mapping[str, Any], dtypes: set[jnp.dtype]) -> bool:
     return whole_rows(sizes["D"], itemsize) and faster_on_gpu(*shape)
 
 
-def _check_block_sizes(block_sizes: tuple[int, int] | None, features: int) -> None:
-    if block_sizes is None:
-        return
-    steps, columns = block_sizes
-    if steps < 16 or steps % 16 or columns < 1 or (columns % 128 and columns != features):
-        raise ValueError(
-            "linear_scan: `block_sizes` must be (a multiple of 16, a multiple of 128 or "
-            f"D={features}), got {block_sizes}."
-        )
-
-
-@functools.partial(jax.jit, static_argnames=("options", "backend", "block_sizes", "sequence_axis"))
+@functools.partial(jax.jit, static_argnames=("options", "backend", "sequence_axis"))
 def _scan(
     a: Array,
     x: Array,
@@ -169,15 +161,14 @@ def _scan(
     *,
     options: ScanOptions,
     backend: backends.Backend,
-    block_sizes: tuple[int, int] | None,
     sequence_axis: str | None,
 ) -> tuple[Array, Array]:
     if sequence_axis is None:
-        return scan(a, x, h0, reset, options, backend, block_sizes)
+        return scan(a, x, h0, reset, options, backend)
     a, x, h0, reset = jax_compat.match_varying(a, x, h0, reset)
 
     def shard(h0: Array, x: Array = x) -> tuple[Array, Array]:
-        return scan(a, x, h0, reset, options, backend, block_sizes)
+        return scan(a, x, h0, reset, options, backend)
 
     _, transition = shard(jnp.ones_like(h0), jnp.zeros_like(x))
     return sequence_parallel.run_split(

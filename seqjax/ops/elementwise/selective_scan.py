@@ -51,6 +51,7 @@ def selective_scan(
     algorithm: str | None = None,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    block_sizes: tuple[int, int] | None = None,
     interpret: bool = False,
     sequence_axis: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
@@ -85,9 +86,14 @@ def selective_scan(
         decay ("exp"), the dtypes (not float16, not float64) and the state (N up to 64), and the
         compiler need not partition it over devices, as inside a `jax.shard_map` over all mesh axes.
         It saves one state every 64 steps. On GPU, N can be up to 16, and rows of D numbers must be
-        multiples of 16 bytes.
+        multiples of 16 bytes. On GPU the default is XLA for calls with `block_sizes`.
       chunk_size: steps in a chunk; by default 16. The backward pass reads one saved state per
         chunk and recomputes the others. The states [B, T, D, N] are never all in memory.
+      block_sizes: (steps, features) of a block of the kernel for TPU: steps a multiple of 16,
+        features a multiple of 128 or D. By default 64 steps, and features so that the states of a
+        step fit the registers. The kernel saves one state for each block of steps. The sizes have
+        no effect where XLA runs the call by default, as on CPU. The compiler raises if a block
+        exceeds its memory.
       interpret: run the kernel in interpret mode, without its hardware. This is slow.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
@@ -96,9 +102,10 @@ def selective_scan(
       argument is).
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, or an input is complex.
+      ValueError: if shapes, dtypes or block sizes do not fit, an input is complex, or
+        `block_sizes` are combined with implementation="xla".
       NotImplementedError: if the algorithm or implementation does not support the call or the
-        platform.
+        platform, or `block_sizes` are given and the kernel does not support the call.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -124,6 +131,8 @@ def selective_scan(
     if initial_state is None:
         state = checks.state_dtype(*given.values())
         given["initial_state"] = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
+    if block_sizes is not None:
+        block_sizes = checks.check_block_sizes(op, block_sizes, "D", sizes["D"], unit=128)
     itemsize = min(given[name].dtype.itemsize for name in ("x", "dt"))
     on_gpu = sizes["N"] <= GPU_STATES and whole_rows(sizes["D"], itemsize)
     backend = backends.select_backend(
@@ -134,6 +143,7 @@ def selective_scan(
         length=sizes["T"],
         unsupported=unsupported(given, sizes["N"], decay, interpret),
         excluded=() if on_gpu else ("hopper",),
+        block_sizes=block_sizes,
     )
     # On CPU the sequential algorithm is fastest because it does the least work. On accelerators
     # each step costs a kernel launch or a loop iteration (measured on CPU only).
@@ -199,11 +209,15 @@ def _scan(
         _xla, on_cpu=on_cpu, elsewhere=elsewhere, chunk_size=chunk_size, decay=decay
     )
 
+    # Only kernels for TPU take block sizes.
+    blocks = {} if backend.block_sizes is None else {"block_sizes": backend.block_sizes}
+    shared = {"interpret": backend.interpret} | blocks
+
     def forward(kernels: Any, *args: Any, save: bool) -> Any:
         x, dt, *rest, reset = args
         A, B, C, D, h0 = _for_kernel(*rest)
         y, final, borders = kernels.forward(
-            x, dt, A, B, C, D, h0, reset, save_states=save, interpret=backend.interpret
+            x, dt, A, B, C, D, h0, reset, save_states=save, **shared
         )
         return (y, final.mT), borders if save else ()
 
@@ -214,7 +228,7 @@ def _scan(
         A, B, C, D, _ = _for_kernel(*rest)
         dy, d_final = cotangents
         dx, d_dt, dA, dB, dC, dD, dh0 = kernels.backward(
-            x, dt, A, B, C, D, reset, borders, dy, d_final.mT, interpret=backend.interpret
+            x, dt, A, B, C, D, reset, borders, dy, d_final.mT, **shared
         )
         given = (dx, d_dt, dA.T, dB, dC, dD[0], dh0.mT)
         return [ct.astype(like.dtype) for ct, like in zip(given, args[:-1], strict=True)]
@@ -222,7 +236,8 @@ def _scan(
     def shapes(x: Array, dt: Array, A: Array, *rest: Any) -> Any:
         *_, h0, _ = rest
         final = jax.ShapeDtypeStruct(h0.shape, state)
-        borders = jax.ShapeDtypeStruct(border_shape((*x.shape, A.shape[1])), state)
+        shape = border_shape((*x.shape, A.shape[1]), *(backend.block_sizes or ())[:1])
+        borders = jax.ShapeDtypeStruct(shape, state)
         return (jax.ShapeDtypeStruct(x.shape, x.dtype), final), borders
 
     run = kernel_op.kernel_op(backend, xla, forward, backward, shapes)

@@ -41,6 +41,7 @@ def generalized_delta_rule(
     state_dtype: Any = None,
     reset: Reset | None = None,
     chunk_size: int | None = None,
+    block_sizes: tuple[int, int] | None = None,
     algorithm: str | None = None,
     implementation: str | None = None,
     sequence_axis: str | None = None,
@@ -70,6 +71,11 @@ def generalized_delta_rule(
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
         sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
         The backward pass stores at most one state per chunk.
+      block_sizes: (steps, heads) of a block of the kernel for TPU: steps a power of two from 16 on,
+        which replaces `chunk_size` there; heads a multiple of 8 or H. By default the steps of
+        `chunk_size` and 8 heads. If V exceeds 256, each slice of 256 values counts as a head. The
+        sizes have no effect where XLA runs the call by default, as on CPU. The compiler raises if a
+        block exceeds its memory.
       algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after chunk)
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
         few steps, and on CPU for small states and without derivatives.
@@ -82,9 +88,10 @@ def generalized_delta_rule(
       argument is).
 
     Raises:
-      ValueError: if shapes or dtypes do not fit, or an input is complex.
+      ValueError: if shapes, dtypes or block sizes do not fit, an input is complex, or
+        `block_sizes` are combined with implementation="xla".
       NotImplementedError: if the algorithm or implementation does not support the call or the
-        platform.
+        platform, or `block_sizes` are given and the kernel does not support the call.
 
     Example:
       >>> import jax.numpy as jnp, seqjax
@@ -102,6 +109,7 @@ def generalized_delta_rule(
         state_dtype=state_dtype,
         reset=reset,
         chunk_size=chunk_size,
+        block_sizes=block_sizes,
         algorithm=algorithm,
         implementation=implementation,
         sequence_axis=sequence_axis,

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu import chunk_steps
+from seqjax.ops.core import checks
 from seqjax.ops.matrix_state import grouped_heads, input_maps
 from seqjax.ops.matrix_state.algorithm_choice import CallOptions
 
@@ -43,6 +44,12 @@ def unsupported(given: Mapping[str, Any], interpret: bool) -> str | None:
     return None
 
 
+def check_block_sizes(op: str, block_sizes: Any, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Check the caller's steps and heads of a block; slices of wide values count as heads."""
+    heads = sizes["H"] * -(-sizes["V"] // KERNEL_WIDTH)
+    return checks.check_block_sizes(op, block_sizes, "H", heads, unit=8, powers=True)
+
+
 def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callable[..., Any], ...]:
     """Return the functions forward, backward and shapes for `kernel_op`.
 
@@ -53,11 +60,13 @@ def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callab
     """
     # A kernel is compiled with the default scale. Other scales multiply the queries beforehand,
     # after they were normalized.
-    shared = {
+    shared: dict[str, Any] = {
         "scale": 1.0 if options.scale is None else options.scale,
         "chunk_size": options.chunk_size,
         "interpret": interpret,
     }
+    if options.backend.block_sizes is not None:  # a kernel for TPU: others take no block sizes
+        shared["chunk_size"], shared["block_heads"] = options.backend.block_sizes
 
     def layout(kernels: Any, reset: Any, repeat: bool) -> Callable[..., Any]:
         inside = kernels.INPUT_MAPS
@@ -109,7 +118,7 @@ def functions(options: CallOptions, interpret: bool, dtype: Any) -> tuple[Callab
         vectors = (arrays[name] for name in ("a", "b") if name in arrays)
         decay = log_decay[0] if isinstance(log_decay, tuple) else log_decay
         inputs = (arrays["q"], arrays["k"], v, arrays.get("beta"), decay, *vectors)
-        count = -(-arrays["q"].shape[1] // chunk_steps(*inputs, wanted=options.chunk_size))
+        count = -(-arrays["q"].shape[1] // chunk_steps(*inputs, wanted=shared["chunk_size"]))
         batch, *rest = state.shape
         states = jax.ShapeDtypeStruct((batch, count, *rest), S0.dtype)
         return (outputs, jax.ShapeDtypeStruct(S0.shape, S0.dtype)), [states]

@@ -179,6 +179,7 @@ class MatrixRecurrence:
         gate: SoftplusGate | None = None,
         reset: Array | None = None,
         chunk_size: int | None = None,
+        block_sizes: tuple[int, int] | None = None,
         algorithm: str | None = None,
         implementation: str | None = None,
         sequence_axis: str | None = None,
@@ -201,6 +202,7 @@ class MatrixRecurrence:
           reset: [B, T] bool, True where the state is cleared before the step.
           chunk_size: steps in a chunk, rounded up to a power of two; by default 64, or 16 for the
             sequential algorithm, which recomputes its states in chunks.
+          block_sizes: (steps, heads) of a block of the kernel for TPU; for ops of the library.
           algorithm: "sequential" (step by step), "chunked" (matmuls inside chunks, chunk after
             chunk) or "associative" (matmuls, and chunks in log depth). By default chunks are used
             if there is a `chunk`, the state is large enough and there are more than a few steps.
@@ -252,6 +254,8 @@ class MatrixRecurrence:
         checks.check_sequence_axis(op, sequence_axis)
         checks.check_positive(op, chunk_size=chunk_size)
         scale = checks.check_scale(op, scale)
+        if block_sizes is not None:
+            block_sizes = matrix_kernels.check_block_sizes(op, block_sizes, sizes)
         if given["initial_state"] is None:
             shape = (sizes["B"], sizes["H"], sizes["K"], sizes["V"])
             given["initial_state"] = jnp.zeros(shape, checks.state_dtype(*given.values(), bonus))
@@ -273,6 +277,7 @@ class MatrixRecurrence:
             interpret,
             length=sizes["T"],
             unsupported=matrix_kernels.unsupported(given, interpret),
+            block_sizes=block_sizes,
         )
         if gate is not None:
             gate = input_maps.SoftplusGate(given.pop("A_log"), given.pop("dt_bias"))

@@ -1,6 +1,7 @@
 """Linear attention with a limited state: a largest norm, or a window of steps."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,9 +24,13 @@ class StateNorm:
         S_t = Z_t min(1, largest / |Z_t|)                 Frobenius norm of each head
         o_t = scale S_t^T q_t
 
-    This is state normalization of Stuffed Mamba (arXiv 2410.07145). It bounds the state in
-    sequences that are longer than the training sequences. The recurrence is nonlinear, so it runs
-    step by step.
+    This is the state normalization of Stuffed Mamba (first version of arXiv 2410.07145). It bounds
+    the state in sequences that are longer than the training sequences. The recurrence is nonlinear,
+    so it runs step by step.
+
+    Departures: the authors' code (thunlp/stuffed-mamba) limits the state once every 128 steps. It
+    multiplies the state by |Z_t| / largest, which enlarges the state. This class shrinks the norm
+    to `largest`. The limits in the authors' code are the norms after a prompt, one for each head.
 
     Call it as `linear_attention`: limit(q, k, v, log_decay, initial_state, scale=, reset=,
     sequence_axis=) returns (o, final state [B, H, K, V]).
@@ -39,13 +44,16 @@ class StateNorm:
       [1.0, 2.0, 2.5, 2.5]
 
     Attributes:
-      largest: the largest norm of a head's state, positive.
+      largest: the largest norm of a head's state, positive; or a tuple with one number per head.
     """
 
-    largest: float
+    largest: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.largest > 0:
+        if isinstance(self.largest, Sequence):
+            object.__setattr__(self, "largest", tuple(self.largest))
+        limits = self.largest if isinstance(self.largest, tuple) else (self.largest,)
+        if not (limits and all(limit > 0 for limit in limits)):
             raise ValueError(f"StateNorm: `largest` must be above 0, got {self.largest!r}.")
 
     def initial_state(
@@ -70,13 +78,18 @@ class StateNorm:
         """Compute outputs and the final state; see `linear_attention` for the arguments."""
         _check("StateNorm", q, k, v, log_decay)
         heads, dtype = v.shape[2], v.dtype
+        if isinstance(self.largest, tuple) and len(self.largest) != heads:
+            raise ValueError(
+                f"StateNorm: `largest` must have one number per head, {heads}, got"
+                f" {len(self.largest)}."
+            )
         state = _start(self, initial_state, q, k, v, log_decay)
         wide = state.dtype
         q, k, v, log_decay = (z.astype(wide) for z in (q, k, v, log_decay))
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         y, state = step_scan(
             _limited_step,
-            jnp.asarray(self.largest, wide),
+            jnp.asarray(self.largest, wide)[..., None, None],
             (scale * repeat(q, heads), repeat(k, heads), v, jnp.exp(log_decay)),
             state,
             reset=reset,
@@ -86,7 +99,7 @@ class StateNorm:
 
 
 def _limited_step(largest: Array, S: Array, x: Any) -> tuple[Array, Array]:
-    """Take one step of all heads: S [H, K, V]."""
+    """Take one step of all heads: S [H, K, V], largest [1, 1] or [H, 1, 1]."""
     q, k, v, decay = x
     Z = decay[:, None, None] * S + k[:, :, None] * v[:, None, :]
     square = jnp.sum(Z * Z, axis=(1, 2), keepdims=True)
@@ -104,9 +117,10 @@ class StateWindow:
         S_t = exp(g_t) S_{t-1} + k_t v_t^T                                   g = log_decay
         o_t = scale (S_t - exp(g_{t-window+1} + .. + g_t) S_{t-window})^T q_t
 
-    Sliding window by state difference of Stuffed Mamba (arXiv 2410.07145). A step reads exactly the
-    last `window` writes of its document. The recurrence runs twice, so any algorithm of
-    `linear_attention` computes it. The state also holds the inputs of `window` steps.
+    This is the sliding window of Stuffed Mamba (arXiv 2410.07145, equation 8). A step reads exactly
+    the last `window` writes of its document. The recurrence runs twice, so any algorithm of
+    `linear_attention` computes it. The state also holds the inputs of `window` steps. The
+    paper runs the model again on the tokens of these steps instead.
 
     Rounding errors are relative to S_t, which still sums all steps. Use it with decays below 1.
 

@@ -1,4 +1,4 @@
-"""Wrapper of the kernel that steps through a nonlinear recurrence with an elementwise cell."""
+"""Wrapper of the kernels that step through a nonlinear recurrence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,41 +6,70 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.nonlinear_scan import MATRIX_BYTES
 from seqjax.ops.core import backends, kernel_op
 from seqjax.ops.nonlinear import jacobian_structure
 from seqjax.types import Array, PyTree
 
 
-def unsupported(structure: str, sequence_axis: str | None, *arrays: PyTree) -> str | None:
-    """Return the reason why the kernel does not support a call, or None."""
-    if structure == "dense":
-        return (
-            "must have a cell whose Jacobian is diagonal or block-diagonal over channels, got a"
-            " dense one"
-        )
+def unsupported(
+    cell: Any, structure: str, sequence_axis: str | None, params: PyTree, xs: PyTree, h0: Array
+) -> str | None:
+    """Return the reason why the kernels do not support a call, or None."""
     if sequence_axis is not None:
         return "does not support T split over devices"
-    dtypes = [x.dtype for x in jacobian_structure.float_leaves(arrays)]
+    leaves = jax.tree.leaves((params, xs, h0))
+    symbolic = [size for leaf in leaves for size in leaf.shape if not isinstance(size, int)]
+    if symbolic:
+        return f"must have sizes that are known at trace time, got the symbolic size {symbolic[0]}"
+    if platforms(cell, structure):
+        channels = cell.cell.dim if _has_dense_heads(cell) else h0.shape[1]
+        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+        count = sum(shape[-2:] == (channels, channels) for shape in shapes)
+        size = 4 * count * channels * (-(-channels // 128) * 128)
+        if size > MATRIX_BYTES:
+            return (
+                f"must have matrices of at most {MATRIX_BYTES >> 20} MiB in float32, because they"
+                f" stay in the memory of a TPU core, got {size / 2**20:.1f} MiB for D={channels}"
+            )
+    dtypes = [x.dtype for x in jacobian_structure.float_leaves((params, xs, h0))]
     return backends.unsupported_dtype(dtypes, "float16", "float64")
+
+
+def platforms(cell: Any, structure: str) -> tuple[str, ...] | None:
+    """Return the platforms whose kernel supports a cell, or None for all."""
+    return ("tpu",) if structure == "dense" or _has_dense_heads(cell) else None
+
+
+def _has_dense_heads(cell: Any) -> bool:
+    """Return whether a cell has heads with dense cells, like `seqjax.cells.Headwise`."""
+    return hasattr(cell, "over_heads") and cell.cell.structure == "dense"
 
 
 def by_kernel(
     backend: backends.Backend,
-    cell: Callable[..., Array],
+    cell: Any,
+    structure: tuple[str, str],
     out_dtype: Any,
     by_steps: Callable[..., Any],
 ) -> Callable[..., tuple[Array, Array]]:
-    """Return the function (params, xs, h0, reset or None) -> (states, final state) on the kernels.
+    """Return the function (params, xs, h0, reset or None) -> (states, final state) of the kernels.
 
     The backward kernel recomputes the cell's derivative at every state. Forward mode and higher
-    derivatives come from `by_steps`, the step-by-step form of `nonlinear_scan`.
+    derivatives come from `by_steps`, the step-by-step form of `nonlinear_scan`. For a cell
+    with dense heads, the heads are one more axis of the kernels' grid.
     """
+    if _has_dense_heads(cell):
+        return cell.over_heads(
+            by_kernel(backend, cell.cell, ("dense", "dense"), out_dtype, by_steps)
+        )
 
     def xla(params: PyTree, xs: PyTree, h0: Array, reset: Array | None) -> tuple[Array, Array]:
         batch, length = jax.tree.leaves(xs)[0].shape[:2]
         never = jnp.zeros((batch, length), bool) if reset is None else reset
         guess = jnp.zeros((batch, length, *h0.shape[1:]), h0.dtype)  # unused
-        return by_steps(params, xs, h0, never, guess, None)[:2]
+        out = by_steps(params, xs, h0, never, guess, None, cell=cell, structure=structure)
+        return out[0], out[1]
 
     def forward(kernels: Any, *args: Any, save: bool) -> Any:
         *outputs, states = kernels.scan(

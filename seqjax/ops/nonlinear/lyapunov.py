@@ -1,4 +1,4 @@
-"""Largest Lyapunov exponent: the rate at which neighbouring trajectories converge or diverge."""
+"""Largest Lyapunov exponent: the rate at which neighboring trajectories converge or diverge."""
 
 import functools
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def lyapunov(
         v_t = J_t v_{t-1}          J_t = df/dh at (h_{t-1}, x_t)
         exponent = mean_t log |v_t| / |v_{t-1}|
 
-    Below zero, neighbouring trajectories converge and `nonlinear_scan` can solve in parallel, in
+    Below zero, neighboring trajectories converge and `nonlinear_scan` can solve in parallel, in
     fewer iterations the lower the exponent is. Near or above zero, Newton needs about as many
     iterations as there are steps, and gradients explode (Gonzalez et al., Predictability enables
     parallelization, 2508.16817). A model trained to remember has exponents slightly below zero

@@ -78,15 +78,16 @@ def nonlinear_scan(
       solver: a `Newton`.
       algorithm: "newton" or "sequential". By default sequential on CPU, for dense cells (see
         `jacobian`) and for blocks of more than 8 numbers, Newton otherwise.
-      implementation: "xla", the default, or "pallas" (a sequential kernel for GPU from Hopper on,
-        forward and backward in one pass each). The kernel supports cells with independent channels
-        (Jacobian "diagonal" or "block") that consist of elementwise operations. Every leaf of `xs`
-        must have an axis of D channels as its last axis. Dtypes are float32, bfloat16 and int32.
-        Rows of D numbers must be multiples of 16 bytes.
+      implementation: "xla", the default, or "pallas": a sequential kernel for TPU, and for GPU from
+        Hopper on. The TPU kernel is compiled in tests, and has not run on a TPU yet. The cell must
+        consist of elementwise operations. On TPU it may also multiply by matrices [D, D] of at most
+        16 MiB in all. Every leaf of `xs` must have D channels as its last axis. Dtypes are float32,
+        bfloat16 and int32. On GPU, rows of D numbers must be multiples of 16 bytes.
       on_failure: the action if Newton does not converge: "sequential" finishes step by step,
         "error" raises, "warn" warns and returns the unconverged states, flagged in `info`.
-      interpret: run the GPU kernel in interpret mode, without a GPU. This is slow, and requires
-        jax 0.11.2 or newer.
+      interpret: run a kernel in interpret mode on any platform. This is slow. A cell with products
+        with matrices uses the TPU kernel. Any other cell uses the GPU kernel, which requires jax
+        0.11.2 or newer.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
 
     Returns:
@@ -152,7 +153,8 @@ def nonlinear_scan(
         implementation,
         interpret,
         length=length,
-        unsupported=cell_kernel.unsupported(structure[1], sequence_axis, params, xs, h0),
+        unsupported=cell_kernel.unsupported(cell, structure[1], sequence_axis, params, xs, h0),
+        platforms=cell_kernel.platforms(cell, structure[1]),
     )
     wanted = (batch, length, *h0.shape[1:])
     guess = jnp.zeros(wanted, state) if guess is None else jnp.asarray(guess)
@@ -216,8 +218,6 @@ def _scan(
     if backend.mode is not backends.Mode.OFF:
         by_steps = functools.partial(
             _scan,
-            cell=cell,
-            structure=structure,
             solver=solver,
             algorithm="sequential",
             on_failure="sequential",
@@ -225,7 +225,7 @@ def _scan(
             has_resets=has_resets,
             backend=backends.Backend(backend.op),
         )
-        run = cell_kernel.by_kernel(backend, cell, out, by_steps)
+        run = cell_kernel.by_kernel(backend, cell, structure, out, by_steps)
         hs, final = run(params, xs, h0, step_reset)
         finite = newton.over_state(jnp.isfinite(lax.stop_gradient(hs)), jnp.all).all(axis=1)
         info = _info_of_steps(lax.stop_gradient(hs).astype(h0.dtype), finite)

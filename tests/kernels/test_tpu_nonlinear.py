@@ -1,0 +1,213 @@
+"""TPU kernel of nonlinear cells, interpreted: values and gradients against the sequential form.
+
+`test_aot` compiles it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqjax
+from pallas_kernels.nonlinear_scan import tpu, tpu_blocks
+from seqjax.cells import GRU, LSTM, MGU, DenseSLSTM, Elman, Headwise, ParaLSTM
+from tests.contract.cases import cell_params
+from tests.contract.harness import assert_close
+
+
+def narrow(array, dtype="float32"):
+    """Cast to a dtype; integers stay unchanged."""
+    return jnp.asarray(array, "int32" if array.dtype == "int32" else dtype)
+
+
+def arrays(cell, batch, length, dtype="float32"):
+    """Return parameters, inputs, state and resets, and cotangents of all states and the last."""
+    rng = np.random.default_rng(0)
+    xs = rng.standard_normal((batch, length, cell.gates, cell.dim))
+    # sLSTM divides by a number of its state, so it starts from a state that its steps can reach.
+    state = np.asarray(cell.initial_state(batch))
+    if cell.width < 4:
+        state = rng.uniform(-0.9, 0.9, state.shape)
+    cts = rng.standard_normal((batch, length, *state.shape[1:])), rng.standard_normal(state.shape)
+    given = jax.tree.map(narrow, (cell_params(rng, cell), state))
+    reset = jnp.asarray(rng.random((batch, length)) < 0.2)
+    return given[0], narrow(xs, dtype), given[1], reset, (narrow(cts[0], dtype), narrow(cts[1]))
+
+
+def pulled(cell, params, xs, state, reset, cts, **keywords):
+    """Return states and gradients."""
+
+    def run(params, xs, state):
+        return seqjax.nonlinear_scan(cell, params, xs, state, reset=reset, **keywords)[:2]
+
+    def both(*args):
+        out, pull = jax.vjp(run, *args)
+        return out, pull(cts)
+
+    return jax.jit(both)(params, xs, state)
+
+
+def compared(cell, batch, length, dtype="float32", tolerance=2e-6):
+    given = arrays(cell, batch, length, dtype)
+    found = pulled(cell, *given, interpret=True)
+    assert_close(found, pulled(cell, *given, algorithm="sequential"), tolerance)
+
+
+def test_a_cell_with_a_matrix(compiled_quickly):
+    compared(Elman(3), 2, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell",
+    [
+        GRU(4),
+        LSTM(4),
+        LSTM(4, variant="fgr", peepholes=True),
+        DenseSLSTM(4),
+        MGU(4),  # its second product is not of the state
+        Headwise(Elman(2), 3),
+        Headwise(GRU(4), 2),
+        Headwise(LSTM(4), 2),
+        Headwise(DenseSLSTM(4), 2),
+    ],
+    ids=repr,
+)
+def test_cells(cell, compiled_quickly):
+    """Compare over two blocks of time, of which the last is ragged."""
+    compared(cell, 3, 70)
+
+
+@pytest.mark.slow
+def test_narrow_inputs(compiled_quickly):
+    compared(GRU(4), 2, 5, "bfloat16", 2e-2)
+
+
+def by_kernel(cell, params, xs, state, reset, cts):
+    """Return states and gradients by the kernel itself."""
+    forward = functools.partial(tpu.scan, cell, out_dtype=xs.dtype, save_states=True)
+    *out, kept = jax.jit(functools.partial(forward, interpret=True))(params, xs, state, reset)
+    backward = jax.jit(functools.partial(tpu.adjoint, cell, interpret=True))
+    d_params, [d_xs], d_state = backward(params, xs, state, reset, kept, *cts)
+    return out, (jax.tree.unflatten(jax.tree.structure(params), d_params), d_xs, d_state)
+
+
+@pytest.mark.slow
+def test_elementwise_cells(compiled_quickly):
+    given = arrays(ParaLSTM(4), 3, 5)
+    assert_close(
+        by_kernel(ParaLSTM(4), *given), pulled(ParaLSTM(4), *given, algorithm="sequential"), 2e-6
+    )
+
+
+@pytest.mark.slow
+def test_several_blocks_of_sequences(monkeypatch, compiled_quickly):
+    """Use two blocks of 16 sequences for 19: the padded ones add nothing to gradients."""
+    monkeypatch.setattr(tpu_blocks, "MAX_SEQUENCES", 16)
+    given = arrays(GRU(3), 19, 3)
+    assert_close(by_kernel(GRU(3), *given), pulled(GRU(3), *given, algorithm="sequential"), 2e-6)
+
+
+@pytest.mark.slow
+def test_nothing_crosses_a_reset(compiled_quickly):
+    params, xs, state, reset, cts = arrays(GRU(4), 1, 12)
+    reset = jnp.zeros_like(reset).at[0, 7].set(True)
+    xs, state = xs.at[0, 5].set(jnp.nan), jnp.full_like(state, jnp.nan)
+    (hs, final), (_, d_xs, _) = by_kernel(GRU(4), params, xs, state, reset, cts)
+    assert np.isnan(hs[0, :7]).all()
+    after = params, xs[:, 7:], jnp.zeros_like(state), None, (cts[0][:, 7:], cts[1])
+    out, (_, expected, _) = pulled(GRU(4), *after, algorithm="sequential")
+    assert_close((hs[:, 7:], final), out, 2e-6)
+    assert_close(d_xs[:, 7:], expected, 2e-6)
+
+
+def several(params, h, x):
+    """Multiply with matrices on both sides, several rows at once, and one matrix twice."""
+    both = h.T @ params["W"]  # [2, D]
+    first = jnp.tanh(params["V"] @ h[:, 0] + jax.nn.softplus(params["scale"]) * x["u"])
+    kept = jnp.where(x["keep"] > 0, first, both[1] @ params["W"])
+    return jnp.stack([kept, jax.nn.sigmoid(both[0]) * h[:, 1]], axis=1)
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_user(compiled_quickly):
+    rng = np.random.default_rng(0)
+    params = {"W": 0.3 * rng.standard_normal((4, 4)), "V": 0.3 * rng.standard_normal((4, 4))}
+    params["scale"] = rng.standard_normal(())
+    xs = {"u": rng.standard_normal((2, 6, 4)), "keep": rng.integers(0, 2, (2, 6, 4), "int32")}
+    args = jax.tree.map(narrow, (params, xs, rng.standard_normal((2, 4, 2))))
+
+    def loss(params, u, state, **keywords):
+        inputs = {"u": u, "keep": args[1]["keep"]}
+        hs, final, _ = seqjax.nonlinear_scan(several, params, inputs, state, **keywords)
+        return jnp.sum(jnp.sin(hs)) + jnp.sum(final**2)
+
+    def both(**keywords):
+        run = jax.jit(jax.value_and_grad(functools.partial(loss, **keywords), argnums=(0, 1, 2)))
+        return run(params, args[1]["u"], args[2])
+
+    params = args[0]
+    assert_close(both(interpret=True), both(algorithm="sequential"), 2e-6)
+
+
+def lowered(function, *args):
+    """Return the program lowered for TPU, without a TPU."""
+    return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.slow
+def test_it_has_to_be_named():
+    layer = seqjax.layers.GRU(128)
+    named = seqjax.layers.GRU(128, implementation="pallas")
+    params, x = layer.init(jax.random.key(0)), jnp.ones((8, 16, 128))
+    kernel = "@tpu_custom_call"
+    assert kernel not in lowered(layer.apply, params, x)
+    assert lowered(named.apply, params, x).count(kernel) == 1
+
+    def loss(params, x):
+        return jnp.sum(named.apply(params, x)[0])
+
+    assert lowered(jax.grad(loss), params, x).count(kernel) == 2
+    mapped = jax.vmap(jax.grad(loss), in_axes=(None, 0))
+    assert lowered(mapped, params, jnp.stack([x, x])).count(kernel) == 2
+
+
+@jax.custom_jvp
+def custom(h, W):
+    return h @ W
+
+
+custom.defjvp(lambda primals, tangents: (custom(*primals), tangents[0] @ primals[1]))
+
+
+def tanh(params, h, x):
+    return jnp.tanh(h + x)
+
+
+@pytest.mark.slow
+def test_what_it_cannot_do():
+    def refused(cell, message, params=None, channels=8):
+        params = jnp.ones((channels, channels)) if params is None else params
+        xs, state = jnp.ones((1, 3, channels)), jnp.ones((1, channels))
+        run = functools.partial(seqjax.nonlinear_scan, cell, implementation="pallas")
+        with pytest.raises(NotImplementedError, match=f"^nonlinear_scan: .*{message}"):
+            lowered(run, params, xs, state)
+
+    refused(lambda W, h, x: jnp.tanh(h @ W.T + x), "got a product with another factor than")
+    refused(lambda W, h, x: jnp.tanh(h @ W + W[0] + x), "got 'slice' of a matrix")
+    refused(lambda W, h, x: h @ W + custom(h, W) + x, "got a matrix in a function with a custom")
+    refused(lambda W, h, x: jnp.tanh(h @ W) * jnp.sum(h), "got 'reduce_sum' over channels")
+    refused(lambda W, h, x: jnp.tanh(h @ W + x), "at most 16 MiB .* got 17.0 MiB", channels=2049)
+    with pytest.raises(NotImplementedError, match=r"for cuda does not support .* for tpu does"):
+        jax.jit(functools.partial(seqjax.nonlinear_scan, Elman(8), implementation="pallas")).trace(
+            {"W": jnp.ones((8, 8))}, jnp.ones((1, 3, 1, 8)), jnp.ones((1, 8))
+        ).lower(lowering_platforms=("cuda",))
+    sizes = jax.export.symbolic_shape("b, 3, 8")
+    with pytest.raises(NotImplementedError, match="got the symbolic size b"):
+        jax.export.export(
+            jax.jit(lambda x, h: seqjax.nonlinear_scan(tanh, (), x, h, implementation="pallas"))
+        )(jax.ShapeDtypeStruct(sizes, "float32"), jax.ShapeDtypeStruct((sizes[0], 8), "float32"))
+    with pytest.raises(NotImplementedError, match="a step of the cell must fit"):
+        tpu_blocks.choose_blocks(3, 8, 2048, 300, reverse=True, interpret=True)
