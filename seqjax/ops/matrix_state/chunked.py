@@ -32,8 +32,8 @@ from jax.ad_checkpoint import checkpoint_name
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.linalg import diagonal, matmul, product, sum_to
 from seqjax.ops.core.residual_names import RESIDUALS, named
+from seqjax.ops.matrix_state.block_decays import same_segment
 from seqjax.ops.matrix_state.chunk_sizes import Division
-from seqjax.ops.matrix_state.decays import same_segment
 
 UNROLL = 4  # turns of a loop on accelerators between two tests of its counter
 
@@ -266,8 +266,9 @@ def _factored_states(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the states before the chunks [count, B, H, K, V], and the state after the last.
 
-    The loops have two matmuls per chunk, in both directions. Gradients of the factors are products
-    of all chunks after the backward loop. States are stored in bfloat16 if the inputs are.
+    The loops have two matmuls per chunk, in both directions, or none without `erase`. Gradients of
+    the factors are products of all chunks after the backward loop. If the inputs are bfloat16, so
+    are the stored states, and what a chunk adds to the state without `erase`.
 
     Args:
       maps: maps of the chunks, [count, B, H, ...].
@@ -279,17 +280,27 @@ def _factored_states(
     stored = dtype if jnp.dtype(dtype) == jnp.bfloat16 else state.dtype
     count = maps.write.shape[0]
     alive = jnp.broadcast_to(alive, (count, *alive.shape[1:]))
-    unroll = min(count, UNROLL)
+    write: jax.Array | None = maps.write
+    values, offset, unroll = maps.values, maps.offset, min(count, UNROLL)
+    if maps.erase is None:
+        assert values is not None
+        added = product(maps.write, values)
+        offset = (added if offset is None else added + offset).astype(stored)
+        write, values, unroll = None, None, min(count, 2 * UNROLL)  # short turns
 
     def forward(factors: Any, state: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
         def step(state: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
             (decay, write, values, erase, offset), (alive, poison) = chunk
             kept = jnp.where(alive, state, jnp.zeros_like(state))
-            after = decay * kept + product(write, _written(values, erase, kept)) + poison
-            return after if offset is None else after + offset, state.astype(stored)
+            after = decay * kept + poison
+            if erase is not None:
+                after = after + product(write, _written(values, erase, kept))
+            if offset is not None:
+                after = after + offset.astype(after.dtype)
+            return after, state.astype(stored)
 
         final, states = lax.scan(step, state, (factors, rest), unroll=unroll)
-        return states, final
+        return checkpoint_name(states, STATES), final
 
     def adjoint(args: Any, outputs: Any, _: Any, cts: Any) -> list[jax.Array]:
         (factors, _, (alive, poison)), (states, _), (d_states, d_final) = args, outputs, cts
@@ -308,31 +319,30 @@ def _factored_states(
         chunks = (decay, write, erase, d_states, alive)
         d_first, (d_after, d_written) = lax.scan(step, d_final, chunks, reverse=True, unroll=unroll)
         states = jnp.where(jnp.isfinite(states) & alive, states, jnp.zeros_like(states))
-        if erase is None:
-            d_written = product(write, d_after, "kc,kv->cv")
+        d_write = d_erase = None
+        if erase is not None:
+            d_write = product(d_after, _written(values, erase, states), "kv,cv->kc")
+            d_erase = product(d_written, states, "cv,kv->ck")
         both = d_after.astype(decay.dtype) * states.astype(decay.dtype)
         axes = tuple(n for n in (-2, -1) if decay.shape[n] == 1)
         found = (
             jnp.sum(both, axis=axes, keepdims=True),
-            product(d_after, _written(values, erase, states), "kv,cv->kc"),
+            d_write,
             None if values is None else d_written,
-            None if erase is None else product(d_written, states, "cv,kv->ck"),
+            d_erase,
             None if offset is None else d_after,
         )
         d_factors = jax.tree.map(lambda x, d: sum_to(d, x.shape).astype(x.dtype), factors, found)
         return [*jax.tree.leaves(d_factors), d_first, jnp.zeros_like(poison)]
 
     compute = custom_adjoint(forward, adjoint, with_residuals=lambda *args: (forward(*args), ()))
-    factors = (maps.decay, maps.write, maps.values, maps.erase, maps.offset)
-    states, final = compute(factors, state, (alive, poison))
-    return checkpoint_name(states, STATES), final
+    factors = (maps.decay, write, values, maps.erase, offset)
+    # States are named inside: the adjoint reads them, and must not run the loop again.
+    return compute(factors, state, (alive, poison))
 
 
-def _written(values: jax.Array | None, erase: jax.Array | None, state: jax.Array) -> jax.Array:
+def _written(values: jax.Array | None, erase: jax.Array, state: jax.Array) -> jax.Array:
     """Return values + erase S."""
-    if erase is None:
-        assert values is not None
-        return values
     made = product(erase, state)
     return made if values is None else made + values.astype(made.dtype)
 

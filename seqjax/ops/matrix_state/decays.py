@@ -21,7 +21,17 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint
-from seqjax.ops.core.linalg import along_rows, down_columns, matmul, product, spread
+from seqjax.ops.core.linalg import along_rows, matmul, product, spread
+from seqjax.ops.matrix_state.block_decays import (
+    between,
+    block_decays,
+    count_events,
+    decay_of,
+    halves,
+    order,
+    same_segment,
+    widths,
+)
 
 SUB = 16  # steps in the blocks inside which a mask selects the pairs
 NT = "tk,jk->tj"
@@ -39,53 +49,12 @@ def by_step(g: jax.Array | None, like: jax.Array, *, repeat: bool) -> jax.Array 
     return jnp.broadcast_to(decay, (*g.shape[:-1], like.shape[-1])) if repeat else decay
 
 
-def decay_of(g: jax.Array) -> jax.Array:
-    """Return exp(g), and zero where the real part of g is -inf."""
-    low = jnp.isneginf(jnp.real(g))
-    return jnp.where(low, jnp.zeros_like(g), jnp.exp(jnp.where(low, jnp.zeros_like(g), g)))
-
-
 def shard_decay(g: jax.Array | None, state: jax.Array, reset: jax.Array | None) -> jax.Array:
     """Return the decay of a state [B, H, K, V] over all steps of a device's sequence shard."""
     if g is None:
         return jnp.ones_like(state[..., :1])
     total = jnp.sum(sequence_parallel.whole_part(g.astype(state.dtype), reset), axis=1)
     return jnp.exp(total if total.ndim == 3 else total[..., None])[..., None]
-
-
-def block_decays(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Return products of the decays a_i = exp(g_i) in blocks of 1, 2, 4, ..., C steps.
-
-    C is a power of two. The two lists hold arrays [..., C, K]. upto[n][t] is the product from the
-    start of t's block of 2^n steps to t. after[n][j] is the product from j + 1 to the end of j's
-    block. Each step and channel takes one exponential.
-
-    With `repeat` a level multiplies by the products of the other half blocks, repeated for all
-    steps. GPUs then compute a level where it is needed and store none. CPUs are three times slower
-    that way, and join the halves.
-    """
-    upto, after = [decay_of(g)], [jnp.ones_like(g)]
-    whole = upto[0]  # products of whole blocks
-    for width in widths(1, g.shape[-2]):
-        if not repeat:
-            first, second = halves(upto[-1], width)
-            left, right = halves(after[-1], width)
-            upto.append(join(first, first[..., -1:, :] * second, g.shape))
-            after.append(join(left * second[..., -1:, :], right, g.shape))
-            continue
-        pairs = whole.reshape(*whole.shape[:-2], -1, 2, whole.shape[-1])
-        other, second = jnp.flip(pairs, axis=-2), jnp.array([[False], [True]])
-        one = jnp.ones_like(other)
-        upto.append(upto[-1] * _repeat(jnp.where(second, other, one), width, g.shape))
-        after.append(after[-1] * _repeat(jnp.where(second, one, other), width, g.shape))
-        whole = pairs[..., 0, :] * pairs[..., 1, :]
-    return upto, after
-
-
-def _repeat(x: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
-    """Repeat the elements of pairs of blocks [..., 2, K] for all steps: [..., C, K]."""
-    x = x[..., None, :]
-    return jnp.broadcast_to(x, (*x.shape[:-2], width, x.shape[-1])).reshape(shape)
 
 
 def cumulative_decays(
@@ -109,7 +78,7 @@ def cumulative_decays(
     if log_decay.dtype != bool:
         both = _cumulative_decays(repeat, log_decay)
         return both if channels is None else (widen(both[0], channels), widen(both[1], channels))
-    count = _count(log_decay[..., 0])[..., None]
+    count = count_events(log_decay[..., 0])[..., None]
     if channels is not None:
         count = jnp.broadcast_to(count, (*count.shape[:-1], channels))
     return (count == 0).astype(dtype), (count == count[..., -1:, :]).astype(dtype)
@@ -147,17 +116,6 @@ sums_through = _summing(after=False)  # x_1 + ... + x_t over axis -2
 sums_after = _summing(after=True)  # x_{t+1} + ... + x_C
 
 
-def halves(x: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    """Return the halves of blocks of 2 * width steps: two arrays [..., blocks, width, K]."""
-    blocks = x.reshape(*x.shape[:-2], -1, 2, width, x.shape[-1])
-    return blocks[..., 0, :, :], blocks[..., 1, :, :]
-
-
-def join(first: jax.Array, second: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Invert `halves`: return an array of this shape."""
-    return jnp.concatenate([first, second], axis=-2).reshape(shape)
-
-
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Return x times a factor, computed in the dtype of the factor and rounded to that of x."""
     return (spread(x, factor).astype(factor.dtype) * factor).astype(x.dtype)
@@ -166,35 +124,6 @@ def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
 def widen(x: jax.Array, channels: int) -> jax.Array:
     """Repeat the last axis, of size 1 or `channels`, to `channels`."""
     return x if x.shape[-1] == channels else along_rows(x[..., 0], channels)
-
-
-def _count(events: jax.Array) -> jax.Array:
-    """Count the events at or before each step; counts are equal where no event lies between.
-
-    With 64-bit types enabled the counts have 64 bits. A loop over 8 float64 numbers that compares
-    32-bit counts aborts the process on CPUs with AVX-512: the compiler of jaxlib 0.10.2 "cannot
-    select" the instruction for its pairs of counts.
-    """
-    return jnp.cumsum(events, axis=-1, dtype=int)
-
-
-def same_segment(events: jax.Array) -> jax.Array:
-    """Return for steps t, j whether j <= t and no event lies in j+1..t: [..., C] -> [..., C, C]."""
-    count, (t, j) = _count(events), order(events.shape[-1])
-    return (count[..., :, None] == count[..., None, :]) & (j <= t)
-
-
-def between(g: jax.Array) -> jax.Array:
-    """Return a_{j+1} ... a_t for j <= t, else 0; a = exp(g): [..., C] -> [..., C, C].
-
-    Every sum of g is computed separately, as a product with zeros and ones.
-    """
-    size = g.shape[-1]
-    t, i = order(size)
-    none = jnp.isneginf(jnp.real(g))
-    upto = jnp.where(i <= t, down_columns(jnp.where(none, jnp.zeros_like(g), g), size), 0)
-    after = jnp.broadcast_to((t > i).astype(g.dtype), upto.shape)
-    return jnp.where(same_segment(none), jnp.exp(matmul(upto, after)), 0)
 
 
 def decayed_products(
@@ -230,7 +159,7 @@ def decayed_products(
         same = same_segment(log_decay[..., 0])
         products = [jnp.where(same, p, jnp.zeros_like(p)) for p in products]
     else:
-        factor = between(log_decay[..., 0])
+        factor = between(log_decay[..., 0], by_level=rights[0].dtype == jnp.bfloat16)
         products = [spread(p, factor) * factor for p in products]
     count = len(rights)
     return [products[n : n + count] for n in range(0, len(products), count)]
@@ -375,18 +304,3 @@ def _all_to_middle_back(_: Any, cts: list[jax.Array]) -> list[jax.Array]:
 def _sums_to_middle(x: jax.Array) -> list[jax.Array]:
     """Return by level the sums of x, over axis -2, from every step to the middle of its block."""
     return custom_adjoint(_all_to_middle, _all_to_middle_back)(x) if x.shape[-2] > 1 else []
-
-
-def widths(start: int, stop: int) -> list[int]:
-    """Return start, 2 start, 4 start, ... below stop."""
-    found = []
-    while start < stop:
-        found.append(start)
-        start *= 2
-    return found
-
-
-def order(size: int) -> tuple[jax.Array, jax.Array]:
-    """Return the steps as a column and as a row, for comparison."""
-    steps = jnp.arange(size)
-    return steps[:, None], steps[None, :]

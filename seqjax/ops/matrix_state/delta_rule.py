@@ -162,20 +162,23 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
 def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
     q, k, v, beta, g = x["q"], x["k"], x["v"], x["beta"][..., 0], x["log_decay"]
     [[scores], [overlaps]] = decays.decayed_products((q, k), (k,), g)
-    from_start, to_end = decays.cumulative_decays(
-        g, beta.dtype, k.shape[-1], repeat=k.dtype == jnp.bfloat16
-    )
+    from_start, to_end = decays.cumulative_decays(g, beta.dtype, repeat=k.dtype == jnp.bfloat16)
     inverse = linalg.inverse_unit_lower(along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1))
 
     # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.
+    solved = inverse * down_columns(beta, k.shape[-2])
     wide = linalg.spread(k, to_end).astype(to_end.dtype)
-    by_step = linalg.matmul(scores, inverse) * down_columns(beta, k.shape[-2])
-    at_end = linalg.matmul((wide * to_end).mT, inverse) * down_columns(beta, k.shape[-1])
-    erase = (-wide * from_start).astype(k.dtype)
+    if to_end.shape[-1] == 1:
+        at_end = linalg.matmul(wide.mT, along_rows(to_end[..., 0], k.shape[-2]) * solved)
+    else:
+        at_end = linalg.matmul((wide * to_end).mT, solved)
+    by_step = linalg.matmul(scores, solved)
+    upto = decays.widen(from_start, k.shape[-1])
+    erase = decays.scaled(-k, upto)
+    reads = linalg.spread(q, upto).astype(upto.dtype) * upto + linalg.product(by_step, erase)
     return chunked.FactoredMap(
         outputs=linalg.product(by_step, v),
-        reads=linalg.spread(q, to_end).astype(to_end.dtype) * from_start
-        + linalg.product(by_step, erase),
+        reads=reads.astype(k.dtype),
         decay=from_start[..., -1, :, None],
         write=at_end.astype(k.dtype),
         values=v,

@@ -22,7 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from seqjax.ops.core import checks, explicit_mesh, linalg
-from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state import block_decays, chunked, decays
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Float, Reset
 
@@ -155,7 +155,7 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     del decayed  # the decays of M and P differ
     memory, momentum = jnp.split(S, 2, axis=-2)
     forget, slow = (
-        decays.decay_of(x[f"{name}_log_decay"])[..., None] for name in ("memory", "momentum")
+        block_decays.decay_of(x[f"{name}_log_decay"])[..., None] for name in ("memory", "momentum")
     )
     error = x["v"] - linalg.read(memory, x["read"])
     momentum = slow * momentum + linalg.outer(x["k"], x["beta"] * error)
@@ -173,7 +173,7 @@ def _chunk(x: chunked.Arrays) -> chunked.ChunkMap:
         jnp.where(x["log_decay"], -jnp.inf, x[f"{name}_log_decay"])
         for name in ("memory", "momentum")
     )
-    forget, slow = decays.between(g[..., 0]), decays.between(h[..., 0])
+    forget, slow = block_decays.between(g[..., 0]), block_decays.between(h[..., 0])
     from_start = decays.cumulative_decays(g, g.dtype)[0]  # D_{t,0} [..., C, 1]
     momentum = decays.cumulative_decays(h, h.dtype)[0]  # E_{t,0}
     weights = matmul(forget * pace, slow)  # W

@@ -14,7 +14,7 @@ The scores have no decay. The decays from j to t factor at the middle of the sma
 import jax.numpy as jnp
 
 from seqjax.ops.core import linalg
-from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state import block_decays, chunked, decays
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array
 
@@ -32,7 +32,7 @@ def decayed_sums(scores: Array, v: Array, g: Array) -> tuple[Array, Array, Array
     Returns:
       (y [..., C, V], a_1 ... a_t [..., C, V], a_{t+1} ... a_C [..., C, V]).
     """
-    upto, after = decays.block_decays(g, False)
+    upto, after = block_decays.block_decays(g, False)
     size = v.shape[-2]
     base = min(size, decays.SUB)
 
@@ -52,23 +52,23 @@ def decayed_sums(scores: Array, v: Array, g: Array) -> tuple[Array, Array, Array
     own, steps = corners(base, 0, 0), jnp.arange(base)
     t, j = steps[:, None], steps
     made = linalg.product(jnp.where(t == j, own, jnp.zeros_like(own)), blocks(v))
-    for level, width in enumerate(decays.widths(1, base)):
+    for level, width in enumerate(block_decays.widths(1, base)):
         met = (t // (2 * width) == j // (2 * width)) & (t // width > j // width)
         pairs = jnp.where(met, own, jnp.zeros_like(own))
         made = made + blocks(upto[level]) * linalg.product(pairs, blocks(after[level] * v))
     made = made.reshape(*made.shape[:-3], size, made.shape[-1])
-    for width in decays.widths(base, size):
+    for width in block_decays.widths(base, size):
         level = width.bit_length() - 1
-        first, _ = decays.halves(after[level] * v, width)
-        _, second = decays.halves(upto[level], width)
+        first, _ = block_decays.halves(after[level] * v, width)
+        _, second = block_decays.halves(upto[level], width)
         late = second * linalg.product(corners(width, width, 0), first)
-        made = made + decays.join(jnp.zeros_like(late), late, made.shape)
+        made = made + block_decays.join(jnp.zeros_like(late), late, made.shape)
     return made, upto[-1], after[-1]
 
 
 def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     del decayed
-    decay = linalg.down_columns(decays.decay_of(x["value_log_decay"]), S.shape[-2])
+    decay = linalg.down_columns(block_decays.decay_of(x["value_log_decay"]), S.shape[-2])
     return decay * S + linalg.outer(x["k"], x["v"])
 
 
