@@ -42,7 +42,7 @@ class _Value(NamedTuple):
 
 
 def find_products(closed: Any, candidates: Sequence[int]) -> list[Product]:
-    """Return the products of a program with its arguments of these numbers that are matrices."""
+    """Return the products of a program with its arguments of these numbers, which are matrices."""
     found: list[Product] = []
 
     def apply(eqn: Any, ins: list[int | None]) -> list[None]:
@@ -67,11 +67,7 @@ def find_products(closed: Any, candidates: Sequence[int]) -> list[Product]:
             raise unsupported("a matrix in a function with a custom derivative")
         return [None] * len(eqn.outvars)
 
-    # Vectors are operands of products too, and no matrices.
-    numbers = [
-        i if i in candidates and v.aval.ndim == 2 else None
-        for i, v in enumerate(closed.jaxpr.invars)
-    ]
+    numbers = [i if i in candidates else None for i in range(len(closed.jaxpr.invars))]
     interpret(closed, numbers, lambda _: None, apply, _INLINED)
     return found
 
