@@ -74,8 +74,8 @@ _RWKV4 = layer_case(seqjax.layers.RWKV4(dim=4, layer=1, depth=3), exponential_or
 EXPONENTIAL = [
     _MLSTM(seqjax.layers.MLSTM(dim=4, heads=2)),
     _changed(
-        # h = C^T q / |n q| without the maximum of the denominator. Where n q nearly cancels, the two
-        # rounded sums differ: by 4e-5 in one of 8,000 steps, where |n q| is 3e-4 of |n| |q|.
+        # h = C^T q / |n q| without the maximum of the denominator. Where n q nearly cancels, the
+        # two rounded sums differ: by 4e-5 in one of 8,000 steps, where |n q| is 3e-4 of |n| |q|.
         dataclasses.replace(
             _MLSTM(seqjax.layers.MLSTM(dim=8, heads=4)),
             tolerance={"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2},
