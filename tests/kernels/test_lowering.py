@@ -1,4 +1,4 @@
-"""What a program asks of kernels when it is lowered: its number types and its precision."""
+"""Lowering of kernels: 64-bit types, and the precision of products."""
 
 import jax
 import jax.numpy as jnp

@@ -140,10 +140,10 @@ def with_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Lowering calls it, after a `with jax.default_matmul_precision(...)` block around the op.
     """
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.default_matmul_precision.value
 
     def run(*args: Any, **keywords: Any) -> Any:
-        if precision == jax.config.jax_default_matmul_precision:
+        if precision == jax.default_matmul_precision.value:
             return function(*args, **keywords)
         with jax.default_matmul_precision(precision):
             return function(*args, **keywords)
