@@ -100,7 +100,8 @@ def cell_program(
         return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(*leaves)
 
     whole = jax.make_jaxpr(of_arrays)(closed_over, jax.tree.leaves(shapes))
-    products = find_products(whole, range(len(arrays))) if len(row) > 1 else []
+    square = [i for i, x in enumerate(arrays) if x.shape == (channels, channels)]
+    products = find_products(whole, square) if len(row) > 1 else []
     chosen = sorted({p.matrix for p in products})
     plain = [i for i in range(len(arrays)) if i not in chosen]
     products = [p._replace(matrix=chosen.index(p.matrix)) for p in products]

@@ -44,7 +44,7 @@ class _Value(NamedTuple):
 
 
 def find_products(closed: Any, candidates: Sequence[int]) -> list[Product]:
-    """Return the products with matrices; `candidates` are the indices of possible arguments."""
+    """Return the products with matrices; `candidates` are the indices of matrix arguments."""
     found: list[Product] = []
 
     def apply(eqn: Any, ins: list[int | None]) -> list[None]:
@@ -69,11 +69,7 @@ def find_products(closed: Any, candidates: Sequence[int]) -> list[Product]:
             raise unsupported("a matrix in a function with a custom derivative")
         return [None] * len(eqn.outvars)
 
-    # Vectors can be operands of products too, and are not matrices.
-    numbers = [
-        i if i in candidates and v.aval.ndim == 2 else None
-        for i, v in enumerate(closed.jaxpr.invars)
-    ]
+    numbers = [i if i in candidates else None for i in range(len(closed.jaxpr.invars))]
     interpret(closed, numbers, lambda _: None, apply, _INLINED)
     return found
 

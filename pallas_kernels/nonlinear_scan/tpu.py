@@ -43,6 +43,7 @@ from pallas_kernels.nonlinear_scan.tpu_blocks import Blocks, choose_blocks
 from pallas_kernels.selection import zero_where
 
 VMEM_BYTES = 64 * 2**20
+MATRIX_BYTES = 16 * 2**20  # of all matrices [D, D] in float32
 
 Refs = dict[str, list[Any]]
 Entry = tuple[str, Any, Any]  # name; array, or shape and dtype; spec
@@ -175,6 +176,13 @@ def _prepare(
     batch, length = jax.tree.leaves(xs)[0].shape[:2]
     channels = h0.shape[1]
     program = cell_program(cell, params, xs, h0, (8, channels))
+    size = 4 * len(program.matrices) * channels * (-(-channels // 128) * 128)
+    if size > MATRIX_BYTES:
+        raise NotImplementedError(
+            f"{OP}: the matrices of the Pallas kernel must take at most {MATRIX_BYTES >> 20} MiB in"
+            f" float32, because they stay in the memory of a TPU core, got {size / 2**20:.1f} MiB"
+            f" for D={channels}; use implementation='xla' or None."
+        )
     inputs, k = sum(s.size for s in program.xs), program.state.size
     # Blocks of inputs and outputs are buffered twice.
     rows = 2 * (inputs + 2 * k)
@@ -287,7 +295,11 @@ def _backward(program: CellProgram, at: Blocks, refs: Refs) -> None:
         reset = _reset(refs, at, t)
         previous = zero_where(reset, _rows(refs["before"], dtype, t))
         args = (*_fixed(refs, at, dtype), *previous, *_rows(refs["xs"], dtype, t))
-        taps = [jnp.zeros(at.row, dtype) for _ in results]
+        taps = [
+            jnp.zeros(at.row, product.result.dtype)
+            for product, tap in zip(program.products, program.taps, strict=True)
+            for _ in range(tap.size)
+        ]
         weights = [g + later for g, later in zip(_rows(refs["ct"], dtype, t), c, strict=True)]
         rows = iter(program.backward(*args, *taps, *weights)[dropped:])
         for ref in sums:
@@ -299,7 +311,7 @@ def _backward(program: CellProgram, at: Blocks, refs: Refs) -> None:
                 ref[t, r] = next(rows).astype(ref.dtype)
         at_t = pl.ds(pl.multiple_of(t * at.sequences, 8), at.sequences)
         for ref in results:
-            ref[at_t, :] = next(rows)
+            ref[at_t, :] = next(rows).astype(ref.dtype)
         for slot, row in dict(zip(program.slots, program.operands(*args), strict=True)).items():
             operands[slot][at_t, :] = row
         return zero_where(reset, earlier)

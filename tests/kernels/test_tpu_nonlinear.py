@@ -82,7 +82,12 @@ def test_cells(cell, compiled_quickly):
 
 @pytest.mark.slow
 def test_narrow_inputs(compiled_quickly):
-    compared(GRU(4), 2, 5, "bfloat16", 2e-2)
+    """Check that only what is bfloat16, states and cotangents of inputs, has its tolerance."""
+    given = arrays(GRU(4), 2, 5, "bfloat16")
+    (hs, final), (d_params, d_xs, d_state) = pulled(GRU(4), *given, interpret=True)
+    out, cts = pulled(GRU(4), *given, algorithm="sequential")
+    assert_close((hs, d_xs), (out[0], cts[1]), 8e-3)
+    assert_close((final, d_params, d_state), (out[1], cts[0], cts[2]), 2e-6)
 
 
 def by_kernel(cell, params, xs, state, reset, cts):
@@ -152,6 +157,41 @@ def test_a_cell_of_the_user(compiled_quickly):
     assert_close(both(interpret=True), both(algorithm="sequential"), 2e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "shape", "tolerance"),
+    [
+        # The second parameter is [2, D], and no matrix of a product.
+        (lambda p, h, x: jnp.tanh(h @ p[0] + x) * jax.nn.softplus(p[1])[0], (4,), 2e-6),
+        (lambda p, h, x: jnp.tanh((h[:, 0] @ p[0] + x)[:, None]), (4, 1), 2e-6),
+        # Products and their cotangents have 8 bits, and the sum over steps has another order.
+        (
+            lambda p, h, x: jnp.tanh(jnp.dot(h, p[0], preferred_element_type=jnp.bfloat16) + x),
+            (4,),
+            2e-2,
+        ),
+    ],
+    ids=["vectors", "one number per channel", "bfloat16 products"],
+)
+def test_other_arrays(cell, shape, tolerance, compiled_quickly):
+    rng = np.random.default_rng(0)
+    sizes = ((4, 4), (2, 4)), (2, 3, 4), (2, *shape)
+    args = jax.tree.map(
+        lambda size: narrow(0.4 * rng.standard_normal(size)),
+        sizes,
+        is_leaf=lambda size: isinstance(size[0], int),
+    )
+
+    def gradients(**keywords):
+        def loss(*args):
+            hs, final, _ = seqjax.nonlinear_scan(cell, *args, **keywords)
+            return jnp.sum(jnp.sin(hs)) + jnp.sum(final**2)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*args)
+
+    assert_close(gradients(interpret=True), gradients(algorithm="sequential"), tolerance)
+
+
 def lowered(function, *args):
     """Return the program lowered for TPU, without a TPU."""
     return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()
@@ -199,7 +239,12 @@ def test_what_it_cannot_do():
     refused(lambda W, h, x: jnp.tanh(h @ W + W[0] + x), "got 'slice' of a matrix")
     refused(lambda W, h, x: h @ W + custom(h, W) + x, "got a matrix in a function with a custom")
     refused(lambda W, h, x: jnp.tanh(h @ W) * jnp.sum(h), "got 'reduce_sum' over channels")
+    refused(
+        lambda p, h, x: h @ p[0] @ p[1] + x, "a matrix .D, D.", [jnp.ones((8, 2)), jnp.ones((2, 8))]
+    )
     refused(lambda W, h, x: jnp.tanh(h @ W + x), "at most 16 MiB .* got 17.0 MiB", channels=2049)
+    large = np.ones((2049, 2049), "float32")
+    refused(lambda p, h, x: h * p + x @ large, "at most 16 MiB", jnp.ones(2049), 2049)
     with pytest.raises(NotImplementedError, match=r"for cuda does not support .* for tpu does"):
         jax.jit(functools.partial(seqjax.nonlinear_scan, Elman(8), implementation="pallas")).trace(
             {"W": jnp.ones((8, 8))}, jnp.ones((1, 3, 1, 8)), jnp.ones((1, 8))

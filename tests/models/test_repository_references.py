@@ -28,6 +28,7 @@ import pytest
 
 from seqjax.layers import GSS, LSSL, MLSTM, S4D, Aaren, BlockLinear, LinearAttention, UnitaryRNN
 from tests.contract.harness import assert_close
+from tests.oracles import ssm_oracles
 
 LAYERS = {
     "transnormer": LinearAttention(dim=4, heads=2, normalizer="rms", eps=1e-300),
@@ -169,3 +170,11 @@ def test_outputs_match_the_reference(name, x64, compiled_quickly):
     params, x = drawn(name)
     y, _ = jax.jit(LAYERS[name].apply)(params, x)
     assert_close(y[0], np.reshape(REFERENCE[name], y[0].shape), 1e-10)
+
+
+@pytest.mark.slow
+def test_gss_without_its_norm(x64, compiled_quickly):
+    """Compare the paper's layer with the float64 loop: the code above always has the norm."""
+    layer = GSS(dim=4, state_dim=4, inner=3, expand=2)
+    params, x = layer.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 9, 4))
+    assert_close(jax.jit(layer.apply)(params, x)[0], ssm_oracles.gss(layer, params, x), 1e-10)

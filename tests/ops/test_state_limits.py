@@ -129,6 +129,9 @@ def test_bad_limits_are_refused():
         methods.StateNorm(0)
     with pytest.raises(ValueError, match=r"StateNorm: `largest` must be above 0, got \(1, 0\)"):
         methods.StateNorm([1, 0])
+    with pytest.raises(ValueError, match=r"one number or one per head, got shape \[1, 2\]"):
+        methods.StateNorm([[1, 2]])
+    assert methods.StateNorm(np.array([1.0, 2.0])) == methods.StateNorm((1.0, 2.0))
     with pytest.raises(ValueError, match="`largest` must have one number per head, 2, got 3"):
         methods.StateNorm((1, 2, 3))(q, k, v, log_decay)
     with pytest.raises(ValueError, match="StateWindow: `window` must be a positive integer"):

@@ -88,8 +88,8 @@ def custom_adjoint(
 
         changes = tangent_p.bind(
             *jax_compat.match_varying(*leaves, *saved, *moving),
-            function=flat,
-            adjoint=flat_adjoint,
+            function=jax_compat.with_precision(flat),
+            adjoint=jax_compat.with_precision(flat_adjoint),
             primals=len(leaves),
             saved=len(saved),
             avals=tuple(jax.typeof(y) for y in out),

@@ -91,6 +91,7 @@ def kernel_call(
     """
     if backend.mode is Mode.OFF:
         return xla
+    xla, kernel, tangent_of = map(jax_compat.with_precision, (xla, kernel, tangent_of or xla))
 
     def run(*args: PyTree) -> PyTree:
         leaves, tree = jax.tree.flatten(args)
@@ -111,7 +112,7 @@ def kernel_call(
             backend=backend,
             xla=flat(xla),
             kernel=lambda kernels: flat(functools.partial(kernel, kernels)),
-            tangent_of=flat(tangent_of or xla),
+            tangent_of=flat(tangent_of),
             avals=jax_compat.avals_like(leaves[0], shapes),
             side_effects=effects,
         )
@@ -144,6 +145,7 @@ def kernel_op(
     if backend.mode is Mode.OFF:
         return lambda *args: named(xla(*args), OUTPUTS)
     kernel_only = backend.mode in KERNEL_ONLY
+    xla, forward, backward = map(jax_compat.with_precision, (xla, forward, backward))
 
     def pulled(args: tuple[PyTree, ...]) -> tuple[PyTree, Any]:
         """Return the outputs, and the map from their cotangents to those of the inexact leaves."""

@@ -1,7 +1,6 @@
 """Linear attention with a limited state: a largest norm, or a window of steps."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,8 +49,13 @@ class StateNorm:
     largest: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.largest, Sequence):
-            object.__setattr__(self, "largest", tuple(self.largest))
+        if np.ndim(self.largest) == 1:  # an array has no hash
+            object.__setattr__(self, "largest", tuple(np.asarray(self.largest).tolist()))
+        if np.ndim(self.largest) > 1:
+            raise ValueError(
+                "StateNorm: `largest` must be one number or one per head, got shape"
+                f" {list(np.shape(self.largest))}."
+            )
         limits = self.largest if isinstance(self.largest, tuple) else (self.largest,)
         if not (limits and all(limit > 0 for limit in limits)):
             raise ValueError(f"StateNorm: `largest` must be above 0, got {self.largest!r}.")

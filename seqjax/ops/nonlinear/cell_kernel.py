@@ -6,15 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.nonlinear_scan import MATRIX_BYTES
 from seqjax.ops.core import backends, kernel_op
 from seqjax.ops.nonlinear import jacobian_structure
 from seqjax.types import Array, PyTree
 
 
-def unsupported(
-    cell: Any, structure: str, sequence_axis: str | None, params: PyTree, xs: PyTree, h0: Array
-) -> str | None:
+def unsupported(sequence_axis: str | None, params: PyTree, xs: PyTree, h0: Array) -> str | None:
     """Return the reason why the kernels do not support a call, or None."""
     if sequence_axis is not None:
         return "does not support T split over devices"
@@ -22,16 +19,6 @@ def unsupported(
     symbolic = [size for leaf in leaves for size in leaf.shape if not isinstance(size, int)]
     if symbolic:
         return f"must have sizes that are known at trace time, got the symbolic size {symbolic[0]}"
-    if platforms(cell, structure):
-        channels = cell.cell.dim if _has_dense_heads(cell) else h0.shape[1]
-        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
-        count = sum(shape[-2:] == (channels, channels) for shape in shapes)
-        size = 4 * count * channels * (-(-channels // 128) * 128)
-        if size > MATRIX_BYTES:
-            return (
-                f"must have matrices of at most {MATRIX_BYTES >> 20} MiB in float32, because they"
-                f" stay in the memory of a TPU core, got {size / 2**20:.1f} MiB for D={channels}"
-            )
     dtypes = [x.dtype for x in jacobian_structure.float_leaves((params, xs, h0))]
     return backends.unsupported_dtype(dtypes, "float16", "float64")
 
@@ -86,7 +73,8 @@ def by_kernel(
     def shapes(params: PyTree, xs: PyTree, h0: Array, *_: Any) -> Any:
         lead = jax.tree.leaves(xs)[0].shape[:2]
         states = jax.ShapeDtypeStruct((*lead, *h0.shape[1:]), out_dtype)
-        residuals = jax.ShapeDtypeStruct((*lead, *h0.shape[2:], h0.shape[1]), h0.dtype)
+        numbers = tuple(k for k in h0.shape[2:] if k > 1)  # the kernels have no axis of one
+        residuals = jax.ShapeDtypeStruct((*lead, *numbers, h0.shape[1]), h0.dtype)
         return (states, jax.ShapeDtypeStruct(h0.shape, h0.dtype)), residuals
 
     return kernel_op.kernel_op(backend, xla, forward, backward, shapes)

@@ -153,7 +153,7 @@ def nonlinear_scan(
         implementation,
         interpret,
         length=length,
-        unsupported=cell_kernel.unsupported(cell, structure[1], sequence_axis, params, xs, h0),
+        unsupported=cell_kernel.unsupported(sequence_axis, params, xs, h0),
         platforms=cell_kernel.platforms(cell, structure[1]),
     )
     wanted = (batch, length, *h0.shape[1:])
