@@ -32,6 +32,26 @@ def put(
     return filled
 
 
+def with_precision(*functions: Callable[..., Any]) -> Sequence[Callable[..., Any]]:
+    """Return functions that compute with the default precision of products at this moment.
+
+    Lowering calls them, after a `with jax.default_matmul_precision(...)` block around the op.
+    Outside of such a block they are returned as they are.
+    """
+    precision = jax.default_matmul_precision.value
+    if precision is None:
+        return functions
+
+    def at_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **keywords: Any) -> Any:
+            with jax.default_matmul_precision(precision):
+                return function(*args, **keywords)
+
+        return run
+
+    return list(map(at_precision, functions))
+
+
 def custom_adjoint(
     function: Callable[..., PyTree],
     adjoint: Callable[..., Sequence[jax.Array]],
@@ -86,10 +106,11 @@ def custom_adjoint(
             args, extra = jax.tree.unflatten(tree, leaves), jax.tree.unflatten(saved_tree, saved)
             return adjoint(args, *extra, jax.tree.unflatten(out_tree, cts))
 
+        at_lowering = with_precision(flat, flat_adjoint)
         changes = tangent_p.bind(
             *jax_compat.match_varying(*leaves, *saved, *moving),
-            function=jax_compat.with_precision(flat),
-            adjoint=jax_compat.with_precision(flat_adjoint),
+            function=at_lowering[0],
+            adjoint=at_lowering[1],
             primals=len(leaves),
             saved=len(saved),
             avals=tuple(jax.typeof(y) for y in out),

@@ -26,7 +26,6 @@ __all__ = [
     "mapped_avals",
     "match_varying",
     "parts",
-    "with_precision",
 ]
 
 Zero: Any = ad.Zero
@@ -135,22 +134,6 @@ def _reshaped(aval: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return aval.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
-def with_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that computes with the default precision of products at this moment.
-
-    Lowering calls it, after a `with jax.default_matmul_precision(...)` block around the op.
-    """
-    precision = jax.default_matmul_precision.value
-
-    def run(*args: Any, **keywords: Any) -> Any:
-        if precision == jax.default_matmul_precision.value:
-            return function(*args, **keywords)
-        with jax.default_matmul_precision(precision):
-            return function(*args, **keywords)
-
-    return run
-
-
 _WIDE = ("float64", "complex128", "int64", "uint64")
 
 
@@ -199,8 +182,8 @@ def make_primitive(
             kind = type(ctx.avals_in[0].mat)
             inner = ctx.replace(avals_in=[a.update(manual_axis_type=kind()) for a in ctx.avals_in])
         # Mosaic for TPU has 32-bit scalars. With `jax_enable_x64`, Python numbers would be wider.
-        wide = any(str(a.dtype) in _WIDE for a in (*ctx.avals_in, *ctx.avals_out))
-        narrow = local and platform == "tpu" and not wide
+        narrow = local and platform == "tpu"
+        narrow = narrow and not any(str(a.dtype) in _WIDE for a in (*ctx.avals_in, *ctx.avals_out))
         with jax.enable_x64(False) if narrow else contextlib.nullcontext():
             out = mlir.lower_fun(run, multiple_results=True)(inner, *args, **params)
         if params.get("side_effects"):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import jax_compat
 from seqjax.ops.core.backends import KERNEL_ONLY, Backend, Mode, runs_kernel
-from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put
+from seqjax.ops.core.custom_adjoint import custom_adjoint, inexact, put, with_precision
 from seqjax.ops.core.residual_names import OUTPUTS, RESIDUALS, named
 from seqjax.types import PyTree
 
@@ -91,7 +91,9 @@ def kernel_call(
     """
     if backend.mode is Mode.OFF:
         return xla
-    xla, kernel, tangent_of = map(jax_compat.with_precision, (xla, kernel, tangent_of or xla))
+    tangent_of = tangent_of or xla
+    if jax.default_matmul_precision.value is not None:
+        xla, kernel, tangent_of = with_precision(xla, kernel, tangent_of)
 
     def run(*args: PyTree) -> PyTree:
         leaves, tree = jax.tree.flatten(args)
@@ -145,7 +147,8 @@ def kernel_op(
     if backend.mode is Mode.OFF:
         return lambda *args: named(xla(*args), OUTPUTS)
     kernel_only = backend.mode in KERNEL_ONLY
-    xla, forward, backward = map(jax_compat.with_precision, (xla, forward, backward))
+    if jax.default_matmul_precision.value is not None:
+        xla, forward, backward = with_precision(xla, forward, backward)
 
     def pulled(args: tuple[PyTree, ...]) -> tuple[PyTree, Any]:
         """Return the outputs, and the map from their cotangents to those of the inexact leaves."""
