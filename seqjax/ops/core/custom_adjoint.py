@@ -106,11 +106,11 @@ def custom_adjoint(
             args, extra = jax.tree.unflatten(tree, leaves), jax.tree.unflatten(saved_tree, saved)
             return adjoint(args, *extra, jax.tree.unflatten(out_tree, cts))
 
-        at_lowering = with_precision(flat, flat_adjoint)
+        at_lowering, adjoint_at_lowering = with_precision(flat, flat_adjoint)
         changes = tangent_p.bind(
             *jax_compat.match_varying(*leaves, *saved, *moving),
-            function=at_lowering[0],
-            adjoint=at_lowering[1],
+            function=at_lowering,
+            adjoint=adjoint_at_lowering,
             primals=len(leaves),
             saved=len(saved),
             avals=tuple(jax.typeof(y) for y in out),
