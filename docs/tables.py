@@ -24,7 +24,7 @@ def kernels(entry: Entry) -> str:
         return ""
     supported = set(found.modules)
     if isinstance(layer, RNN):
-        supported &= set(cell_kernel.platforms(layer.cell, layer.cell.structure) or supported)
+        supported -= dict(cell_kernel.refused(layer.cell, layer.cell.structure)).keys()
     default = {"cuda" if target == "hopper" else target for target in found.preferred}
     named = "" if default else " (by name)"
     platforms = [platform for platform in PLATFORMS if platform in (default or supported)]

@@ -119,14 +119,14 @@ class Backend(NamedTuple):
       op: the name of the op.
       mode: how the call uses the kernel of the op.
       preferred: the targets on which `Mode.AUTO` runs the kernel.
-      platforms: the platforms whose kernel supports the call, or None for all.
+      refused: platforms whose kernel does not support the call, each with the reason.
       block_sizes: the caller's choice for the kernel, or None.
     """
 
     op: str
     mode: Mode = Mode.OFF
     preferred: tuple[str, ...] = ()
-    platforms: tuple[str, ...] | None = None
+    refused: tuple[tuple[str, str], ...] = ()
     block_sizes: tuple[int, int] | None = None
 
     @property
@@ -140,8 +140,8 @@ class Backend(NamedTuple):
         kernels = BACKENDS[self.op]
         if kernels is None:
             return {}
-        wanted = kernels.modules if self.platforms is None else self.platforms
-        return {p: module for p, module in kernels.modules.items() if p in wanted}
+        refused = dict(self.refused)
+        return {p: module for p, module in kernels.modules.items() if p not in refused}
 
     @property
     def interpreted(self) -> str:
@@ -176,12 +176,11 @@ def _unsupported_target(
     backend: Backend, target: jax_compat.Target, operands: Sequence[jax.Array]
 ) -> str | None:
     """Return the reason why the kernel does not support a target, or None."""
-    kernels = BACKENDS[backend.op]
     if target.platform not in backend.modules:
-        if kernels is not None and target.platform in kernels.modules:
+        if reason := dict(backend.refused).get(target.platform):
             return (
-                f"the Pallas kernel for {target.platform} does not support these arguments, but"
-                f" that for {' and '.join(backend.modules)} does; use implementation='xla' or None."
+                f"the Pallas kernel for {target.platform} {reason}; use implementation='xla' or"
+                " None."
             )
         return (
             f"there is no Pallas kernel for {target.platform}; use implementation='xla' or None, or"
@@ -263,7 +262,7 @@ def select_backend(
     length: Any,
     unsupported: str | None = None,
     excluded: Sequence[str] = (),
-    platforms: tuple[str, ...] | None = None,
+    refused: tuple[tuple[str, str], ...] = (),
     block_sizes: tuple[int, int] | None = None,
 ) -> Backend:
     """Check the caller's `implementation` and return the backend of the call.
@@ -276,7 +275,7 @@ def select_backend(
       unsupported: the reason why the kernel does not support this call, or None.
       length: T. A kernel needs a known T, and is the default from 8 steps on.
       excluded: targets on which the kernel is not the default for this call, such as "hopper".
-      platforms: the platforms whose kernel supports the call; by default all platforms of the op.
+      refused: platforms whose kernel does not support the call, each with the reason.
       block_sizes: the caller's choice for the kernel, checked by the op. They are for TPU, and on
         GPU they raise. So the kernel for GPU is not the default with them.
 
@@ -320,7 +319,7 @@ def select_backend(
         if not interpret and jax_compat.is_split_by_compiler():
             raise NotImplementedError(f"{op}: {SPLIT}")
         mode = Mode.INTERPRET if interpret else Mode.REQUIRED
-        return Backend(op, mode, platforms=platforms, block_sizes=block_sizes)
+        return Backend(op, mode, refused=refused, block_sizes=block_sizes)
     if kernels is None or unsupported is not None or not pays_off(length):
         return Backend(op)
     if block_sizes is not None:
@@ -328,7 +327,7 @@ def select_backend(
     preferred = tuple(target for target in kernels.preferred if target not in excluded)
     if not preferred or algorithm not in (None, kernels.algorithm):
         return Backend(op)
-    return Backend(op, Mode.AUTO, preferred, platforms, block_sizes)
+    return Backend(op, Mode.AUTO, preferred, refused, block_sizes)
 
 
 def unsupported_dtype(dtypes: Iterable[Any], *refused: str) -> str | None:

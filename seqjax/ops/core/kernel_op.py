@@ -92,6 +92,7 @@ def kernel_call(
     if backend.mode is Mode.OFF:
         return xla
     tangent_of = tangent_of or xla
+    # `with_precision` tests this too. Here it saves a call where no precision is set.
     if jax.default_matmul_precision.value is not None:
         xla, kernel, tangent_of = with_precision(xla, kernel, tangent_of)
 

@@ -23,9 +23,15 @@ def unsupported(sequence_axis: str | None, params: PyTree, xs: PyTree, h0: Array
     return backends.unsupported_dtype(dtypes, "float16", "float64")
 
 
-def platforms(cell: Any, structure: str) -> tuple[str, ...] | None:
-    """Return the platforms whose kernel supports a cell, or None for all."""
-    return ("tpu",) if structure == "dense" or _has_dense_heads(cell) else None
+def refused(cell: Any, structure: str) -> tuple[tuple[str, str], ...]:
+    """Return the platforms whose kernel does not support a cell, each with the reason."""
+    if structure != "dense" and not _has_dense_heads(cell):
+        return ()
+    reason = (
+        "must have a cell whose Jacobian is diagonal or block-diagonal over channels, got a dense"
+        " one"
+    )
+    return (("cuda", reason),)
 
 
 def _has_dense_heads(cell: Any) -> bool:
