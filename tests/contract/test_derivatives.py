@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.contract.harness import (
+    OPTIONS,
     THOROUGH,
     assert_close,
     by_variant,
@@ -21,6 +22,7 @@ from tests.contract.harness import (
     state_weights,
     unoptimized,
     weights,
+    wrapped,
 )
 
 EACH = by_variant()
@@ -85,7 +87,10 @@ def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly
             assert_close(found, np.float64(slope), 1e-6)
 
 
-@by_variant(quick={"linear_scan", "monoid_scan-softmax", "nonlinear_scan-block", "LRU"})
+@by_variant(
+    lambda case: case.name not in OPTIONS,
+    quick={"linear_scan", "monoid_scan-softmax", "nonlinear_scan-block", "LRU"},
+)
 def test_float32_gradients(case, algorithm, strict):
     """Compare float32 gradients with those in float64.
 
@@ -109,6 +114,7 @@ def test_float32_gradients(case, algorithm, strict):
 @by_variant(
     one_layer_of_each_kind,
     every_kernel=False,
+    variant=wrapped,
     quick={"linear_scan", "log_scan", "delta_rule-channel", "nonlinear_scan-block"},
 )
 def test_forward_mode_is_the_transpose_of_reverse_mode(
@@ -136,7 +142,7 @@ def test_forward_mode_is_the_transpose_of_reverse_mode(
 
 
 @pytest.mark.slow
-@by_variant(one_layer_of_each_kind, every_kernel=False)
+@by_variant(one_layer_of_each_kind, every_kernel=False, variant=wrapped)
 def test_second_derivatives(case, algorithm, x64, strict, compiled_quickly):
     """Compare directional derivatives of the gradients with finite differences, per argument.
 

@@ -10,6 +10,7 @@ from jax import export
 
 import seqjax
 from tests.contract.harness import (
+    OPTIONS,
     ROWS,
     THOROUGH,
     assert_close,
@@ -36,6 +37,7 @@ VARIANTS = [
         marks=[pytest.mark.slow] * (case.name not in QUICK or algorithm is not None),
     )
     for case in ROWS
+    if case.name not in OPTIONS
     for algorithm in dict.fromkeys((None, *case.algorithms))
     if algorithm != "pallas"
 ]
@@ -115,6 +117,8 @@ def test_symbolic_batch_and_length(case, algorithm, compiled_quickly):
             exported(run, args)
         return
     program = exported(run, args)
+    if not one_layer_of_each_kind(case):
+        return  # the values of a layer with symbolic sizes are those of its ops
     for length in (1, 13) if case.name in QUICK else (13,):
         check_values(program, case, length)
 

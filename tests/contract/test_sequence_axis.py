@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.compiled import collectives
 from seqjax.layers import LRU, LSTM, S5, ParaGRU, SlidingWindowAttention
 from seqjax.models import Backbone, Classifier, LanguageModel
-from tests.contract.harness import assert_close, cast, contract, weights
+from tests.contract.harness import OPTIONS, assert_close, cast, contract, weights
 from tests.contract.layer_cases import LAYERS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -68,6 +68,7 @@ def resets():
     [
         pytest.param(c, id=str(c), marks=[] if str(c) in QUICK else [pytest.mark.slow])
         for c in LAYERS
+        if c.name not in OPTIONS
     ],
 )
 def test_layer(case, x64, strict):

@@ -50,7 +50,10 @@ def test_vmap_agrees_with_a_loop(case, algorithm, x64, strict):
     every = jax.jit(jax.vmap(run))(stack(*inputs), stack(*states), stack(*resets))
     loop = stack(*(single(*args) for args in zip(inputs, states, resets, strict=True)))
     assert_close(every, loop, 1e-12)
+    if not one_layer_of_each_kind(case):
+        return
 
+    # Operands that are not mapped reach the batching rules of the ops, not those of a layer.
     name = case.timed[-1]
     axes = dict.fromkeys(inputs[0]) | {name: 1}
     mixed = inputs[0] | {name: np.stack([i[name] for i in inputs], axis=1)}
@@ -284,8 +287,8 @@ def on_one_part_of_time(case):
 @pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_time_sharded_over_eight_devices(case, algorithm, with_state, x64, strict):
     """Check values, final state and gradients per shard, with states that cross shards."""
-    if not with_state and algorithm != case.algorithms[0]:
-        pytest.skip("no state is a zero state before any algorithm begins")
+    if not with_state and (algorithm != case.algorithms[0] or case.name not in THOROUGH):
+        pytest.skip("no state is a zero state before any algorithm of the op begins")
     inputs, state, reset = make(case, length=24)
     if not with_state:
         reset, state = None, None
