@@ -119,6 +119,17 @@ def transposed(refs: Pieces) -> list[Any]:
     return [ref.transpose((1, 0)) for ref in refs]
 
 
+def factors(left: Pieces, right: Pieces) -> list[tuple[Any, Any]]:
+    """Return the pairs of pieces whose products sum to that of split matrices, smallest first."""
+    accuracy = max(len(left), len(right))
+    return [
+        (a, b)
+        for i, a in reversed(list(enumerate(left)))
+        for j, b in reversed(list(enumerate(right)))
+        if i + j < accuracy
+    ]
+
+
 def product(
     num: Numerics,
     left: Pieces,
@@ -131,13 +142,7 @@ def product(
 
     `in_registers` says that the pieces of `left` are in registers.
     """
-    accuracy = max(len(left), len(right))
-    terms = [
-        (a, b)
-        for i, a in reversed(list(enumerate(left)))  # the smallest first
-        for j, b in reversed(list(enumerate(right)))
-        if i + j < accuracy
-    ]
+    terms = factors(left, right)
 
     def multiply(accumulator: Any) -> None:
         for a, b in terms:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from pallas_kernels.jaxpr_interpreter import interpret
 from pallas_kernels.nonlinear_scan.cell_trace import OP, by_channel, by_rows
 from pallas_kernels.nonlinear_scan.products import Product, find_products, tapped
 from pallas_kernels.nonlinear_scan.row_arrays import (
@@ -60,6 +61,63 @@ class CellProgram(NamedTuple):
     taps: list[ArrayLayout]
     slots: list[int]
 
+    @property
+    def dropped(self) -> int:
+        """Number of first rows of `backward`: cotangents of arrays that the cell closes over."""
+        closed_over = zip(self.params[: self.closed_over], self.param_arrays, strict=False)
+        return sum(layout.size for layout, x in closed_over if is_float(x))
+
+    def leaf_cotangents(
+        self, matrices: Sequence[jax.Array], rows: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        """Return the cotangents of the floating-point leaves of the parameters.
+
+        Args:
+          matrices: cotangents of `matrices`.
+          rows: cotangents [R, D] of the other leaves, in the order of `leaves`.
+        """
+        rest, found = iter(rows), []
+        for is_matrix, n in self.leaves:
+            if is_matrix:
+                total, array = matrices[n], self.matrices[n]
+            else:
+                layout, array = self.params[n], self.param_arrays[n]
+                total = next(rest)
+                total = layout.original_axes(total.reshape(*layout.number_axis, total.shape[-1]))
+            found.append(total.astype(array.dtype))
+        return found
+
+
+def multiplies(cell: Cell, params: Any, xs: Any, h0: jax.Array) -> bool:
+    """Return whether a cell contains products of arrays."""
+    names: set[str] = set()
+
+    def apply(eqn: Any, ins: list[None]) -> list[None]:
+        names.add(eqn.primitive.name)
+        return [None] * len(eqn.outvars)
+
+    closed = jax.make_jaxpr(cell)(*_shapes(params, xs, h0))
+    interpret(closed, [None] * len(closed.jaxpr.invars), lambda _: None, apply)
+    return "dot_general" in names
+
+
+def _shapes(params: Any, xs: Any, h0: jax.Array) -> tuple[Any, jax.ShapeDtypeStruct, Any]:
+    """Return the shapes of the arguments of a cell, with floating-point arrays in h0's dtype."""
+
+    def like(x: jax.Array, lead: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape[lead:], widened(x, h0.dtype))
+
+    return (
+        jax.tree.map(lambda x: like(x, 0), params),
+        like(h0, 1),
+        jax.tree.map(lambda x: like(x, 2), xs),
+    )
+
+
+def widened(x: Any, state_dtype: Any) -> Any:
+    """Return the dtype of an array in the cell."""
+    return jnp.dtype(state_dtype) if is_float(x) else x.dtype
+
 
 def is_float(x: Any) -> bool:
     """Return whether an array has a floating-point dtype, and therefore a cotangent."""
@@ -77,21 +135,14 @@ def cell_program(
       xs: pytree of [B, T, ...] arrays.
       h0: [B, D] or [B, D, k].
       row: the shape of a row, [width] without products or [sequences, D] with them.
+        A kernel may have rows of another shape (`row_function`).
 
     Raises:
       NotImplementedError: if the kernel does not support the cell or an array.
     """
-    state_dtype, channels = h0.dtype, h0.shape[1]
+    channels = h0.shape[1]
     params_flat, xs_flat = jax.tree.leaves(params), jax.tree.leaves(xs)
-
-    def like(x: jax.Array, lead: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape[lead:], state_dtype if is_float(x) else x.dtype)
-
-    shapes = (
-        jax.tree.map(lambda x: like(x, 0), params),
-        like(h0, 1),
-        jax.tree.map(lambda x: like(x, 2), xs),
-    )
+    shapes = _shapes(params, xs, h0)
     closed = jax.make_jaxpr(cell)(*shapes)
     closed_over = [jnp.asarray(c) for c in closed.consts]
     arrays = [*closed_over, *params_flat]
@@ -122,8 +173,8 @@ def cell_program(
         state,
         *of_xs,
     ]
-    dtypes = [like(arrays[i], 0).dtype for i in (*chosen, *plain)]
-    dtypes += [like(x, 0).dtype for x in (h0, *xs_flat)]
+    dtypes = [widened(arrays[i], h0.dtype) for i in (*chosen, *plain)]
+    dtypes += [widened(x, h0.dtype) for x in (h0, *xs_flat)]
     sizes, count = Sizes(channels, row), len(layouts)
     forward, backward = by_channel(
         lambda *leaves: run(leaves[:count], leaves[count:])[0][0],

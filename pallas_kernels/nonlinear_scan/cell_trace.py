@@ -1,10 +1,11 @@
 """Conversion of a cell's jaxpr to operations on rows of channels.
 
 A cell is a function of arrays with an axis of D channels. The jaxpr is evaluated on arrays of
-*rows*. The channel axis is removed, and each remaining element becomes a row of channels. A row is
-[128] on GPU, where a thread has one channel, and [sequences, D] on TPU. Data-movement ops only
-permute rows. The remaining ops are elementwise ops on rows, and products of a row with a matrix
-[D, D]. Any other op that mixes channels, or that is not listed here, raises an error.
+*rows*. The channel axis is removed, and each remaining element becomes a row of channels. A row of
+an elementwise cell on GPU is [128], because a thread has one channel. Other rows are
+[sequences, D]. Data-movement ops only permute rows. The remaining ops are elementwise ops on rows,
+and products of a row with a matrix [D, D]. Any other op that mixes channels, or that is not listed
+here, raises an error.
 """
 
 import functools
@@ -172,7 +173,7 @@ def _result_rows(closed: Any, args: list[Any], sizes: Sizes, axes: Sequence[int]
             raise unsupported("a result whose channels are not its first axis")
         shape = [1 if i == axis else n for i, n in enumerate(var.aval.shape)]
         elements = np.broadcast_to(out.elements, shape).reshape(-1)
-        rows += [_row(x, sizes.row, var.aval.dtype) for x in elements]
+        rows += [as_row(x, sizes.row, var.aval.dtype) for x in elements]
     return rows
 
 
@@ -186,7 +187,7 @@ def _with_native_ops(
         args = [ArrayLayout(row, 0).from_rows([x]) for x in rows]
         out = _evaluate(closed, args, Sizes(row[0], row))
         dtypes = [v.aval.dtype for v in closed.jaxpr.outvars]
-        return [_row(x.elements.item(), row, d) for x, d in zip(out, dtypes, strict=True)]
+        return [as_row(x.elements.item(), row, d) for x, d in zip(out, dtypes, strict=True)]
 
     return jaxpr_as_fun(jax.make_jaxpr(rewritten)(*like))
 
@@ -195,37 +196,44 @@ def unsupported(what: str) -> NotImplementedError:
     """Return the error for a cell that contains `what`, which the kernels do not support."""
     return NotImplementedError(
         f"{OP}: the Pallas kernel must have a cell of elementwise operations on independent "
-        f"channels (on TPU, also of products with matrices), got {what}; use implementation='xla' "
-        "or None."
+        f"channels and of products with matrices, got {what}; use implementation='xla' or None."
     )
 
 
-def _row(element: Any, row: tuple[int, ...], dtype: Any) -> jax.Array:
+def as_row(element: Any, row: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Return an element as a row: an element may be a number that is equal for all channels."""
     return element if getattr(element, "ndim", 0) else jnp.full(row, element, dtype)
 
 
 def _evaluate(closed: Any, args: Sequence[Any], sizes: Sizes) -> list[Any]:
-    def apply(eqn: Any, ins: Sequence[Any]) -> list[RowArray]:
-        name = eqn.primitive.name
-        matrices = sum(isinstance(x, Matrix) for x in ins)
-        if name == "dot_general" and matrices == 1:
-            return [_product(eqn, ins, sizes)]
-        if name == "dot_general":
-            raise unsupported("a product with another factor than a matrix [D, D] of `params`")
-        if matrices:
-            raise unsupported(f"{name!r} of a matrix")
-        if name in _NATIVE or name in _COMPOSED:
-            return [_elementwise(eqn, ins, sizes.row)]
-        if name in _REDUCTIONS:
-            return [_reduced(eqn, ins[0], sizes.row)]
-        if name in _DATA_MOVEMENT:
-            return _permuted(eqn, ins, sizes.channels)
-        raise unsupported(f"the operation {name!r}")
-
-    return interpret(closed, args, _constant, apply)
+    return interpret(closed, args, as_constant, functools.partial(apply, sizes=sizes))
 
 
-def _constant(value: Any) -> RowArray:
+def apply(eqn: Any, ins: Sequence[Any], sizes: Sizes) -> list[RowArray]:
+    """Compute an equation on arrays of rows and matrices.
+
+    Raises:
+      NotImplementedError: if kernels do not support the operation.
+    """
+    name = eqn.primitive.name
+    matrices = sum(isinstance(x, Matrix) for x in ins)
+    if name == "dot_general" and matrices == 1:
+        return [_product(eqn, ins, sizes)]
+    if name == "dot_general":
+        raise unsupported("a product with another factor than a matrix [D, D] of `params`")
+    if matrices:
+        raise unsupported(f"{name!r} of a matrix")
+    if name in _NATIVE or name in _COMPOSED:
+        return [_elementwise(eqn, ins, sizes.row)]
+    if name in _REDUCTIONS:
+        return [_reduced(eqn, ins[0], sizes.row)]
+    if name in _DATA_MOVEMENT:
+        return _permuted(eqn, ins, sizes.channels)
+    raise unsupported(f"the operation {name!r}")
+
+
+def as_constant(value: Any) -> RowArray:
+    """Return a number as an array of rows."""
     if np.ndim(value):
         raise unsupported("an array that is not an argument")
     return RowArray(np.array(value, object), None)
@@ -262,7 +270,7 @@ def _product(eqn: Any, ins: Sequence[Any], sizes: Sizes) -> RowArray:
 
     def multiply(element: Any) -> jax.Array:
         return lax.dot_general(
-            _row(element, sizes.row, aval.dtype),
+            as_row(element, sizes.row, aval.dtype),
             matrix,
             (((1,), (summed,)), ((), ())),
             precision=eqn.params["precision"],
@@ -286,7 +294,9 @@ def _elementwise(eqn: Any, ins: Sequence[RowArray], row: tuple[int, ...]) -> Row
     if axes or (axis is not None and out.shape[axis] != 1):
         raise unsupported(f"{name!r} of channels with other channels")
     for index in np.ndindex(out.shape):
-        rows = [_row(x[index], row, v.aval.dtype) for x, v in zip(arrays, eqn.invars, strict=True)]
+        rows = [
+            as_row(x[index], row, v.aval.dtype) for x, v in zip(arrays, eqn.invars, strict=True)
+        ]
         if name in _COMPOSED:
             params = {"y": eqn.params["y"]} if name == "integer_pow" else {}
             out[index] = _COMPOSED[name](*rows, **params)
@@ -303,7 +313,7 @@ def _reduced(eqn: Any, x: RowArray, row: tuple[int, ...]) -> RowArray:
     if x.axis in reduced_axes:
         raise unsupported(f"{eqn.primitive.name!r} over channels")
     sizes = [aval.shape[i] if i in reduced_axes else n for i, n in enumerate(x.elements.shape)]
-    to_rows = np.frompyfunc(lambda e: _row(e, row, aval.dtype), 1, 1)
+    to_rows = np.frompyfunc(lambda e: as_row(e, row, aval.dtype), 1, 1)
     rows = to_rows(np.broadcast_to(x.elements, sizes))
     combine = np.frompyfunc(_REDUCTIONS[eqn.primitive.name], 2, 1)
     for axis in sorted(reduced_axes, reverse=True):

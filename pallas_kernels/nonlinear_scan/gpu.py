@@ -1,4 +1,6 @@
-"""Elementwise nonlinear cells on GPU, step by step in one pass, forward and backward.
+"""Nonlinear cells on GPU, step by step in one pass, forward and backward: elementwise cells.
+
+`gpu_dense` has the kernel of cells with matrices.
 
     h_t = f(h_{t-1}, x_t)
     adjoint:  w_t = g_t + c_{t+1};   (dp_t, c_t, dx_t) = w_t^T df(p, h_{t-1}, x_t)
@@ -23,7 +25,14 @@ from pallas_kernels.gpu import pipeline
 from pallas_kernels.gpu.limits import BLOCK_FEATURES
 from pallas_kernels.gpu.pipeline import BlockLayout, BlockPosition, SharedMemory
 from pallas_kernels.gpu.tma import broadcast_flag, memory_layout, zero_row
-from pallas_kernels.nonlinear_scan.cell_program import Cell, Row, cell_program, is_float
+from pallas_kernels.nonlinear_scan import gpu_dense
+from pallas_kernels.nonlinear_scan.cell_program import (
+    Cell,
+    Row,
+    cell_program,
+    is_float,
+    multiplies,
+)
 from pallas_kernels.nonlinear_scan.cell_trace import OP
 from pallas_kernels.selection import select, zero_where
 from pallas_kernels.vmem_rows import fold_rows, groups_in_block
@@ -84,9 +93,10 @@ def scan(
     """Compute all states, step by step.
 
     Args:
-      cell: f(params, h, x) -> h of one sequence, elementwise over channels; hashable or not.
-      params: pytree of arrays. Each has an axis of D channels (the last axis of that length), or
-        applies to all channels.
+      cell: f(params, h, x) -> h of one sequence: elementwise operations and products with matrices
+        [D, D] of `params`; hashable or not.
+      params: pytree of arrays. Each is a matrix, has an axis of D channels (the last axis of that
+        length), or applies to all channels.
       xs: pytree of [B, T, ...] arrays with an axis of D channels.
       h0: [B, D] or [B, D, k], float32.
       reset: [B, T] bool or None.
@@ -101,6 +111,17 @@ def scan(
     Raises:
       NotImplementedError: if the kernel does not support the cell or an array.
     """
+    if multiplies(cell, params, xs, h0):
+        return gpu_dense.scan(
+            cell,
+            params,
+            xs,
+            h0,
+            reset,
+            out_dtype=out_dtype,
+            save_states=save_states,
+            interpret=interpret,
+        )
     program, state_dtype = cell_program(cell, params, xs, h0, (BLOCK_FEATURES,)), h0.dtype
     batch, length = jax.tree.leaves(xs)[0].shape[:2]
     numbers, width = program.state.number_axis, h0.shape[1]
@@ -169,6 +190,10 @@ def adjoint(
       d_states: cotangents of its states [B, T, D] or [B, T, D, k].
       d_final: cotangent of its final state.
     """
+    if multiplies(cell, params, xs, h0):
+        return gpu_dense.adjoint(
+            cell, params, xs, h0, reset, states, d_states, d_final, interpret=interpret
+        )
     program, state_dtype = cell_program(cell, params, xs, h0, (BLOCK_FEATURES,)), h0.dtype
     (batch, width), state = h0.shape[:2], program.state
     timed_inputs = {
@@ -201,11 +226,6 @@ def adjoint(
     )
     # The cotangents start with rows of closed-over arrays, which are dropped, and then have the
     # rows of the parameters.
-    dropped = sum(
-        at.size
-        for at, x in zip(program.params[: program.closed_over], program.param_arrays, strict=False)
-        if is_float(x)
-    )
     param_rows = sum(program.params[i].size for i in differentiated)
 
     def start(smem: SharedMemory) -> tuple[Any, Any]:
@@ -225,7 +245,9 @@ def adjoint(
         previous = zero_where(at.reset, select(broadcast_flag(at.t == 0), first, before))
         weights = [ct + c for ct, c in zip(read("ct", at.t), d_state, strict=True)]
         x = read("xs", at.t)
-        cotangents = tuple(program.backward(*fixed["params"], *previous, *x, *weights))[dropped:]
+        cotangents = tuple(program.backward(*fixed["params"], *previous, *x, *weights))[
+            program.dropped :
+        ]
         d_params, rest = cotangents[:param_rows], cotangents[param_rows:]
         d_h, d_xs = rest[: state.size], rest[state.size :]
         _write_rows(smem.timed_outputs["d_xs"], at, d_xs)
@@ -253,10 +275,8 @@ def adjoint(
         reset=reset,
         edge="states",
     )
-    d_params = [
-        program.params[i].original_axes(jnp.sum(ct, 0)).astype(program.param_arrays[i].dtype)
-        for i, ct in zip(differentiated, outputs["d_params"], strict=True)
-    ]
+    totals = [jnp.sum(ct, 0).reshape(-1, width) for ct in outputs["d_params"]]
+    d_params = program.leaf_cotangents((), totals)
     of_xs = [at for at, x in zip(program.xs, program.x_arrays, strict=True) if is_float(x)]
     d_xs = [at.original_axes(ct) for at, ct in zip(of_xs, outputs["d_xs"], strict=True)]
     return d_params, d_xs, state.original_axes(outputs["d_h0"][0])

@@ -153,15 +153,10 @@ def adjoint(
     ]
     body = functools.partial(_backward, program, at)
     out = _call(f"{OP}_adjoint", body, at, inputs, outputs, scratch, dtype)
-    rows, d_params = iter(out.get("d_params", ())), []
-    for is_matrix, n in program.leaves:
-        if is_matrix:
-            total, array = jnp.sum(out["d_matrices"][n], 0), program.matrices[n]
-        else:
-            layout, array = program.params[n], program.param_arrays[n]
-            total = jnp.sum(next(rows), 1).reshape(*layout.number_axis, at.channels)
-            total = layout.original_axes(total)
-        d_params.append(total.astype(array.dtype))
+    d_params = program.leaf_cotangents(
+        [jnp.sum(ct, 0) for ct in out.get("d_matrices", ())],
+        [jnp.sum(ct, 1) for ct in out.get("d_params", ())],
+    )
     d_xs = [
         s.original_axes(at.batch_first(ct, s))
         for ct, (_, s) in zip(out.get("d_xs", ()), moving, strict=True)
@@ -284,12 +279,6 @@ def _backward(program: CellProgram, at: Blocks, refs: Refs) -> None:
         for ref in (*sums, *matrices, *operands, *results):
             ref[...] = jnp.zeros_like(ref)
 
-    dropped = sum(
-        s.size
-        for s, x in zip(program.params[: program.closed_over], program.param_arrays, strict=False)
-        if is_float(x)
-    )
-
     def step(i: Any, c: tuple[Row, ...]) -> tuple[Row, ...]:
         t = steps - 1 - i
         reset = _reset(refs, at, t)
@@ -301,7 +290,7 @@ def _backward(program: CellProgram, at: Blocks, refs: Refs) -> None:
             for _ in range(tap.size)
         ]
         weights = [g + later for g, later in zip(_rows(refs["ct"], dtype, t), c, strict=True)]
-        rows = iter(program.backward(*args, *taps, *weights)[dropped:])
+        rows = iter(program.backward(*args, *taps, *weights)[program.dropped :])
         for ref in sums:
             for r in range(ref.shape[0]):
                 ref[r] += next(rows)

@@ -23,15 +23,15 @@ def unsupported(sequence_axis: str | None, params: PyTree, xs: PyTree, h0: Array
     return backends.unsupported_dtype(dtypes, "float16", "float64")
 
 
-def refused(cell: Any, structure: str) -> tuple[tuple[str, str], ...]:
-    """Return the platforms whose kernel does not support a cell, each with the reason."""
-    if structure != "dense" and not _has_dense_heads(cell):
+def refused(cell: Any, structure: str, interpret: bool) -> tuple[tuple[str, str], ...]:
+    """Return the platforms whose kernel does not support a cell, each with the reason.
+
+    Interpret mode runs cells with matrices by the TPU kernel, on every jax version. Both kernels
+    check the cell and the sizes when the program is lowered.
+    """
+    if not interpret or (structure != "dense" and not _has_dense_heads(cell)):
         return ()
-    reason = (
-        "must have a cell whose Jacobian is diagonal or block-diagonal over channels, got a dense"
-        " one"
-    )
-    return (("cuda", reason),)
+    return (("cuda", "is not interpreted for a cell with matrices"),)
 
 
 def _has_dense_heads(cell: Any) -> bool:

@@ -154,7 +154,7 @@ def nonlinear_scan(
         interpret,
         length=length,
         unsupported=cell_kernel.unsupported(sequence_axis, params, xs, h0),
-        refused=cell_kernel.refused(cell, structure[1]),
+        refused=cell_kernel.refused(cell, structure[1], interpret),
     )
     wanted = (batch, length, *h0.shape[1:])
     guess = jnp.zeros(wanted, state) if guess is None else jnp.asarray(guess)
