@@ -3,9 +3,8 @@
 import pathlib
 import re
 
-from seqjax.layers import GRID_REGISTRY, REGISTRY, RNN, Entry, GateLoop, Longhorn
+from seqjax.layers import GRID_REGISTRY, REGISTRY, Entry, GateLoop, Longhorn
 from seqjax.ops.core.backends import BACKENDS
-from seqjax.ops.nonlinear import cell_kernel
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 PLATFORMS = {"tpu": "TPU", "cuda": "GPU"}
@@ -22,12 +21,9 @@ def kernels(entry: Entry) -> str:
     # The kernels of `linear_attention` are real, those of `selective_scan` have exponential decays.
     if found is None or isinstance(layer, GateLoop | Longhorn):
         return ""
-    supported = set(found.modules)
-    if isinstance(layer, RNN):
-        supported -= dict(cell_kernel.refused(layer.cell, layer.cell.structure)).keys()
     default = {"cuda" if target == "hopper" else target for target in found.preferred}
     named = "" if default else " (by name)"
-    platforms = [platform for platform in PLATFORMS if platform in (default or supported)]
+    platforms = [platform for platform in PLATFORMS if platform in (default or found.modules)]
     return ", ".join(PLATFORMS[platform] for platform in platforms) + named
 
 

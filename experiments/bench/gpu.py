@@ -14,7 +14,6 @@ import itertools
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,27 +67,16 @@ SHARED_PER_CORE = 233472  # bytes of shared memory for the thread blocks of a mu
 _FEW = tpu.Row("linear_scan", tpu.linear(1, 2048), 8192)
 
 
-def _nonlinear(cell: seqjax.cells.Cell, B: int) -> Callable[[int, str], tpu.Shapes]:
-    """Return a function for the input shapes of a cell; parameters and state are float32."""
-
-    def shapes(T: int, dtype: str) -> tpu.Shapes:
-        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
-        return {
-            "params": {name: array((cell.dim,)) for name in cell.recurrent},
-            "xs": jax.ShapeDtypeStruct((B, T, cell.gates, cell.dim), jnp.dtype(dtype)),
-            "initial_state": jax.eval_shape(lambda: cell.initial_state(B)),
-        }
-
-    return shapes
-
-
 def _nonlinear_rows() -> dict[str, tpu.Row]:
+    both = ("float32", "bfloat16")
+    forward = tpu.nonlinear(seqjax.cells.ParaGRU(2560), 8, 4096, both)
+    forward |= tpu.nonlinear(seqjax.cells.ParaLSTM(2560), 8, 4096, both)
+    forward |= tpu.nonlinear(seqjax.cells.GRU(64), 64, 1024, both)
+    forward |= tpu.nonlinear(seqjax.cells.LSTM(128), 64, 1024, both[1:])  # the only one that fits
     made = {}
-    for cell in (seqjax.cells.ParaGRU(2560), seqjax.cells.ParaLSTM(2560)):
-        row = tpu.Row("nonlinear_scan", _nonlinear(cell, 8), 4096, keywords=(("cell", cell),))
-        form = f"{type(cell).__name__}, B=8, T=4096, D=2560"
-        made[f"nonlinear_scan, {form}"] = row
-        made[f"nonlinear_scan backward, {form}"] = row._replace(backward=True)
+    for name, row in forward.items():
+        made[name] = row
+        made[name.replace(",", " backward,", 1)] = row._replace(backward=True)
     return made
 
 
@@ -248,9 +236,10 @@ def bench_gpu(rounds: int) -> None:
     del rounds  # nothing is timed
     plugin = installed_version("jax-cuda13-plugin", "aot-gpu")
     print(f"jax-cuda13-plugin {plugin}, no GPU: compiled ahead of time for H100")
-    table = Table("Kernels for H100, 128 threads a block; compiled, not run")
+    table = Table("Kernels for H100; compiled, not run")
     for name, dtype in itertools.product(ROWS, ("float32", "bfloat16")):
-        left_out = name in MATRIX and dtype not in ROWS[name].dtypes
+        by_dtype = name in MATRIX or ROWS[name].op == "nonlinear_scan"
+        left_out = by_dtype and dtype not in ROWS[name].dtypes
         if left_out or not name.startswith(ONLY.value):
             continue
         with tempfile.TemporaryDirectory() as folder:

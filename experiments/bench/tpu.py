@@ -116,23 +116,27 @@ def _kda(T: int, dtype: str) -> Shapes:
     return made | {"gate": seqjax.ops.SoftplusGate(*shapes)}
 
 
+def nonlinear(cell: seqjax.cells.Cell, B: int, T: int, dtypes: tuple[str, ...]) -> dict[str, Row]:
+    """Return the row of a cell by name. Parameters and state are float32."""
+
+    def shapes(T: int, dtype: str) -> Shapes:
+        weight = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
+        return {
+            "params": {name: weight(cell.param_shape(name)) for name in cell.recurrent},
+            "xs": jax.ShapeDtypeStruct((B, T, cell.gates, cell.dim), jnp.dtype(dtype)),
+            "initial_state": jax.eval_shape(lambda: cell.initial_state(B)),
+        }
+
+    row = Row("nonlinear_scan", shapes, T, dtypes=dtypes, chips=("v5e",))
+    name = f"nonlinear_scan, {type(cell).__name__}, B={B}, T={T}, D={cell.dim}"
+    return {name: row._replace(keywords=(("cell", cell),))}
+
+
 def _cell_rows() -> dict[str, Row]:
     """Return rows of cells with matrices. The XLA form is the loop over steps."""
     made = {}
     for cell in (seqjax.cells.GRU(512), seqjax.cells.LSTM(512)):
-
-        def shapes(T: int, dtype: str, cell: seqjax.cells.Cell = cell) -> Shapes:
-            weight = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.dtype("float32"))
-            return {
-                "params": {name: weight(cell.param_shape(name)) for name in cell.recurrent},
-                "xs": jax.ShapeDtypeStruct((64, T, cell.gates, cell.dim), jnp.dtype(dtype)),
-                "initial_state": jax.eval_shape(lambda: cell.initial_state(64)),
-            }
-
-        name = f"nonlinear_scan, {type(cell).__name__}, B=64, T=1024, D=512"
-        row = Row("nonlinear_scan", shapes, 1024, dtypes=("bfloat16",), chips=("v5e",))
-        row = row._replace(keywords=(("cell", cell),))
-        made[name] = row
+        made |= nonlinear(cell, 64, 1024, ("bfloat16",))
     return made
 
 

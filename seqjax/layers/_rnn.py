@@ -59,8 +59,8 @@ class RNN(Layer):
       algorithm: "newton" (all steps at once) or "sequential" (step by step). By default chosen by
         platform and cell; see `seqjax.nonlinear_scan`.
       solver: a `seqjax.Newton`; by default `Newton()`.
-      implementation: "xla", the default, or "pallas" (on TPU, and on GPU for a cell with
-        independent channels); see `seqjax.nonlinear_scan`.
+      implementation: "xla", the default, or "pallas" (on TPU and GPU); see
+        `seqjax.nonlinear_scan`.
     """
 
     dim: int

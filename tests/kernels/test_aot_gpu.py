@@ -81,6 +81,28 @@ def test_matrix_states_use_tensor_cores(op, way, tmp_path):
         assert "wgmma.mma_async" in ptx.read_text()
 
 
+CELL = "B=64, T=1024, D"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (f"nonlinear_scan, GRU, {CELL}=64", "float32"),
+        (f"nonlinear_scan backward, GRU, {CELL}=64", "float32"),
+        (f"nonlinear_scan, LSTM, {CELL}=128", "bfloat16"),
+        (f"nonlinear_scan backward, LSTM, {CELL}=128", "bfloat16"),
+    ],
+)
+def test_matrices_of_cells_stay_on_the_chip(name, dtype, tmp_path):
+    report = gpu.compile_apart(name, dtype, folder=tmp_path)
+    assert report.spills == 0
+    assert report.registers <= 255
+    assert report.shared + 1024 <= gpu.SHARED_PER_CORE
+    for ptx in tmp_path.glob("*.ptx"):
+        assert "wgmma.mma_async" in ptx.read_text()
+
+
 @pytest.fixture(scope="module")
 def place():
     before = os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
@@ -176,13 +198,30 @@ def test_selective_scan_of_any_length_compiles(place):
 
 def test_an_elementwise_cell_compiles(place):
     """Check logarithms, infinities, four numbers per channel, vmap, and a ragged last block."""
-    cell = seqjax.cells.SLSTM(136)
+    _compile_cell(seqjax.cells.SLSTM(136), place)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cell",
+    [
+        seqjax.cells.LSTM(24, peepholes=True),
+        seqjax.cells.MGU(72),
+        seqjax.cells.Headwise(seqjax.cells.DenseSLSTM(64), 2),
+    ],
+    ids=repr,
+)
+def test_cells_with_matrices_compile(cell, place):
+    _compile_cell(cell, place)
+
+
+def _compile_cell(cell, place):
     def array(*shape, dtype="float32"):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    params = {name: array(cell.dim) for name in cell.recurrent}
-    given = (params, array(2, 2, 65, cell.gates, cell.dim), array(2, cell.dim, cell.width))
+    params = {name: array(*cell.param_shape(name)) for name in cell.recurrent}
+    state = array(*jax.eval_shape(lambda: cell.initial_state(2)).shape)
+    given = (params, array(2, 2, 65, cell.gates, cell.dim), state)
 
     def both(reset, *given):
         run = functools.partial(seqjax.nonlinear_scan, cell, reset=reset, implementation="pallas")

@@ -13,40 +13,15 @@ import pytest
 import seqjax
 from pallas_kernels.nonlinear_scan import tpu, tpu_blocks
 from seqjax.cells import GRU, LSTM, MGU, DenseSLSTM, Elman, Headwise, ParaLSTM
-from tests.contract.cases import cell_params
 from tests.contract.harness import assert_close
-
-
-def narrow(array, dtype="float32"):
-    """Cast to a dtype; integers stay unchanged."""
-    return jnp.asarray(array, "int32" if array.dtype == "int32" else dtype)
-
-
-def arrays(cell, batch, length, dtype="float32"):
-    """Return parameters, inputs, state and resets, and cotangents of all states and the last."""
-    rng = np.random.default_rng(0)
-    xs = rng.standard_normal((batch, length, cell.gates, cell.dim))
-    # sLSTM divides by a number of its state, so it starts from a state that its steps can reach.
-    state = np.asarray(cell.initial_state(batch))
-    if cell.width < 4:
-        state = rng.uniform(-0.9, 0.9, state.shape)
-    cts = rng.standard_normal((batch, length, *state.shape[1:])), rng.standard_normal(state.shape)
-    given = jax.tree.map(narrow, (cell_params(rng, cell), state))
-    reset = jnp.asarray(rng.random((batch, length)) < 0.2)
-    return given[0], narrow(xs, dtype), given[1], reset, (narrow(cts[0], dtype), narrow(cts[1]))
-
-
-def pulled(cell, params, xs, state, reset, cts, **keywords):
-    """Return states and gradients."""
-
-    def run(params, xs, state):
-        return seqjax.nonlinear_scan(cell, params, xs, state, reset=reset, **keywords)[:2]
-
-    def both(*args):
-        out, pull = jax.vjp(run, *args)
-        return out, pull(cts)
-
-    return jax.jit(both)(params, xs, state)
+from tests.kernels.nonlinear import (
+    INTERPRETED,
+    SEQUENTIAL,
+    arrays,
+    narrow,
+    pulled,
+    several_pulled,
+)
 
 
 def compared(cell, batch, length, dtype="float32", tolerance=2e-6):
@@ -128,33 +103,10 @@ def test_nothing_crosses_a_reset(compiled_quickly):
     assert_close(d_xs[:, 7:], expected, 2e-6)
 
 
-def several(params, h, x):
-    """Multiply with matrices on both sides, several rows at once, and one matrix twice."""
-    both = h.T @ params["W"]  # [2, D]
-    first = jnp.tanh(params["V"] @ h[:, 0] + jax.nn.softplus(params["scale"]) * x["u"])
-    kept = jnp.where(x["keep"] > 0, first, both[1] @ params["W"])
-    return jnp.stack([kept, jax.nn.sigmoid(both[0]) * h[:, 1]], axis=1)
-
-
 @pytest.mark.slow
 def test_a_cell_of_the_user(compiled_quickly):
-    rng = np.random.default_rng(0)
-    params = {"W": 0.3 * rng.standard_normal((4, 4)), "V": 0.3 * rng.standard_normal((4, 4))}
-    params["scale"] = rng.standard_normal(())
-    xs = {"u": rng.standard_normal((2, 6, 4)), "keep": rng.integers(0, 2, (2, 6, 4), "int32")}
-    args = jax.tree.map(narrow, (params, xs, rng.standard_normal((2, 4, 2))))
-
-    def loss(params, u, state, **keywords):
-        inputs = {"u": u, "keep": args[1]["keep"]}
-        hs, final, _ = seqjax.nonlinear_scan(several, params, inputs, state, **keywords)
-        return jnp.sum(jnp.sin(hs)) + jnp.sum(final**2)
-
-    def both(**keywords):
-        run = jax.jit(jax.value_and_grad(functools.partial(loss, **keywords), argnums=(0, 1, 2)))
-        return run(params, args[1]["u"], args[2])
-
-    params = args[0]
-    assert_close(both(interpret=True), both(algorithm="sequential"), 2e-6)
+    found, expected = (several_pulled(4, **way) for way in (INTERPRETED, SEQUENTIAL))
+    assert_close(found, expected, 2e-6)
 
 
 @pytest.mark.slow
@@ -245,10 +197,6 @@ def test_what_it_cannot_do():
     refused(lambda W, h, x: jnp.tanh(h @ W + x), "at most 16 MiB .* got 17.0 MiB", channels=2049)
     large = np.ones((2049, 2049), "float32")
     refused(lambda p, h, x: h * p + x @ large, "at most 16 MiB", jnp.ones(2049), 2049)
-    with pytest.raises(NotImplementedError, match=r"for cuda must have .* got a dense one"):
-        jax.jit(functools.partial(seqjax.nonlinear_scan, Elman(8), implementation="pallas")).trace(
-            {"W": jnp.ones((8, 8))}, jnp.ones((1, 3, 1, 8)), jnp.ones((1, 8))
-        ).lower(lowering_platforms=("cuda",))
     sizes = jax.export.symbolic_shape("b, 3, 8")
     with pytest.raises(NotImplementedError, match="got the symbolic size b"):
         jax.export.export(

@@ -79,10 +79,10 @@ def nonlinear_scan(
       algorithm: "newton" or "sequential". By default sequential on CPU, for dense cells (see
         `jacobian`) and for blocks of more than 8 numbers, Newton otherwise.
       implementation: "xla", the default, or "pallas": a sequential kernel for TPU, and for GPU from
-        Hopper on. The TPU kernel is compiled in tests, and has not run on a TPU yet. The cell must
-        consist of elementwise operations. On TPU it may also multiply by matrices [D, D] of at most
-        16 MiB in all. Every leaf of `xs` must have D channels as its last axis. Dtypes are float32,
-        bfloat16 and int32. On GPU, rows of D numbers must be multiples of 16 bytes.
+        Hopper on. Those for TPU, and for matrices on GPU, are compiled and have not run yet. The
+        cell must consist of elementwise operations and of products with matrices [D, D] of up to 16
+        MiB on TPU, and 225 KiB with two steps of inputs on GPU. Leaves of `xs` end in D channels,
+        in float32, bfloat16 or int32. On GPU, rows of elementwise cells are multiples of 16 bytes.
       on_failure: the action if Newton does not converge: "sequential" finishes step by step,
         "error" raises, "warn" warns and returns the unconverged states, flagged in `info`.
       interpret: run a kernel in interpret mode on any platform. This is slow. A cell with products
