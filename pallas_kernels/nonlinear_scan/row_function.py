@@ -1,9 +1,8 @@
 """Functions of rows and matrices, evaluated inside a kernel that runs several products together.
 
-A product of small matrices has a long latency, so products that do not depend on each other run
-together. A product starts when the first of them is needed: all products of the same row start with
-it, as those of the gates of a cell, and so do all summands of a sum of products, as in the
-cotangent of a state.
+A small product has a long latency, so products that do not depend on each other run together. They
+run when the first result is needed. These are the products of one row with several matrices, as for
+the gates of a cell, and the terms of a sum of products, as in the cotangent of a state.
 """
 
 import collections
