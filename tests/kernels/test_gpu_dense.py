@@ -55,7 +55,7 @@ def test_a_cell_with_a_matrix(by_gpu_kernel, compiled_quickly):
         (DenseSLSTM(16), 2, "default"),
         (Headwise(GRU(64), 2), 3, "highest"),
     ],
-    ids=repr,
+    ids=str,
 )
 def test_cells(cell, batch, precision, by_gpu_kernel, compiled_quickly):
     """Compare over more steps than are prefetched."""
