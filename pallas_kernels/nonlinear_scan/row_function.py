@@ -184,7 +184,7 @@ def evaluate(
             return [found]
         return apply(eqn, [value(x) for x in ins], sizes)
 
-    given = [None] * len(matrices) + [_as_array(x) for x in args]
+    given: list[Any] = [*(None for _ in matrices), *map(_as_array, args)]
     outs = interpret(function.program, given, as_constant, each)
     dtypes = [v.aval.dtype for v in function.program.jaxpr.outvars]
     return [
