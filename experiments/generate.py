@@ -109,8 +109,10 @@ def main(values: Any) -> int:
     if values.checkpoint:
         return _from_checkpoint(values, prompts, settings)
     if len(prompts) == 1 and values.num_samples == 1:
-        _show(sampling.decode(sampling.encode(prompts[0])))
-        _show(generate(values.workdir, prompts[0], which=values.which, settings=settings))
+        model, params = _load(values.workdir, values.which)
+        prompt = sampling.encode(prompts[0])
+        _show(sampling.decode(prompt))
+        _show(sampling.decode(sampling.stream(model, params, prompt, settings)))
         print()
         return 0
     model, params = _load(values.workdir, values.which)

@@ -197,6 +197,10 @@ def _parse(
 def _flag_message(error: Exception, config_argument: str) -> str:
     text = str(error.args[0]) if error.args else str(error)
     if isinstance(error, flags.Error) and "Traceback" not in text:
+        number = re.fullmatch(r"flag (--.*?): (invalid literal for int|could not convert).*", text)
+        if number:
+            kind = "an integer" if number[2].endswith("int") else "a number"
+            return f"{number[1]}: must be {kind}"
         return text
     if isinstance(error, (AttributeError, KeyError)):
         # The text of ml_collections has the unknown field and, if there is one, a similar field.
@@ -206,7 +210,7 @@ def _flag_message(error: Exception, config_argument: str) -> str:
             return (
                 f"{config_argument}: unknown config field {meant[2]!r}: did you mean {meant[1]!r}?"
             )
-        return f"{config_argument}: unknown config field {text!r}"
+        return f"{config_argument}: unknown config field {text!r}; --help lists all fields"
     if isinstance(error, OSError):
         return _unreadable(config_argument)
     return f"{config_argument}: the config file failed: {_last_line(text)}"

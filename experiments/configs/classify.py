@@ -8,7 +8,7 @@
 
 The words are a task and a layer. The tasks:
 
-- `digits`: the 8 x 8 images of scikit-learn (pip install scikit-learn).
+- `digits`: the 8 x 8 images of scikit-learn (pip install -e '.[tasks]').
 - `images`: a prepared image set of TensorFlow Datasets: mnist, fashion_mnist, cifar10, ... Permuted
   MNIST is `--config.task.permuted=True`.
 - `listops`: ListOps of the Long Range Arena (arXiv 2011.04006).

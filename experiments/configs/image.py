@@ -7,7 +7,7 @@ The words are a task and a layer. The tasks:
 
 - `arrows`: arrow pointing of pLSTM (arXiv 2506.11997), a small form: does the arrow point to the
   circle? Trained on images of 8 x 8 pixels, tested on up to 16 x 16.
-- `image_digits`: the 8 x 8 images of scikit-learn (pip install scikit-learn).
+- `image_digits`: the 8 x 8 images of scikit-learn (pip install -e '.[tasks]').
 
 The layers are `plstm_2d` (both modes alternate), `chimera`, and all layers over sequences.
 

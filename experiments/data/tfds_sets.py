@@ -68,7 +68,8 @@ def open_split(name: str, split: str, folder: str, where: str) -> Any:
         return tfds.data_source(name, split=split, data_dir=folder or None, download=False)
     except tfds.core.registered.DatasetNotFoundError as error:
         names = tfds.list_builders(with_community_datasets=False)
-        hint = nearest(name, names).split(" known: ")[0] if names else ""
+        close = nearest(name, names).partition("known: ")[0]
+        hint = close or f"tfds.list_builders() in Python lists all {len(names)}"
         raise UserError(f"{where}.tfds={name!r}: no such data set: {hint}") from error
     except (NotImplementedError, AssertionError, OSError) as error:
         raise UserError(

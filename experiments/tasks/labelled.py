@@ -68,7 +68,7 @@ def list_operations(train: int, test: int, seed: int, **options: int) -> Labelle
 def digits(seed: int) -> LabelledSet:
     """Load scikit-learn's 1,797 digits of 8 x 8 pixels as sequences; a fifth is held out."""
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError("the digits come with scikit-learn: pip install scikit-learn")
+        raise UserError("the digits come with scikit-learn: pip install -e '.[tasks]'")
     from sklearn.datasets import load_digits
 
     data = load_digits()

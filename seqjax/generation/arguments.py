@@ -10,6 +10,7 @@ import numpy as np
 from seqjax.generation.sampling import Sampling, as_array
 from seqjax.layers import _checks
 from seqjax.layers._base import Layer
+from seqjax.models.classifier import Classifier
 
 ORDER = "(model, params, prompt)"
 INT32 = np.iinfo(np.int32)
@@ -59,6 +60,11 @@ def check_model(name: str, model: Any, argument: str = "model", order: str = ORD
         raise ValueError(
             f"{name}: `{argument}` must be a causal seqjax model, got {got}; the order of arguments"
             f" is {order}."
+        )
+    if isinstance(model, Classifier):
+        raise ValueError(
+            f"{name}: `{argument}` must be a language model, with logits for every token, got a"
+            " Classifier; use LanguageModel."
         )
 
 

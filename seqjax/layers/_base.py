@@ -370,7 +370,7 @@ class Layer(abc.ABC):
     def _require_causal(self, what: str) -> None:
         if not self.causal:
             raise NotImplementedError(
-                f"{type(self).__name__}: {what} must have a causal layer, got a bidirectional"
-                " one, whose outputs depend on later inputs; pass whole sequences to apply, or set"
+                f"{type(self).__name__}: {what} requires a causal layer, got a bidirectional one,"
+                " whose outputs depend on later inputs; pass whole sequences to apply, or set"
                 " bidirectional=False."
             )

@@ -130,7 +130,7 @@ def features(layer: object, x: jax.Array, dim: int, one_step: bool) -> None:
     require(
         layer,
         x.dtype.name in FLOAT_DTYPES,
-        f"`{name}` must be one of {', '.join(FLOAT_DTYPES)}, got {x.dtype.name};"
+        f"`{name}` must have the dtype {' or '.join(FLOAT_DTYPES)}, got {x.dtype.name};"
         f" cast it, e.g. {name}.astype(jnp.float32).",
     )
     _not_empty(layer, name, x)

@@ -21,6 +21,9 @@ def summary(model: Layer) -> str:
       One line per block and per other part: its layers, its number of parameters, and the bytes of
       its state for one sequence in float32. The last line has the sums.
 
+    Raises:
+      ValueError: if `model` is not a layer or model.
+
     Example:
       >>> from seqjax.layers import LRU
       >>> from seqjax.models import Backbone, LanguageModel
@@ -32,6 +35,11 @@ def summary(model: Layer) -> str:
       final_norm  RMSNorm                  8            -
       total                            1,512          128
     """
+    if not isinstance(model, Layer):
+        raise ValueError(
+            "summary: `model` must be a layer or model of seqjax, got"
+            f" {type(model).__name__}; pass the model, not its parameters."
+        )
     rows = _rows(model)
     total = (
         "total",

@@ -28,6 +28,7 @@ from tests.contract.harness import (
     runner_with_gradients,
     unoptimized,
     weights,
+    wrapped,
 )
 
 EACH = by_variant()
@@ -164,11 +165,13 @@ def test_hard_inputs(case, algorithm, length, dtype, strict, request):
     assert_close(result, expected, tolerance)
 
 
-@by_variant(lambda case: case.hard is not None, quick={"linear_scan", "selective_scan"})
-def test_hard_inputs_have_finite_gradients(case, algorithm, strict, request):
+@by_variant(
+    lambda case: case.hard is not None,
+    variant=wrapped,
+    quick={"linear_scan", "selective_scan"},
+)
+def test_hard_inputs_have_finite_gradients(case, algorithm, strict):
     """Check that float32 and float64 gradients agree, so that no cancellation loses digits."""
-    if case.name not in THOROUGH and algorithm != case.algorithms[0]:
-        request.getfixturevalue("compiled_quickly")
     inputs, state, reset = make(case, length=50)
     inputs = cast(case.hard(np.random.default_rng(1), inputs), "float32")
     out, _ = looped(case, 50)

@@ -58,8 +58,16 @@ def one_line(capsys, script, *arguments):
         ([f"--config={CONFIG}:qiucktest"], "did you mean 'quicktest'?"),
         ([f"--config={CONFIG}", "--config.modle.dim=3"], "did you mean 'model'?"),
         ([f"--config={CONFIG}", "--config.data.pth=x"], "did you mean 'path'?"),
-        ([f"--config={CONFIG}", "--config.zzz=1"], "unknown config field 'zzz'"),
-        ([f"--config={CONFIG}", "--config.steps='many'"], "base 10: \"'many'\""),
+        ([f"--config={CONFIG}", "--config.zzz=1"], "unknown config field 'zzz'; --help lists all"),
+        ([f"--config={CONFIG}", "--config.steps=abc"], "--config.steps=abc: must be an integer"),
+        (
+            [f"--config={CONFIG}", "--config.optimizer.learning_rate=fast"],
+            "--config.optimizer.learning_rate=fast: must be a number",
+        ),
+        (
+            [f"--config={CONFIG}", "--config.steps='many'"],
+            "--config.steps='many': must be an integer",
+        ),
         (
             [f"--config={CONFIG}:qqq"],
             f"--config={CONFIG}:qqq: unknown word 'qqq': known: aaren, atlas, attention",

@@ -134,6 +134,12 @@ def test_a_state_of_another_batch_is_named():
         seqjax.generate(model, params, prompts(), state={"other": 1}, **options)
 
 
+def test_a_classifier_is_refused():
+    model = seqjax.models.Classifier(3, seqjax.models.Backbone(seqjax.layers.LRU(4)), input_dim=4)
+    with pytest.raises(ValueError, match=r"^generate: `model` must be a language model"):
+        seqjax.generate(model, {}, prompts(), max_new_tokens=1, temperature=0)
+
+
 def test_swapped_models_are_named():
     model, params = small()
     order = r"the order of arguments is \(target, draft, target_params, draft_params, prompt\)\."

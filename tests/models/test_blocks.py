@@ -230,6 +230,11 @@ def test_the_summary_adds_up(model):
     assert len(lines) == 4 + len(model.backbone.stack)
 
 
+def test_a_summary_of_parameters_names_what_it_needs():
+    with pytest.raises(ValueError, match=r"^summary: `model` must be a layer .*, got dict; pass"):
+        summary({})
+
+
 def test_layer_norm_without_bias():
     layer = LayerNorm(D, bias=False)
     assert list(layer.param_shapes()) == ["scale"]

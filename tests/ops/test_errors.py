@@ -140,7 +140,7 @@ def test_layers_check_their_arguments(case):
     inputs, _, reset = make(case)
     params, x = cast(inputs["params"], "float32"), cast(inputs["x"], "float32")
     with pytest.raises(ValueError, match=f"{name}.*x"):
-        layer.apply(params, x[..., :2])
+        layer.apply(params, x[..., :1])
     with pytest.raises(ValueError, match=f"{name}.*x"):
         layer.apply(params, x[:, :0])
     with pytest.raises(ValueError, match=f"{name}.*x"):

@@ -287,7 +287,7 @@ def test_all_orientations_see_the_whole_grid(x64):
         ),
         (
             lambda: apply(Chimera(dim=4), np.ones((2, 3, 3, 4), int)),
-            "Chimera: `x` must be one of bfloat16, float16, float32, float64, got int",
+            "Chimera: `x` must have the dtype bfloat16 or float16 or float32 or float64, got int",
         ),
     ],
 )
@@ -304,5 +304,5 @@ def test_what_a_grid_does_not_have():
     layer, x = Chimera(dim=2, state_dim=1, expand=1), np.ones((1, 2, 2, 2), np.float32)
     with pytest.raises(NotImplementedError, match="Chimera: there are no resets for a layer over"):
         apply(layer, x, reset=np.zeros((1, 2), bool))
-    with pytest.raises(NotImplementedError, match="Chimera: initial_state must have a causal"):
+    with pytest.raises(NotImplementedError, match="Chimera: initial_state requires a causal layer"):
         layer.initial_state(1)
