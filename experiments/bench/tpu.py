@@ -134,7 +134,7 @@ def nonlinear(cell: seqjax.cells.Cell, B: int, T: int, dtypes: tuple[str, ...]) 
 
 def _cell_rows() -> dict[str, Row]:
     """Return rows of cells with matrices. The XLA form is the loop over steps."""
-    made = {}
+    made: dict[str, Row] = {}
     for cell in (seqjax.cells.GRU(512), seqjax.cells.LSTM(512)):
         made |= nonlinear(cell, 64, 1024, ("bfloat16",))
     return made
