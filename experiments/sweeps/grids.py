@@ -286,17 +286,19 @@ GRIDS: dict[str, Grid] = {
         "Digits: 8 x 8 pixels as an image",
         (
             *_each(IMAGE, "image_digits", GRIDDED[:2]),
-            # A step takes 2 seconds on one core, six times as long as that of pLSTM.
+            # A step takes 14 times the processor time of a step of pLSTM.
             Job("chimera", f"{IMAGE}:image_digits,chimera", {"steps": 300, "eval_every": 60}),
         ),
         BESIDE_MAJORITY,
         "accuracy",
+        note=NOTES["image_digits"],
     ),
     "arrows": Grid(
         "Arrow pointing, trained on 8 x 8 pixels",
         _each(IMAGE, "arrows", GRIDDED),
         {f"accuracy_{n}": f"{n} x {n}" for n in (8, 12, 16)},
         "accuracy_16",
+        note=NOTES["arrows"],
     ),
     "time_series": Grid(
         "Time series: data sets of aeon",
