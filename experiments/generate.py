@@ -109,10 +109,10 @@ def main(values: Any) -> int:
     if values.checkpoint:
         return _from_checkpoint(values, prompts, settings)
     if len(prompts) == 1 and values.num_samples == 1:
-        model, params = _load(values.workdir, values.which)
-        prompt = sampling.encode(prompts[0])
-        _show(sampling.decode(prompt))
-        _show(sampling.decode(sampling.stream(model, params, prompt, settings)))
+        texts = generate(values.workdir, prompts[0], which=values.which, settings=settings)
+        first = next(texts, "")  # loads the checkpoint, which can fail, before anything is shown
+        _show(sampling.decode(sampling.encode(prompts[0])))
+        _show(itertools.chain([first], texts))
         print()
         return 0
     model, params = _load(values.workdir, values.which)
