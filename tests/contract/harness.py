@@ -55,7 +55,7 @@ QUICK = {
 OWN_LOOPS = {"BlockRecurrent"}
 # Rows of layers that differ from another row of their layer only inside a step: in an activation, a
 # norm over features, a constant, or the size of the numbers. They run in the tests of values, of
-# state and of gradients in float64. The axes and the ops that a wrapper sees are those of the other
+# state and of first derivatives. The axes and the ops that a wrapper sees are those of the other
 # row.
 OPTIONS = {
     *("LRU-best", "S5-softplus", "S4D-legs", "S4D-real", "S4D-best", "LinOSS-imex"),

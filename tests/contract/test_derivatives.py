@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.contract.harness import (
-    OPTIONS,
     THOROUGH,
     assert_close,
     by_variant,
@@ -88,7 +87,6 @@ def test_gradients_match_the_loop(case, algorithm, x64, strict, compiled_quickly
 
 
 @by_variant(
-    lambda case: case.name not in OPTIONS,
     variant=lambda case, algorithm: case.hard is None or not wrapped(case, algorithm),
     quick={"monoid_scan-softmax", "nonlinear_scan-block", "LRU"},
 )

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from tests.contract.harness import (
-    OPTIONS,
     ROWS,
     THOROUGH,
     VARIANTS,
@@ -104,7 +103,7 @@ def test_nothing_crosses_a_reset(case, algorithm, poison, x64, strict, compiled_
     assert_close(gradients[1], gradients[0], 1e-12)
 
 
-@by_variant(lambda case: case.name not in OPTIONS and getattr(case.layer, "causal", True))
+@EACH
 def test_a_cleared_state_leaves_no_trace(case, algorithm, x64, strict, compiled_quickly):
     """Check that a NaN state, reset before the first step, does not reach any gradient."""
     inputs, state, reset = make(case)

@@ -1,9 +1,8 @@
 """Contract: values. Every algorithm against the float64 loop, in every dtype and length.
 
 XLA optimizes one forward program of each variant, the one for the longest input, and 65 steps of
-the thorough rows. It optimizes one gradient of each row, and of each variant of the thorough rows:
-that of hard inputs for the rows that have them and else that of `test_float32_gradients`. The other
-programs compile quickly.
+the thorough rows. It optimizes the gradients of hard inputs and, for the thorough rows without hard
+inputs, those of `test_float32_gradients`. The other programs compile quickly.
 """
 
 import functools

@@ -246,6 +246,12 @@ def test_bad_flags_end_with_one_line(run, capsys, flag, message):
     assert error.count("\n") == 1
 
 
+def test_a_command_that_fails_prints_no_text(capsys, tmp_path):
+    arguments = ["generate", f"--workdir={tmp_path}", "--prompt=a"]
+    assert cli.run(generate.define_flags, generate.main, arguments) == 2
+    assert not capsys.readouterr().out
+
+
 def test_a_closed_pipe_ends_quietly(capsys, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
