@@ -3,8 +3,8 @@
     python -m experiments.report > experiments/results/RESULTS.md
     python -m experiments.report --results=longer.jsonl --figures=figures > longer.md
 
-Jobs with the same label differ by learning rate. The table shows the job with the best mean over
-seeds. A spread is the difference between the best and the worst seed.
+Jobs with the same label differ by learning rate. The table shows the job with the best median over
+seeds. Numbers are medians over seeds, followed by the least and the greatest.
 """
 
 from __future__ import annotations
@@ -18,30 +18,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
-from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
 from experiments import sweep
-from experiments.base import cli
+from experiments.base import cli, figures
 from experiments.base.errors import UserError
 from experiments.configs import lm
 from experiments.sweeps.grids import GRIDS, Grid, Job
+from experiments.sweeps.texts import TEXTS
 
 Rows = list[dict[str, Any]]
 Chosen = dict[str, tuple[dict[str, Any], Rows]]  # label -> overrides of its best job, and rows
-_STRONG_FIRST = [*range(0, 20, 2), *range(1, 20, 2)]  # tab20 alternates strong and pale colors
-OURS = Path(sweep.RESULTS).name  # the notes describe only these results
+OURS = Path(sweep.RESULTS).name  # the answers describe only these results
 COMMAND = "python -m experiments.sweep --grids="
 HEAD = """# Results
 
 Results of the configurations in `experiments/configs`, next to published results. Runs are small:
-the configurations document sizes, steps and departures from the papers. `python -m
-experiments.report` prints this page from `experiments/results/results.jsonl`, which `python -m
-experiments.sweep` writes.
+the configurations document sizes, steps and departures from the papers. Each section has a
+question, the setup, a table or figure, and the answer in bold. Numbers of several seeds are
+medians, with the least and the greatest in parentheses. `python -m experiments.report` prints this
+page from `experiments/results/results.jsonl`, which `python -m experiments.sweep` writes.
 """
 
 
@@ -60,20 +57,24 @@ def main(values: Any) -> int:
     print(HEAD)
     for name, grid in GRIDS.items():
         groups = by_settings(grid, [row for row in rows if row["grid"] == name])
+        text = TEXTS.get(name)
         print(f"## {grid.title}\n")
+        if text:
+            print(f"{text.question} {text.setup}\n")
         if not groups:
             print(f"Not run yet: `{COMMAND}{name}`.\n")
         # Results without --set come first.
         for settings in sorted(groups):
             if settings:
                 print(f"### With `{settings.strip()}`\n")
-            print(table(name, grid, groups[settings], settings))
-            if grid.note and not settings and Path(values.results).name == OURS:
-                print(f"{grid.note}\n")
+            print(table(grid, groups[settings]))
             if grid.figure:
                 path = Path(values.figures) / f"{name}{_short(settings)}.png"
                 figure(path, grid, groups[settings])
                 print(f"![{name}]({path.name})\n")
+            if text and text.answer and not settings and Path(values.results).name == OURS:
+                print(f"**{text.answer}** {text.details}".rstrip() + "\n")
+            print(f"{made_with(name, grid, groups[settings], settings)}\n")
     return 0
 
 
@@ -116,8 +117,8 @@ def best(grid: Grid, rows: Rows) -> Chosen:
 
     def score(entry: tuple[dict[str, Any], Rows]) -> float:
         scores = numbers(entry[1], grid.metric)
-        mean = statistics.fmean(scores) if scores else float("-inf")
-        return -mean if grid.lower and scores else mean
+        middle = statistics.median(scores) if scores else float("-inf")
+        return -middle if grid.lower and scores else middle
 
     labels = dict.fromkeys(job.label for job in grid.jobs)
     return {label: max(groups[label].values(), key=score) for label in labels if label in groups}
@@ -128,23 +129,13 @@ def numbers(rows: Rows, name: str) -> list[float]:
     return [row["summary"][name] for row in rows if name in row.get("summary", {})]
 
 
-def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
-    """Format the results of a grid as Markdown; `settings` are the flags of its runs."""
+def table(grid: Grid, rows: Rows) -> str:
+    """Format the results of a grid as Markdown."""
     with_published = bool(grid.published)
     head = ["", *grid.columns.values(), *(["horizon"] if grid.answers else [])]
     head += ["published"] if with_published else []
     head += ["steps", "seeds", "learning rate", "minutes"]
-    left = _missing(grid, rows)
-    partly = f"; {left} of {len(grid.jobs)} jobs have not run" if left else ""
-    lines = [f"`{COMMAND}{name}{settings}`; {_made_with(rows)}{partly}."]
-    if grid.source:
-        lines.append(f"Published: {grid.source}.")
-    if grid.answers:
-        lines.append(
-            "Horizon: number of right answers beyond chance in one of the longest test sequences,"
-            f" which have {grid.answers} answers."
-        )
-    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     chosen = best(grid, rows)
     for label, (overrides, same) in chosen.items():
         cells = [label, *(_cell(grid, column, chosen, same) for column in grid.columns)]
@@ -153,12 +144,20 @@ def table(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
         if with_published:
             cells.append(grid.published.get(label, ""))
         steps = numbers(same, "step")
-        cells.append(f"{statistics.fmean(steps):,.0f}" if steps else "")
+        cells.append(f"{statistics.median(steps):,.0f}" if steps else "")
         ended = len(steps)
         seeds = str(len(same)) + (f", {len(same) - ended} diverged" if ended < len(same) else "")
-        minutes = statistics.fmean(row["seconds"] for row in same) / 60
+        minutes = statistics.median(row["seconds"] for row in same) / 60
         rate = overrides.get("optimizer.learning_rate", "")
         lines.append("| " + " | ".join([*cells, seeds, str(rate), f"{minutes:.1f}"]) + " |")
+    if grid.source:
+        lines += ["", f"Published: {grid.source}."]
+    if grid.answers:
+        lines += [
+            "",
+            "Horizon: number of right answers beyond chance in one of the longest test sequences,"
+            f" which have {grid.answers} answers.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -168,7 +167,7 @@ def _horizon(grid: Grid, rows: Rows) -> str:
     A model that knows the answers to the first n symbols, and guesses later, has the horizon n.
     """
     scores = numbers(rows, "scaled_accuracy")
-    return f"{statistics.fmean(scores) * grid.answers:.1f}" if scores else ""
+    return f"{statistics.median(scores) * grid.answers:.1f}" if scores else ""
 
 
 def _cell(grid: Grid, column: str, chosen: Chosen, same: Rows) -> str:
@@ -177,7 +176,7 @@ def _cell(grid: Grid, column: str, chosen: Chosen, same: Rows) -> str:
     if (label := grid.relative.get(column)) is None:
         return _spread(scores)
     units = numbers(chosen[label][1], column) if label in chosen else []
-    return _spread([score / statistics.fmean(units) for score in scores]) if units else ""
+    return _spread([score / statistics.median(units) for score in scores]) if units else ""
 
 
 def _missing(grid: Grid, rows: Rows) -> int:
@@ -185,55 +184,55 @@ def _missing(grid: Grid, rows: Rows) -> int:
     return sum(not any(_is_of(row, job) for row in rows) for job in grid.jobs)
 
 
-def _made_with(rows: Rows) -> str:
-    """Return the versions and numbers of cores of all runs as text."""
+def made_with(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
+    """Describe the runs of a grid: command, time, versions, cores, and jobs that have not run.
+
+    `settings` are the `--set` flags of the runs.
+    """
+    hours = sum(row["seconds"] for row in rows) / 3600
     versions_of = {name: {row["versions"][name] for row in rows} for name in rows[-1]["versions"]}
     versions = ", ".join(f"{name} {' and '.join(sorted(v))}" for name, v in versions_of.items())
-    cores = {row["cores"] for row in rows}
-    return f"{versions}, CPU cores: {' and '.join(map(str, sorted(cores)))}"
+    cores = " and ".join(map(str, sorted({row["cores"] for row in rows})))
+    left = _missing(grid, rows)
+    partly = f"; {left} of {len(grid.jobs)} jobs have not run" if left else ""
+    return (
+        f"`{COMMAND}{name}{settings}`: {hours:.1f} hours, {versions}, CPU cores: {cores}{partly}."
+    )
 
 
 def _spread(scores: list[float]) -> str:
+    """Return the median, followed by the least and the greatest of several numbers."""
     if not scores:
         return ""
-    mean = statistics.fmean(scores)
-    text = f"{mean:,.0f}" if mean > 100 else f"{mean:.3f}"
-    spread = max(scores) - min(scores)
-    return text if len(scores) < 2 else f"{text} (spread {spread:.3f})"
+    middle = statistics.median(scores)
+    text = f"{middle:,.0f}" if middle > 100 else f"{middle:.3f}"
+    return text if len(scores) < 2 else f"{text} ({min(scores):.3f} to {max(scores):.3f})"
 
 
 def figure(path: Path, grid: Grid, rows: Rows) -> None:
     """Plot the figure of a grid, with a line for every layer."""
     curves = grid.figure == "curve"
     lines = _curves(grid, rows) if curves else _points(grid, rows)
-    drawing = Figure(figsize=(10.5 if curves else 7.5, 4.2), layout="constrained")
-    FigureCanvasAgg(drawing)
-    names = ["tokens", "seconds, compilation left out"] if curves else [grid.figure.split(".")[-1]]
-    for axis, name, by_layer in zip(
-        np.atleast_1d(drawing.subplots(1, len(names), sharey=True)), names, lines, strict=True
-    ):
-        for index, (layer, points) in enumerate(by_layer.items()):
-            xs, ys = zip(*sorted(points), strict=True)
-            look = {
-                "marker": "os^Dvp*X"[index % 8],
-                "color": colormaps["tab20"](_STRONG_FIRST[index % 20]),
-            }
-            axis.plot(xs, ys, label=layer, markersize=4, **look)
+    names = ["seconds, compilation left out", "tokens"] if curves else [grid.figure.split(".")[-1]]
+    drawing, axes = figures.panels(len(names), (11 if curves else 7.5, 4.2), sharey=True)
+    last = {layer: max(points)[1] for layer, points in lines[-1].items()}
+    order = sorted(last, key=last.__getitem__)
+    looks = {layer: figures.look(index) for index, layer in enumerate(order)}
+    for axis, name, by_layer in zip(axes, names, lines, strict=True):
+        for layer in order:
+            axis.plot(*zip(*sorted(by_layer[layer]), strict=True), **looks[layer])
         axis.set_xlabel(name)
         axis.set_xscale("log")
         every = sorted({x for points in by_layer.values() for x, _ in points})
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if curves else FixedLocator(every))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
     label = grid.columns.get(grid.metric, grid.metric)
     if curves:
         label += _curve_coverage(rows)
-    drawing.axes[0].set_ylabel(label)
-    handles = drawing.axes[0].get_legend_handles_labels()
-    drawing.legend(*handles, loc="outside right upper", frameon=False, fontsize="small")
+    axes[0].set_ylabel(label)
+    ends = {layer: max(lines[-1][layer]) for layer in order}
+    figures.name_lines(axes[-1], ends, [looks[layer]["color"] for layer in order])
     drawing.savefig(path, dpi=110)
 
 
@@ -246,7 +245,7 @@ def _points(grid: Grid, rows: Rows) -> list[Lines]:
     for label, (overrides, same) in best(grid, rows).items():
         scores = numbers(same, grid.metric)
         if scores:
-            point = (overrides[grid.figure], statistics.fmean(scores))
+            point = (overrides[grid.figure], statistics.median(scores))
             lines.setdefault(label.split(",")[0], []).append(point)
     return [lines]
 
@@ -263,7 +262,7 @@ def _curve_coverage(rows: Rows) -> str:
 
 
 def _curves(grid: Grid, rows: Rows) -> list[Lines]:
-    """Return the metric over tokens, and over seconds at the mean speed, of the first seed."""
+    """Return the metric over seconds at the mean speed, and over tokens, of the first seed."""
     by_tokens: Lines = {}
     by_seconds: Lines = {}
     for label, (_, same) in best(grid, rows).items():
@@ -275,7 +274,7 @@ def _curves(grid: Grid, rows: Rows) -> list[Lines]:
             by_tokens[label] = [(step * each, value) for step, value in row["curve"]]
             speed = summary["tokens_per_second"]
             by_seconds[label] = [(tokens / speed, value) for tokens, value in by_tokens[label]]
-    return [by_tokens, by_seconds]
+    return [by_seconds, by_tokens]
 
 
 if __name__ == "__main__":

@@ -5,19 +5,18 @@ forgets nor acts linearly, which is the hardest case for a solver based on linea
 """
 
 import functools
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib as mpl
 import optax
 from absl import flags
 from jax import lax
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 import seqjax
+from experiments.base import figures
 from experiments.bench import cases
 from experiments.bench.tools import Candidates, Table, ratios, seconds
 from seqjax import cells, layers
@@ -179,30 +178,28 @@ def bench_subject(
 
 
 def draw(curves: dict[str, dict[int, int]], path: str) -> None:
-    """Plot iterations over T for every subject, with the line iterations = T for reference."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(LENGTHS, LENGTHS, "--", color="gray", label="T")
-    colours = {make.__name__: mpl.colormaps["tab10"](i) for i, make in enumerate(LAYERS)}
-    for i, (name, points) in enumerate(curves.items()):
+    """Plot iterations over T, with the line iterations = T for reference.
+
+    Subjects with equal iterations share a line.
+    """
+    figure, (axes,) = figures.panels(1, (9, 5.5))
+    axes.plot(LENGTHS, LENGTHS, "--", color="gray")
+    ends: dict[str, tuple[float, float]] = {"T": (LENGTHS[-1], LENGTHS[-1])}
+    colors = ["gray"]
+    lines: dict[tuple[str, tuple[tuple[int, int], ...]], list[str]] = {}
+    for name, curve in curves.items():
         cell, state = name.split(", ", 1)
-        axes.plot(
-            list(points),
-            list(points.values()),
-            "o:" if state == "initial" else "s-",
-            color=colours[cell],
-            label=name,
-            # Many lines coincide, so each has a ring of another size.
-            fillstyle="none" if state == "initial" else "full",
-            markersize=16 - i if state == "initial" else 5,
-        )
+        lines.setdefault((state, tuple(curve.items())), []).append(cell)
+    ordered = sorted(lines.items(), key=lambda line: line[0][1][-1])
+    for number, ((state, points), names) in enumerate(ordered):
+        look = figures.look(number)
+        axes.plot(*zip(*points, strict=True), ":" if state == "initial" else "-", **look)
+        ends[textwrap.fill(f"{', '.join(names)}, {state}", 34)] = points[-1]
+        colors.append(look["color"])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
     axes.set_xlabel("T")
     axes.set_ylabel("Newton iterations, all windows together")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
+    figures.name_lines(axes, ends, colors)
     figure.savefig(path, dpi=120)

@@ -18,10 +18,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.sharding import PartitionSpec as P
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from experiments.base import cli
+from experiments.base import cli, figures
 from experiments.bench.tools import Table
 from experiments.compiled import collectives
 from seqjax import layers, sharding
@@ -44,8 +42,6 @@ LAYERS: dict[str, layers.Layer] = {
     "nonlinear_scan: ParaGRU, Newton, an iteration": layers.ParaGRU(DIM, algorithm="newton"),
     "attention, window 64": layers.SlidingWindowAttention(DIM, heads=2, window=64),
 }
-# Colors that color-blind readers can tell apart (Okabe and Ito, 2008).
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
 
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
@@ -93,32 +89,18 @@ def sent(layer: layers.Layer, count: int, steps: int = STEPS) -> int:
 
 def draw(curves: dict[str, list[float]], path: str) -> None:
     """Plot the bytes over the number of devices, with one labeled line for each layer."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    lowest = 0.0  # position of the previous name: names are at least a line apart
-    for number, (name, points) in enumerate(sorted(curves.items(), key=lambda c: c[1][-1])):
-        color = COLORS[number % len(COLORS)]
+    figure, (axes,) = figures.panels(1, (9, 5))
+    ordered = sorted(curves.items(), key=lambda curve: curve[1][-1])
+    colors = [figures.COLORS[number % len(figures.COLORS)] for number in range(len(ordered))]
+    for (_, points), color in zip(ordered, colors, strict=True):
         axes.plot(DEVICES, points, "o-", color=color)
-        lowest = max(points[-1], lowest * 1.42)
-        axes.annotate(
-            name,
-            (DEVICES[-1], points[-1]),
-            (DEVICES[-1] * 1.12, lowest),
-            color=color,
-            va="center",
-            fontsize="small",
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.6, "relpos": (0, 0.5)},
-        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(0, 1.5 * lowest)
-    axes.set_xlim(DEVICES[0] / 1.1, DEVICES[-1] * 1.05)
+    axes.set_ylim(bottom=0)
     axes.set_xticks(DEVICES, list(map(str, DEVICES)))
     axes.set_xlabel(f"devices, {STEPS} steps each")
     axes.set_ylabel("KiB sent per device")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    figures.name_lines(axes, {name: (DEVICES[-1], x[-1]) for name, x in ordered}, colors)
     figure.savefig(path, dpi=120)
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-from experiments.sweeps.notes import NOTES
 from seqjax.layers import REGISTRY
 
 STATE = "experiments/configs/state_tracking.py"
@@ -56,8 +55,6 @@ class Grid:
 
       lower: whether a smaller metric is better.
 
-      note: comment below the table.
-
       figure: override on the horizontal axis of a figure, "curve" for the metric over tokens and
         over seconds, or "" for no figure.
 
@@ -73,7 +70,6 @@ class Grid:
     published: dict[str, str] = dataclasses.field(default_factory=dict)
     source: str = ""
     lower: bool = False
-    note: str = ""
     figure: str = ""
     answers: int = 0
     relative: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -113,8 +109,7 @@ def _state(
     metric = f"accuracy_{lengths[-1]}"
     # Expressions have an answer at every other symbol.
     answers = 128 if task == "modular_arithmetic" else 256
-    note = NOTES.get(task, "")
-    return Grid(title, jobs, columns, metric, published, source, note=note, answers=answers)
+    return Grid(title, jobs, columns, metric, published, source, answers=answers)
 
 
 def _each(file: str, task: str, layers: tuple[str, ...]) -> tuple[Job, ...]:
@@ -199,7 +194,6 @@ GRIDS: dict[str, Grid] = {
         ),
         {f"accuracy_{n}": f"T = {n}" for n in (40, 256)},
         "accuracy_256",
-        note=NOTES["curriculum"],
         answers=256,
     ),
     "deltaproduct": Grid(
@@ -228,7 +222,6 @@ GRIDS: dict[str, Grid] = {
         ),
         {"accuracy": "accuracy"},
         "accuracy",
-        note=NOTES["mqar"],
         figure="model.dim",
     ),
     "selective_copying": Grid(
@@ -238,7 +231,6 @@ GRIDS: dict[str, Grid] = {
         "accuracy",
         {"mamba": "99.8 %", "s5": "18.3 % (S4)"},
         "arXiv 2312.00752, 4,096 positions",
-        note=NOTES["selective_copying"],
     ),
     "induction_heads": Grid(
         "Induction heads, trained on 64 tokens",
@@ -247,7 +239,6 @@ GRIDS: dict[str, Grid] = {
         "accuracy_4096",
         {"mamba": "100 %"},
         "arXiv 2312.00752, trained on 256 and tested on up to 2^20 tokens",
-        note=NOTES["induction_heads"],
     ),
     "games": Grid(
         "Games of memory: the return of PPO",
@@ -259,7 +250,6 @@ GRIDS: dict[str, Grid] = {
         ),
         {"return": "return"},
         "return",
-        note=NOTES["games"],
     ),
     "listops": Grid(
         "ListOps, expressions of 50 to 200 tokens",
@@ -268,7 +258,6 @@ GRIDS: dict[str, Grid] = {
         "accuracy",
         {"lru": "60.2 %", "s5": "62.2 %"},
         "arXiv 2303.06349 and 2208.04933, expressions of 500 to 2,000 tokens",
-        note=NOTES["listops"],
     ),
     "packages": Grid(
         "Packages: 512 bytes of source code from one of six packages",
@@ -291,14 +280,12 @@ GRIDS: dict[str, Grid] = {
         ),
         BESIDE_MAJORITY,
         "accuracy",
-        note=NOTES["image_digits"],
     ),
     "arrows": Grid(
         "Arrow pointing, trained on 8 x 8 pixels",
         _each(IMAGE, "arrows", GRIDDED),
         {f"accuracy_{n}": f"{n} x {n}" for n in (8, 12, 16)},
         "accuracy_16",
-        note=NOTES["arrows"],
     ),
     "time_series": Grid(
         "Time series: data sets of aeon",
@@ -324,7 +311,6 @@ GRIDS: dict[str, Grid] = {
         },
         "heldout_bits_per_byte",
         lower=True,
-        note=NOTES["text"],
         figure="curve",
     ),
     "layers": Grid(
@@ -337,7 +323,6 @@ GRIDS: dict[str, Grid] = {
         },
         "heldout_bits_per_byte",
         lower=True,
-        note=NOTES["layers"],
         relative={"tokens_per_cpu_second": "lru"},
     ),
 }

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +18,10 @@ pytest.importorskip("ml_collections")
 
 import seqjax
 from experiments import report, sweep
-from experiments.base import build, cli
+from experiments.base import build, cli, figures
 from experiments.base.errors import UserError
 from experiments.configs import common, lm
-from experiments.sweeps import grids
+from experiments.sweeps import grids, texts
 from experiments.training.interrupt import Interrupt
 
 REPOSITORY = Path(__file__).parents[2]
@@ -120,22 +121,40 @@ ROWS = [
 
 
 def test_a_report_shows_the_best_rate_and_every_seed():
-    text = report.table("tiny", RATED, ROWS)
-    assert "| lru, width 16 | 0.600 (spread 0.200) | 0.9 | 9 | 2 | 0.2 | 1.0 |" in text
+    text = report.table(RATED, ROWS)
+    assert "| lru, width 16 | 0.600 (0.500 to 0.700) | 0.9 | 9 | 2 | 0.2 | 1.0 |" in text
     assert "| lru, width 32 | 0.900 |  | 9 | 1 | 0.1 | 1.0 |" in text
     assert "| gru, width 16 |  |  |  | 1, 1 diverged | 0.1 | 1.0 |" in text
     assert "Published: a paper." in text
-    assert "4 of 8 jobs have not run" in text
+    made_with = report.made_with("tiny", RATED, ROWS)
+    assert made_with.startswith("`python -m experiments.sweep --grids=tiny`: 0.1 hours, python 3")
+    assert made_with.endswith("4 of 8 jobs have not run.")
     every = [row(job.label, 0, job.overrides[grids.RATE]) for job in RATED.jobs]
-    assert "have not run" not in report.table("tiny", RATED, every)
+    assert "have not run" not in report.made_with("tiny", RATED, every)
 
 
 def test_a_column_shows_ratios_to_a_label():
     grid = grids.dataclasses.replace(RATED, relative={"accuracy": "lru, width 16"})
-    text = report.table("tiny", grid, ROWS)
-    assert "| lru, width 16 | 1.000 (spread 0.333) |" in text
+    text = report.table(grid, ROWS)
+    assert "| lru, width 16 | 1.000 (0.833 to 1.167) |" in text
     assert "| lru, width 32 | 1.500 |" in text
-    assert "| lru, width 32 |  |" in report.table("tiny", grid, ROWS[3:])
+    assert "| lru, width 32 |  |" in report.table(grid, ROWS[3:])
+
+
+def test_every_grid_has_a_question_and_a_short_answer():
+    assert sorted(texts.TEXTS) == sorted(grids.GRIDS)
+    for text in texts.TEXTS.values():
+        assert text.question.endswith("?")
+        assert text.setup.endswith(".")
+        assert not text.answer or 1 <= len(re.findall(r"\.( |$)", text.answer)) <= 3
+
+
+def test_names_of_lines_are_apart_and_in_order():
+    heights = figures._apart([0.5, 0.1, 0.5, 0.52, 0.9], 0.1)
+    assert heights == pytest.approx([0.4067, 0.1, 0.5067, 0.6067, 0.9], abs=1e-3)
+    assert min(figures._apart([0.0, 0.01, 0.02], 0.1)) == pytest.approx(0)
+    styles = [figures.look(index) for index in range(49)]
+    assert len({(style["color"], style["marker"]) for style in styles}) == 49
 
 
 def test_a_grid_trains_every_layer_of_the_registry():
@@ -190,7 +209,7 @@ def test_curves_run_over_tokens_and_seconds():
     grid = grids.dataclasses.replace(RATED, figure="curve")
     summary = {"accuracy": 0.5, "step": 10, "tokens": 1000, "tokens_per_second": 50.0}
     ran = row("lru, width 16", 0, 0.1) | {"summary": summary, "curve": [[5, 0.4], [10, 0.5]]}
-    by_tokens, by_seconds = report._curves(grid, [ran, row("gru, width 16", 0, 0.1, None)])
+    by_seconds, by_tokens = report._curves(grid, [ran, row("gru, width 16", 0, 0.1, None)])
     assert by_tokens == {"lru, width 16": [(500.0, 0.4), (1000.0, 0.5)]}
     assert by_seconds == {"lru, width 16": [(10.0, 0.4), (20.0, 0.5)]}
 
@@ -366,7 +385,7 @@ def test_the_horizon_counts_right_answers_beyond_chance():
         row("lru, width 16", seed, 0.1) | {"summary": {"accuracy": 0.1, "scaled_accuracy": score}}
         for seed, score in ((0, 0.25), (1, 0.5))
     ]
-    head, _, line = report.table("tiny", grid, rows).splitlines()[-3:]
+    head, _, line = report.table(grid, rows).splitlines()[:3]
     cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
     assert cells["horizon"] == "75.0"
-    assert "horizon" not in report.table("tiny", TINY, rows)
+    assert "horizon" not in report.table(TINY, rows)

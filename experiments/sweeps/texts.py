@@ -1,0 +1,193 @@
+"""Question, setup and answer of the grids in `grids.py`."""
+
+from typing import NamedTuple
+
+
+class Text(NamedTuple):
+    """Text of a section of the report.
+
+    Attributes:
+      question: one sentence.
+
+      setup: model, data and training, in at most three lines.
+
+      answer: one or two sentences about the stored results; "" if the grid has not run.
+
+      details: further observations, differences from the papers, and limits.
+    """
+
+    question: str
+    setup: str
+    answer: str = ""
+    details: str = ""
+
+
+_TRACKING = (
+    "Two blocks of width 64. Every symbol has an answer. Training has 1,500 batches of 64 "
+    "sequences of 3 to 40 symbols, unless the table says otherwise."
+)
+_RECALL = "Two blocks of width 64. Training has up to 4,000 batches of 32, and stops at 99 %."
+
+TEXTS = {
+    "parity": Text(
+        "Which layers track the parity of a sequence of bits, also on longer sequences?",
+        _TRACKING,
+        "DeltaNet and Mamba need eigenvalues of both signs, as in the paper. GRU and LSTM learn "
+        "the task; the elementwise cells ParaGRU and ParaLSTM have not after 1,500 steps.",
+        "Here every symbol has an answer, not only the last one. A model that counts up to 40 "
+        "answers the first 40 symbols correctly, so the other scaled accuracies are above 0.",
+    ),
+    "modular_arithmetic": Text(
+        "Do recurrent layers evaluate sums and products modulo 5, as in the ParaRNN paper?",
+        "Two blocks of width 64. Every other symbol has an answer. Batches have 64 expressions of "
+        "3 to 39 symbols.",
+        "No RNN reaches the published accuracy. The RNNs have learned expressions of the training "
+        "length, and do not generalize to longer ones.",
+        "The RNNs trained for 6,000 steps, the other models for 1,500. The horizon of an RNN is 13 "
+        "to 20 answers, nearly the same at every test length. Expressions of the training length "
+        "have 20 answers. After 1,500 steps, Mamba is more accurate with eigenvalues of both signs "
+        "than with positive eigenvalues. A GRU of twice the width learns no faster, and a learning "
+        "rate of 0.01 is slower.",
+    ),
+    "S3": Text(
+        "Which layers track products of permutations of three elements?",
+        _TRACKING,
+        "A GRU learns the task in 6,000 steps and generalizes to six times the training length. "
+        "The other models have not learned it after 1,500 steps.",
+        "By then Mamba with eigenvalues of both signs is the most accurate, followed by DeltaNet "
+        "with and without them. A model that knows only the sign of the permutation is right in a "
+        "third of its answers at every length: DeltaNet with eigenvalues of both signs has learned "
+        "little more.",
+    ),
+    "A5": Text(
+        "Which layers track products of even permutations of five elements, the smallest group "
+        "that is not solvable?",
+        _TRACKING,
+        "No model has learned the task after 1,500 steps, not even GRU and LSTM, which reach 100 % "
+        "in the paper.",
+        "With a horizon of 1, a model knows only the first answer, which is the symbol itself. The "
+        "RNNs do not know the product of two elements. There are 3,600 such products, and each is "
+        "the second answer of 27 training sequences. One in 22 answers in the loss is a second "
+        "answer.",
+    ),
+    "S5": Text(
+        "Which layers track products of permutations of five elements?",
+        _TRACKING,
+        "DeltaNet and GRU have not learned the task after 1,500 steps: they answer the first "
+        "symbol only, where the answer is the symbol itself.",
+    ),
+    "curriculum": Text(
+        "Does a GRU learn products of permutations faster with a curriculum over length?",
+        "One block with a GRU of 128 features. Batches have 64 sequences of 3 to 16 symbols. With "
+        "a curriculum, sequences grow from 3 to 16 symbols over the first two thirds of the run. "
+        "Mixed lengths are random from the start.",
+        "Yes. After 1,500 steps on S4 with mixed lengths, the GRU knows the first two or three "
+        "answers; with a curriculum, a quarter of the answers are right, also at 16 times the "
+        "training length.",
+        "With the curriculum, the GRU then knows the product up to a normal subgroup of four "
+        "elements, and guesses among these four. Models learn a quotient of the group first: the "
+        "sign on S3, and S3 on S4. A5 has no proper quotient to learn first. Other programs ran on "
+        "the same cores, so the times are too long.",
+    ),
+    "deltaproduct": Text(
+        "How many updates per symbol does DeltaProduct need for each group?",
+        "Two blocks of width 64. Training has 6,000 batches of 64, with sequences that grow from 3 "
+        "to 40 symbols.",
+    ),
+    "mqar": Text(
+        "How wide must a layer be to recall several key-value pairs?",
+        "Two blocks. Training has up to 4,000 batches of 32, and stops at 99 %. Sequences have 32 "
+        "tokens, 4 pairs and 64 symbols (paper: 512, 64 and 8,192).",
+        "Attention solves the task at every width, as in the paper (arXiv 2312.04927), and gated "
+        "DeltaNet, whose states are matrices, from width 32 on. Mamba needs width 64 and one of "
+        "the two learning rates; LRU, S5 and GateLoop solve it at none of these widths.",
+        "Mamba is the other layer in both comparisons. The decays of LRU and S5 do not depend on "
+        "the input. GateLoop has no convolution that combines neighboring tokens. An accuracy of "
+        "0.25 means that the model outputs one of the four stored values at random.",
+    ),
+    "selective_copying": Text(
+        "Does copying of marked tokens need decays that depend on the input?",
+        _RECALL,
+        "Yes, as in the paper: Mamba and gated DeltaNet reach 99 % after 1,600 steps, LRU and S5 "
+        "do not after 4,000.",
+        "With 64 positions, LRU and S5 are more accurate than the paper's S4 with 4,096.",
+    ),
+    "induction_heads": Text(
+        "Do layers that find the token after a repeated one generalize to longer sequences?",
+        _RECALL,
+        "All models solve the task at the training length, and gated DeltaNet also at 64 times "
+        "that length. Mamba does not generalize to it after 4,000 steps; the paper trains it on "
+        "256 tokens for many more steps.",
+    ),
+    "games": Text(
+        "Which layers learn games that need memory, with PPO?",
+        "Two blocks of width 64. An iteration plays 64 games for 64 steps each, then makes four "
+        "passes over them; there are 150 iterations. A return is 1 if all answers are right, -1 if "
+        "all are wrong, and -0.5 at random.",
+        details="A return is the mean over the last tenth of the run, with actions drawn from the "
+        "policy.",
+    ),
+    "listops": Text(
+        "How accurate are LRU and S5 on nested list operations?",
+        "Two blocks of width 64. Training has 2,000 batches of 32, from 10,000 expressions.",
+        "Accuracies are far below the published ones, although the expressions are shorter. "
+        "Training is short: 2,000 batches are about six passes over 10,000 expressions, and the "
+        "papers train on about ten times as many.",
+    ),
+    "packages": Text(
+        "How well do LRU and S5 tell which package a window of source code comes from?",
+        "Two blocks of width 64, 1,000 batches of 32 windows from Python's standard library.",
+        "LRU is right on 73 % of the windows and S5 on 57 %, and guessing is right on 17 %.",
+    ),
+    "digits": Text(
+        "How accurate are layers that read an image pixel by pixel?",
+        "Two blocks of width 64, 1,500 batches of 32 of scikit-learn's digits.",
+        "All three reach 97 % or more, LRU the most.",
+    ),
+    "image_digits": Text(
+        "Does a layer over a grid learn images better than a layer over the row of their pixels?",
+        "Two blocks of width 16, 1,500 batches of 32 of scikit-learn's digits. S5 reads the pixels "
+        "row after row, in both directions.",
+        "pLSTM over the grid ends a little above S5 and learns faster: its accuracy was 0.93 after "
+        "300 steps, and that of S5 was 0.74.",
+        "Chimera trained for 300 steps, because a step takes 14 times the processor time of a step "
+        "of pLSTM. It was still learning.",
+    ),
+    "arrows": Text(
+        "Do layers over a grid generalize from small to larger images?",
+        "Two blocks of width 16, 4,000 batches of 32 images of 8 x 8 pixels. The question is "
+        "whether an arrow points to a circle.",
+        "pLSTM does: it is nearly as accurate on 12 x 12 as on 8 x 8, and loses 6 percent of the "
+        "answers on 16 x 16, four times as many pixels.",
+        "S5 and Chimera have not run.",
+    ),
+    "time_series": Text(
+        "How accurate are LRU and S5 on small data sets of time series?",
+        "Two blocks of width 64, 500 batches of 32 of data sets that come with aeon.",
+        "On two of three data sets both reach 98 % or more. On OSULeaf they reach 76 and 79 %.",
+    ),
+    "text": Text(
+        "How well do layers model text with one number of parameters?",
+        "Two blocks of width 128, 500 batches of 16 x 128 bytes of Python's standard library. The "
+        "widths of the MLPs give every model 463,000 parameters within a percent.",
+        "Mamba is best with 1.85 bits per byte, then gated DeltaNet. Of the nonlinear RNNs, GRU "
+        "and ParaGRU are best with 1.97.",
+        "All layers use one learning rate and one seed, so small differences are not significant. "
+        "Speeds are measured on one core while another run used the other core.",
+    ),
+    "layers": Text(
+        "Does every layer of the library train?",
+        "Two blocks of width 64, 200 batches of 8 x 128 bytes of Python's standard library.",
+        "Yes. After 200 steps, Mamba-2, block_linear and Mamba have the fewest bits per byte; "
+        "models differ in size, and runs are short, so small differences are not significant.",
+        "All layers use one learning rate and one seed. Speeds are tokens per second of processor "
+        "time on one core, in float32, over those of LRU. Other programs used the machine at the "
+        "same time. On a GPU or TPU the order differs: there, matrix states run on matrix units. "
+        "The evaluation carries states over 2,048 bytes, and training windows have 128 bytes. "
+        "There, UnICORNN, Atlas, SRWM, Titans and URN have 0.25 to 1.1 bits more than in their "
+        "last training step. Their states probably grow larger than in training. Linear attention "
+        "without decays or positions (also Performer, TransNormer, Based and ReBased) has 3.5 "
+        "bits. That is the entropy of a byte given the byte before it, 3.47 bits in 3 MB of this "
+        "text.",
+    ),
+}
