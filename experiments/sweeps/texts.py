@@ -56,15 +56,14 @@ TEXTS = {
         "The other models have not learned it after 1,500 steps.",
         "By then Mamba with eigenvalues of both signs is the most accurate, followed by DeltaNet "
         "with and without them. A model that knows only the sign of the permutation is right in a "
-        "third of its answers at every length: DeltaNet with eigenvalues of both signs has learned "
+        "third of its answers at every length. DeltaNet with eigenvalues of both signs has learned "
         "little more.",
     ),
     "A5": Text(
         "Which layers track products of even permutations of five elements, the smallest group "
         "that is not solvable?",
         _TRACKING,
-        "No model has learned the task after 1,500 steps, not even GRU and LSTM, which reach 100 % "
-        "in the paper.",
+        "No model has learned the task after 1,500 steps. GRU and LSTM reach 100 % in the paper.",
         "With a horizon of 1, a model knows only the first answer, which is the symbol itself. The "
         "RNNs do not know the product of two elements. There are 3,600 such products, and each is "
         "the second answer of 27 training sequences. One in 22 answers in the loss is a second "
@@ -81,9 +80,9 @@ TEXTS = {
         "One block with a GRU of 128 features. Batches have 64 sequences of 3 to 16 symbols. With "
         "a curriculum, sequences grow from 3 to 16 symbols over the first two thirds of the run. "
         "Mixed lengths are random from the start.",
-        "Yes. After 1,500 steps on S4 with mixed lengths, the GRU knows the first two or three "
-        "answers; with a curriculum, a quarter of the answers are right, also at 16 times the "
-        "training length.",
+        "Yes. After 1,500 steps on S4 with a curriculum, a quarter of the answers are right, also "
+        "at 16 times the training length. With mixed lengths, the GRU knows the first two or three "
+        "answers only.",
         "With the curriculum, the GRU then knows the product up to a normal subgroup of four "
         "elements, and guesses among these four. Models learn a quotient of the group first: the "
         "sign on S3, and S3 on S4. A5 has no proper quotient to learn first. Other programs ran on "
@@ -108,7 +107,7 @@ TEXTS = {
     "selective_copying": Text(
         "Does copying of marked tokens need decays that depend on the input?",
         _RECALL,
-        "Yes, as in the paper: Mamba and gated DeltaNet reach 99 % after 1,600 steps, LRU and S5 "
+        "Yes, as in the paper. Mamba and gated DeltaNet reach 99 % after 1,600 steps, LRU and S5 "
         "do not after 4,000.",
         "With 64 positions, LRU and S5 are more accurate than the paper's S4 with 4,096.",
     ),
@@ -148,8 +147,8 @@ TEXTS = {
         "Does a layer over a grid learn images better than a layer over the row of their pixels?",
         "Two blocks of width 16, 1,500 batches of 32 of scikit-learn's digits. S5 reads the pixels "
         "row after row, in both directions.",
-        "pLSTM over the grid ends a little above S5 and learns faster: its accuracy was 0.93 after "
-        "300 steps, and that of S5 was 0.74.",
+        "pLSTM over the grid ends a little above S5 and learns faster. After 300 steps, its "
+        "accuracy was 0.93, and that of S5 was 0.74.",
         "Chimera trained for 300 steps, because a step takes 14 times the processor time of a step "
         "of pLSTM. It was still learning.",
     ),
@@ -157,7 +156,7 @@ TEXTS = {
         "Do layers over a grid generalize from small to larger images?",
         "Two blocks of width 16, 4,000 batches of 32 images of 8 x 8 pixels. The question is "
         "whether an arrow points to a circle.",
-        "pLSTM does: it is nearly as accurate on 12 x 12 as on 8 x 8, and loses 6 percent of the "
+        "pLSTM does. It is nearly as accurate on 12 x 12 as on 8 x 8, and loses 6 percent of the "
         "answers on 16 x 16, four times as many pixels.",
         "S5 and Chimera have not run.",
     ),
@@ -178,8 +177,8 @@ TEXTS = {
     "layers": Text(
         "Does every layer of the library train?",
         "Two blocks of width 64, 200 batches of 8 x 128 bytes of Python's standard library.",
-        "Yes. After 200 steps, Mamba-2, block_linear and Mamba have the fewest bits per byte; "
-        "models differ in size, and runs are short, so small differences are not significant.",
+        "Yes. After 200 steps, Mamba-2, block_linear and Mamba have the fewest bits per byte. "
+        "Small differences are not significant, because models differ in size and runs are short.",
         "All layers use one learning rate and one seed. Speeds are tokens per second of processor "
         "time on one core, in float32, over those of LRU. Other programs used the machine at the "
         "same time. On a GPU or TPU the order differs: there, matrix states run on matrix units. "
