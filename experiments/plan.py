@@ -109,6 +109,15 @@ class Plan:
             "links": sent / self.chip.link,
         }
 
+    def overlapped_seconds(self) -> float:
+        """Compute the minimum seconds of a step if asynchronous collectives overlap with compute.
+
+        All other collectives do not overlap.
+        """
+        times = self.times()
+        hidden = (self.traffic.asynchronous if self.traffic else 0) / self.chip.link
+        return max(times["compute"], times["memory"], hidden) + times["links"] - hidden
+
     def step_seconds(self) -> float:
         """Compute the minimum seconds of a step if communication does not overlap with compute."""
         times = self.times()
@@ -337,9 +346,26 @@ def report(config: ConfigDict, plan: Plan) -> str:
         + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in times.items()),
         f"a step takes at least {1e3 * step:.1f} ms, {100 * times['links'] / step:.0f} % of it "
         f"communication if none is hidden: {rate:,.0f} tokens per second and chip",
+        _overlap(plan),
         "FITS",
     ]
     return "\n".join(lines)
+
+
+def _overlap(plan: Plan) -> str:
+    """Describe how much of the communication the compiler overlaps with compute."""
+    assert plan.traffic is not None
+    if not plan.traffic.asynchronous:
+        return (
+            "the compiler overlaps no communication with compute: all collectives are synchronous"
+        )
+    share = plan.traffic.asynchronous / plan.traffic.total
+    seconds = plan.overlapped_seconds()
+    return (
+        f"the compiler overlaps {100 * share:.0f} % of the bytes with compute: "
+        f"{1e3 * seconds:.1f} ms a step, {plan.tokens / seconds / plan.chips:,.0f} tokens per "
+        "second and chip"
+    )
 
 
 HEADER = (

@@ -30,11 +30,15 @@ class Traffic:
 
       unknown_loops: number of loops with collectives whose trip count the program does not state;
         each is counted as one iteration.
+
+      asynchronous: bytes sent by asynchronous collectives, which overlap with compute; included in
+        `sent`.
     """
 
     counts: dict[str, int]
     sent: dict[str, int]
     unknown_loops: int
+    asynchronous: int = 0
 
     @property
     def total(self) -> int:
@@ -44,8 +48,10 @@ class Traffic:
 
 @dataclasses.dataclass
 class _Computation:
-    collectives: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    # (kind, bytes, whether it is a start)
+    collectives: list[tuple[str, int, bool]] = dataclasses.field(default_factory=list)
     called: list[tuple[str, int | None]] = dataclasses.field(default_factory=list)  # (name, trips)
+    starts: bool = False  # an asynchronous collective of TPU starts here
     done: bool = False
 
 
@@ -57,19 +63,20 @@ def read(text: str) -> Traffic:
     computations, entry = _computations(text)
     counts: Counter[str] = Counter()
     sent: Counter[str] = Counter()
-    unknown = 0
+    unknown = asynchronous = 0
 
     def visit(name: str, times: int) -> bool:
         """Add the collectives of a computation; return whether it has any."""
-        nonlocal unknown
+        nonlocal unknown, asynchronous
         found = False
         here = computations[name]
         # Asynchronous collectives on TPU appear several times: at their start, in each
         # computation that overlaps with them, and at their end. Only the start counts.
         elsewhere = here.done or name.startswith("async_collective_fusion")
-        for kind, size in () if elsewhere else here.collectives:
+        for kind, size, start in () if elsewhere else here.collectives:
             counts[kind] += times
             sent[kind] += times * size
+            asynchronous += times * size * (start or here.starts)
             found = True
         for callee, turns in here.called:
             inside = visit(callee, times * (1 if turns is None else turns))
@@ -78,7 +85,7 @@ def read(text: str) -> Traffic:
         return found
 
     visit(entry, 1)
-    return Traffic(dict(counts), dict(sent), unknown)
+    return Traffic(dict(counts), dict(sent), unknown, asynchronous)
 
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str]:
@@ -97,8 +104,8 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
         elif " = " in line:
             name, instruction = line.split(" = ", 1)
             name = name.strip().removeprefix("ROOT ").lstrip("%")
-            if 'custom_call_target="AsyncCollectiveDone"' in instruction:
-                current.done = True
+            current.starts |= 'custom_call_target="AsyncCollectiveStart"' in instruction
+            current.done |= 'custom_call_target="AsyncCollectiveDone"' in instruction
             _instruction(instruction, devices, turns.get(name, 1), current)
     return found, entry
 
@@ -108,9 +115,10 @@ def _instruction(line: str, devices: int, turns: int | None, into: _Computation)
     opcode = rest.split("(", 1)[0]
     for kind in KINDS:
         if opcode in (kind, f"{kind}-start"):
-            size = _sent(kind, _sizes(shape), opcode.endswith("-start"), _group(rest, devices))
+            start = opcode.endswith("-start")
+            size = _sent(kind, _sizes(shape), start, _group(rest, devices))
             if size:
-                into.collectives.append((kind, size))
+                into.collectives.append((kind, size, start))
             return
     if opcode.endswith(("-done", "-update")):
         return  # counted at its start

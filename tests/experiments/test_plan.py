@@ -65,6 +65,23 @@ def test_every_layer_is_counted(layer):
     assert flops.train_flops(model, 1, 1) > 0
 
 
+PLAN = plan.Plan(
+    chips=8,
+    mesh={"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
+    parameters=1,
+    tokens=8,
+    model_flops=8 * 10**12,
+    hbm=2.0**30,
+    limit=16 * 2**30,
+    fits=True,
+    state_bytes=2**29,
+    temporary_bytes=2**29,
+    traffic=collectives.Traffic({"all-gather": 1}, {"all-gather": 2**20}, 0),
+    seconds=1.0,
+    remat=False,
+    chip=plan.CHIPS["v5e"],
+)
+
 _LOOP = """HloModule m, num_partitions=4
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]) parameter(0)
@@ -92,9 +109,53 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 def test_turns_of_a_loop_that_are_not_stated():
     """Check a loop whose trip count the program does not state: it counts to ten in twos."""
     found = collectives.read(_LOOP)
-    assert found == collectives.Traffic({"all-gather": 5}, {"all-gather": 5 * 32 * 4 * 3 // 4}, 0)
+    sent = 5 * 32 * 4 * 3 // 4
+    assert found == collectives.Traffic({"all-gather": 5}, {"all-gather": sent}, 0, sent)
     unknown = collectives.read(_LOOP.replace("direction=LT", "direction=NE"))
     assert (unknown.counts, unknown.unknown_loops) == ({"all-gather": 1}, 1)
+
+
+_FUSED = """HloModule m, num_partitions=4
+%begin (x: f32[8]) -> (f32[8], f32[32]) {
+  %x = f32[8]{0} parameter(0)
+  %g = f32[32]{0} all-gather(%x), replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %c = (f32[8], f32[32]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+%end (y: f32[32]) -> f32[32] {
+  %y = f32[32]{0} parameter(0)
+  %h = f32[32]{0} all-gather(%y), replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %d = f32[32]{0} custom-call(%h), custom_call_target="AsyncCollectiveDone"
+}
+ENTRY %main (a: f32[8]) -> f32[32] {
+  %a = f32[8]{0} parameter(0)
+  %s = f32[32]{0} all-gather(%a), replica_groups=[1,4]<=[4], dimensions={0}
+  %f = (f32[8], f32[32]) fusion(%a), kind=kCustom, calls=%begin
+  ROOT %e = f32[32]{0} fusion(%f), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_asynchronous_collectives_overlap_with_compute():
+    """Check the form of a TPU program: the collective is repeated at its start and its end."""
+    found = collectives.read(_FUSED)
+    assert found == collectives.Traffic({"all-gather": 2}, {"all-gather": 2 * 96}, 0, 96)
+    chip = plan.CHIPS["v5e"]
+    made = dataclasses.replace(
+        PLAN,
+        traffic=collectives.Traffic({"all-gather": 1}, {"all-gather": 300}, 0, 200),
+        model_flops=0,
+        chip=chip,
+    )
+    assert made.times()["memory"] > 300 / chip.link
+    expected = made.times()["memory"] + 100 / chip.link
+    assert made.overlapped_seconds() == pytest.approx(expected)
+    assert made.step_seconds() == pytest.approx(made.times()["memory"] + 300 / chip.link)
+    config = pod.get_config("mamba_1b")
+    assert "overlaps 67 % of the bytes" in plan.report(config, made)
+    alone = dataclasses.replace(
+        made, traffic=collectives.Traffic({"all-gather": 1}, {"all-gather": 300}, 0)
+    )
+    assert "all collectives are synchronous" in plan.report(config, alone)
 
 
 def test_bad_topologies_are_one_line():
@@ -104,21 +165,14 @@ def test_bad_topologies_are_one_line():
 
 def test_what_would_fit_is_said():
     config = pod.get_config("mamba_1b")
-    made = plan.Plan(
-        chips=8,
-        mesh={"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
-        parameters=1,
-        tokens=1,
-        model_flops=1,
+    made = dataclasses.replace(
+        PLAN,
         hbm=40 * 2**30,
-        limit=16 * 2**30,
         fits=False,
         state_bytes=4 * 2**30,
         temporary_bytes=36 * 2**30,
         traffic=None,
-        seconds=1.0,
         remat=True,
-        chip=plan.CHIPS["v5e"],
     )
     text = plan.report(config, made)
     assert "memory per chip: 40.00 GiB of 16.00 GiB" in text
@@ -136,22 +190,7 @@ def test_what_would_fit_is_said():
 
 def test_the_table_has_every_recipe_and_slice(monkeypatch, capsys):
     def made(config, topology, mesh):
-        return plan.Plan(
-            chips=8,
-            mesh={"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1},
-            parameters=1,
-            tokens=8,
-            model_flops=8 * 10**12,
-            hbm=2.0**30,
-            limit=16 * 2**30,
-            fits=topology != "small",
-            state_bytes=2**29,
-            temporary_bytes=2**29,
-            traffic=collectives.Traffic({"all-gather": 1}, {"all-gather": 2**20}, 0),
-            seconds=1.0,
-            remat=False,
-            chip=plan.CHIPS["v5e"],
-        )
+        return dataclasses.replace(PLAN, fits=topology != "small")
 
     monkeypatch.setattr(plan, "make_plan", made)
     monkeypatch.setattr(plan, "topology_devices", lambda topology: None)
