@@ -90,8 +90,8 @@ def test_ssm_scan_states_are_not_stored(algorithm):
 @pytest.mark.parametrize("algorithm", ["sequential", "chunked", "associative"])
 def test_block_scan_stores_its_outputs_only(algorithm):
     """Check a constant transition: a few rows, and no block for every step."""
-    if algorithm == "associative" and jax.__version_info__ >= (0, 12):
-        pytest.skip("XLA of jax 0.12 keeps the arrays of all levels on a CPU: 27 rows")
+    if algorithm == "associative" and jax.__version_info__ >= (0, 11):
+        pytest.skip("XLA of jax 0.11 and newer keeps the arrays of all levels on a CPU: 27 rows")
     row, block = (1, 8192, 32, 4), (32, 4, 4)
     size = temporary_bytes(seqjax.block_scan, (block, row), algorithm=algorithm)
     assert size < 8 * 8192 * 32 * 4 * 4
