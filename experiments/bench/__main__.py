@@ -11,6 +11,7 @@
     python -m experiments.bench speculate  # speculative decoding: ways to restore a state
     python -m experiments.bench peers      # layers of other libraries against those of seqjax
     python -m experiments.bench loops      # elementwise scan against numba, the last table of peers
+    python -m experiments.bench versions   # an earlier version of seqjax, in the folder --tree
     python -m experiments.bench allocator  # training steps with memory that the process keeps
     python -m experiments.bench tpu        # kernels compiled for TPU, not run
     python -m experiments.bench tpu_decode # a decode step compiled for TPU, not run
@@ -56,6 +57,7 @@ from experiments.bench import (
     tpu,
     tpu_decode,
     tune,
+    versions,
 )
 from experiments.bench.tools import (
     ONLY,
@@ -238,6 +240,7 @@ SUITES = {
     "speculate": speculate.bench_speculate,
     "peers": bench_peers,
     "loops": loops.bench_loops,
+    "versions": versions.bench_versions,
     "allocator": allocator.bench_allocator,
     "tpu": tpu.bench_tpu,
     "tpu_decode": tpu_decode.bench_decode,
@@ -251,7 +254,7 @@ SUITES = {
 def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags of this script, which the suites read from absl's global flags."""
     del argv
-    suites = (newton.FIGURE, generate.LAYERS, tune.CHIP_NAMES, tune.OUTPUT)
+    suites = (newton.FIGURE, generate.LAYERS, tune.CHIP_NAMES, tune.OUTPUT, versions.TREE)
     for flag in (ROUNDS, ONLY, PROCESSOR_TIME, *suites):
         values[flag.name] = flags.FLAGS[flag.name]
 
