@@ -355,6 +355,8 @@ def report(config: ConfigDict, plan: Plan) -> str:
 def _overlap(plan: Plan) -> str:
     """Describe how much of the communication the compiler overlaps with compute."""
     assert plan.traffic is not None
+    if not plan.traffic.total:
+        return "chips do not communicate"
     if not plan.traffic.asynchronous:
         return (
             "the compiler overlaps no communication with compute: all collectives are synchronous"

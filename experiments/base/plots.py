@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_TRAIN, _HELDOUT, _RATE, _NORM = "#4c78a8", "#e45756", "#54a24b", "#b279a2"
-_FINAL = "#9d2a2a"
+from experiments.base.figures import COLORS
+
+_TRAIN, _, _RATE, _HELDOUT, _NORM, _, _FINAL = COLORS
 
 
 def save_curves(

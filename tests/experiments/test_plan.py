@@ -156,6 +156,8 @@ def test_asynchronous_collectives_overlap_with_compute():
         made, traffic=collectives.Traffic({"all-gather": 1}, {"all-gather": 300}, 0)
     )
     assert "all collectives are synchronous" in plan.report(config, alone)
+    single = dataclasses.replace(made, traffic=collectives.Traffic({}, {}, 0))
+    assert "chips do not communicate" in plan.report(config, single)
 
 
 def test_bad_topologies_are_one_line():
