@@ -29,7 +29,10 @@ Row = tuple[str, tuple[int, ...]]  # name and shape; [B, T] if the name is in `c
 
 
 def bench_versions(rounds: int) -> None:
-    """Compare the processor time of the version in `--tree` with that of this version."""
+    """Compare the processor time of the version in `--tree` with that of this version.
+
+    Ops that the version in `--tree` does not have are left out.
+    """
     from experiments.bench import cases
 
     tree = pathlib.Path(TREE.value).resolve()
@@ -41,15 +44,15 @@ def bench_versions(rounds: int) -> None:
     for row in rows:
         name, shape = row
         label = f"{name}, {list(shape)}" if name == SCAN else f"{name}, B={shape[0]}, T={shape[1]}"
-        if label.startswith(ONLY.value):
-            table.row(label, compare(tree, row, rounds))
+        if label.startswith(ONLY.value) and (times := compare(tree, row, rounds)):
+            table.row(label, times)
 
 
-def compare(tree: pathlib.Path, row: Row, rounds: int) -> dict[str, float | str]:
+def compare(tree: pathlib.Path, row: Row, rounds: int) -> dict[str, float]:
     """Return the ratios of a row: the time of the version in `tree` over that of this version.
 
-    Each time is the least of all calls in `rounds` processes. An op that the other version does not
-    have gives "none".
+    Each time is the least of all calls in `rounds` processes. The result is empty if the version in
+    `tree` does not have the op.
     """
     least: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -57,10 +60,12 @@ def compare(tree: pathlib.Path, row: Row, rounds: int) -> dict[str, float | str]
         for _, version in itertools.product(range(rounds), (tree, HERE)):
             request = [str(version), *row]
             found = json.loads(run_apart(__name__, request, pathlib.Path(folder), env))
+            if not found:
+                return {}
             best = least.setdefault(str(version), found)
             least[str(version)] = {kind: min(found[kind], best[kind]) for kind in found}
     other, here = least[str(tree)], least[str(HERE)]
-    return {kind: other[kind] / here[kind] if kind in other else "none" for kind in here}
+    return {kind: other[kind] / here[kind] for kind in here}
 
 
 def _measure(tree: str, name: str, shape: list[int]) -> str:
