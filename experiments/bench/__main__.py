@@ -62,6 +62,7 @@ from experiments.bench import (
 from experiments.bench.tools import (
     ONLY,
     PROCESSOR_TIME,
+    SCAN_SHAPES,
     Candidates,
     Table,
     cpu_seconds,
@@ -72,7 +73,6 @@ from experiments.bench.tools import (
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Timed calls of every candidate.", lower_bound=3)
 
 SHORT = 1e-3  # seconds
-SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))
 
 
 def by_lax_scan(decay: jax.Array, x: jax.Array) -> jax.Array:

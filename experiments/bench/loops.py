@@ -15,9 +15,8 @@ import numpy as np
 
 import seqjax
 from experiments.bench.peers import installed
-from experiments.bench.tools import ONLY, Candidates, Table, processor_times
+from experiments.bench.tools import ONLY, SCAN_SHAPES, Candidates, Table, processor_times
 
-SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))  # B, T, D
 REFERENCE = "decay + x"
 
 
@@ -95,7 +94,7 @@ def adjoint_loop(a: Any, y: Any, dy: Any) -> Any:
 
 def bench_loops(rounds: int) -> None:
     """Print processor times over that of `decay + x`, as minimum / median over the rounds."""
-    shapes = [shape for shape in SHAPES if f"linear_scan, {[*shape]}".startswith(ONLY.value)]
+    shapes = [shape for shape in SCAN_SHAPES if f"linear_scan, {[*shape]}".startswith(ONLY.value)]
     if not shapes:
         return
     table = Table(f"Elementwise scan, float32: processor time over that of `{REFERENCE}`")

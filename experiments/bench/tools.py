@@ -22,6 +22,7 @@ PROCESSOR_TIME = flags.DEFINE_boolean(
     "processor_time", False, "Compare processor time in peers; pin the process to one core."
 )
 
+SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))  # B, T, D of the elementwise scan
 Candidates = dict[str, Callable[..., Any]]
 # Seconds that short calls are repeated for. The time of a single short call depends on the state
 # of the threads at its start.

@@ -16,14 +16,13 @@ from typing import Any
 from absl import flags
 
 from experiments.base.errors import UserError
-from experiments.bench.tools import ONLY, Table, answer, cpu_seconds, run_apart
+from experiments.bench.tools import ONLY, SCAN_SHAPES, Table, answer, cpu_seconds, run_apart
 
 TREE = flags.DEFINE_string(
     "tree", "", "versions: folder with the other version, such as a clone of an earlier commit."
 )
 HERE = pathlib.Path(__file__).parents[2]
 SCAN = "linear_scan"
-SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))  # B, T, D of the elementwise scan
 CALLS = 9  # of each candidate in a process
 Row = tuple[str, tuple[int, ...]]  # name and shape; [B, T] if the name is in `cases.NAMES`
 
@@ -38,7 +37,7 @@ def bench_versions(rounds: int) -> None:
     tree = pathlib.Path(TREE.value).resolve()
     if not TREE.value or not (tree / "seqjax" / "__init__.py").exists():
         raise UserError(f"--tree={TREE.value}: must be a folder that contains seqjax/__init__.py")
-    rows: list[Row] = [(SCAN, shape) for shape in SHAPES]
+    rows: list[Row] = [(SCAN, shape) for shape in SCAN_SHAPES]
     rows += [(name, (batch, 2048)) for name, batch in itertools.product(cases.NAMES, (1, 4))]
     table = Table("Processor time of the version in --tree over that of this version, float32")
     for row in rows:

@@ -28,8 +28,8 @@ _TRACKING = (
     "sequences of 3 to 40 symbols, unless the table says otherwise."
 )
 _TAUGHT = (
-    " With a curriculum, one mixer of width 128 without an MLP trains on 8,000 batches of 12,800 "
-    "symbols, and sequences grow from 3 to 40 symbols."
+    " With a curriculum, one mixer of width 128 without an MLP trains on up to 8,000 batches of up "
+    "to 12,800 symbols, and sequences grow from 3 symbols to the training length."
 )
 _RECALL = "Two blocks of width 64. Training has up to 4,000 batches of 32, and stops at 99 %."
 
