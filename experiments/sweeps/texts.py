@@ -137,8 +137,13 @@ TEXTS = {
         "Two blocks of width 64. An iteration plays 64 games for 64 steps each, then makes four "
         "passes over them; there are 150 iterations. A return is 1 if all answers are right, -1 if "
         "all are wrong, and -0.5 at random.",
-        details="A return is the mean over the last tenth of the run, with actions drawn from the "
-        "policy.",
+        "LRU is best in both games, with 0.99 or more in Repeat Previous and 0.9 or more in "
+        "Autoencode, then DeltaNet and GRU. FFM and minGRU are last, against the claim of FFM's "
+        "paper.",
+        "A return is the mean over the last tenth of the run, with actions drawn from the policy. "
+        "The paper of FFM (arXiv 2310.04128) reports the highest returns on POPGym for FFM. Its "
+        "games are POPGym's, with longer training. Here all layers use one learning rate and train "
+        "for 614,400 steps of a game.",
     ),
     "listops": Text(
         "How accurate are LRU and S5 on nested list operations?",
