@@ -32,7 +32,7 @@ def bench_versions(rounds: int) -> None:
 
     Ops that the version in `--tree` does not have are left out.
     """
-    from experiments.bench import cases
+    from experiments.bench import cases  # not above: workers import seqjax from the other folder
 
     tree = pathlib.Path(TREE.value).resolve()
     if not TREE.value or not (tree / "seqjax" / "__init__.py").exists():

@@ -141,9 +141,9 @@ TEXTS = {
         "Autoencode, then DeltaNet and GRU. FFM and minGRU are last, against the claim of FFM's "
         "paper.",
         "A return is the mean over the last tenth of the run, with actions drawn from the policy. "
-        "The paper of FFM (arXiv 2310.04128) reports the highest returns on POPGym for FFM. Its "
-        "games are POPGym's, with longer training. Here all layers use one learning rate and train "
-        "for 614,400 steps of a game.",
+        "The paper of FFM (arXiv 2310.04128) reports the highest returns on POPGym for FFM. Here "
+        "Autoencode has 12 cards (POPGym: 52), and all layers use one learning rate and train for "
+        "614,400 steps of a game.",
     ),
     "listops": Text(
         "How accurate are LRU and S5 on nested list operations?",
