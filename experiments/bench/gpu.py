@@ -83,7 +83,7 @@ def _nonlinear_rows() -> dict[str, tpu.Row]:
 MATRIX = {  # the forms with a kernel
     name: row
     for name, row in tpu.ROWS.items()
-    if row.op in ("linear_attention", "delta_rule") and "per channel" not in name
+    if row.op in ("linear_attention", "delta_rule") and "KDA" not in name
 }
 ROWS = {
     name: row for name, row in tpu.ROWS.items() if row.op in ("linear_scan", "selective_scan")

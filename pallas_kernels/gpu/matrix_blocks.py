@@ -2,13 +2,17 @@
 
 An array has a kind, which determines its shape in global memory and the shape of a block:
 
-    keys     pieces [B, T, G, K]                a block is [64, K]; heads may share it
+    keys     pieces [B, T, G, K]                a block is [64, keys]; heads may share it
+    logs     pieces [B, T, H, K]                [64, keys]
+    rows     [B, H, chunks, pieces, 64, K]      [64, keys]
     values   pieces [B, T, H, V]                [64, columns]
     square   [B, H, chunks, pieces, 64, 64]     [64, 64]
-    state    [B, H, chunks, pieces, K, V]       [K, columns]
+    state    [B, H, chunks, pieces, K, V]       [keys, columns]
     vector   [B, H, chunks * 64] in float32     [64]
+    carry    [B, H, chunks, K] in float32       [keys]
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +26,17 @@ from pallas_kernels.jax_compat import gpu_interpreter, pl
 
 KINDS = {
     **dict.fromkeys(("q", "k"), "keys"),
-    **dict.fromkeys(("v", "d_out"), "values"),
+    "logs": "logs",
+    **dict.fromkeys(("q_read", "k_read", "k_write"), "rows"),
+    **dict.fromkeys(("v", "d_out", "written", "d_right"), "values"),
     **dict.fromkeys(("scores", "inverse"), "square"),
     **dict.fromkeys(("states", "cotangents"), "state"),
     **dict.fromkeys(("log_decay", "beta", "upto", "after"), "vector"),
+    "carry": "carry",
 }
+FLOAT32 = ("vector", "carry")
+BUFFER_UNIT = 1024  # bytes
+KEY_TILE = 64  # channels in a block of the kernels that add tiles of them
 Arrays = dict[str, list[jax.Array]]  # by name, the pieces of keys and values, or one array
 Blocks = dict[str, list[Any]]  # by name, references to the pieces of a block
 
@@ -37,11 +47,12 @@ class Variant(NamedTuple):
     Attributes:
       num: the accuracy.
       group: number of heads that share queries and keys.
-      keys: K.
+      keys: numbers of a key in a block, K or a tile of them.
       columns: columns of a state in a block.
       chunks: number of chunks.
       scale: factor of the outputs.
-      decay: whether there are decays or resets.
+      decay: whether there are decays per head or resets.
+      channel: whether there are decays per channel.
       delta: whether this is the delta rule.
       depth: chunks in shared memory, in flight or in use.
     """
@@ -53,6 +64,7 @@ class Variant(NamedTuple):
     chunks: int
     scale: float
     decay: bool
+    channel: bool
     delta: bool
     depth: int = 1
 
@@ -64,21 +76,23 @@ class Variant(NamedTuple):
     def block_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a block."""
         return {
-            "keys": (CHUNK, self.keys),
+            **dict.fromkeys(("keys", "logs", "rows"), (CHUNK, self.keys)),
             "values": (CHUNK, self.columns),
             "square": (CHUNK, CHUNK),
             "state": (self.keys, self.columns),
             "vector": (CHUNK,),
+            "carry": (self.keys,),
         }[KINDS[name]]
 
 
 class Position(NamedTuple):
-    """Position of a block: indices of sequence, head, chunk, and the slice of columns."""
+    """Position of a block: indices of sequence, head and chunk, slices of columns and of keys."""
 
     batch: Any
     head: Any
     chunk: Any
     columns: Any
+    keys: Any = slice(None)
 
     @property
     def steps(self) -> Any:
@@ -86,18 +100,38 @@ class Position(NamedTuple):
         return pl.ds(self.chunk * CHUNK, CHUNK)
 
 
+def by_head(x: jax.Array, chunks: int) -> jax.Array:
+    """Convert [B, T, H] to [B, H, chunks * 64], with zeros after the last step."""
+    x = jnp.pad(x, ((0, 0), (0, chunks * CHUNK - x.shape[1]), (0, 0)))
+    return jnp.moveaxis(x, 1, 2)
+
+
+def by_step(x: jax.Array, length: int) -> jax.Array:
+    """Invert `by_head`."""
+    return jnp.moveaxis(x, 1, 2)[:, :length]
+
+
 def pieces(name: str, arrays: list[jax.Array]) -> int:
     """Return the number of pieces of a block."""
     kind = KINDS[name]
-    if kind in ("keys", "values"):
+    if kind in ("keys", "logs", "values"):
         return len(arrays)
-    return 1 if kind == "vector" else arrays[0].shape[3]
+    return 1 if kind in FLOAT32 else arrays[0].shape[3]
+
+
+def nbytes(p: Variant, arrays: Arrays) -> int:
+    """Return the bytes of one block of each array in shared memory, in units of 1 KiB each."""
+    sizes = (
+        (pieces(name, xs), math.prod(p.block_shape(name)) * (4 if KINDS[name] in FLOAT32 else 2))
+        for name, xs in arrays.items()
+    )
+    return sum(count * -(-size // BUFFER_UNIT) * BUFFER_UNIT for count, size in sizes)
 
 
 def buffers(p: Variant, name: str, count: int, lead: tuple[int, ...] = ()) -> list[Any]:
     """Return shared memory [*lead, *block] for each piece of a block."""
     shape = (*lead, *p.block_shape(name))
-    if KINDS[name] == "vector":
+    if KINDS[name] in FLOAT32:
         return [plgpu.SMEM(shape, jnp.float32)]
     return mp.buffers(p.num, shape, jnp.bfloat16, count)
 
@@ -106,13 +140,20 @@ def piece(p: Variant, name: str, refs: list[Any], at: Position, index: int) -> A
     """Return the reference to one piece of a block in global memory."""
     match KINDS[name]:
         case "keys":
-            return refs[index].at[at.batch, at.steps, lax.div(at.head, jnp.int32(p.group))]
+            head = lax.div(at.head, jnp.int32(p.group))
+            return refs[index].at[at.batch, at.steps, head, at.keys]
+        case "logs":
+            return refs[index].at[at.batch, at.steps, at.head, at.keys]
+        case "rows":
+            return refs[0].at[at.batch, at.head, at.chunk, index, :, at.keys]
         case "values":
             return refs[index].at[at.batch, at.steps, at.head, at.columns]
         case "square":
             return refs[0].at[at.batch, at.head, at.chunk, index]
         case "state":
-            return refs[0].at[at.batch, at.head, at.chunk, index, :, at.columns]
+            return refs[0].at[at.batch, at.head, at.chunk, index, at.keys, at.columns]
+        case "carry":
+            return refs[0].at[at.batch, at.head, at.chunk]
         case _:
             return refs[0].at[at.batch, at.head, at.steps]
 

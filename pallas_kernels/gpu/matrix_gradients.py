@@ -1,22 +1,23 @@
 """Gradients of the inputs of matrix-state recurrences on GPU, for all chunks in parallel.
 
-A chunk gets the state S before it and the cotangent F of the state after it. In the notation of
-`matrix_state`, with do = scale * d_out, its cotangents are
+A chunk gets the state S before it, the cotangent F of the state after it, and the written values U.
+For the delta rule it also gets dR = (I + N)^-T dU, with dU = scale scores^T d_out + D K F. In the
+notation of `matrix_state`, with do = scale * d_out, the cotangents are
 
-    dU = scores^T do + D K F                          dR = (I + N)^-T dU,   dV = beta dR
     d_scores = do U^T                                 dN = -dR U^T
     dQ = D do S^T + (d_scores D) K
-    dK = D U F^T - D dV S^T + (d_scores D)^T Q + (beta dN D) K + (beta dN D)^T K
+    dK = D U F^T - D beta dR S^T + (d_scores D)^T Q + (beta dN D) K + (beta dN D)^T K
+    d_beta_t = dR_t (v_t - D S^T k_t) + sum_j dN_{t,j} (k_t^T D k_j)
 
-where linear attention has U = V, dV = dU, and no terms with N. A thread block has one chunk of one
-head. It iterates over tiles of the columns of the state, and adds the tiles in registers.
+where linear attention has U = V and no terms with dR. A thread block has one chunk and 64 channels
+of one head. It adds tiles of the columns of the state in registers.
 
-Logarithms of decays enter as three kinds of sums: up to a step (for reads of S), after a step (for
-writes), and between two steps. The kernel returns the cotangents of these sums. Differences of
-larger terms would lose accuracy, so the gradient contains none.
+Logarithms of decays per head enter as three kinds of sums: up to a step (for reads of S), after a
+step (for writes), and between two steps. The kernel returns the cotangents of these sums.
+Differences of larger terms would lose accuracy, so the gradient contains none.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,96 +25,92 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu import matrix_blocks
+from pallas_kernels.gpu import matrix_blocks, matrix_channels
 from pallas_kernels.gpu import matrix_products as mp
-from pallas_kernels.gpu.matrix_blocks import Arrays, Blocks, Position, Variant
-from pallas_kernels.gpu.matrix_pairs import SQUARE, decays
+from pallas_kernels.gpu.matrix_blocks import KEY_TILE, Arrays, Blocks, Position, Variant
+from pallas_kernels.gpu.matrix_pairs import LOG_ZERO, SQUARE, decays
 from pallas_kernels.gpu.matrix_products import CHUNK
 from pallas_kernels.gpu.tma import SMEM_WHOLE
 from pallas_kernels.jax_compat import array_like, pl
 
-TILED = ("v", "d_out", "states", "cotangents")  # blocks of a tile; the others are of the chunk
-VECTORS = ("reads", "writes", "spans", "beta")
+TIMED = ("v", "written", "d_out", "d_right")  # blocks of a tile of columns, [64, columns]
+STATES = ("states", "cotangents")  # blocks of a tile of columns and of the channels
+Results = dict[str, jax.Array]  # by name
+VECTORS = ("d_reads", "d_writes", "d_spans", "d_beta")
 
 
 class SharedMemory(NamedTuple):
     """Buffers in shared memory.
 
     Attributes:
-      blocks: blocks of the inputs, by name. Those of "v", "d_out" and "scores" have room for the
-        pieces of computed values.
-      barrier: completed when the blocks of the chunk have arrived.
-      tile_barrier: completed when the blocks of a tile have arrived.
+      blocks: blocks of the inputs, by name.
+      scratch: exact pieces of matrices [64, 64]: two with decays per channel, else one.
+      squares: cotangents of the scores and of N, [64, 64] in float32.
+      barriers: for the blocks of the chunk, those of `TIMED` and `STATES`, and those of `TIMED`.
     """
 
     blocks: Blocks
-    barrier: Any
-    tile_barrier: Any
+    scratch: list[list[Any]]
+    squares: list[Any]
+    barriers: list[Any]
 
 
-class Sums(NamedTuple):
-    """Sums over the tiles, in registers; None where the variant has none.
+class Rows(NamedTuple):
+    """Sums over the tiles, in registers, [64, keys]; None where the variant has none.
 
     Attributes:
-      dq, dk: [64, K].
-      scores: cotangent of the scores, without the scale.
-      lower: dR U^T.
-      reads, writes: cotangents [64] of sums of logarithms up to and after a step.
-      beta: cotangent of beta [64].
+      reads: d_out S^T.
+      writes: U F^T.
+      right: dR S^T.
     """
 
-    dq: jax.Array
-    dk: jax.Array
+    reads: jax.Array
+    writes: jax.Array
+    right: Any
+
+
+class Squares(NamedTuple):
+    """Sums over the tiles, in registers, [64, 64]; None where the variant has none.
+
+    Attributes:
+      scores: d_out U^T.
+      lower: dR U^T.
+    """
+
     scores: jax.Array
     lower: Any
-    reads: Any
-    writes: Any
-    beta: Any
 
 
-def fit(p: Variant) -> Variant:
-    """Choose the columns of a tile: 64, or 32 where registers or shared memory require it.
-
-    With 128 keys, the sums of a thread block take more than half of the registers.
-    """
-    narrow = p._replace(num=p.num._replace(swizzle=64), columns=32)
-    wide = p._replace(num=p.num._replace(swizzle=128), columns=64)
-    keys = 2 * p.num.inputs * p.keys
-    tile = 2 * p.computed * wide.columns
-    squares = CHUNK * (p.num.exact + p.delta * p.computed)
-    fits = 2 * (CHUNK * (keys + tile + squares) + p.keys * tile) + 2048 <= SMEM_WHOLE
-    return wide if p.keys == 64 and fits else narrow
-
-
-def gradients(
-    name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
+def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array]) -> Results:
     """Compute the cotangents of the inputs of all chunks.
 
     Args:
       name: name of the kernel.
       p: the variant; queries and keys are not shared by heads.
-      arrays: the inputs, "scores", "states", "cotangents", and for the delta rule "inverse".
-      like: "q", "k" and "v", for the dtypes of their cotangents.
+      arrays: the inputs, "states", "cotangents", and for the delta rule "written" and "d_right".
+      like: "q" and "k", for the dtypes of their cotangents.
 
     Returns:
-      "q", "k", "v" [B, chunks * 64, H, K or V]. With decays also "reads", "writes" and "spans"
-      [B, H, chunks * 64], the cotangents of the sums of logarithms up to a step, after a step, and
-      of those that a step is in, between two steps. For the delta rule also "beta".
+      "q" and "k" [B, chunks * 64, H, K]. With decays per channel "logs" of the same shape, the
+      cotangents of the logarithms but for those of the decay of the whole chunk. With decays per
+      head "d_reads", "d_writes" and "d_spans" [B, H, chunks * 64], the cotangents of the sums of
+      logarithms up to a step, after a step, and of those that a step is in, between two steps. For
+      the delta rule "d_beta", without the terms with V.
     """
-    batch, _, heads, values = like["v"].shape
-    names = ["q", "k", "scores", *TILED]
-    names += ["inverse", "beta"] if p.delta else []
-    names += ["log_decay", "upto", "after"] if p.decay else []
+    batch, heads, _, _, keys, values = arrays["states"][0].shape
+    names = ["q", "k", "d_out", "states", "cotangents"]
+    names += ["written", "d_right", "beta"] if p.delta else ["v"]
+    names += ["log_decay", "upto", "after"] if p.decay else ["logs"] if p.channel else []
     given = {name: arrays[name] for name in names}
     leaves, tree = jax.tree.flatten(given)
-    steps = p.chunks * CHUNK
-    outputs = {
-        key: array_like(leaves[0], (batch, steps, heads, x.shape[-1]), x.dtype)
-        for key, x in like.items()
-    }
-    for key in (*(VECTORS[:3] if p.decay else ()), *(("beta",) if p.delta else ())):
-        outputs["d_" + key] = array_like(leaves[0], (batch, heads, steps), jnp.float32)
+    steps, parts = p.chunks * CHUNK, keys // KEY_TILE
+    shape = (batch, steps, heads, keys)
+    outputs = {key: array_like(leaves[0], shape, x.dtype) for key, x in like.items()}
+    if p.channel:
+        outputs["logs"] = array_like(leaves[0], shape, jnp.float32)
+    for key in (*(VECTORS[:3] if p.decay else ()), *(VECTORS[3:] if p.delta else ())):
+        outputs[key] = array_like(leaves[0], (parts, batch, heads, steps), jnp.float32)
+    p = _fit(p._replace(keys=KEY_TILE), given)
 
     def body(*refs: Any, smem: SharedMemory) -> None:
         sources = jax.tree.unflatten(tree, refs[: len(leaves)])
@@ -121,17 +118,32 @@ def gradients(
         _kernel(p, values // p.columns, sources, targets, smem)
 
     count = {key: matrix_blocks.pieces(key, xs) for key, xs in given.items()}
-    room = {"v": p.computed, "d_out": p.computed, "scores": p.num.exact}
-    blocks = {
-        key: matrix_blocks.buffers(p, key, max(n, room.get(key, 0))) for key, n in count.items()
-    }
+    timed, states = (sum(count[key] for key in given if key in kind) for kind in (TIMED, STATES))
+    arrivals = (sum(count.values()) - timed - states, timed + states, timed)
     smem = SharedMemory(
-        blocks=blocks,
-        barrier=plgpu.Barrier(num_arrivals=sum(n for key, n in count.items() if key not in TILED)),
-        tile_barrier=plgpu.Barrier(num_arrivals=sum(count[key] for key in TILED)),
+        blocks={key: matrix_blocks.buffers(p, key, n) for key, n in count.items()},
+        scratch=[
+            matrix_blocks.buffers(p, "scores", p.num.exact) for _ in range(_scratch_matrices(p))
+        ],
+        squares=[plgpu.SMEM(SQUARE, jnp.float32) for _ in range(1 + p.delta)],
+        barriers=[plgpu.Barrier(num_arrivals=number) for number in arrivals],
     )
-    grid = {"chunk": p.chunks, "head": heads, "batch": batch}
-    return matrix_blocks.launch(name, body, leaves, outputs, smem, grid, p.num.interpret)
+    grid = {"part": parts, "chunk": p.chunks, "head": heads, "batch": batch}
+    found = matrix_blocks.launch(name, body, leaves, outputs, smem, grid, p.num.interpret)
+    return {key: jnp.sum(x, axis=0) if key in VECTORS else x for key, x in found.items()}
+
+
+def _scratch_matrices(p: Variant) -> int:
+    return 2 if p.channel else 1
+
+
+def _fit(p: Variant, given: Arrays) -> Variant:
+    """Choose the columns of a tile, 64 or 32, that fit the shared memory."""
+    scratch = (_scratch_matrices(p) * p.num.exact * 2 + (1 + p.delta) * 4) * CHUNK * CHUNK
+    wide = p._replace(num=p.num._replace(swizzle=128), columns=64)
+    if scratch + matrix_blocks.nbytes(wide, given) <= SMEM_WHOLE:
+        return wide
+    return p._replace(num=p.num._replace(swizzle=64), columns=32)
 
 
 def _kernel(
@@ -141,143 +153,186 @@ def _kernel(
     targets: dict[str, Any],
     smem: SharedMemory,
 ) -> None:
-    batch, head, index = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
-    blocks = dict(smem.blocks)
-    loaded = {
-        key: refs[: p.computed if key in ("scores", "inverse") else p.num.inputs]
-        for key, refs in blocks.items()
-        if key not in ("states", "cotangents")
-    }
-    chunk = Position(batch, head, index, columns=None)
-    for key, block in loaded.items():
-        if key not in TILED:
-            matrix_blocks.fetch(p, key, sources[key], chunk, block, smem.barrier)
-    plgpu.barrier_wait(smem.barrier)
+    names = ("batch", "head", "chunk", "part")
+    batch, head, index, part = (lax.axis_index(name) for name in names)
+    chunk = Position(batch, head, index, None, keys=pl.ds(part * KEY_TILE, KEY_TILE))
 
-    def zeros(*shape: int) -> jax.Array:
-        layout = mp.WGMMA if len(shape) == 2 else mp.WGMMA.reduce(1)
-        return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+    def fetch(at: Position, index: int, wanted: Callable[[str], bool]) -> None:
+        for key, block in smem.blocks.items():
+            if wanted(key):
+                matrix_blocks.fetch(p, key, sources[key], at, block, smem.barriers[index])
 
-    sums = Sums(
-        dq=zeros(CHUNK, p.keys),
-        dk=zeros(CHUNK, p.keys),
-        scores=zeros(*SQUARE),
-        lower=zeros(*SQUARE) if p.delta else None,
-        reads=zeros(CHUNK) if p.decay else None,
-        writes=zeros(CHUNK) if p.decay else None,
-        beta=zeros(CHUNK) if p.delta else None,
-    )
+    def add(index: int, kinds: tuple[str, ...], sums: Any) -> Any:
+        """Return the sums over the tiles, whose blocks are of these kinds."""
 
-    def tile(i: Any, sums: Sums) -> Sums:
-        columns = pl.ds(i.astype(jnp.int32) * p.columns, p.columns)
-        at = chunk._replace(columns=columns)
-        for key in TILED:
-            block = loaded.get(key, blocks[key])
-            matrix_blocks.fetch(p, key, sources[key], at, block, smem.tile_barrier)
-        plgpu.barrier_wait(smem.tile_barrier)
-        sums, dv = _tile(p, blocks, loaded, sums)
-        target = targets["v"]
-        target[at.batch, at.steps, at.head, columns] = dv.astype(target.dtype)
-        plgpu.commit_smem()  # all threads have read the blocks
-        return sums
+        def tile(i: Any, sums: Any) -> Any:
+            columns = pl.ds(i.astype(jnp.int32) * p.columns, p.columns)
+            fetch(chunk._replace(columns=columns), index, lambda key: key in kinds)
+            plgpu.barrier_wait(smem.barriers[index])
+            sums = add_tile(p, smem.blocks, sums)
+            plgpu.commit_smem()  # all threads have read the blocks
+            return sums
 
-    sums, spans = _pairs(p, blocks, loaded, lax.fori_loop(0, tiles, tile, sums))
-    for key, value in (("q", sums.dq), ("k", sums.dk)):
-        target = targets[key]
-        target[chunk.batch, chunk.steps, chunk.head] = value.astype(target.dtype)
-    for key, value in zip(VECTORS, (sums.reads, sums.writes, spans, sums.beta), strict=True):
-        if value is not None:
-            targets["d_" + key][chunk.batch, chunk.head, chunk.steps] = value
+        return lax.fori_loop(0, tiles, tile, sums)
+
+    fetch(chunk, 0, lambda key: key not in TIMED + STATES)
+    rows, square = mp.zeros(CHUNK, p.keys), mp.zeros(*SQUARE)
+    sums = add(1, TIMED + STATES, Rows(rows, rows, rows if p.delta else None))
+    plgpu.barrier_wait(smem.barriers[0])
+    found = of_rows(p, smem.blocks, smem.scratch, sums)
+    squares = add(2, TIMED, Squares(square, square if p.delta else None))
+    store_squares(p, smem.squares, squares)
+    for key, value in of_pairs(p, smem.blocks, smem.scratch, smem.squares, found).items():
+        if key in VECTORS:
+            targets[key][part, batch, head, chunk.steps] = value
+        else:
+            targets[key][batch, chunk.steps, head, chunk.keys] = value.astype(targets[key].dtype)
+
+
+def add_tile(p: Variant, blocks: Blocks, sums: Any) -> Any:
+    """Add a tile of columns to `Rows` or `Squares`."""
+    num, d_out, written = p.num, blocks["d_out"], blocks["written" if p.delta else "v"]
+    if isinstance(sums, Squares):
+        right = mp.transposed(written)
+        scores = mp.product(num, d_out, right, sums.scores)
+        lower = mp.product(num, blocks["d_right"], right, sums.lower) if p.delta else None
+        return Squares(scores, lower)
+    state, cotangent = (mp.transposed(blocks[name]) for name in STATES)
+    reads = mp.product(num, d_out, state[: num.inputs], sums.reads)
+    writes = mp.product(num, written, cotangent, sums.writes)
+    right = mp.product(num, blocks["d_right"], state, sums.right) if p.delta else None
+    return Rows(reads, writes, right)
+
+
+def store_squares(p: Variant, refs: list[Any], sums: Squares) -> None:
+    """Store the cotangents of the scores and of N."""
+    t, j = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
+    plgpu.commit_smem()
+    refs[0][...] = jnp.where(t >= j, p.scale * sums.scores, 0.0)
+    if p.delta:
+        refs[1][...] = jnp.where(t > j, -sums.lower, 0.0)
+    plgpu.commit_smem()
 
 
 def _row_sums(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1)
 
 
-def _decayed(p: Variant, blocks: Blocks, name: str, value: jax.Array) -> jax.Array:
-    return mp.scaled(blocks[name][0], value) if p.decay else value
+def of_rows(p: Variant, blocks: Blocks, scratch: list[list[Any]], sums: Rows) -> Results:
+    """Return the results of `gradients` for one chunk and its channels, without pairs of steps."""
+    q, k = mp.joined(blocks["q"]), mp.joined(blocks["k"])
 
+    def decayed(name: str, value: jax.Array) -> jax.Array:
+        if p.channel:
+            of_tile = matrix_channels.Decays(p, blocks["logs"])
+            return (of_tile.upto() if name == "upto" else of_tile.after()) * value
+        return mp.scaled(blocks[name][0], value) if p.decay else value
 
-def _tile(p: Variant, blocks: Blocks, loaded: Blocks, sums: Sums) -> tuple[Sums, jax.Array]:
-    """Add a tile of columns to the sums, and return the cotangent of its values."""
-    product = functools.partial(mp.product, p.num)
-    decayed = functools.partial(_decayed, p, blocks)
-    q, k, scores = (loaded[name] for name in ("q", "k", "scores"))
-    state, cotangent = blocks["states"], blocks["cotangents"]
-    inputs = p.num.inputs
-    written = loaded["v"]
-    missing: Any = None
-    k_read: Any = None
-    beta: Any = None
+    found = {"q": decayed("upto", p.scale * sums.reads), "k": decayed("after", sums.writes)}
+    reads, writes = q * found["q"], k * found["k"]
     if p.delta:
-        k_read = decayed("upto", product(k, state))
-        missing = mp.joined(written) - k_read
-        beta = mp.by_row(blocks["beta"][0], missing.shape)
-        written = blocks["v"]
-        mp.store(written, mp.split(beta * missing, p.computed))
-        mp.store(written, mp.split(product(loaded["inverse"], written), p.computed))
-    d_scores = product(loaded["d_out"], mp.transposed(written), sums.scores)
-    d_out = p.scale * mp.joined(loaded["d_out"])
-    reads, writes, d_beta, lower = sums.reads, sums.writes, sums.beta, sums.lower
+        read = -decayed("upto", sums.right)
+        found["d_beta"] = _row_sums(k * read)
+        read = mp.by_row(blocks["beta"][0], read.shape) * read
+        reads = reads + k * read
+        found["k"] = found["k"] + read
+    if p.channel:
+        found["logs"] = _sums_of_steps(p, scratch[0], reads, writes)
     if p.decay:
-        q_read = decayed("upto", product(q, state[:inputs]))
-        reads = reads + _row_sums(d_out * q_read)
-    left = mp.split(decayed("upto", d_out), inputs)
-    dq = product(left, mp.transposed(state[:inputs]), sums.dq, in_registers=True)
-    later, value = decayed("after", product(k, cotangent)), mp.joined(written)
-    if p.decay:
-        writes = writes + _row_sums(value * later)
-    left = mp.split(decayed("after", value), p.computed)
-    dk = product(left, mp.transposed(cotangent), sums.dk, in_registers=True)
-    dv = p.scale * product(mp.transposed(scores), loaded["d_out"]) + later
-    if p.delta:
-        mp.store(blocks["d_out"], mp.split(dv, p.computed))
-        dr = product(mp.transposed(loaded["inverse"]), blocks["d_out"])
-        pieces = mp.split(dr, p.computed)
-        lower = product(pieces, mp.transposed(written), lower, in_registers=True)
-        d_beta = d_beta + _row_sums(dr * missing)
-        dv = beta * dr
-        if p.decay:
-            reads = reads - _row_sums(dv * k_read)
-        left = mp.split(-decayed("upto", dv), p.computed)
-        dk = product(left, mp.transposed(state), dk, in_registers=True)
-    return Sums(dq, dk, d_scores, lower, reads, writes, d_beta), dv
+        found |= {"d_reads": _row_sums(reads), "d_writes": _row_sums(writes)}
+    return found
 
 
-def _pairs(p: Variant, blocks: Blocks, loaded: Blocks, sums: Sums) -> tuple[Sums, Any]:
-    """Add the terms of pairs of steps, and return the cotangents of sums between two steps."""
-    product = functools.partial(mp.product, p.num)
-    q, k, scratch = loaded["q"], loaded["k"], blocks["scores"]
+def of_pairs(
+    p: Variant, blocks: Blocks, scratch: list[list[Any]], squares: list[Any], found: Results
+) -> Results:
+    """Add the terms of pairs of steps to the results of a chunk and its channels."""
+    if not p.channel:
+        return _add_pairs(p, blocks, scratch[0], squares, found)
+    start = matrix_channels.PairCotangents(*(found.get(n) for n in ("q", "k", "logs", "d_beta")))
+    sums = matrix_channels.pairs_back(p, blocks, scratch, squares, start)
+    found = found | {"q": sums.q, "k": sums.k, "logs": sums.logs}
+    return found | ({"d_beta": sums.beta} if p.delta else {})
+
+
+def _sums_of_steps(
+    p: Variant, scratch: list[Any], reads: jax.Array, writes: jax.Array
+) -> jax.Array:
+    """Return the cotangents of logarithms from those of sums up to a step and after a step."""
+    i, t = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
+    mp.store(scratch, mp.split(reads, p.num.exact))
+    found = mp.product(p.num, [mp.ones(i <= t)], scratch, in_registers=True)
+    mp.store(scratch, mp.split(writes, p.num.exact))
+    return mp.product(p.num, [mp.ones(i > t)], scratch, found, in_registers=True)
+
+
+def _add_pairs(
+    p: Variant,
+    blocks: Blocks,
+    scratch: list[Any],
+    squares: list[Any],
+    found: Results,
+) -> Results:
+    """Add the terms of pairs of steps, without decays per channel."""
+    num, q, k = p.num, blocks["q"], blocks["k"]
     t, j = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
-    d_scores = p.scale * sums.scores
-    change = d_scores * mp.joined(loaded["scores"]) if p.decay else None
-    factor = decays(p.num, blocks["log_decay"][0], scratch[0]) if p.decay else None
+    factor = decays(num, blocks["log_decay"][0], scratch[0]) if p.decay else None
 
-    def decayed(x: jax.Array, mask: jax.Array) -> jax.Array:
-        return jnp.where(mask, x if factor is None else x * factor, 0.0)
+    def decayed(x: jax.Array) -> jax.Array:
+        return x if factor is None else x * factor
 
     def store(x: jax.Array) -> tuple[list[jax.Array], list[Any]]:
         pieces = mp.split(x, p.computed)
         mp.store(scratch[: p.computed], pieces)
         return pieces, mp.transposed(scratch[: p.computed])
 
-    pieces, turned = store(decayed(d_scores, t >= j))
-    dq = product(pieces, k, sums.dq, in_registers=True)
-    dk = product(turned, q, sums.dk)
-    d_beta = sums.beta
+    d_scores = decayed(mp.load(squares[0]))
+    change = d_scores * mp.product(num, q, mp.transposed(k)) if p.decay else None
+    pieces, turned = store(d_scores)
+    dq = mp.product(num, pieces, k, found["q"], in_registers=True)
+    dk = mp.product(num, turned, q, found["k"])
     if p.delta:
-        overlaps = decayed(product(k, mp.transposed(k)), t > j)
-        d_lower = jnp.where(t > j, -sums.lower, 0.0)
-        d_beta = d_beta + _row_sums(d_lower * overlaps)
-        d_overlaps = mp.by_row(blocks["beta"][0], SQUARE) * d_lower
-        pieces, turned = store(decayed(d_overlaps, t > j))
-        dk = product(pieces, k, dk, in_registers=True)
-        dk = product(turned, k, dk)
+        d_lower = decayed(mp.load(squares[1]))
+        overlaps = mp.product(num, k, mp.transposed(k))
+        found["d_beta"] = found["d_beta"] + _row_sums(d_lower * overlaps)
+        d_lower = mp.by_row(blocks["beta"][0], SQUARE) * d_lower
+        pieces, turned = store(d_lower)
+        dk = mp.product(num, pieces, k, dk, in_registers=True)
+        dk = mp.product(num, turned, k, dk)
         if change is not None:
-            change = change + d_overlaps * overlaps
-    spans = None
+            change = change + d_lower * overlaps
     if change is not None:  # the decay of step i is in the pairs with j < i <= t
-        mp.store(scratch, mp.split(jnp.where(t > j, change, 0.0), p.num.exact))
-        below = product([mp.ones(j >= t)], scratch, in_registers=True)
-        spans = _row_sums(jnp.where(t > j, below, 0.0))
-    return sums._replace(dq=dq, dk=dk, beta=d_beta), spans
+        mp.store(scratch, mp.split(jnp.where(t > j, change, 0.0), num.exact))
+        below = mp.product(num, [mp.ones(j >= t)], scratch, in_registers=True)
+        found["d_spans"] = _row_sums(jnp.where(t > j, below, 0.0))
+    return found | {"q": dq, "k": dk}
+
+
+def decay_gradient(p: Variant, arrays: Arrays, results: Results, length: int) -> jax.Array:
+    """Return the cotangents of the logarithms, [B, T, H] or [B, T, H, K].
+
+    Args:
+      p: the variant.
+      arrays: the arguments of `gradients`, and with decays per channel "carry".
+      results: its results.
+      length: T.
+    """
+    states, cotangents = (
+        jnp.sum(arrays[name][0].astype(jnp.float32), axis=3) for name in ("states", "cotangents")
+    )
+    carried = jnp.sum(states * cotangents, axis=-1)
+    if p.channel:
+        last = jnp.moveaxis(arrays["carry"][0] * carried, 1, 2)
+        total = (results["logs"] + jnp.repeat(last, CHUNK, axis=1))[:, :length]
+        logs = sum(piece.astype(jnp.float32) for piece in arrays["logs"])[:, :length]
+        return jnp.where(logs <= LOG_ZERO, 0.0, total)
+    # The logarithm of step i is in the sums up to t >= i, and in the sums after j < i.
+    [logs], [upto] = arrays["log_decay"], arrays["upto"]
+    chunked = (*logs.shape[:2], -1, CHUNK)
+    reads, writes, spans = (results[name].reshape(chunked) for name in VECTORS[:3])
+    last = upto.reshape(chunked)[..., -1] * jnp.sum(carried, axis=-1)
+    before = jnp.pad(writes[..., :-1], [(0, 0)] * 3 + [(1, 0)])
+    total = spans + last[..., None] + lax.cumsum(reads, axis=3, reverse=True)
+    total = total + jnp.cumsum(before, axis=-1)
+    total = jnp.where(logs <= LOG_ZERO, 0.0, total.reshape(logs.shape))
+    return matrix_blocks.by_step(total, length)

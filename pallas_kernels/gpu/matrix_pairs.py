@@ -27,6 +27,7 @@ from pallas_kernels.gpu.matrix_products import CHUNK, Numerics
 from pallas_kernels.jax_compat import array_like
 
 SQUARE = (CHUNK, CHUNK)
+LEVELS = CHUNK.bit_length() - 1  # blocks of 2, 4, ... and 64 steps
 LOG_ZERO = -1e30  # exp of it is zero, and sums of a chunk of them are finite
 LOG_PIECES = 3  # a sum of logarithms needs all bits of a float32 number
 
@@ -98,16 +99,17 @@ def _chunk(p: Variant, smem: SharedMemory, targets: list[Any]) -> None:
 
     scores = decayed(mp.product(num, q, mp.transposed(k)), t >= j)
     mp.store(smem.first, mp.split(scores, p.computed))
-    _send(smem.first, targets[0])
+    send(smem.first, targets[0])
     if p.delta:
         overlaps = decayed(mp.product(num, k, mp.transposed(k)), t > j)
         lower = mp.by_row(smem.given["beta"][0], SQUARE) * overlaps
-        mp.store(smem.second, mp.split(_inverse(num, lower, smem.second), num.exact))
-        _send(smem.second, targets[1])
+        mp.store(smem.second, mp.split(inverse(num, lower, smem.second), num.exact))
+        send(smem.second, targets[1])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _send(pieces: list[Any], target: Any) -> None:
+def send(pieces: list[Any], target: Any) -> None:
+    """Start the copies of pieces to [pieces, 64, columns] in global memory."""
     for i, piece in enumerate(pieces):
         plgpu.copy_smem_to_gmem(piece, target.at[i])
 
@@ -126,23 +128,28 @@ def decays(num: Numerics, logs: Any, scratch: Any) -> jax.Array:
     return jnp.exp(mp.product(num, mp.split(upto, LOG_PIECES), [scratch], in_registers=True))
 
 
-def _inverse(num: Numerics, lower: jax.Array, scratch: list[Any]) -> jax.Array:
+def joins(t: jax.Array, j: jax.Array, level: Any) -> jax.Array:
+    """Return where t and j < t are in different halves of the same block of 2^(level + 1) steps."""
+    level = jnp.int32(level)
+    t, j = lax.shift_right_logical(t, level), lax.shift_right_logical(j, level)
+    return (t > j) & (
+        lax.shift_right_logical(t, jnp.int32(1)) == lax.shift_right_logical(j, jnp.int32(1))
+    )
+
+
+def inverse(num: Numerics, lower: jax.Array, scratch: list[Any]) -> jax.Array:
     """Return (I + N)^-1 for a strictly lower N in registers."""
     i, j = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
 
-    def corners(width: int) -> jax.Array:
-        bits = jnp.int32(width.bit_length())
-        same = lax.shift_right_logical(i, bits) == lax.shift_right_logical(j, bits)
-        return jnp.where(same & ((i & width) != 0) & ((j & width) == 0), lower, 0.0)
+    def corners(level: int) -> jax.Array:
+        return jnp.where(joins(i, j, level), lower, 0.0)
 
-    inverse = jnp.where(i == j, 1.0, 0.0) - corners(1)
-    width = 2
-    while width < CHUNK:
-        pieces = mp.split(inverse, num.exact)
+    found = jnp.where(i == j, 1.0, 0.0) - corners(0)
+    for level in range(1, LEVELS):
+        pieces = mp.split(found, num.exact)
         mp.store(scratch, pieces)
-        links = mp.split(corners(width), num.exact)
+        links = mp.split(corners(level), num.exact)
         inner = mp.product(num, links, scratch, in_registers=True)
         mp.store(scratch, mp.split(inner, num.exact))
-        inverse = inverse - mp.product(num, pieces, scratch, in_registers=True)
-        width *= 2
-    return inverse
+        found = found - mp.product(num, pieces, scratch, in_registers=True)
+    return found

@@ -20,6 +20,7 @@ from pallas_kernels.gpu.matrix_products import CHUNK
 from pallas_kernels.jax_compat import array_like, pl
 
 OUTPUT_SLOTS = 2
+KEPT = "kept"  # prefix of the names of pieces that the chunks keep
 
 
 class SharedMemory(NamedTuple):
@@ -49,6 +50,7 @@ class Chunk(NamedTuple):
       state: pieces of the state before the chunk in shared memory.
       values: shared memory for right factors.
       send: value [64, columns] -> None; stores the outputs.
+      keep: value [64, columns] -> None; stores an exact array for a later kernel.
     """
 
     p: Variant
@@ -56,10 +58,26 @@ class Chunk(NamedTuple):
     state: list[Any]
     values: list[Any]
     send: Callable[[jax.Array], None]
+    keep: Callable[[jax.Array], None]
+
+    @property
+    def k_read(self) -> list[Any]:
+        """Pieces of the keys that read the state; `decayed` applies the decays they lack."""
+        return self.x["k_read" if self.p.channel else "k"]
+
+    @property
+    def k_write(self) -> list[Any]:
+        """Pieces of the keys that write to the state; `decayed` applies the decays they lack."""
+        return self.x["k_write" if self.p.channel else "k"]
+
+    @property
+    def q_read(self) -> list[Any]:
+        """Pieces of the queries; `decayed` applies the decays they lack."""
+        return self.x["q_read" if self.p.channel else "q"]
 
     def decayed(self, name: str, value: jax.Array) -> jax.Array:
         """Multiply rows by decays; zero where the decay is, because a state may be NaN."""
-        return mp.scaled(self.x[name][0], value) if self.p.decay else value
+        return mp.scaled(self.x[name][0], value) if name in self.x else value
 
     def write(self, value: jax.Array, count: int | None = None) -> list[Any]:
         """Write a right factor to shared memory, and return its pieces."""
@@ -69,6 +87,8 @@ class Chunk(NamedTuple):
 
     def carried(self, state: jax.Array) -> jax.Array:
         """Apply all decays of the chunk to the state."""
+        if self.p.channel:
+            return mp.scaled(self.x["carry"][0], state)
         if not self.p.decay:
             return state
         total = self.x["upto"][0][CHUNK - 1]
@@ -83,9 +103,10 @@ def run(
     chunk: Callable[[Chunk, jax.Array], jax.Array],
     *,
     out_like: jax.Array | None = None,
+    kept: str | None = None,
     states: bool = False,
     reverse: bool = False,
-) -> dict[str, jax.Array]:
+) -> Arrays:
     """Run a pass over all chunks.
 
     Args:
@@ -95,11 +116,13 @@ def run(
       initial: [B, H, K, V], the first state.
       chunk: (chunk, state in registers) -> the next state.
       out_like: an array with the shape and dtype of the outputs, or None for no outputs.
+      kept: name of the array that the chunks keep, or None.
       states: whether to store the state before each chunk.
       reverse: whether time runs from the last chunk to the first.
 
     Returns:
-      "final" [B, H, K, V], with `out_like` "out" [B, T, H, V], and with `states` "states"
+      "final" [B, H, K, V], with `out_like` "out" [B, T, H, V], with `kept` pieces
+      [B, chunks * 64, H, V] of that name, and with `states` "states"
       [B, H, chunks, pieces, K, V] in bfloat16.
     """
     batch, heads, _, values = initial.shape
@@ -109,6 +132,10 @@ def run(
     if states:
         shape = (batch, heads, p.chunks, p.computed, *initial.shape[2:])
         outputs["states"] = array_like(initial, shape, jnp.bfloat16)
+    if kept is not None:
+        shape = (batch, p.chunks * CHUNK, heads, values)
+        like = array_like(initial, shape, jnp.bfloat16)
+        outputs |= {f"{KEPT}{i}": like for i in range(p.computed)}
     leaves, tree = jax.tree.flatten(arrays)
 
     def body(*refs: Any, smem: SharedMemory) -> None:
@@ -133,7 +160,11 @@ def run(
     )
     grid = {"column": values // p.columns, "head": heads, "batch": batch}
     given = [*leaves, initial]
-    return matrix_blocks.launch(name, body, given, outputs, smem, grid, p.num.interpret)
+    found = matrix_blocks.launch(name, body, given, outputs, smem, grid, p.num.interpret)
+    results = {key: [x] for key, x in found.items() if not key.startswith(KEPT)}
+    if kept is not None:
+        results[kept] = [x for key, x in found.items() if key.startswith(KEPT)]
+    return results
 
 
 def _kernel(
@@ -170,6 +201,10 @@ def _kernel(
             target = targets["out"].at[batch, at.steps, head, columns]
             plgpu.copy_smem_to_gmem(out, target)
 
+        def keep(value: jax.Array) -> None:
+            for n, part in enumerate(mp.split(value, p.computed)):
+                targets[f"{KEPT}{n}"][batch, at.steps, head, columns] = part
+
         if "states" in targets:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         mp.store(smem.state, mp.split(state, p.computed))
@@ -179,7 +214,7 @@ def _kernel(
                 plgpu.copy_smem_to_gmem(ref, target)
         plgpu.barrier_wait(smem.barriers.at[slot])
         x = {name: [ref.at[slot] for ref in ring] for name, ring in smem.rings.items()}
-        state = chunk(Chunk(p, x, smem.state, smem.values, send), state)
+        state = chunk(Chunk(p, x, smem.state, smem.values, send, keep), state)
         plgpu.commit_smem()  # all threads have read the slot
         pl.when(iteration + p.depth < p.chunks)(lambda: fetch(iteration + p.depth))
         return state

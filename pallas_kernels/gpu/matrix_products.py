@@ -64,7 +64,11 @@ def buffers(num: Numerics, shape: tuple[int, ...], dtype: Any, count: int = 1) -
 
 
 def store(refs: Pieces, pieces: Sequence[jax.Array]) -> None:
-    """Write pieces to shared memory for the tensor cores and the copy engine."""
+    """Write pieces to shared memory for the tensor cores and the copy engine.
+
+    A product has ended for the warp that waited for it. Others may still read its factors.
+    """
+    plgpu.commit_smem()
     for ref, piece in zip(refs, pieces, strict=True):
         ref[...] = piece
     plgpu.commit_smem()
@@ -102,6 +106,12 @@ def by_column(ref: Any, shape: tuple[int, ...]) -> jax.Array:
     """Read a vector from shared memory; element j is the value of column j of the result."""
     vector = gpu_load(ref, WGMMA.reduce(0))
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (1,)), WGMMA)
+
+
+def zeros(*shape: int) -> jax.Array:
+    """Return a vector of values of rows, or a matrix, in registers."""
+    layout = WGMMA if len(shape) == 2 else WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
 def row_indices(shape: tuple[int, ...]) -> jax.Array:

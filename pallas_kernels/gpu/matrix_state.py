@@ -7,11 +7,11 @@ With D_{t,j} the decays of the steps after j and up to t, and S the state before
     o_t = scale * (D_{t,0} q_t S + sum_{j <= t} scores_{t,j} u_j)
     S'  = D_{C,0} S + sum_j D_{C,j} k_j u_j^T
 
-`matrix_pairs` computes scores and inverses of all chunks in parallel, and `matrix_pass` carries the
-state. One pass would compute both between two updates of the state. The inverse alone is ten
-products, each of which depends on the previous one, and with few heads most of the chip would wait.
-The algebra is that of the TPU kernels, `linear_attention/tpu.py` and `delta_rule/tpu.py`. The
-kernels require Hopper.
+`matrix_pairs`, or `matrix_channels` for decays per channel, computes scores and inverses of all
+chunks in parallel, and `matrix_pass` carries the state. One pass would compute both between two
+updates of the state. The inverse alone is ten products, each of which depends on the previous one,
+and with few heads most of the chip would wait. The algebra is that of the TPU kernels,
+`linear_attention/tpu.py` and `delta_rule/tpu.py`. The kernels require Hopper.
 """
 
 from typing import Any
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gpu import matrix_gradients, matrix_pass
+from pallas_kernels.gpu import matrix_blocks, matrix_gradients, matrix_pass
 from pallas_kernels.gpu import matrix_products as mp
-from pallas_kernels.gpu.matrix_blocks import Arrays, Variant
-from pallas_kernels.gpu.matrix_pairs import LOG_ZERO, pairs
+from pallas_kernels.gpu.matrix_blocks import Arrays, Variant, by_head, by_step
+from pallas_kernels.gpu.matrix_channels import channels
+from pallas_kernels.gpu.matrix_pairs import LOG_PIECES, LOG_ZERO, pairs
 from pallas_kernels.gpu.matrix_pass import OUTPUT_SLOTS, Chunk
 from pallas_kernels.gpu.matrix_products import CHUNK, Numerics
 from pallas_kernels.gpu.tma import SMEM_WHOLE
@@ -55,7 +56,7 @@ def forward(
       q, k: [B, T, G, K], float32 or bfloat16. G divides H.
       v: [B, T, H, V].
       beta: [B, T, H] or None.
-      log_decay: None or [B, T, H].
+      log_decay: None, [B, T, H] or [B, T, H, K].
       initial_state: [B, H, K, V] in float32.
       reset: [B, T] bool or None.
       scale: factor of the outputs.
@@ -75,17 +76,28 @@ def forward(
     length = q.shape[1]
     p, arrays = _prepare(q, k, v, beta, log_decay, reset, scale, interpret)
     out_like = _pad_steps(v)
-    p = _fit(p, v.dtype.itemsize)
-    arrays |= pairs(p, arrays, initial_state.shape[:2])
-    timed = _of_pass(p, arrays, "q", "k", "v", "scores")
+    arrays |= _of_pairs(p, arrays, initial_state)
+    timed = _of_pass(p, arrays, "q", "k_write", "v", "scores")
+    p = _fit(op, p, timed, v.dtype.itemsize)
     found = matrix_pass.run(op, p, timed, initial_state, _with_outputs, out_like=out_like)
-    return found["out"][:, :length], found["final"]
+    return found["out"][0][:, :length], found["final"][0]
+
+
+def _of_pairs(p: Variant, arrays: Arrays, state: jax.Array) -> Arrays:
+    compute = channels if p.channel else pairs
+    return compute(p, arrays, state.shape[:2])
 
 
 def _of_pass(p: Variant, arrays: Arrays, *names: str) -> Arrays:
-    """Return the inputs of a pass by name: those given, and those that the variant has."""
-    names += ("beta", "inverse") if p.delta else ()
-    names += ("upto", "after") if p.decay else ()
+    """Return the inputs of a pass by name: those given, and those that the variant has.
+
+    With decays per channel, queries and keys are the rows with their decays in the chunk. Without
+    them, the keys that read and write are the same.
+    """
+    names += ("k_read", "beta", "inverse") if p.delta else ()
+    decayed = {"q": "q_read"} if p.channel else {"k_read": "k", "k_write": "k"}
+    names = tuple(decayed.get(name, name) for name in names)
+    names += tuple(name for name in ("upto", "after", "carry") if name in arrays)
     return {name: arrays[name] for name in names}
 
 
@@ -95,7 +107,7 @@ def _write_values(c: Chunk) -> tuple[list[Any], Any]:
     value: Any = mp.joined(x["v"]) if c.p.delta or c.p.decay else None
     if not c.p.delta:
         return x["v"], value
-    missing = value - c.decayed("upto", mp.product(c.p.num, x["k"], c.state))
+    missing = value - c.decayed("upto", mp.product(c.p.num, c.k_read, c.state))
     right = c.write(mp.by_row(x["beta"][0], missing.shape) * missing)
     value = mp.product(c.p.num, x["inverse"], right)
     return c.write(value), value
@@ -104,39 +116,46 @@ def _write_values(c: Chunk) -> tuple[list[Any], Any]:
 def _next_state(c: Chunk, state: jax.Array, written: list[Any], value: Any) -> jax.Array:
     if c.p.decay:
         written = c.write(c.decayed("after", value))
-    return mp.product(c.p.num, mp.transposed(c.x["k"]), written, c.carried(state))
+    return mp.product(c.p.num, mp.transposed(c.k_write), written, c.carried(state))
 
 
 def _with_outputs(c: Chunk, state: jax.Array) -> jax.Array:
     num, x = c.p.num, c.x
     written, value = _write_values(c)
-    out = c.decayed("upto", mp.product(num, x["q"], c.state[: num.inputs]))
+    out = c.decayed("upto", mp.product(num, c.q_read, c.state[: num.inputs]))
     c.send(c.p.scale * mp.product(num, x["scores"], written, out))
     return _next_state(c, state, written, value)
 
 
 def _without_outputs(c: Chunk, state: jax.Array) -> jax.Array:
-    return _next_state(c, state, *_write_values(c))
+    written, value = _write_values(c)
+    if c.p.delta:
+        c.keep(value)
+    return _next_state(c, state, written, value)
 
 
 def _in_reverse(c: Chunk, cotangent: jax.Array) -> jax.Array:
     """Return the cotangent of the state before a chunk from that of the state after it.
 
-    dU = scores^T do + D K F,     dV = beta (I + N)^-T dU      delta rule
-    F' = D_{C,0} F + sum_t D_{t,0} (q_t do_t^T - k_t dv_t^T)   do = scale * d_out
+    dU = scores^T do + D K F                               do = scale * d_out
+    dR = (I + N)^-T dU,     dV = beta dR                   delta rule, else dV = dU
+    F' = D_{C,0} F + sum_t D_{t,0} (q_t do_t^T - k_t dv_t^T)
     """
     num, x = c.p.num, c.x
-    d_out = c.p.scale * mp.joined(x["d_out"])
+    own = mp.product(num, mp.transposed(x["scores"]), x["d_out"])
+    du = c.p.scale * own + c.decayed("after", mp.product(num, c.k_write, c.state))
     carried = c.carried(cotangent)
     if c.p.delta:
-        own = mp.product(num, mp.transposed(x["scores"]), x["d_out"])
-        du = c.p.scale * own + c.decayed("after", mp.product(num, x["k"], c.state))
         dr = mp.product(num, mp.transposed(x["inverse"]), c.write(du))
+        c.keep(dr)
         dv = mp.by_row(x["beta"][0], dr.shape) * dr
         right = c.write(-c.decayed("upto", dv))
-        carried = mp.product(num, mp.transposed(x["k"]), right, carried)
+        carried = mp.product(num, mp.transposed(c.k_read), right, carried)
+    else:
+        c.send(du)
+    d_out = c.p.scale * mp.joined(x["d_out"])
     right = c.write(c.decayed("upto", d_out), num.inputs)
-    return mp.product(num, mp.transposed(x["q"]), right, carried)
+    return mp.product(num, mp.transposed(c.q_read), right, carried)
 
 
 def _prepare(
@@ -152,6 +171,7 @@ def _prepare(
     """Return the variant, and the arrays by name in the layout of blocks."""
     batch, length, heads, _ = v.shape
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    channel = log_decay is not None and log_decay.ndim == 4
     chunks = -(-length // CHUNK)
     p = Variant(
         num=Numerics(1, 2, 128, interpret) if narrow else Numerics(3, 3, 128, interpret),
@@ -160,16 +180,23 @@ def _prepare(
         columns=64,
         chunks=chunks,
         scale=scale,
-        decay=log_decay is not None or reset is not None,
+        decay=not channel and (log_decay is not None or reset is not None),
+        channel=channel,
         delta=beta is not None,
     )
     arrays: Arrays = {
         name: mp.split(_pad_steps(x), p.num.inputs) for name, x in (("q", q), ("k", k), ("v", v))
     }
     if beta is not None:
-        arrays["beta"] = [_by_head(beta.astype(jnp.float32), chunks)]
+        arrays["beta"] = [by_head(beta.astype(jnp.float32), chunks)]
+    if p.channel:
+        logs = _logarithms(log_decay, reset, k.shape)
+        arrays |= {"logs": mp.split(_pad_steps(logs), LOG_PIECES), "carry": [_carry(logs, chunks)]}
+        if reset is not None:  # zero from the first reset of a chunk on, else one
+            cleared = jnp.broadcast_to(reset[..., None], v.shape[:3]).astype(jnp.float32)
+            arrays["upto"] = [_sums(LOG_ZERO * by_head(cleared, chunks))[0]]
     if p.decay:
-        logs = _by_head(_logarithms(log_decay, reset, (batch, length, heads)), chunks)
+        logs = by_head(_logarithms(log_decay, reset, (batch, length, heads)), chunks)
         upto, after = _sums(logs)
         arrays |= {"log_decay": [logs], "upto": [upto], "after": [after]}
     return p, arrays
@@ -188,11 +215,6 @@ def _check(
     hint = "use implementation='xla' or None."
     if vectors:
         raise NotImplementedError(f"{op}: there is no GPU kernel with `a` and `b` yet; {hint}")
-    if log_decay is not None and log_decay.ndim == 4:
-        raise NotImplementedError(
-            f"{op}: `log_decay` must be None or [B, T, H] in the GPU kernel, got decays per"
-            f" channel; {hint}"
-        )
     if state.dtype != jnp.float32:
         raise NotImplementedError(
             f"{op}: the GPU kernel must have a float32 state, got {state.dtype}; {hint}"
@@ -209,18 +231,23 @@ def _check(
         )
 
 
-def _fit(p: Variant, out_bytes: int) -> Variant:
-    """Choose the columns and the prefetch depth that fit the shared memory."""
+def _fit(op: str, p: Variant, timed: Arrays, out_bytes: int) -> Variant:
+    """Choose the columns and the prefetch depth of a pass that fit the shared memory.
+
+    Raises:
+      NotImplementedError: if there are none.
+    """
     for columns, depth in ((64, 2), (64, 1), (32, 1)):
         # All factors of a product have the same swizzle, at most a row of the narrowest.
         p = p._replace(num=p.num._replace(swizzle=2 * columns), columns=columns, depth=depth)
-        block = p.num.inputs * (2 * p.keys + columns) + p.computed * CHUNK * (1 + p.delta)
-        vectors = 3 * 4 * CHUNK
         own = 2 * p.computed * columns * (p.keys + CHUNK)
         outputs = OUTPUT_SLOTS * CHUNK * columns * out_bytes
-        if depth * (2 * CHUNK * block + vectors) + own + outputs <= SMEM_WHOLE:
-            break
-    return p
+        if depth * matrix_blocks.nbytes(p, timed) + own + outputs <= SMEM_WHOLE:
+            return p
+    raise NotImplementedError(
+        f"{op}: with decays per channel in float32, the GPU kernel must have keys of 64 numbers,"
+        f" got {p.keys}; use bfloat16, or implementation='xla' or None."
+    )
 
 
 def _pad_steps(x: jax.Array) -> jax.Array:
@@ -228,21 +255,24 @@ def _pad_steps(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
 
 
-def _by_head(x: jax.Array, chunks: int) -> jax.Array:
-    """Convert [B, T, H] to [B, H, chunks * 64], with zeros after the last step."""
-    x = jnp.pad(x, ((0, 0), (0, chunks * CHUNK - x.shape[1]), (0, 0)))
-    return jnp.moveaxis(x, 1, 2)
-
-
 def _logarithms(
-    log_decay: jax.Array | None, reset: jax.Array | None, shape: tuple[int, int, int]
+    log_decay: jax.Array | None, reset: jax.Array | None, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Return finite logarithms of the decays [B, T, H], with resets."""
+    """Return finite logarithms of the decays, with resets; `shape` is theirs if all are one."""
     logs = jnp.zeros(shape, jnp.float32)
     if log_decay is not None:
         logs = log_decay.astype(jnp.float32)
         logs = jnp.where(logs < LOG_ZERO, LOG_ZERO, logs)
-    return logs if reset is None else jnp.where(reset[..., None], LOG_ZERO, logs)
+    if reset is None:
+        return logs
+    return jnp.where(jnp.expand_dims(reset, range(2, logs.ndim)), LOG_ZERO, logs)
+
+
+def _carry(logs: jax.Array, chunks: int) -> jax.Array:
+    """Return the decays of whole chunks [B, H, chunks, K], from logarithms [B, T, H, K]."""
+    batch, length, *rest = logs.shape
+    logs = jnp.pad(logs, ((0, 0), (0, chunks * CHUNK - length), (0, 0), (0, 0)))
+    return jnp.exp(jnp.moveaxis(jnp.sum(logs.reshape(batch, chunks, CHUNK, *rest), axis=2), 1, 2))
 
 
 def _sums(logs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -283,47 +313,45 @@ def backward(
     length = q.shape[1]
     p, arrays = _prepare(q, k, v, beta, log_decay, reset, scale, interpret)
     arrays["d_out"] = mp.split(_pad_steps(d_out.astype(v.dtype)), p.num.inputs)
-    p = _fit(p, 0)
-    arrays |= pairs(p, arrays, initial_state.shape[:2])
-    timed = _of_pass(p, arrays, "k", "v")
-    found = matrix_pass.run(op + "_states", p, timed, initial_state, _without_outputs, states=True)
-    arrays["states"] = [found["states"]]
-    timed = _of_pass(p, arrays, "q", "d_out", *(("k", "scores") if p.delta else ()))
+    arrays |= _of_pairs(p, arrays, initial_state)
+    timed = _of_pass(p, arrays, "k_write", "v")
+    kept = "written" if p.delta else None
     found = matrix_pass.run(
-        op + "_cotangents", p, timed, d_final, _in_reverse, states=True, reverse=True
+        op + "_states",
+        _fit(op, p, timed, 0),
+        timed,
+        initial_state,
+        _without_outputs,
+        kept=kept,
+        states=True,
     )
-    arrays["cotangents"] = [found["states"]]
-    p = matrix_gradients.fit(p)
-    results = matrix_gradients.gradients(op + "_gradients", p, arrays, {"q": q, "k": k, "v": v})
-    cotangents = {name: results[name][:, :length] for name in ("q", "k", "v")}
-    cotangents["initial_state"] = found["final"]
+    arrays |= {name: found[name] for name in ("states", kept) if name}
+    timed = _of_pass(p, arrays, "q", "k_write", "scores", "d_out")
+    found = matrix_pass.run(
+        op + "_cotangents",
+        _fit(op, p, timed, 0 if p.delta else v.dtype.itemsize),
+        timed,
+        d_final,
+        _in_reverse,
+        out_like=None if p.delta else _pad_steps(v),
+        kept="d_right" if p.delta else None,
+        states=True,
+        reverse=True,
+    )
+    arrays["cotangents"] = found["states"]
+    results = {"initial_state": found["final"][0]}
+    if beta is None:
+        results["v"] = found["out"][0][:, :length]
+    else:
+        arrays["d_right"] = found["d_right"]
+    sums = matrix_gradients.gradients(op + "_gradients", p, arrays, {"q": q, "k": k})
+    results |= {name: sums[name][:, :length] for name in ("q", "k")}
     if beta is not None:
-        cotangents["beta"] = _by_step(results["d_beta"], length).astype(beta.dtype)
+        right = sum(piece.astype(jnp.float32) for piece in found["d_right"])[:, :length]
+        results["v"] = (beta.astype(jnp.float32)[..., None] * right).astype(v.dtype)
+        d_beta = jnp.sum(right * v.astype(jnp.float32), axis=-1)
+        results["beta"] = (d_beta + by_step(sums["d_beta"], length)).astype(beta.dtype)
     if log_decay is not None:
-        gradient = _decay_gradient(arrays, results)
-        cotangents["log_decay"] = _by_step(gradient, length).astype(log_decay.dtype)
-    return cotangents
-
-
-def _by_step(x: jax.Array, length: int) -> jax.Array:
-    """Invert `_by_head`."""
-    return jnp.moveaxis(x, 1, 2)[:, :length]
-
-
-def _decay_gradient(arrays: Arrays, results: dict[str, jax.Array]) -> jax.Array:
-    """Return the cotangents of the logarithms [B, H, chunks * 64].
-
-    The logarithm of step i is in the sums up to t >= i, and in the sums after j < i.
-    """
-    [logs], [upto] = arrays["log_decay"], arrays["upto"]
-    names = ("d_reads", "d_writes", "d_spans")
-    chunked = (*logs.shape[:2], -1, CHUNK)
-    reads, writes, spans = (results[name].reshape(chunked) for name in names)
-    states, cotangents = (
-        jnp.sum(arrays[name][0].astype(jnp.float32), axis=3) for name in ("states", "cotangents")
-    )
-    last = upto.reshape(chunked)[..., -1] * jnp.sum(states * cotangents, axis=(-2, -1))
-    before = jnp.pad(writes[..., :-1], [(0, 0)] * 3 + [(1, 0)])
-    total = spans + last[..., None] + lax.cumsum(reads, axis=3, reverse=True)
-    total = total + jnp.cumsum(before, axis=-1)
-    return jnp.where(logs <= LOG_ZERO, 0.0, total.reshape(logs.shape))
+        gradient = matrix_gradients.decay_gradient(p, arrays, sums, length)
+        results["log_decay"] = gradient.astype(log_decay.dtype)
+    return results

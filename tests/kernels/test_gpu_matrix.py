@@ -34,7 +34,8 @@ def arrays(op, decay, dtype, sizes, groups=None, seed=0):
     if op == "delta_rule":
         given["beta"] = jnp.asarray(rng.uniform(0, 2, (B, T, H)), jnp.float32)
     if decay:
-        given["log_decay"] = jnp.asarray(-rng.uniform(0, 0.5, (B, T, H)), jnp.float32)
+        shape = {"head": (B, T, H), "channel": (B, T, H, K)}[decay]
+        given["log_decay"] = jnp.asarray(-rng.uniform(0, 0.5, shape), jnp.float32)
     return given, draw(B, H, K, V, dtype="float32"), rng.random((B, T)) < 0.05
 
 
@@ -52,9 +53,11 @@ def call(function, op, given, *rest, **keywords):
 
 
 FORMS = [
-    pytest.param("linear_attention", True, "bfloat16", id="linear attention"),
-    pytest.param("delta_rule", True, "float32", id="delta rule"),
-    pytest.param("delta_rule", False, "bfloat16", id="no decay"),
+    pytest.param("linear_attention", "head", "bfloat16", id="linear attention"),
+    pytest.param("delta_rule", "head", "float32", id="delta rule"),
+    pytest.param("delta_rule", None, "bfloat16", id="no decay"),
+    pytest.param("linear_attention", "channel", "float32", id="linear attention, channels"),
+    pytest.param("delta_rule", "channel", "bfloat16", id="delta rule, channels"),
 ]
 
 
@@ -96,7 +99,7 @@ def test_gradients(op, decay, dtype):
 @pytest.mark.slow
 def test_keys_that_repeat_and_states_that_are_not_finite():
     """Check the inverse where powers of N are huge, and that a NaN does not cross a reset."""
-    given, state, reset = arrays("delta_rule", False, "float32", (1, 64, 1, 64, 64))
+    given, state, reset = arrays("delta_rule", None, "float32", (1, 64, 1, 64, 64))
     given["k"] = jnp.full_like(given["k"], 1 / 8)
     given["beta"] = jnp.ones_like(given["beta"])
     reset[:], reset[0, 0] = False, True
@@ -106,10 +109,12 @@ def test_keys_that_repeat_and_states_that_are_not_finite():
     assert_close(exactly(found), oracle, TOLERANCE["float32"])
 
 
-def lowered(op, shape, decay_axes=3, implementation="pallas", **keywords):
+def lowered(
+    op, shape, decay_axes=3, implementation="pallas", dtype="bfloat16", gradients=False, **keywords
+):
     """Return the program lowered for GPU, without a GPU."""
     spec = jax.ShapeDtypeStruct
-    row = spec(shape, jnp.bfloat16)
+    row = spec(shape, jnp.dtype(dtype))
     given = {"q": row, "k": row, "v": row, "log_decay": spec(shape[:decay_axes], jnp.float32)}
     if op == "delta_rule":
         given["beta"] = spec(shape[:3], jnp.float32)
@@ -117,14 +122,27 @@ def lowered(op, shape, decay_axes=3, implementation="pallas", **keywords):
     def run(given):
         return getattr(seqjax, op)(**given, implementation=implementation, **keywords)
 
-    return jax.jit(run).trace(given).lower(lowering_platforms=("cuda",)).as_text()
+    def both(given):
+        out, pull = jax.vjp(run, given)
+        return out, pull(out)
+
+    return (
+        jax.jit(both if gradients else run)
+        .trace(given)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("shape", "keywords", "message"),
     [
         ((1, 64, 1, 32), {}, "must have keys of 64 or 128 numbers .* got 32 and 32"),
-        ((1, 64, 1, 64), {"decay_axes": 4}, "got decays per channel;"),
+        (
+            (1, 64, 1, 128),
+            {"decay_axes": 4, "dtype": "float32"},
+            "channel in float32.*64 numbers, got 128; use bfloat16",
+        ),
         ((1, 64, 1, 64), {"chunk_size": 128}, "must have chunks of 64 steps.*128"),
         ((1, 64, 1, 64), {"block_sizes": (64, 1)}, "must be None on GPU.*got .*; leave it out"),
     ],
@@ -139,3 +157,13 @@ def test_kernels_run_by_name_only():
     shape = (1, 128, 2, 64)
     assert lowered("linear_attention", shape).count(KERNEL) == 2
     assert KERNEL not in lowered("linear_attention", shape, implementation=None)
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("decay_axes", [3, 4], ids=["head", "channel"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_lower(op, decay_axes, dtype):
+    """Check that blocks fit the shared memory: pairs, outputs, and four kernels of gradients."""
+    keys = 64 if (op, decay_axes, dtype) == ("delta_rule", 4, "float32") else 128
+    program = lowered(op, (1, 128, 2, keys), decay_axes, dtype=dtype, gradients=True)
+    assert program.count(KERNEL) == 6

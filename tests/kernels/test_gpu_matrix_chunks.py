@@ -11,6 +11,7 @@ import pytest
 
 from pallas_kernels.gpu import (
     matrix_blocks,
+    matrix_channels,
     matrix_gradients,
     matrix_pairs,
     matrix_pass,
@@ -19,7 +20,7 @@ from pallas_kernels.gpu import (
 from pallas_kernels.gpu import matrix_products as mp
 from tests.contract.harness import assert_close
 
-C, CHUNKS, K, V, COLUMNS = 64, 2, 16, 32, 16
+C, CHUNKS, K, V, COLUMNS, KEYS = 64, 2, 16, 32, 16, 8
 T = C * CHUNKS
 
 
@@ -63,21 +64,30 @@ def on_arrays(monkeypatch):
     def cumsum(x, axis, reverse=False):
         return np.flip(np.flip(x, axis).cumsum(axis), axis) if reverse else x.cumsum(axis)
 
-    def product(num, left, right, add=0.0, *, in_registers=False):
-        return add + joined(left) @ joined(right)
+    def product(num, left, right, add=None, *, in_registers=False):
+        return joined(left) @ joined(right) + (0.0 if add is None else add)
 
     def store(refs, values):
         for ref, value in zip(refs, values, strict=True):
-            ref[...] = value
+            ref.array = value
 
-    lax = types.SimpleNamespace(shift_right_logical=lambda x, n: x >> int(n), cumsum=cumsum)
-    for module in (mp, matrix_pairs, matrix_pass, matrix_state, matrix_gradients):
+    def fori_loop(start, stop, body, value):
+        for i in range(start, stop):
+            value = body(i, value)
+        return value
+
+    functions = {"shift_right_logical": lambda x, n: x >> int(n), "cumsum": cumsum}
+    lax = types.SimpleNamespace(**functions, fori_loop=fori_loop)
+    modules = (mp, matrix_blocks, matrix_pairs, matrix_channels, matrix_pass)
+    for module in (*modules, matrix_state, matrix_gradients):
         monkeypatch.setattr(module, "jnp", Numpy())
         if hasattr(module, "lax"):
             monkeypatch.setattr(module, "lax", lax)
     for name, function in {
         "product": product,
         "store": store,
+        "load": lambda ref: ref[...],
+        "zeros": lambda *shape: np.zeros(shape),
         "split": lambda x, n: [x, *[np.zeros_like(x)] * (n - 1)],
         "joined": joined,
         "by_row": lambda ref, shape: np.broadcast_to(ref[...][:, None], shape),
@@ -86,15 +96,16 @@ def on_arrays(monkeypatch):
         "column_indices": lambda shape: np.broadcast_to(np.arange(shape[1]), shape),
     }.items():
         monkeypatch.setattr(mp, name, function)
-    monkeypatch.setattr(matrix_pairs, "_send", lambda parts, found: found.append(joined(parts)))
-    waits = types.SimpleNamespace(wait_smem_to_gmem=lambda n: None)
-    monkeypatch.setattr(matrix_pairs, "plgpu", waits)
+    monkeypatch.setattr(matrix_pairs, "send", lambda parts, found: found.append(joined(parts)))
+    waits = types.SimpleNamespace(wait_smem_to_gmem=lambda n: None, commit_smem=lambda: None)
+    for module in (matrix_pairs, matrix_gradients):
+        monkeypatch.setattr(module, "plgpu", waits)
 
 
-def step_by_step(x, decay, delta, scale):
+def step_by_step(x, delta, scale):
     """Return the outputs, the final state, and all cotangents, in loops over time."""
-    q, k, v, beta, g, do = (x[name] for name in ("q", "k", "v", "beta", "log_decay", "d_out"))
-    a = np.exp(g) if decay else np.ones(T)
+    q, k, v, beta, do = (x[name] for name in ("q", "k", "v", "beta", "d_out"))
+    a = np.exp(x["log_decay"]).reshape(T, -1, 1)
     states, written, out = [x["initial_state"]], [], np.zeros((T, V))
     for t in range(T):
         S = a[t] * states[-1]
@@ -112,83 +123,152 @@ def step_by_step(x, decay, delta, scale):
             du = beta[t] * du
             ct["k"][t] -= S @ du
             F = F - np.outer(k[t], du)
-        ct["v"][t], ct["log_decay"][t] = du, np.sum(F * S)
+        ct["v"][t] = du
+        ct["log_decay"][t] = np.sum(F * S, axis=1 if a.shape[1] > 1 else None)
         F = a[t] * F
     return out, states[-1], ct | {"initial_state": F}
 
 
-def in_chunks(x, p):
-    """Return the same by the functions of the kernels."""
-    arrays = {"log_decay": [x["log_decay"][None, None]]}
-    upto, after = (s[0, 0] for s in matrix_state._sums(arrays["log_decay"][0]))
-    vectors = {"log_decay": x["log_decay"], "beta": x["beta"], "upto": upto, "after": after}
+class Chunks:
+    """Blocks of the inputs of all chunks, and of what passes compute."""
 
-    def blocks(c, columns=slice(None)):
+    def __init__(self, x, p):
+        self.x, self.p = x, p
+        self.rows = {name: x[name] for name in "qk"}
+        self.values = {name: x[name] for name in ("v", "d_out")}
+        self.vectors = {"beta": x["beta"]}
+        self.squares = [{} for _ in range(CHUNKS)]
+        if p.channel:
+            self.rows["logs"] = x["log_decay"]
+            logs = x["log_decay"].reshape(CHUNKS, C, K)
+            self.carry = np.exp(logs.sum(axis=1))
+        if p.decay:
+            upto, after = matrix_state._sums(x["log_decay"][None, None])
+            self.vectors |= {"log_decay": x["log_decay"], "upto": upto[0, 0], "after": after[0, 0]}
+
+    def blocks(self, c, columns=slice(None), keys=slice(None)):
         steps = slice(c * C, c * C + C)
-        found = {name: pieces(x[name][steps]) for name in "qk"}
-        found |= {name: pieces(x[name][steps, columns]) for name in ("v", "d_out")}
-        found |= {name: [Ref(vector[steps])] for name, vector in vectors.items()}
-        return found | {name: pieces(square) for name, square in squares[c].items()}
+        found = {name: pieces(rows[steps, keys]) for name, rows in self.rows.items()}
+        found |= {name: pieces(rows[steps, columns]) for name, rows in self.values.items()}
+        found |= {name: [Ref(vector[steps])] for name, vector in self.vectors.items()}
+        if self.p.channel:
+            found["carry"] = [Ref(self.carry[c])]
+        return found | {name: pieces(square) for name, square in self.squares[c].items()}
 
-    squares = [{} for _ in range(CHUNKS)]
-    for c in range(CHUNKS):
-        smem = matrix_pairs.SharedMemory(
-            blocks(c), pieces(np.zeros((C, C))), pieces(np.zeros((C, C))), None
-        )
+    def store(self, kind, name, c, value, at):
+        """Write a result of a chunk into an array [T, ...]."""
+        array = kind.setdefault(name, np.zeros((T, V if kind is self.values else K)))
+        array[c * C : c * C + C, at] = value
+
+
+def pairs_of_chunk(chunks, c):
+    """Compute scores, the inverse, and the rows with their decays."""
+    p, scratch = chunks.p, pieces(np.zeros((C, C)))
+    if not p.channel:
+        smem = matrix_pairs.SharedMemory(chunks.blocks(c), scratch, pieces(np.zeros((C, C))), None)
         targets = [[], []]
         matrix_pairs._chunk(p, smem, targets)
-        squares[c] = {
-            name: found[0]
-            for name, found in zip(("scores", "inverse"), targets, strict=True)
-            if found
-        }
+        names = zip(("scores", "inverse"), targets, strict=True)
+        return {name: found[0] for name, found in names if found}
+    sums = None
+    for i in range(0, K, KEYS):
+        at = slice(i, i + KEYS)
+        blocks, scratch = chunks.blocks(c, keys=at), pieces(np.zeros((C, KEYS)))
+        for name, value in matrix_channels.decayed_rows(p, blocks).items():
+            chunks.store(chunks.rows, name, c, value, at=at)
+        sums = matrix_channels.add_pairs(p, blocks, scratch, sums)
+    scores, overlaps = sums
+    if not p.delta:
+        return {"scores": scores}
+    lower = mp.by_row(blocks["beta"][0], (C, C)) * overlaps
+    scratch = pieces(np.zeros((C, C)))
+    return {"scores": scores, "inverse": matrix_pairs.inverse(p.num, lower, scratch)}
 
-    def carry(function, state, chunks):
+
+def in_chunks(x, p):
+    """Return the same by the functions of the kernels."""
+    chunks = Chunks(x, p)
+    for c in range(CHUNKS):
+        chunks.squares[c] = pairs_of_chunk(chunks, c)
+    out, ct = np.zeros((T, V)), {name: np.zeros_like(x[name]) for name in ("q", "k", "v", "beta")}
+
+    def carry(function, state, order, sent=None, kept=None):
         before = {}
-        for c in chunks:
+        for c in order:
             before[c], after = state, np.zeros_like(state)
             for i in range(0, V, COLUMNS):
-                columns, found = slice(i, i + COLUMNS), []
+                columns = slice(i, i + COLUMNS)
                 tile, values = state[:, columns], pieces(np.zeros((C, COLUMNS)))
-                x_of_chunk = blocks(c, columns)
-                chunk = matrix_pass.Chunk(p, x_of_chunk, pieces(tile), values, found.append)
+
+                def send(value, c=c, columns=columns):
+                    sent[c * C : c * C + C, columns] = value
+
+                def keep(value, c=c, columns=columns):
+                    chunks.store(chunks.values, kept, c, value, at=columns)
+
+                blocks = chunks.blocks(c, columns)
+                chunk = matrix_pass.Chunk(p, blocks, pieces(tile), values, send, keep)
                 after[:, columns] = function(chunk, tile)
-                if found:
-                    out[c * C : c * C + C, columns] = found[0]
             state = after
         return before, state
 
-    out = np.zeros((T, V))
-    states, final = carry(matrix_state._with_outputs, x["initial_state"], range(CHUNKS))
-    cts, first = carry(matrix_state._in_reverse, x["d_final"], reversed(range(CHUNKS)))
-    ct = {name: np.zeros_like(x[name]) for name in ("q", "k", "v", "beta")}
-    sums = {name: np.zeros((1, 1, T)) for name in ("d_reads", "d_writes", "d_spans")}
-    for c in range(CHUNKS):
-        steps, zeros = slice(c * C, c * C + C), np.zeros
-        total = matrix_gradients.Sums(
-            zeros((C, K)), zeros((C, K)), zeros((C, C)), zeros((C, C)), *[zeros(C)] * 3
-        )
-        for i in range(0, V, COLUMNS):
-            columns = slice(i, i + COLUMNS)
-            loaded = blocks(c, columns)
-            tile = {"states": pieces(states[c][:, columns])}
-            tile |= {"cotangents": pieces(cts[c][:, columns])}
-            total, dv = matrix_gradients._tile(p, loaded | tile, loaded, total)
-            ct["v"][steps, columns] = dv
-        total, spans = matrix_gradients._pairs(p, blocks(c), blocks(c), total)
-        ct["q"][steps], ct["k"][steps], ct["beta"][steps] = total.dq, total.dk, total.beta
-        if p.decay:
-            for name, value in zip(sums, (total.reads, total.writes, spans), strict=True):
-                sums[name][0, 0, steps] = value
+    forward = range(CHUNKS)
+    _, final = carry(matrix_state._with_outputs, x["initial_state"], forward, sent=out)
+    states, _ = carry(matrix_state._without_outputs, x["initial_state"], forward, kept="written")
+    cts, first = carry(
+        matrix_state._in_reverse, x["d_final"], forward[::-1], sent=ct["v"], kept="d_right"
+    )
+    arrays = {
+        name: [np.stack([by_chunk[c] for c in forward])[None, None, :, None]]
+        for name, by_chunk in (("states", states), ("cotangents", cts))
+    }
+    results = {name: np.zeros((1, 1, T)) for name in matrix_gradients.VECTORS}
+    results["logs"] = np.zeros((1, T, 1, K))
+    for c in forward:
+        for i in range(0, K, KEYS):
+            gradients_of_chunk(chunks, c, slice(i, i + KEYS), states[c], cts[c], ct, results)
+    if p.delta:
+        right = chunks.values["d_right"]
+        ct["v"] = x["beta"][:, None] * right
+        ct["beta"] = results["d_beta"][0, 0] + np.sum(right * x["v"], axis=-1)
+    if p.channel:
+        arrays |= {"carry": [chunks.carry[None, None]]}
+        arrays |= {"logs": [x["log_decay"][None, :, None]]}
     if p.decay:
-        for name, by_chunk in (("states", states), ("cotangents", cts)):
-            arrays[name] = [np.stack([by_chunk[c] for c in range(CHUNKS)])[None, None, :, None]]
-        arrays["upto"] = [upto[None, None]]
-        ct["log_decay"] = matrix_state._decay_gradient(arrays, sums)[0, 0]
+        arrays |= {name: [v[None, None]] for name, v in chunks.vectors.items() if name != "beta"}
+    if p.decay or p.channel:
+        gradient = matrix_gradients.decay_gradient(p, arrays, results, T)
+        ct["log_decay"] = gradient[0, :, 0]
     return out, final, ct | {"initial_state": first}
 
 
-@pytest.mark.parametrize("decay", [False, True], ids=["no decay", "decay"])
+def gradients_of_chunk(chunks, c, keys, state, cotangent, ct, results):
+    p, steps = chunks.p, slice(c * C, c * C + C)
+    zeros = np.zeros
+    rows = matrix_gradients.Rows(*[zeros((C, KEYS))] * 3)
+    squares = matrix_gradients.Squares(*[zeros((C, C))] * 2)
+    for i in range(0, V, COLUMNS):
+        columns = slice(i, i + COLUMNS)
+        blocks = chunks.blocks(c, columns, keys)
+        blocks |= {"states": pieces(state[keys, columns])}
+        blocks |= {"cotangents": pieces(cotangent[keys, columns])}
+        rows, squares = (matrix_gradients.add_tile(p, blocks, sums) for sums in (rows, squares))
+    size = KEYS if p.channel else C
+    scratch = [pieces(zeros((C, size))), pieces(zeros((C, C)))]
+    blocks, stored = chunks.blocks(c, keys=keys), [Ref(zeros((C, C))) for _ in range(2)]
+    found = matrix_gradients.of_rows(p, blocks, scratch, rows)
+    matrix_gradients.store_squares(p, stored, squares)
+    found = matrix_gradients.of_pairs(p, blocks, scratch, stored, found)
+    for name, value in found.items():
+        if name in matrix_gradients.VECTORS:
+            results[name][0, 0, steps] += value
+        elif name == "logs":
+            results[name][0, steps, 0, keys] = value
+        else:
+            ct[name][steps, keys] = value
+
+
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
 @pytest.mark.parametrize("delta", [False, True], ids=["linear attention", "delta rule"])
 @pytest.mark.parametrize("same_keys", [False, True], ids=["random keys", "same keys"])
 def test_chunks_are_the_recurrence(delta, decay, same_keys, on_arrays):
@@ -199,11 +279,14 @@ def test_chunks_are_the_recurrence(delta, decay, same_keys, on_arrays):
     x |= {name: rng.standard_normal((T, V)) for name in ("v", "d_out")}
     x |= {name: rng.standard_normal((K, V)) for name in ("initial_state", "d_final")}
     x["beta"] = np.ones(T) if same_keys else rng.uniform(0, 2, T)
-    x["log_decay"] = -rng.uniform(0, 0.5, T)
+    x["log_decay"] = -rng.uniform(0, 0.5, (T, K) if decay == "channel" else T)
     x["log_decay"][[10, 11, 100]] = matrix_pairs.LOG_ZERO
+    if decay is None:
+        x["log_decay"] = np.zeros(T)
     num = mp.Numerics(3, 3, 128, interpret=True)
-    p = matrix_blocks.Variant(num, 1, K, COLUMNS, CHUNKS, K**-0.5, decay, delta)
-    expected, found = step_by_step(x, decay, delta, K**-0.5), in_chunks(x, p)
+    forms = {"decay": decay == "head", "channel": decay == "channel", "delta": delta}
+    p = matrix_blocks.Variant(num, 1, K, COLUMNS, CHUNKS, K**-0.5, **forms)
+    expected, found = step_by_step(x, delta, K**-0.5), in_chunks(x, p)
     unused = [*([] if delta else ["beta"]), *([] if decay else ["log_decay"])]
     for name in unused:
         expected[2].pop(name)
