@@ -10,8 +10,6 @@ seeds. Numbers are medians over seeds, followed by the least and the greatest.
 from __future__ import annotations
 
 import hashlib
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
-from matplotlib.ticker import EngFormatter, FixedLocator, LogLocator, NullLocator
 
 from experiments import sweep
-from experiments.base import cli, figures
+from experiments.base import cli
 from experiments.base.errors import UserError
-from experiments.configs import lm
-from experiments.sweeps.grids import GRIDS, Grid, Job
-from experiments.sweeps.texts import TEXTS
+from experiments.sweeps.grids import GRIDS, TRACKING
+from experiments.sweeps.jobs import Grid
+from experiments.sweeps.plots import Cells, figure, tracking_cells, tracking_map
+from experiments.sweeps.results import Chosen, Rows, best, by_settings, is_of, numbers
+from experiments.sweeps.texts import TEXTS, TRACKING_TEXT, Text
 
-Rows = list[dict[str, Any]]
-Chosen = dict[str, tuple[dict[str, Any], Rows]]  # label -> overrides of its best job, and rows
 OURS = Path(sweep.RESULTS).name  # the answers describe only these results
 COMMAND = "python -m experiments.sweep --grids="
 HEAD = """# Results
@@ -54,10 +51,15 @@ def main(values: Any) -> int:
     if not rows:
         raise UserError(f"no results in {values.results}: run python -m experiments.sweep first")
     Path(values.figures).mkdir(parents=True, exist_ok=True)
+    ours = Path(values.results).name == OURS
     print(HEAD)
+    grouped = {
+        name: by_settings(grid, [row for row in rows if row["grid"] == name])
+        for name, grid in GRIDS.items()
+    }
+    print(overview(Path(values.figures), grouped, ours), end="")
     for name, grid in GRIDS.items():
-        groups = by_settings(grid, [row for row in rows if row["grid"] == name])
-        text = TEXTS.get(name)
+        groups, text = grouped[name], TEXTS.get(name)
         print(f"## {grid.title}\n")
         if text:
             print(f"{text.question} {text.setup}\n")
@@ -68,65 +70,49 @@ def main(values: Any) -> int:
             if settings:
                 print(f"### With `{settings.strip()}`\n")
             print(table(grid, groups[settings]))
-            if grid.figure:
+            if grid.figure and numbers(groups[settings], grid.metric):
                 path = Path(values.figures) / f"{name}{_short(settings)}.png"
                 figure(path, grid, groups[settings])
                 print(f"![{name}]({path.name})\n")
-            if text and text.answer and not settings and Path(values.results).name == OURS:
-                print(f"**{text.answer}** {text.details}".rstrip() + "\n")
+            if text and text.answer and not settings and ours:
+                print(_answer(text))
             print(f"{made_with(name, grid, groups[settings], settings)}\n")
     return 0
 
 
-def by_settings(grid: Grid, rows: Rows) -> dict[str, Rows]:
-    """Group rows by their `--set` flags; rows of jobs that the grid no longer has are dropped.
+def _answer(text: Text) -> str:
+    """Format the answer of a section and its details."""
+    return f"**{text.answer}** {text.details}".rstrip() + "\n"
 
-    The keys are the flags as text.
+
+def overview(folder: Path, grouped: dict[str, dict[str, Rows]], ours: bool) -> str:
+    """Plot the results of all grids in `TRACKING` as a map, and return the section with it.
+
+    Args:
+      folder: folder of the figure.
+
+      grouped: results by grid and by settings. Only results without settings are in the map.
+
+      ours: whether the stored answer is about these results.
     """
-    groups: dict[str, Rows] = {}
-    for row in rows:
-        if any(_is_of(row, job) for job in grid.jobs):
-            settings = (
-                f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-                for name, value in sorted(row.get("set", {}).items())
-            )
-            flags = "".join(f" --set={shlex.quote(text)}" for text in settings)
-            groups.setdefault(flags, []).append(row)
-    return groups
+    cells: Cells = {}
+    for name in TRACKING:
+        cells |= tracking_cells(GRIDS[name], grouped[name].get("", []))
+    if not cells:
+        return ""
+    tracking_map(folder / "state_tracking.png", GRIDS[TRACKING[0]], cells)
+    text = TRACKING_TEXT
+    return (
+        f"## State tracking: layers by tasks\n\n{text.question} {text.setup}\n\n"
+        f"![state tracking](state_tracking.png)\n\n"
+        + (f"{_answer(text)}\n" if ours else "")
+        + f"Results of the grids {', '.join(f'`{name}`' for name in TRACKING)}.\n\n"
+    )
 
 
 def _short(settings: str) -> str:
     """Return a file name suffix for settings: a hash, because names may differ by a sign only."""
     return "-" + hashlib.sha256(settings.encode()).hexdigest()[:8] if settings else ""
-
-
-def _is_of(row: dict[str, Any], job: Job) -> bool:
-    """Return whether a row is a result of this job."""
-    wanted = job.overrides | row.get("set", {}) | {"seed": row["overrides"]["seed"]}
-    named = (job.config, job.label) == (row["config"], row["label"])
-    return named and wanted == row["overrides"]
-
-
-def best(grid: Grid, rows: Rows) -> Chosen:
-    """Return the overrides of the best job and its rows, one per seed, for each label."""
-    groups: dict[str, dict[str, tuple[dict[str, Any], Rows]]] = {}
-    for row in rows:
-        overrides = {name: x for name, x in row["overrides"].items() if name != "seed"}
-        _, same = groups.setdefault(row["label"], {}).setdefault(str(overrides), (overrides, []))
-        same.append(row)
-
-    def score(entry: tuple[dict[str, Any], Rows]) -> float:
-        scores = numbers(entry[1], grid.metric)
-        middle = statistics.median(scores) if scores else float("-inf")
-        return -middle if grid.lower and scores else middle
-
-    labels = dict.fromkeys(job.label for job in grid.jobs)
-    return {label: max(groups[label].values(), key=score) for label in labels if label in groups}
-
-
-def numbers(rows: Rows, name: str) -> list[float]:
-    """Return a number of the summary of every finished run."""
-    return [row["summary"][name] for row in rows if name in row.get("summary", {})]
 
 
 def table(grid: Grid, rows: Rows) -> str:
@@ -181,7 +167,7 @@ def _cell(grid: Grid, column: str, chosen: Chosen, same: Rows) -> str:
 
 def _missing(grid: Grid, rows: Rows) -> int:
     """Return the number of jobs without a row for any seed."""
-    return sum(not any(_is_of(row, job) for row in rows) for job in grid.jobs)
+    return sum(not any(is_of(row, job) for row in rows) for job in grid.jobs)
 
 
 def made_with(name: str, grid: Grid, rows: Rows, settings: str = "") -> str:
@@ -207,74 +193,6 @@ def _spread(scores: list[float]) -> str:
     middle = statistics.median(scores)
     text = f"{middle:,.0f}" if middle > 100 else f"{middle:.3f}"
     return text if len(scores) < 2 else f"{text} ({min(scores):.3f} to {max(scores):.3f})"
-
-
-def figure(path: Path, grid: Grid, rows: Rows) -> None:
-    """Plot the figure of a grid, with a line for every layer."""
-    curves = grid.figure == "curve"
-    lines = _curves(grid, rows) if curves else _points(grid, rows)
-    names = ["seconds, compilation left out", "tokens"] if curves else [grid.figure.split(".")[-1]]
-    drawing, axes = figures.panels(len(names), (11 if curves else 7.5, 4.2), sharey=True)
-    last = {layer: max(points)[1] for layer, points in lines[-1].items()}
-    order = sorted(last, key=last.__getitem__)
-    looks = {layer: figures.look(index) for index, layer in enumerate(order)}
-    for axis, name, by_layer in zip(axes, names, lines, strict=True):
-        for layer in order:
-            axis.plot(*zip(*sorted(by_layer[layer]), strict=True), **looks[layer])
-        axis.set_xlabel(name)
-        axis.set_xscale("log")
-        every = sorted({x for points in by_layer.values() for x, _ in points})
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if curves else FixedLocator(every))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    label = grid.columns.get(grid.metric, grid.metric)
-    if curves:
-        label += _curve_coverage(rows)
-    axes[0].set_ylabel(label)
-    ends = {layer: max(lines[-1][layer]) for layer in order}
-    figures.name_lines(axes[-1], ends, [looks[layer]["color"] for layer in order])
-    drawing.savefig(path, dpi=110)
-
-
-Lines = dict[str, list[tuple[float, float]]]
-
-
-def _points(grid: Grid, rows: Rows) -> list[Lines]:
-    """Return the points of the metric over the override `grid.figure`."""
-    lines: Lines = {}
-    for label, (overrides, same) in best(grid, rows).items():
-        scores = numbers(same, grid.metric)
-        if scores:
-            point = (overrides[grid.figure], statistics.median(scores))
-            lines.setdefault(label.split(",")[0], []).append(point)
-    return [lines]
-
-
-def _curve_coverage(rows: Rows) -> str:
-    """Describe how much text the mid-run evaluations read, less than the final evaluation."""
-    default = lm.get_config().eval.bytes
-    sizes = {
-        min(row["overrides"].get("eval.bytes", default), row["summary"]["heldout_bytes"])
-        for row in rows
-        if "heldout_bytes" in row.get("summary", {})
-    }
-    return f", first {max(sizes):,} held-out bytes" if len(sizes) == 1 else ""
-
-
-def _curves(grid: Grid, rows: Rows) -> list[Lines]:
-    """Return the metric over seconds at the mean speed, and over tokens, of the first seed."""
-    by_tokens: Lines = {}
-    by_seconds: Lines = {}
-    for label, (_, same) in best(grid, rows).items():
-        # A run of a single step has no measured speed.
-        ended = [row for row in same if row.get("curve") and numbers([row], "tokens_per_second")]
-        for row in ended[:1]:
-            summary = row["summary"]
-            each = summary["tokens"] / summary["step"]
-            by_tokens[label] = [(step * each, value) for step, value in row["curve"]]
-            speed = summary["tokens_per_second"]
-            by_seconds[label] = [(tokens / speed, value) for tokens, value in by_tokens[label]]
-    return [by_seconds, by_tokens]
 
 
 if __name__ == "__main__":

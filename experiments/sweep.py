@@ -6,12 +6,14 @@
 Each job is a training run in a separate process and folder. Its result is one line of a JSON-lines
 file, from which `python -m experiments.report` makes tables. A run that diverges leaves a line with
 its error. A run that cannot start stops the sweep. Ctrl-C lets the current run save a checkpoint; a
-second Ctrl-C terminates the run.
+second Ctrl-C terminates the run. Sweeps with the same results file and the same folder of runs
+share the jobs: start the same command once per core.
 `python -m experiments.train --help` lists the fields that `--set` takes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,14 @@ from absl import flags
 
 from experiments.base import cli, logs
 from experiments.base.errors import DivergedError, UserError, nearest
-from experiments.sweeps.grids import GRIDS, Job
+from experiments.sweeps.grids import GRIDS
+from experiments.sweeps.jobs import Job
 from experiments.training.interrupt import Interrupt
+
+try:
+    import fcntl
+except ImportError:  # Windows has no `fcntl`: start one sweep at a time there
+    fcntl = None  # type: ignore[assignment]
 
 RESULTS = "experiments/results/results.jsonl"
 WAITING = (
@@ -104,10 +112,33 @@ def _drop_unfinished(results: Path) -> None:
         os.replace(temporary, results)
 
 
+def _finished(results: Path) -> set[str]:
+    """Return the names of the runs that have a result."""
+    return {key(row["grid"], row["config"], row["overrides"]) for row in read(results)}
+
+
+@contextlib.contextmanager
+def _claim(folder: Path, results: Path) -> Iterator[bool]:
+    """Lock the folder of a run; yield whether this sweep must do the run.
+
+    It must not if another sweep has the lock, or has finished the run since this one started.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "sweep.lock").open("w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+        # A sweep writes its result before it releases the lock.
+        yield folder.name not in _finished(results)
+
+
 def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, workdir: Path) -> int:
     """Run each (grid, job, fields of --set, seed) that has no result; return an exit code."""
     _drop_unfinished(results)
-    done = {key(row["grid"], row["config"], row["overrides"]) for row in read(results)}
+    done = _finished(results)
     left = []
     for grid, job, extra, seed in wanted:
         overrides = job.overrides | extra | {"seed": seed}
@@ -120,13 +151,19 @@ def sweep(wanted: list[tuple[str, Job, dict[str, Any], int]], results: Path, wor
         for number, (grid, job, extra, overrides) in enumerate(bar, start=1):
             bar.set_postfix_str(f"{grid}: {job.label}")
             folder = workdir / key(grid, job.config, overrides)
-            row = run(grid, job, overrides, folder, interrupt)
+            name = f"{grid}, {job.label}, seed {overrides['seed']}"
+            with _claim(folder, results) as needed:
+                if not needed:
+                    bar.write(f"{number}/{len(left)} {name}: left to another sweep")
+                    continue
+                row = run(grid, job, overrides, folder, interrupt)
+                if row is not None:
+                    results.parent.mkdir(parents=True, exist_ok=True)
+                    # In one piece, because another sweep may write at the same time.
+                    with results.open("ab", buffering=0) as file:
+                        file.write((json.dumps(row | {"set": extra}) + "\n").encode())
             if row is not None:
-                results.parent.mkdir(parents=True, exist_ok=True)
-                with results.open("a") as file:
-                    file.write(json.dumps(row | {"set": extra}) + "\n")
                 text = row.get("error") or _numbers(grid, row["summary"])
-                name = f"{grid}, {job.label}, seed {overrides['seed']}"
                 bar.write(f"{number}/{len(left)} {name}: {text}")
                 sys.stdout.flush()
             if row is None or (interrupt.signal and number < len(left)):

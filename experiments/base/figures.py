@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 # Colors that color-blind readers can tell apart (Okabe and Ito, 2008), without yellow, which is
 # hard to see on white.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 MARKERS = "os^DvpX"
+_SHADES = LinearSegmentedColormap.from_list("shades", ["white", COLORS[0]])
 _LINE_HEIGHT = 11.0  # points between two names, in the font of size "small"
 
 
@@ -33,6 +36,39 @@ def panels(count: int, size: tuple[float, float], **options: Any) -> tuple[Figur
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def draw_map(
+    axis: Any, values: Mapping[tuple[str, str], float], rows: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Draw numbers from 0 to 1 as colored cells, each with its number; missing cells are gray.
+
+    Args:
+      axis: the axes.
+
+      values: (row, column) -> number.
+
+      rows: names of the rows, from above.
+
+      columns: names of the columns.
+    """
+    cells = np.array([[values.get((row, column), np.nan) for column in columns] for row in rows])
+    axis.imshow(np.ma.masked_invalid(cells), _SHADES, aspect="auto", vmin=0, vmax=1)
+    axis.set_facecolor("0.9")
+    for (i, j), value in np.ndenumerate(cells):
+        if np.isfinite(value):
+            color = "white" if value > 0.6 else "black"
+            place: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": "small"}
+            axis.text(j, i, f"{max(value, 0):.2f}", color=color, **place)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(length=0)
+    axis.set_xticks(np.arange(0.5, len(columns) - 1), minor=True)
+    axis.set_yticks(np.arange(0.5, len(rows) - 1), minor=True)
+    axis.tick_params(which="minor", length=0)
+    axis.grid(False)
+    axis.grid(which="minor", color="white", linewidth=2)
+    axis.spines[:].set_visible(False)
 
 
 def name_lines(axis: Any, ends: Mapping[str, tuple[float, float]], colors: Sequence[str]) -> None:

@@ -53,7 +53,14 @@ def get_config(arg: str = "") -> ConfigDict:
                 "shuffle_windows": 16384,
                 "streams": 1,
             },
-            "eval": {"lanes": 32, "bytes": 1 << 16, "final_bytes": 1 << 19},
+            "eval": {
+                "lanes": 32,
+                "bytes": 1 << 16,
+                "final_bytes": 1 << 19,
+                "times": 1,
+                # Stuffed Mamba (arXiv 2410.07145) changes trained models for longer sequences.
+                "options": {"mamba2": {"write_factor": 1.0, "decay_factor": 1.0}},
+            },
             "sample": {
                 "prompt": "",
                 "num_bytes": 400,

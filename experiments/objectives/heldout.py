@@ -15,6 +15,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from experiments.base.devices import DeviceMesh
+from experiments.base.errors import UserError
 from experiments.data import pipeline
 from seqjax import sharding
 
@@ -79,6 +80,72 @@ def make_total(model: Any, device_mesh: DeviceMesh | None = None) -> Total:
     The streams are those of `pipeline.lanes`. They are read `length` positions at a time, with a
     carried state.
     """
+    by_window = _make_by_window(model, device_mesh)
+
+    def total(params: Any, streams: dict[str, np.ndarray], length: int) -> float:
+        return float(np.sum(by_window(params, streams, length)))
+
+    return total
+
+
+def make_by_length(
+    model: Any,
+    documents: Sequence[bytes],
+    *,
+    lanes: int,
+    length: int,
+    times: int,
+    device_mesh: DeviceMesh | None = None,
+) -> Callable[[Any], dict[str, float]]:
+    """Return `evaluate(params)`, the bits per byte of sequences of `times` training lengths.
+
+    The model starts each sequence with a cleared state. `bits_per_byte_{n}` in the result is that
+    of the bytes from n / 2 to n of all sequences, for n of 2, 4, ... times the training length. At
+    the training length itself, it is that of all bytes up to n.
+
+    Args:
+      model: the language model.
+
+      documents: text to cut into sequences; a rest of a document that is too short is left out.
+
+      lanes: number of sequences that are read side by side; a last, smaller group is left out.
+
+      length: the training length.
+
+      times: a power of two.
+
+      device_mesh: mesh to run on.
+    """
+    by_window = _make_by_window(model, device_mesh)
+    span = times * length
+    sequences = [
+        text[start : start + span]
+        for text in documents
+        for start in range(0, len(text) - span + 1, span)
+    ]
+    starts = range(0, len(sequences) - lanes + 1, lanes)
+    if not starts:
+        raise UserError(
+            f"config.eval.times={times}: the held-out text must have config.eval.lanes={lanes} "
+            f"sequences of {span} bytes, got {len(sequences)}; set fewer lanes"
+        )
+    groups = [pipeline.lanes(sequences[start : start + lanes], lanes, length) for start in starts]
+
+    def evaluate(params: Any) -> dict[str, float]:
+        nats = np.concatenate([by_window(params, group, length) for group in groups], axis=1)
+        bits = nats.mean(axis=1) / math.log(2) / length  # of a byte in each window
+        return {
+            f"bits_per_byte_{length << k}": float(bits[(1 << k) // 2 : 1 << k].mean())
+            for k in range(times.bit_length())
+        }
+
+    return evaluate
+
+
+def _make_by_window(
+    model: Any, device_mesh: DeviceMesh | None
+) -> Callable[[Any, dict[str, np.ndarray], int], np.ndarray]:
+    """Return `by_window(params, streams, length)`, the log-loss in nats [windows, lanes]."""
     device_mesh = DeviceMesh("") if device_mesh is None else device_mesh
     shardings = device_mesh.shardings
 
@@ -93,7 +160,7 @@ def make_total(model: Any, device_mesh: DeviceMesh | None = None) -> Total:
         split, out_shardings=None if shardings is None else (None, shardings.replicated)
     )
 
-    def total(params: Any, streams: dict[str, np.ndarray], length: int) -> float:
+    def by_window(params: Any, streams: dict[str, np.ndarray], length: int) -> np.ndarray:
         count = streams["inputs"].shape[0]
         state = device_mesh.replicate(lambda: model.initial_state(count))
         sums = []
@@ -101,10 +168,10 @@ def make_total(model: Any, device_mesh: DeviceMesh | None = None) -> Total:
             part = {name: stream[:, start : start + length] for name, stream in streams.items()}
             state, lost = window(params, state, device_mesh.put(part))
             sums.append(lost)
-        # Summed in float64: a float32 total would lose digits over many windows.
-        return float(np.sum(np.asarray(jax.device_get(sums), np.float64)))
+        # In float64: a float32 total would lose digits over many windows.
+        return np.asarray(jax.device_get(sums), np.float64)
 
-    return total
+    return by_window
 
 
 def compressors(documents: Sequence[bytes]) -> dict[str, float]:

@@ -58,6 +58,12 @@ class Text(NextByte):
     def __init__(self, config: ConfigDict) -> None:
         check_positive(config.data, "shuffle_windows", "streams")
         check_positive(config.eval, "lanes", "bytes", "final_bytes")
+        self._times = config.eval.get("times", 1)
+        if self._times < 1 or self._times.bit_count() != 1:
+            raise UserError(
+                f"config.eval.times={self._times}: must be a power of two; 1 disables the test of "
+                "longer sequences"
+            )
         self._config = config
         self._corpus = pipeline.load_corpus(config.data)
         self.name = self._corpus.name
@@ -86,7 +92,11 @@ class Text(NextByte):
     def make_evaluate(
         self, device_mesh: devices.DeviceMesh
     ) -> Callable[[Any, bool], dict[str, Any]]:
-        """Return `evaluate(params, final)`: bits per byte, and those of compressors if final."""
+        """Return `evaluate(params, final)`: bits per byte, and those of compressors if final.
+
+        If `config.eval.times` is above 1, the final result has the bits per byte of sequences up to
+        that many training lengths. For these, `config.eval.options` replaces options of the layers.
+        """
         evaluation = self._config.eval
         measure = heldout.make_evaluate(
             self.model,
@@ -94,19 +104,35 @@ class Text(NextByte):
             length=self._config.data.length,
             device_mesh=device_mesh,
         )
+        by_length = self._make_by_length(device_mesh) if self._times > 1 else None
 
         def evaluate(params: Any, final: bool) -> dict[str, Any]:
             limit = evaluation.final_bytes if final else evaluation.bytes
             documents = corpora.take_bytes(self._corpus.heldout, limit)
             bits = measure(params, documents)
             if final:
-                return heldout.report(bits, documents, self._heldout_bytes)
+                result = heldout.report(bits, documents, self._heldout_bytes)
+                return result | (by_length(params) if by_length else {})
             return {
                 "heldout_bits_per_byte": bits,
                 "heldout_bytes": sum(map(len, documents)),
             }
 
         return evaluate
+
+    def _make_by_length(self, device_mesh: devices.DeviceMesh) -> Callable[[Any], dict[str, float]]:
+        evaluation = self._config.eval
+        model = self._config.model.copy_and_resolve_references()
+        with model.unlocked():
+            model.options.update(evaluation.options)
+        return heldout.make_by_length(
+            build.build_model(model),
+            corpora.take_bytes(self._corpus.heldout, evaluation.final_bytes),
+            lanes=evaluation.lanes,
+            length=self._config.data.length,
+            times=self._times,
+            device_mesh=device_mesh,
+        )
 
     def coverage(self, result: dict[str, Any]) -> str:
         """Describe which held-out bytes were read; "" if the log does not have the number."""

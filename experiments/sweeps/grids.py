@@ -5,74 +5,21 @@ All grids together take some hours on two CPU cores.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-from typing import Any
 
-from seqjax.layers import REGISTRY
+from experiments.sweeps import language
+from experiments.sweeps.jobs import RATE, Grid, Job, each
 
 STATE = "experiments/configs/state_tracking.py"
 RECALL = "experiments/configs/recall.py"
 CLASSIFY = "experiments/configs/classify.py"
 IMAGE = "experiments/configs/image.py"
-TEXT = "experiments/configs/lm.py"
 CONTROL = "experiments/configs/control.py"
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A training run.
-
-    Attributes:
-      label: name of the table row; jobs that differ by learning rate share it.
-
-      config: FILE:WORDS.
-
-      overrides: dotted fields of the configuration and their values.
-    """
-
-    label: str
-    config: str
-    overrides: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """Jobs and the table of their results.
-
-    Attributes:
-      title: title of the table.
-
-      jobs: jobs to run for every seed.
-
-      columns: name in the run's summary -> column header.
-
-      metric: name of the number that selects the learning rate.
-
-      published: published results by label.
-
-      source: the paper with the published results.
-
-      lower: whether a smaller metric is better.
-
-      figure: override on the horizontal axis of a figure, "curve" for the metric over tokens and
-        over seconds, or "" for no figure.
-
-      answers: number of answers in a longest test sequence, for a column with the horizon; 0 for
-        none.
-      relative: name in the run's summary -> label; the column shows ratios to this label's number.
-    """
-
-    title: str
-    jobs: tuple[Job, ...]
-    columns: dict[str, str]
-    metric: str
-    published: dict[str, str] = dataclasses.field(default_factory=dict)
-    source: str = ""
-    lower: bool = False
-    figure: str = ""
-    answers: int = 0
-    relative: dict[str, str] = dataclasses.field(default_factory=dict)
+def _layer(words: str) -> str:
+    """Return the words for a layer of state tracking as they are in tables."""
+    return words.replace(",negative", ", [-1, 1]")
 
 
 def _state(
@@ -87,7 +34,7 @@ def _state(
     """
     jobs = tuple(
         Job(
-            words.replace(",negative", ", [-1, 1]"),
+            _layer(words),
             f"{STATE}:{task},{words}",
             {RATE: 3e-3} | ({"steps": 6000} if words in longer else {}),
         )
@@ -117,14 +64,6 @@ def _with_curriculum(published: dict[str, str]) -> dict[str, str]:
     return published | {f"{layer}, curriculum": result for layer, result in published.items()}
 
 
-def _each(file: str, task: str, layers: tuple[str, ...]) -> tuple[Job, ...]:
-    """Return a job for every layer, with the defaults of the task's configuration."""
-    return tuple(Job(layer, f"{file}:{task},{layer}", {}) for layer in layers)
-
-
-RATE = "optimizer.learning_rate"
-# Sequences grow from 3 to 40 symbols over 4,000 of 6,000 steps of 64 rows.
-CURRICULUM = {RATE: 3e-3, "steps": 6000, "task.curriculum": 256_000}
 # A mixer alone, with large batches: 12,800 symbols. Sequences of 3 symbols fill the first 700
 # steps, which a GRU needs for the products of three elements of A5.
 TAUGHT = {
@@ -138,6 +77,18 @@ TAUGHT = {
     "eval_every": 500,
     "save_every": 500,
 }
+# A mixer alone. Sequences grow from 3 to 16 symbols over 390 of 2,000 steps of 256 rows.
+PRODUCT = {
+    RATE: 3e-3,
+    "model.depth": 1,
+    "model.mlp_ratio": 0.0,
+    "data.batch_size": 256,
+    "task.train_length": 16,
+    "task.curriculum": 100_000,
+    "steps": 2000,
+    "eval_every": 500,
+    "save_every": 500,
+}
 SHORT = {
     RATE: 3e-3,
     "model.depth": 1,
@@ -147,6 +98,25 @@ SHORT = {
     "save_every": 1500,
     "eval.sequences": 128,
 }
+# At least one layer of each family of recurrences.
+FAMILIES = (
+    "lru",
+    "mingru",
+    "mamba,negative",
+    "block_linear",
+    "gla",
+    "mlstm",
+    "deltanet,negative",
+    "gated_deltanet,negative",
+    "deltaproduct",
+    "kda",
+    "comba",
+    "rwkv7",
+    "gru",
+    "lstm",
+    "slstm",
+    "attention",
+)
 EIGENVALUES = ("deltanet", "deltanet,negative", "mamba", "mamba,negative")
 NONLINEAR = ("gru", "lstm", "paragru", "paralstm")
 ONE_LAYER = "arXiv 2510.21450, table 1, one layer (here two, and one with a curriculum)"
@@ -165,25 +135,6 @@ PUBLISHED = {
     ),
 }
 MIXERS = ("lru", "s5", "gateloop", "mamba", "gated_deltanet", "attention")
-# MLP ratios that give every model of text 463,000 parameters, as with Mamba, within a percent.
-MLP_RATIOS = {
-    "lru": 3.0,
-    "s5": 3.0,
-    "gateloop": 2.0,
-    "mamba": 2.0,
-    "deltanet": 3.0,
-    "gated_deltanet": 2.625,
-    "gla": 3.0,
-    "attention": 3.0,
-    "elman": 3.375,
-    "gru": 2.0,
-    "lstm": 1.375,
-    "paragru": 3.0,
-    "paralstm": 3.0,
-    "slstm": 2.6875,
-    "lem": 1.375,
-    "ltc": 3.375,
-}
 LINEAR = ("lru", "s5", "mamba", "gated_deltanet")
 # S5 reads the pixels row after row, in both directions.
 GRIDDED = ("plstm_2d", "s5", "chimera")
@@ -221,13 +172,26 @@ GRIDS: dict[str, Grid] = {
             Job(
                 f"{group}, {updates} updates",
                 f"{STATE}:{group},deltaproduct",
-                CURRICULUM | {"model.options.deltaproduct.updates": updates},
+                PRODUCT | {"model.options.deltaproduct.updates": updates},
             )
             for group, updates in itertools.product(("S3", "S4", "A5", "S5"), (1, 2, 3, 4))
         ),
         {f"accuracy_{n}": f"T = {n}" for n in (40, 64, 128, 256)},
         "accuracy_128",
         figure="model.options.deltaproduct.updates",
+        axis="updates per symbol",
+    ),
+    "families": Grid(
+        "State tracking: layers of all families, trained on up to 16 symbols with a curriculum",
+        tuple(
+            Job(f"{task}, {_layer(words)}", f"{STATE}:{task},{words}", PRODUCT)
+            for words, task in itertools.product(
+                FAMILIES, ("parity", "cycle_navigation", "S3", "A5")
+            )
+        ),
+        {f"accuracy_{n}": f"T = {n}" for n in (40, 64, 128, 256)},
+        "accuracy_256",
+        figure="map",
     ),
     "mqar": Grid(
         "MQAR: 32 tokens, 4 pairs, 64 symbols; the better of two learning rates",
@@ -242,10 +206,11 @@ GRIDS: dict[str, Grid] = {
         {"accuracy": "accuracy"},
         "accuracy",
         figure="model.dim",
+        axis="width",
     ),
     "selective_copying": Grid(
         "Selective copying: 8 tokens among 64 positions",
-        _each(RECALL, "selective_copying", LINEAR),
+        each(RECALL, "selective_copying", LINEAR),
         {"accuracy": "accuracy"},
         "accuracy",
         {"mamba": "99.8 %", "s5": "18.3 % (S4)"},
@@ -253,11 +218,13 @@ GRIDS: dict[str, Grid] = {
     ),
     "induction_heads": Grid(
         "Induction heads, trained on 64 tokens",
-        _each(RECALL, "induction_heads", LINEAR),
+        each(RECALL, "induction_heads", LINEAR),
         {f"accuracy_{n}": f"T = {n:,}" for n in (64, 256, 1024, 4096)},
         "accuracy_4096",
         {"mamba": "100 %"},
         "arXiv 2312.00752, trained on 256 and tested on up to 2^20 tokens",
+        figure="length",
+        axis="length of the test sequences",
     ),
     "games": Grid(
         "Games of memory: the return of PPO",
@@ -272,7 +239,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "listops": Grid(
         "ListOps, expressions of 50 to 200 tokens",
-        _each(CLASSIFY, "listops", ("lru", "s5")),
+        each(CLASSIFY, "listops", ("lru", "s5")),
         BESIDE_MAJORITY,
         "accuracy",
         {"lru": "60.2 %", "s5": "62.2 %"},
@@ -280,20 +247,20 @@ GRIDS: dict[str, Grid] = {
     ),
     "packages": Grid(
         "Packages: 512 bytes of source code from one of six packages",
-        _each(CLASSIFY, "packages", ("lru", "s5")),
+        each(CLASSIFY, "packages", ("lru", "s5")),
         BESIDE_MAJORITY,
         "accuracy",
     ),
     "digits": Grid(
         "Digits: 8 x 8 pixels as a sequence",
-        _each(CLASSIFY, "digits", ("lru", "s5", "gru")),
+        each(CLASSIFY, "digits", ("lru", "s5", "gru")),
         BESIDE_MAJORITY,
         "accuracy",
     ),
     "image_digits": Grid(
         "Digits: 8 x 8 pixels as an image",
         (
-            *_each(IMAGE, "image_digits", GRIDDED[:2]),
+            *each(IMAGE, "image_digits", GRIDDED[:2]),
             # A step takes 14 times the processor time of a step of pLSTM.
             Job("chimera", f"{IMAGE}:image_digits,chimera", {"steps": 300, "eval_every": 60}),
         ),
@@ -302,7 +269,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "arrows": Grid(
         "Arrow pointing, trained on 8 x 8 pixels",
-        _each(IMAGE, "arrows", GRIDDED),
+        each(IMAGE, "arrows", GRIDDED),
         {f"accuracy_{n}": f"{n} x {n}" for n in (8, 12, 16)},
         "accuracy_16",
     ),
@@ -317,31 +284,6 @@ GRIDS: dict[str, Grid] = {
         BESIDE_MAJORITY,
         "accuracy",
     ),
-    "text": Grid(
-        "Bits per byte of Python's standard library, 463,000 parameters, 500 steps of 2,048 bytes",
-        tuple(
-            Job(layer, f"{TEXT}:{layer}", {"model.mlp_ratio": ratio})
-            for layer, ratio in MLP_RATIOS.items()
-        ),
-        {
-            "heldout_bits_per_byte": "bits per byte",
-            "heldout_bytes": "held-out bytes",
-            "tokens_per_second": "tokens/s",
-        },
-        "heldout_bits_per_byte",
-        lower=True,
-        figure="curve",
-    ),
-    "layers": Grid(
-        "Every layer: bits per byte after 200 steps of 1,024 bytes, two blocks of width 64",
-        tuple(Job(layer, f"{TEXT}:{layer},small", {}) for layer in REGISTRY),
-        {
-            "heldout_bits_per_byte": "bits per byte",
-            "parameters": "parameters",
-            "tokens_per_cpu_second": "tokens/s over LRU's",
-        },
-        "heldout_bits_per_byte",
-        lower=True,
-        relative={"tokens_per_cpu_second": "lru"},
-    ),
-}
+} | language.GRIDS
+# Grids whose results the first section of the report shows as a map of layers by tasks.
+TRACKING = ("parity", "modular_arithmetic", "S3", "A5", "S5", "deltaproduct")

@@ -1,5 +1,6 @@
 """Evaluation of published checkpoints, and dynamic evaluation."""
 
+import functools
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ from experiments import evaluate, train
 from experiments.base import cli
 from experiments.configs import lm
 from experiments.data import pipeline, tokens
-from experiments.objectives import dynamic, heldout, published
+from experiments.objectives import dynamic, heldout, protocol, published
 from seqjax import layers, models, pretrained
 from tests.experiments.checkpoint import write_checkpoint
 
@@ -120,6 +121,44 @@ def test_dynamic_evaluation_is_the_loop_of_its_equation():
     assert got < static  # the text repeats, so the steps help
     again = dynamic.make_total(model, rate, decay)(params, streams, 5)
     assert again == got  # the parameters of the caller are unchanged
+
+
+def test_bits_by_length_are_those_of_parts_of_the_sequences():
+    model = models.LanguageModel(256, models.Backbone(layers.GRU(8), depth=1))
+    params = model.init(jax.random.key(0))
+    text = np.random.default_rng(0).integers(97, 100, 90).astype(np.uint8).tobytes()
+    # A sequence has 20 bytes: the rest of a document and the last, incomplete group are left out.
+    documents = [text[:45], text[45:], b"short"]
+    sequences = [text[:20], text[20:40], text[45:65], text[65:85]]
+    build = functools.partial(heldout.make_by_length, model, length=5, times=4)
+    bits = build(documents, lanes=2)(params)
+    assert list(bits) == ["bits_per_byte_5", "bits_per_byte_10", "bits_per_byte_20"]
+    measure = heldout.make_evaluate(model, lanes=1, length=5)
+    upto = {n: measure(params, [sequence[:n] for sequence in sequences]) for n in (5, 10, 20)}
+    expected = [upto[5], 2 * upto[10] - upto[5], 2 * upto[20] - upto[10]]
+    assert list(bits.values()) == pytest.approx(expected, rel=1e-5)
+    assert build(documents, lanes=4)(params) == pytest.approx(bits, rel=1e-5)
+    with pytest.raises(evaluate.UserError, match=r"must have config.eval.lanes=5 sequences of 20"):
+        build(documents, lanes=5)
+
+
+def test_options_against_collapse_change_longer_sequences_only(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(words(0, 2000))
+
+    def summary(**options):
+        config = lm.get_config("mamba2,quicktest")
+        config.update({"steps": 1, "data": {"path": str(text)}, "sample": {"num_bytes": 0}})
+        config.eval.update({"times": 4, "options": {"mamba2": options}})
+        return train.train(config.lock(), tmp_path / str(options))
+
+    plain, less = summary(), summary(write_factor=0.5)
+    assert plain["heldout_bits_per_byte"] == less["heldout_bits_per_byte"]
+    assert plain["bits_per_byte_128"] != less["bits_per_byte_128"]
+    config = lm.get_config("mamba2,quicktest")
+    config.eval.times = 3
+    with pytest.raises(evaluate.UserError, match="must be a power of two"):
+        protocol.make(config)
 
 
 @pytest.mark.slow

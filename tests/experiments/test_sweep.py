@@ -1,5 +1,6 @@
-"""Sweeps lose no results, and reports show the stored results."""
+"""Sweeps lose no results, and every job has a configuration."""
 
+import dataclasses
 import importlib
 import json
 import math
@@ -18,19 +19,19 @@ pytest.importorskip("ml_collections")
 
 import seqjax
 from experiments import report, sweep
-from experiments.base import build, cli, figures
+from experiments.base import build, cli
 from experiments.base.errors import UserError
 from experiments.configs import common, lm
-from experiments.sweeps import grids, texts
+from experiments.sweeps import grids, jobs, texts
 from experiments.training.interrupt import Interrupt
 
 REPOSITORY = Path(__file__).parents[2]
 JOBS = tuple(
-    grids.Job(f"{layer}, width {dim}", f"{grids.RECALL}:mqar,{layer},quicktest", {"model.dim": dim})
+    jobs.Job(f"{layer}, width {dim}", f"{grids.RECALL}:mqar,{layer},quicktest", {"model.dim": dim})
     for layer in ("lru", "gru")
     for dim in (16, 32)
 )
-TINY = grids.Grid(
+TINY = jobs.Grid(
     "Tiny", JOBS, {"accuracy": "accuracy"}, "accuracy", {"lru, width 16": "0.9"}, "a paper"
 )
 
@@ -88,131 +89,48 @@ def test_a_sweep_goes_on_where_it_was(tiny, tmp_path, monkeypatch, capsys):
     assert "8 of 8 runs are in" in capsys.readouterr().out
 
 
-RATED = grids.dataclasses.replace(
-    TINY,
-    jobs=tuple(
-        grids.Job(job.label, job.label.split(",")[0], job.overrides | {grids.RATE: rate})
-        for job in JOBS
-        for rate in (0.1, 0.2)
-    ),
-)
-
-
-def row(label, seed, rate, accuracy=None, seconds=60.0):
-    summary = {} if accuracy is None else {"summary": {"accuracy": accuracy, "step": 9}}
-    return {
-        "grid": "tiny",
-        "label": label,
-        "config": label.split(",")[0],
-        "overrides": {"seed": seed, "model.dim": int(label[-2:]), grids.RATE: rate},
-        "seconds": seconds,
-        "cores": 2,
-        "versions": {"python": "3", "jax": "0", "seqjax": "0"},
-    } | summary
-
-
-ROWS = [
-    row("lru, width 16", 0, 0.1, 0.2),
-    row("lru, width 16", 0, 0.2, 0.5),
-    row("lru, width 16", 1, 0.2, 0.7),
-    row("lru, width 32", 0, 0.1, 0.9),
-    row("gru, width 16", 0, 0.1, None),
-]
-
-
-def test_a_report_shows_the_best_rate_and_every_seed():
-    text = report.table(RATED, ROWS)
-    assert "| lru, width 16 | 0.600 (0.500 to 0.700) | 0.9 | 9 | 2 | 0.2 | 1.0 |" in text
-    assert "| lru, width 32 | 0.900 |  | 9 | 1 | 0.1 | 1.0 |" in text
-    assert "| gru, width 16 |  |  |  | 1, 1 diverged | 0.1 | 1.0 |" in text
-    assert "Published: a paper." in text
-    made_with = report.made_with("tiny", RATED, ROWS)
-    assert made_with.startswith("`python -m experiments.sweep --grids=tiny`: 0.1 hours, python 3")
-    assert made_with.endswith("4 of 8 jobs have not run.")
-    every = [row(job.label, 0, job.overrides[grids.RATE]) for job in RATED.jobs]
-    assert "have not run" not in report.made_with("tiny", RATED, every)
-
-
-def test_a_column_shows_ratios_to_a_label():
-    grid = grids.dataclasses.replace(RATED, relative={"accuracy": "lru, width 16"})
-    text = report.table(grid, ROWS)
-    assert "| lru, width 16 | 1.000 (0.833 to 1.167) |" in text
-    assert "| lru, width 32 | 1.500 |" in text
-    assert "| lru, width 32 |  |" in report.table(grid, ROWS[3:])
-
-
 def test_every_grid_has_a_question_and_a_short_answer():
     assert sorted(texts.TEXTS) == sorted(grids.GRIDS)
-    for text in texts.TEXTS.values():
+    for text in [texts.TRACKING_TEXT, *texts.TEXTS.values()]:
         assert text.question.endswith("?")
         assert text.setup.endswith(".")
         assert len(re.findall(r"\.( |$)", text.answer.removeprefix("Yes. "))) <= 2
         assert not text.answer or text.answer.endswith(".")
 
 
-def test_names_of_lines_are_apart_and_in_order():
-    heights = figures._apart([0.5, 0.1, 0.5, 0.52, 0.9], 0.1)
-    assert heights == pytest.approx([0.4067, 0.1, 0.5067, 0.6067, 0.9], abs=1e-3)
-    assert min(figures._apart([0.0, 0.01, 0.02], 0.1)) == pytest.approx(0)
-    styles = [figures.look(index) for index in range(49)]
-    assert len({(style["color"], style["marker"]) for style in styles}) == 49
+def test_two_sweeps_share_the_jobs(tiny, tmp_path, monkeypatch, capsys):
+    """Finish the second job in another sweep, and let it still run the third one."""
+    fcntl = pytest.importorskip("fcntl")
+    names = [sweep.key("tiny", job.config, job.overrides | {"seed": 0}) for job in JOBS]
+    locks = []
+
+    class Shared(FakeRuns):
+        def __call__(self, command, interrupt):
+            if not self.commands:
+                finished = {"grid": "tiny", "config": JOBS[1].config}
+                finished |= {"overrides": JOBS[1].overrides | {"seed": 0}}
+                (tmp_path / "results.jsonl").write_text(json.dumps(finished) + "\n")
+                (tmp_path / names[2]).mkdir()
+                locks.append((tmp_path / names[2] / "sweep.lock").open("w"))
+                fcntl.flock(locks[0], fcntl.LOCK_EX)
+            return super().__call__(command, interrupt)
+
+    runs = Shared()
+    monkeypatch.setattr(sweep, "execute", runs)
+    assert cli.run(sweep.define_flags, sweep.main, flags_for(tmp_path)) == 0
+    folders = [command[-1] for command in runs.commands]
+    assert folders == [f"--workdir={tmp_path / names[k]}" for k in (0, 3)]
+    assert capsys.readouterr().out.count("left to another sweep") == 2
+    locks[0].close()
+    assert cli.run(sweep.define_flags, sweep.main, flags_for(tmp_path)) == 0
+    assert len(runs.commands) == 3
 
 
 def test_a_grid_trains_every_layer_of_the_registry():
-    jobs = grids.GRIDS["layers"].jobs
-    assert [job.label for job in jobs] == list(seqjax.layers.REGISTRY)
-    config = lm.get_config(jobs[0].config.split(":")[1])
+    every = grids.GRIDS["layers"].jobs
+    assert [job.label for job in every] == list(seqjax.layers.REGISTRY)
+    config = lm.get_config(every[0].config.split(":")[1])
     assert (config.steps, config.model.dim, config.model.options.lru.state_dim) == (200, 64, 64)
-
-
-def test_a_report_keeps_other_settings_apart():
-    other, own = dict(ROWS[4]), dict(ROWS[0])
-    other |= {"set": {"steps": 7}, "overrides": other["overrides"] | {"steps": 7}}
-    own |= {"set": {"model.dim": 8}, "overrides": own["overrides"] | {"model.dim": 8}}
-    gone = ROWS[0] | {"config": "a grid may lose jobs"}
-    groups = report.by_settings(RATED, [ROWS[3], other, own, gone])
-    assert groups == {"": [ROWS[3]], " --set=steps=7": [other], " --set=model.dim=8": [own]}
-
-
-def test_a_report_has_its_figure(monkeypatch, tmp_path, capsys):
-    grid = grids.dataclasses.replace(RATED, figure="model.dim")
-    monkeypatch.setitem(grids.GRIDS, "tiny", grid)
-    results = tmp_path / "r.jsonl"
-    given = {"data.path": "my text"}
-    longer = ROWS[0] | {"overrides": ROWS[0]["overrides"] | given, "set": given}
-    results.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, longer]))
-    arguments = ["report", f"--results={results}", f"--figures={tmp_path}"]
-    assert cli.run(report.define_flags, report.main, arguments) == 0
-    assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert "![tiny](tiny.png)" in printed
-    assert "### With `--set='data.path=my text'`" in printed
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert len(drawn) == 2
-    assert all(f"![tiny]({name})" in printed for name in drawn)
-    assert "Not run yet: `python -m experiments.sweep --grids=mqar`." in printed
-
-
-def test_the_page_is_the_report_of_the_results(tmp_path, capsys):
-    figures = tmp_path / "not" / "there"
-    arguments = ["report", f"--results={REPOSITORY / sweep.RESULTS}", f"--figures={figures}"]
-    assert cli.run(report.define_flags, report.main, arguments) == 0
-    assert (
-        capsys.readouterr().out
-        == (REPOSITORY / "experiments" / "results" / "RESULTS.md").read_text()
-    )
-    assert all(
-        (REPOSITORY / "experiments" / "results" / made.name).exists() for made in figures.iterdir()
-    )
-
-
-def test_curves_run_over_tokens_and_seconds():
-    grid = grids.dataclasses.replace(RATED, figure="curve")
-    summary = {"accuracy": 0.5, "step": 10, "tokens": 1000, "tokens_per_second": 50.0}
-    ran = row("lru, width 16", 0, 0.1) | {"summary": summary, "curve": [[5, 0.4], [10, 0.5]]}
-    by_seconds, by_tokens = report._curves(grid, [ran, row("gru, width 16", 0, 0.1, None)])
-    assert by_tokens == {"lru, width 16": [(500.0, 0.4), (1000.0, 0.5)]}
-    assert by_seconds == {"lru, width 16": [(10.0, 0.4), (20.0, 0.5)]}
 
 
 def test_bad_flags_end_with_one_line(tmp_path, tiny):
@@ -239,25 +157,39 @@ def test_every_job_has_a_configuration(name):
     assert set(grid.published) <= {job.label for job in grid.jobs}
 
 
-def size_of_text_model(layer, ratio, **options):
-    """Return the number of parameters of `lm.py:LAYER` with an MLP ratio."""
-    config = lm.get_config(layer)
-    config.model.mlp_ratio = ratio
-    config.model.options[layer].update(options)
+def size_of(config):
+    """Return the number of parameters of a language model."""
     shapes = build.build_model(config.model).param_shapes()
     leaves = jax.tree.leaves(shapes, is_leaf=lambda shape: isinstance(shape, tuple))
     return sum(map(math.prod, leaves))
 
 
+def size_of_text_model(layer, ratio, **options):
+    """Return the number of parameters of `lm.py:LAYER` with an MLP ratio."""
+    config = lm.get_config(layer)
+    config.model.mlp_ratio = ratio
+    config.model.options[layer].update(options)
+    return size_of(config)
+
+
 def test_models_of_text_are_of_one_size():
-    jobs = grids.GRIDS["text"].jobs
+    every = grids.GRIDS["text"].jobs
     sizes = {
         job.label: size_of_text_model(job.config.split(":")[1], job.overrides["model.mlp_ratio"])
-        for job in jobs
+        for job in every
     }
     assert set(sizes) <= set(common.MIXERS) - {"hybrid"}
-    assert all(set(job.overrides) == {"model.mlp_ratio"} for job in jobs)
+    assert all(set(job.overrides) == {"model.mlp_ratio"} for job in every)
     assert all(abs(size / 463_000 - 1) < 0.01 for size in sizes.values()), sizes
+
+
+def test_hybrids_are_of_one_size():
+    sizes = {}
+    for job in grids.GRIDS["hybrid"].jobs:
+        config = lm.get_config(job.config.split(":")[1])
+        config.update_from_flattened_dict(job.overrides)
+        sizes[job.label] = size_of(config)
+    assert all(abs(size / 443_000 - 1) < 0.015 for size in sizes.values()), sizes
 
 
 @pytest.mark.parametrize("layer", sorted(seqjax.layers.REGISTRY))
@@ -275,7 +207,7 @@ def test_every_layer_fits_the_size_of_text_models(layer):
 
 @pytest.mark.slow
 def test_a_real_sweep(tiny, tmp_path, monkeypatch):
-    monkeypatch.setitem(grids.GRIDS, "tiny", grids.dataclasses.replace(TINY, jobs=JOBS[:1]))
+    monkeypatch.setitem(grids.GRIDS, "tiny", dataclasses.replace(TINY, jobs=JOBS[:1]))
     arguments = flags_for(tmp_path, "--set=steps=2", "--set=eval_every=2")
     assert cli.run(sweep.define_flags, sweep.main, arguments) == 0
     [row] = sweep.read(tmp_path / "results.jsonl")
@@ -286,7 +218,7 @@ def test_a_real_sweep(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", [1, 2])
 def test_a_run_that_cannot_run_stops_the_sweep(code, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "execute", FakeRuns([code]))
-    job = grids.Job("bad", "experiments/configs/none.py", {})
+    job = jobs.Job("bad", "experiments/configs/none.py", {})
     with pytest.raises(UserError, match=r"none\.py failed: the loss became nan"):
         sweep.run("tiny", job, {}, tmp_path, Interrupt())
 
@@ -378,15 +310,3 @@ def test_a_stopped_sweep_keeps_the_run_that_ended(tiny, tmp_path, monkeypatch, c
     assert cli.run(sweep.define_flags, sweep.main, flags_for(tmp_path)) == 130
     assert len(sweep.read(tmp_path / "results.jsonl")) == 1
     assert "stopped; start the same command again to resume" in capsys.readouterr().out
-
-
-def test_the_horizon_counts_right_answers_beyond_chance():
-    grid = grids.dataclasses.replace(TINY, answers=200)
-    rows = [
-        row("lru, width 16", seed, 0.1) | {"summary": {"accuracy": 0.1, "scaled_accuracy": score}}
-        for seed, score in ((0, 0.25), (1, 0.5))
-    ]
-    head, _, line = report.table(grid, rows).splitlines()[:3]
-    cells = dict(zip(head.split(" | "), line.split(" | "), strict=True))
-    assert cells["horizon"] == "75.0"
-    assert "horizon" not in report.table(TINY, rows)
