@@ -25,11 +25,11 @@ from pallas_kernels.gpu.matrix_products import CHUNK, Numerics
 from pallas_kernels.jax_compat import gpu_interpreter, pl
 
 KINDS = {
-    **dict.fromkeys(("q", "k"), "keys"),
+    **dict.fromkeys(("q", "k", "a", "b"), "keys"),
     "logs": "logs",
-    **dict.fromkeys(("q_read", "k_read", "k_write"), "rows"),
+    **dict.fromkeys(("q_read", "k_read", "a_read", "b_write", "k_write"), "rows"),
     **dict.fromkeys(("v", "d_out", "written", "d_right"), "values"),
-    **dict.fromkeys(("scores", "inverse"), "square"),
+    **dict.fromkeys(("scores", "b_scores", "copies", "inverse"), "square"),
     **dict.fromkeys(("states", "cotangents"), "state"),
     **dict.fromkeys(("log_decay", "beta", "upto", "after"), "vector"),
     "carry": "carry",
@@ -39,6 +39,18 @@ BUFFER_UNIT = 1024  # bytes
 KEY_TILE = 64  # channels in a block of the kernels that add tiles of them
 Arrays = dict[str, list[jax.Array]]  # by name, the pieces of keys and values, or one array
 Blocks = dict[str, list[Any]]  # by name, references to the pieces of a block
+
+
+class Pair(NamedTuple):
+    """Products of pairs of steps, left_t^T D right_j.
+
+    D are the decays of the steps after j and up to t, for "a" only up to t - 1. The result is zero
+    for j > t, and unless the left factor is "q", for j = t.
+    """
+
+    name: str
+    left: str
+    right: str
 
 
 class Variant(NamedTuple):
@@ -54,6 +66,7 @@ class Variant(NamedTuple):
       decay: whether there are decays per head or resets.
       channel: whether there are decays per channel.
       delta: whether this is the delta rule.
+      vectors: whether this is the generalized delta rule, whose decays are per channel.
       depth: chunks in shared memory, in flight or in use.
     """
 
@@ -66,12 +79,28 @@ class Variant(NamedTuple):
     decay: bool
     channel: bool
     delta: bool
+    vectors: bool = False
     depth: int = 1
 
     @property
     def computed(self) -> int:
         """Pieces of states, pairs and written values."""
-        return self.num.exact if self.delta else self.num.inputs
+        return self.num.exact if self.solved else self.num.inputs
+
+    @property
+    def solved(self) -> bool:
+        """Whether a chunk solves a triangular system for the values that it writes."""
+        return self.delta or self.vectors
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The products of pairs of steps."""
+        found = [Pair("scores", "q", "k")]
+        if self.delta:
+            found += [Pair("lower", "k", "k")]
+        if self.vectors:
+            found += [Pair("b_scores", "q", "b"), Pair("copies", "a", "k"), Pair("lower", "a", "b")]
+        return tuple(found)
 
     def block_shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a block."""
@@ -109,6 +138,11 @@ def by_head(x: jax.Array, chunks: int) -> jax.Array:
 def by_step(x: jax.Array, length: int) -> jax.Array:
     """Invert `by_head`."""
     return jnp.moveaxis(x, 1, 2)[:, :length]
+
+
+def total(pieces: list[jax.Array]) -> jax.Array:
+    """Return the sum of pieces in float32."""
+    return jnp.sum(jnp.stack([piece.astype(jnp.float32) for piece in pieces]), axis=0)
 
 
 def pieces(name: str, arrays: list[jax.Array]) -> int:

@@ -9,12 +9,15 @@ second half. The decays from j to t factorize at the middle of this block:
 So the pairs of all blocks of a size, a level, are one product. No exponent is a difference of sums.
 The first pass computes what `matrix_pairs` does, and the rows with their decays in the chunk:
 
-    q_read_t = D_{t,0} q_t      k_read_t = D_{t,0} k_t      k_write_j = D_{C,j} k_j
+    q_read_t = D_{t,0} q_t      k_read_t = D_{t,0} k_t      a_read_t = D_{t-1,0} a_t
+    k_write_j = D_{C,j} k_j     b_write_j = D_{C,j} b_j
 
+where a_t, of the generalized delta rule, reads the state before step t. Its E_t has no decay of t.
 Channels are independent in all results but the sums over them. A thread block has one chunk of one
 head, and adds tiles of 64 channels.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import matrix_blocks
 from pallas_kernels.gpu import matrix_products as mp
-from pallas_kernels.gpu.matrix_blocks import KEY_TILE, Arrays, Blocks, Position, Variant
+from pallas_kernels.gpu.matrix_blocks import KEY_TILE, Arrays, Blocks, Pair, Position, Variant
 from pallas_kernels.gpu.matrix_pairs import LEVELS, SQUARE, inverse, joins, send
 from pallas_kernels.gpu.matrix_products import CHUNK, Pieces
 from pallas_kernels.jax_compat import array_like, pl
@@ -60,10 +63,15 @@ class Decays:
         """Return E of a level, [64, keys]."""
         return self._of(steps_of_level(*_rows_and_columns(), level))
 
-    def upto(self) -> jax.Array:
-        """Return the decays up to a step, [64, keys]."""
+    def late(self, level: Any) -> jax.Array:
+        """Return E_t of a level for "a", without the decay of step t."""
         t, i = _rows_and_columns()
-        return self._of(i <= t)
+        return self._of(steps_of_level(t, i, level) & (i != t))
+
+    def upto(self, left: str) -> jax.Array:
+        """Return the decays up to a step, or before it for "a", [64, keys]."""
+        t, i = _rows_and_columns()
+        return self._of(i < t if left == "a" else i <= t)
 
     def after(self) -> jax.Array:
         """Return the decays after a step, [64, keys]."""
@@ -83,19 +91,27 @@ def steps_of_level(t: jax.Array, i: jax.Array, level: Any) -> jax.Array:
     return (block == own) & ((second & (i <= t)) | (((own & 1) == 0) & (i > t)))
 
 
+def inputs(p: Variant) -> tuple[str, ...]:
+    """Return the names of queries and keys."""
+    return ("q", "k", "a", "b") if p.vectors else ("q", "k")
+
+
 def channels(p: Variant, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
-    """Compute "scores", "q_read", "k_write", and for the delta rule "inverse" and "k_read".
+    """Compute the products of pairs of steps, the inverse, and the rows with their decays.
 
     Args:
       p: the variant.
-      arrays: "q", "k", "logs", and for the delta rule "beta". The logarithms are finite.
+      arrays: `inputs`, "logs", and for the delta rule "beta". The logarithms are finite.
       shape: B and H.
+
+    Returns:
+      The `Variant.pairs` but "lower", the rows, and with "lower" the "inverse".
     """
-    names = ("q", "k", "logs", *(("beta",) if p.delta else ()))
+    names = (*inputs(p), "logs", *(("beta",) if p.delta else ()))
     leaves, tree = jax.tree.flatten({name: arrays[name] for name in names})
-    squares, rows = {"scores": p.computed}, {"q_read": p.num.inputs, "k_write": p.computed}
-    if p.delta:
-        squares["inverse"] = rows["k_read"] = p.computed
+    squares = {pair.name: p.computed for pair in p.pairs if pair.name != "lower"}
+    squares |= {"inverse": p.computed} if p.solved else {}
+    rows = {name: p.num.inputs if name == "q_read" else p.computed for name in row_names(p)}
     lead = (*shape, p.chunks)
     outputs = {
         name: array_like(leaves[0], (*lead, count, CHUNK, columns), jnp.bfloat16)
@@ -107,8 +123,8 @@ def channels(p: Variant, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
     def body(*refs: Any, smem: SharedMemory) -> None:
         batch, head, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         sources = jax.tree.unflatten(tree, refs[: len(leaves)])
-        found = zip(outputs, refs[len(leaves) :], strict=True)
-        targets = {name: ref.at[batch, head, chunk] for name, ref in found}
+        results = zip(outputs, refs[len(leaves) :], strict=True)
+        targets = {name: ref.at[batch, head, chunk] for name, ref in results}
 
         def store(name: str, pieces: list[jax.Array], keys: Any = slice(None)) -> None:
             refs = smem.scratch[: len(pieces)]
@@ -116,22 +132,26 @@ def channels(p: Variant, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
             send(refs, targets[name].at[:, :, keys])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        sums: Any = None
-        for start in range(0, p.keys, KEY_TILE):
+        sums: dict[str, Any] = {}
+        tiles = range(0, p.keys, KEY_TILE)
+        # One right factor after the other, because the registers hold two sums.
+        for n, (right, start) in enumerate(itertools.product(rights(p), tiles)):
             keys = pl.ds(start, KEY_TILE)
             at = Position(batch, head, chunk, columns=None, keys=keys)
-            if start:
+            if n:
                 plgpu.commit_smem()  # all threads have read the blocks
             for name, block in smem.given.items():
                 matrix_blocks.fetch(of_tile, name, sources[name], at, block, smem.barrier)
             plgpu.barrier_wait(smem.barrier)
-            for name, value in decayed_rows(p, smem.given).items():
-                store(name, mp.split(value, rows[name]), keys)
-            sums = add_pairs(p, smem.given, smem.scratch, sums)
-        scores, overlaps = sums
-        store("scores", mp.split(scores, p.computed))
-        if p.delta:
-            lower = mp.by_row(smem.given["beta"][0], SQUARE) * overlaps
+            for name in rows if right == "k" else ():
+                store(name, mp.split(decayed_row(p, smem.given, name), rows[name]), keys)
+            sums = add_pairs(p, right, smem.given, smem.scratch, {} if start == 0 else sums)
+            for name in sums if start == tiles[-1] else ():
+                if name != "lower":
+                    store(name, mp.split(sums[name], p.computed))
+        if p.solved:
+            lower = sums["lower"]
+            lower = mp.by_row(smem.given["beta"][0], SQUARE) * lower if p.delta else -lower
             found = inverse(p.num, lower, smem.scratch[: p.num.exact])
             store("inverse", mp.split(found, p.computed))
         plgpu.wait_smem_to_gmem(0)
@@ -151,83 +171,79 @@ def channels(p: Variant, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
     return {name: [x] for name, x in found.items()}
 
 
-def decayed_rows(p: Variant, blocks: Blocks) -> dict[str, jax.Array]:
-    """Return the rows of a tile with their decays in the chunk, by name."""
+def rights(p: Variant) -> tuple[str, ...]:
+    """Return the right factors of `Variant.pairs`, with that of "lower" last."""
+    return tuple(dict.fromkeys(pair.right for pair in p.pairs))
+
+
+def row_names(p: Variant) -> tuple[str, ...]:
+    """Return the names of the rows with their decays."""
+    reads = ("k_read",) if p.delta else ("a_read", "b_write") if p.vectors else ()
+    return ("q_read", *reads, "k_write")
+
+
+def decayed_row(p: Variant, blocks: Blocks, name: str) -> jax.Array:
+    """Return the rows of a name, such as "q_read", for a tile."""
     decays = Decays(p, blocks["logs"])
-    k, upto = mp.joined(blocks["k"]), decays.upto()
-    rows = {"q_read": upto * mp.joined(blocks["q"])}
-    if p.delta:
-        rows["k_read"] = upto * k
-    return rows | {"k_write": decays.after() * k}
+    row, way = name.split("_")
+    return (decays.upto(row) if way == "read" else decays.after()) * mp.joined(blocks[row])
 
 
-def add_pairs(p: Variant, blocks: Blocks, scratch: list[Any], sums: Any) -> tuple[Any, Any]:
-    """Add the products of pairs of steps in a tile.
+def add_pairs(
+    p: Variant, right: str, blocks: Blocks, scratch: list[Any], sums: dict[str, Any]
+) -> dict[str, Any]:
+    """Add the products of pairs of steps in a tile, by the names of `Variant.pairs`.
 
     Args:
       p: the variant.
-      blocks: "q", "k" and "logs" of the tile.
+      right: the right factor of the pairs.
+      blocks: `inputs` and "logs" of the tile.
       scratch: shared memory for the exact pieces of a matrix.
-      sums: the result of the previous tile, or None.
-
-    Returns:
-      scores q_t^T D_{t,j} k_j for j <= t, and for the delta rule k_t^T D_{t,j} k_j for j < t.
+      sums: the result of the previous tile, or {}.
     """
     num = p.num
     decays = Decays(p, blocks["logs"])
     t, j = _rows_and_columns()
-    same_step = mp.product(num, blocks["q"], mp.transposed(blocks["k"]))
-    if sums is None:
-        sums = mp.zeros(*SQUARE), mp.zeros(*SQUARE) if p.delta else None
+    wanted = [pair for pair in p.pairs if pair.right == right]
+    sums = {pair.name: sums.get(pair.name, mp.zeros(*SQUARE)) for pair in wanted}
+    for pair in wanted:
+        if pair.left == "q":
+            same_step = mp.product(num, blocks["q"], mp.transposed(blocks[right]))
+            sums[pair.name] = sums[pair.name] + jnp.where(t == j, same_step, 0.0)
 
-    def add_level(level: Any, sums: tuple[Any, Any]) -> tuple[Any, Any]:
-        scores, overlaps = sums
-        decay, mask = decays.level(level), joins(t, j, level)
-        early = mp.split(decay * mp.joined(blocks["k"]), num.exact)
+    def add_level(level: Any, sums: dict[str, Any]) -> dict[str, Any]:
+        found, decay, mask = {}, decays.level(level), joins(t, j, level)
+        early = mp.split(decay * mp.joined(blocks[right]), num.exact)
         mp.store(scratch, early)
-        if p.delta:
-            found = mp.product(num, early, mp.transposed(scratch), in_registers=True)
-            overlaps = overlaps + jnp.where(mask, found, 0.0)
-        late = mp.split(decay * mp.joined(blocks["q"]), num.exact)
-        found = mp.product(num, late, mp.transposed(scratch), in_registers=True)
-        scores = scores + jnp.where(mask, found, 0.0)
-        return scores, overlaps
+        for pair in reversed(wanted):
+            late = early
+            if pair.left != right:
+                by_left = decays.late(level) if pair.left == "a" else decay
+                late = mp.split(by_left * mp.joined(blocks[pair.left]), num.exact)
+            new = mp.product(num, late, mp.transposed(scratch), in_registers=True)
+            found[pair.name] = sums[pair.name] + jnp.where(mask, new, 0.0)
+        return found
 
-    sums = sums[0] + jnp.where(t == j, same_step, 0.0), sums[1]
     return lax.fori_loop(0, LEVELS, add_level, sums)
-
-
-class PairCotangents(NamedTuple):
-    """Cotangents of a tile.
-
-    Attributes:
-      q, k: [64, keys].
-      logs: cotangents of the logarithms of decays, [64, keys].
-      beta: [64], or None without the delta rule.
-    """
-
-    q: jax.Array
-    k: jax.Array
-    logs: jax.Array
-    beta: Any
 
 
 def pairs_back(
     p: Variant,
     blocks: Blocks,
     scratch: list[list[Any]],
-    squares: list[Any],
-    sums: PairCotangents,
-) -> PairCotangents:
+    squares: dict[str, Any],
+    sums: dict[str, Any],
+) -> dict[str, Any]:
     """Add the terms of pairs of steps to cotangents.
 
     Args:
       p: the variant.
-      blocks: "q", "k", "logs", and for the delta rule "beta".
+      blocks: `inputs`, "logs", and for the delta rule "beta", of the tile.
       scratch: shared memory for the exact pieces of two matrices.
-      squares: cotangents of the scores, zero for j > t, and for the delta rule of N, the overlaps
-        times beta.
-      sums: the other terms of the cotangents.
+      squares: cotangents of the products, by the names of `Variant.pairs`. Of the delta rule,
+        "lower" is the cotangent of N, the products times beta.
+      sums: the other terms of the cotangents, [64, keys] of the inputs and of "logs", and for the
+        delta rule "d_beta" [64].
     """
     num, [first, second] = p.num, scratch
 
@@ -236,37 +252,55 @@ def pairs_back(
 
     decays = Decays(p, blocks["logs"])
     t, j = _rows_and_columns()
-    ends = mp.split(jnp.where(t == j, mp.load(squares[0]), 0.0), num.exact)
-    mp.store(first, ends)
-    dk = mp.product(num, mp.transposed(first), blocks["q"], sums.k)
-    sums = sums._replace(q=product(ends, blocks["k"], sums.q), k=dk)
-    beta = (lambda x: mp.by_row(blocks["beta"][0], x.shape) * x) if p.delta else None
+    sums = dict(sums)
+    for pair in p.pairs:
+        if pair.left == "q":
+            square = jnp.where(t == j, mp.load(squares[pair.name]), 0.0)
+            ends = mp.split(square, num.exact)
+            mp.store(first, ends)
+            sums["q"] = product(ends, blocks[pair.right], sums["q"])
+            turned = mp.transposed(first)
+            sums[pair.right] = mp.product(num, turned, blocks["q"], sums[pair.right])
+
+    def add_level(level: Any, sums: dict[str, Any]) -> dict[str, Any]:
+        sums = dict(sums)
+        for pair in p.pairs:
+            sums |= add_pair(pair, level, sums)
+        return sums
 
     # Short lives of values, because the sums take half of the registers: factors are read again.
-    def add_level(level: Any, sums: PairCotangents) -> PairCotangents:
-        decay, mask = decays.level(level), joins(t, j, level)
+    def add_pair(pair: Pair, level: Any, sums: dict[str, Any]) -> dict[str, Any]:
+        decay, mask, weight = decays.level(level), joins(t, j, level), None
+        late = decays.late(level) if pair.left == "a" else decay
+        if p.delta and pair.name == "lower":
+            weight = blocks["beta"][0]
 
-        def masked(square: int) -> jax.Array:
-            return jnp.where(mask, mp.load(squares[square]), 0.0)
+        def masked() -> jax.Array:
+            return jnp.where(mask, mp.load(squares[pair.name]), 0.0)
 
-        def row(name: str) -> jax.Array:
-            return decay * mp.joined(blocks[name])
+        def weighted(x: jax.Array) -> jax.Array:
+            return x if weight is None else mp.by_row(weight, x.shape) * x
 
-        mp.store(first, mp.split(row("k"), num.exact))
-        by_query = product(mp.split(masked(0), num.exact), first)
-        dq, change = sums.q + decay * by_query, row("q") * by_query
-        by_key, d_beta = None, None
-        if beta is not None:
-            by_key = product(mp.split(masked(1), num.exact), first)
-            d_beta = sums.beta + jnp.sum(row("k") * by_key, axis=1)
-            mp.store(second, mp.split(beta(masked(1)), num.exact))
-            by_key = mp.product(num, mp.transposed(second), first, beta(by_key))
-        mp.store(second, mp.split(masked(0), num.exact))
-        mp.store(first, mp.split(row("q"), num.exact))
-        by_key = mp.product(num, mp.transposed(second), first, by_key)
-        change = change + row("k") * by_key
+        mp.store(first, mp.split(decay * mp.joined(blocks[pair.right]), num.exact))
+        by_left = late * product(mp.split(masked(), num.exact), first)
+        found = {}
+        if weight is not None:
+            own = jnp.sum(mp.joined(blocks[pair.left]) * by_left, axis=1)
+            found["d_beta"] = sums["d_beta"] + own
+        by_left = weighted(by_left)
+        found[pair.left] = sums[pair.left] + by_left
+        change = mp.joined(blocks[pair.left]) * by_left
+        mp.store(second, mp.split(weighted(masked()), num.exact))
+        mp.store(first, mp.split(late * mp.joined(blocks[pair.left]), num.exact))
+        by_right = decay * mp.product(num, mp.transposed(second), first)
+        found[pair.right] = found.get(pair.right, sums[pair.right]) + by_right
+        steps, logs = steps_of_level(j, t, level), sums["logs"]
+        if pair.left == "a":
+            mp.store(first, mp.split(change, num.exact))
+            logs = product([mp.ones(steps & (j != t))], first, logs)
+            change = jnp.zeros_like(change)
+        change = change + mp.joined(blocks[pair.right]) * by_right
         mp.store(first, mp.split(change, num.exact))
-        logs = product([mp.ones(steps_of_level(j, t, level))], first, sums.logs)
-        return PairCotangents(dq, sums.k + decay * by_key, logs, d_beta)
+        return found | {"logs": product([mp.ones(steps)], first, logs)}
 
     return lax.fori_loop(0, LEVELS, add_level, sums)

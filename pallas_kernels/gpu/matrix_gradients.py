@@ -37,6 +37,7 @@ TIMED = ("v", "written", "d_out", "d_right")  # blocks of a tile of columns, [64
 STATES = ("states", "cotangents")  # blocks of a tile of columns and of the channels
 Results = dict[str, jax.Array]  # by name
 VECTORS = ("d_reads", "d_writes", "d_spans", "d_beta")
+CARRIED = "carried"  # name of the sums over values of a state times its cotangent
 
 
 class SharedMemory(NamedTuple):
@@ -45,40 +46,37 @@ class SharedMemory(NamedTuple):
     Attributes:
       blocks: blocks of the inputs, by name.
       scratch: exact pieces of matrices [64, 64]: two with decays per channel, else one.
-      squares: cotangents of the scores and of N, [64, 64] in float32.
+      squares: cotangents of the products of pairs of steps, [64, 64] in float32.
       barriers: for the blocks of the chunk, those of `TIMED` and `STATES`, and those of `TIMED`.
     """
 
     blocks: Blocks
     scratch: list[list[Any]]
-    squares: list[Any]
+    squares: dict[str, Any]
     barriers: list[Any]
 
 
-class Rows(NamedTuple):
-    """Sums over the tiles, in registers, [64, keys]; None where the variant has none.
+def row_factors(p: Variant) -> dict[str, tuple[str, str]]:
+    """Return the factors X, Y of the sums over columns X Y^T that are [64, keys], by name.
 
-    Attributes:
-      reads: d_out S^T.
-      writes: U F^T.
-      right: dR S^T.
+    They are the cotangents of the inputs that read or write states, without decays; "right" is that
+    of "k" or "a", which read the state for the triangular system.
     """
+    found = {"q": ("d_out", "states"), "k": ("written" if p.delta else "v", "cotangents")}
+    if p.solved:
+        found["right"] = ("d_right", "states")
+    if p.vectors:
+        found["b"] = ("written", "cotangents")
+    return found
 
-    reads: jax.Array
-    writes: jax.Array
-    right: Any
 
-
-class Squares(NamedTuple):
-    """Sums over the tiles, in registers, [64, 64]; None where the variant has none.
-
-    Attributes:
-      scores: d_out U^T.
-      lower: dR U^T.
-    """
-
-    scores: jax.Array
-    lower: Any
+def square_factors(p: Variant) -> dict[str, tuple[str, str]]:
+    """Return the factors of the sums that are [64, 64], the cotangents of `Variant.pairs`."""
+    values = {"k": "written" if p.delta else "v", "b": "written"}
+    return {
+        pair.name: ("d_out" if pair.left == "q" else "d_right", values[pair.right])
+        for pair in p.pairs
+    }
 
 
 def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array]) -> Results:
@@ -94,12 +92,14 @@ def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array])
       "q" and "k" [B, chunks * 64, H, K]. With decays per channel "logs" of the same shape, the
       cotangents of the logarithms but for those of the decay of the whole chunk. With decays per
       head "d_reads", "d_writes" and "d_spans" [B, H, chunks * 64], the cotangents of the sums of
-      logarithms up to a step, after a step, and of those that a step is in, between two steps. For
-      the delta rule "d_beta", without the terms with V.
+      logarithms up to a step, after a step, and of those that a step is in, between two steps. With
+      decays "carried" [B, H, chunks, K], the sums over values of a state before a chunk times the
+      cotangent of the state after it. For the delta rule "d_beta", without the terms with V.
     """
     batch, heads, _, _, keys, values = arrays["states"][0].shape
-    names = ["q", "k", "d_out", "states", "cotangents"]
-    names += ["written", "d_right", "beta"] if p.delta else ["v"]
+    names = [*like, "d_out", "states", "cotangents"]
+    names += ["written", "d_right"] if p.solved else []
+    names += ["beta"] if p.delta else ["v"]
     names += ["log_decay", "upto", "after"] if p.decay else ["logs"] if p.channel else []
     given = {name: arrays[name] for name in names}
     leaves, tree = jax.tree.flatten(given)
@@ -110,7 +110,10 @@ def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array])
         outputs["logs"] = array_like(leaves[0], shape, jnp.float32)
     for key in (*(VECTORS[:3] if p.decay else ()), *(VECTORS[3:] if p.delta else ())):
         outputs[key] = array_like(leaves[0], (parts, batch, heads, steps), jnp.float32)
-    p = _fit(p._replace(keys=KEY_TILE), given)
+    if p.decay or p.channel:
+        shape = (batch, heads, p.chunks, keys)
+        outputs[CARRIED] = array_like(leaves[0], shape, jnp.float32)
+    p = _fit(name, p._replace(keys=KEY_TILE), given)
 
     def body(*refs: Any, smem: SharedMemory) -> None:
         sources = jax.tree.unflatten(tree, refs[: len(leaves)])
@@ -125,7 +128,7 @@ def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array])
         scratch=[
             matrix_blocks.buffers(p, "scores", p.num.exact) for _ in range(_scratch_matrices(p))
         ],
-        squares=[plgpu.SMEM(SQUARE, jnp.float32) for _ in range(1 + p.delta)],
+        squares={pair.name: plgpu.SMEM(SQUARE, jnp.float32) for pair in p.pairs},
         barriers=[plgpu.Barrier(num_arrivals=number) for number in arrivals],
     )
     grid = {"part": parts, "chunk": p.chunks, "head": heads, "batch": batch}
@@ -137,13 +140,15 @@ def _scratch_matrices(p: Variant) -> int:
     return 2 if p.channel else 1
 
 
-def _fit(p: Variant, given: Arrays) -> Variant:
+def _fit(name: str, p: Variant, given: Arrays) -> Variant:
     """Choose the columns of a tile, 64 or 32, that fit the shared memory."""
-    scratch = (_scratch_matrices(p) * p.num.exact * 2 + (1 + p.delta) * 4) * CHUNK * CHUNK
-    wide = p._replace(num=p.num._replace(swizzle=128), columns=64)
-    if scratch + matrix_blocks.nbytes(wide, given) <= SMEM_WHOLE:
-        return wide
-    return p._replace(num=p.num._replace(swizzle=64), columns=32)
+    scratch = (_scratch_matrices(p) * p.num.exact * 2 + len(p.pairs) * 4) * CHUNK * CHUNK
+    for columns in (64, 32):
+        # All factors of a product have the same swizzle, at most a row of the narrowest.
+        p = p._replace(num=p.num._replace(swizzle=2 * columns), columns=columns)
+        if scratch + matrix_blocks.nbytes(p, given) <= SMEM_WHOLE:
+            return p
+    raise ValueError(f"{name}: the blocks do not fit the shared memory")  # `matrix_state` checks
 
 
 def _kernel(
@@ -162,55 +167,63 @@ def _kernel(
             if wanted(key):
                 matrix_blocks.fetch(p, key, sources[key], at, block, smem.barriers[index])
 
-    def add(index: int, kinds: tuple[str, ...], sums: Any) -> Any:
-        """Return the sums over the tiles, whose blocks are of these kinds."""
+    def add(index: int, factors: dict[str, tuple[str, str]], rows: bool) -> Results:
+        """Return the sums over the tiles of these factors."""
+        kinds = TIMED + STATES if rows else TIMED
 
-        def tile(i: Any, sums: Any) -> Any:
+        def tile(i: Any, sums: Results) -> Results:
             columns = pl.ds(i.astype(jnp.int32) * p.columns, p.columns)
             fetch(chunk._replace(columns=columns), index, lambda key: key in kinds)
             plgpu.barrier_wait(smem.barriers[index])
-            sums = add_tile(p, smem.blocks, sums)
+            sums = add_tile(p, smem.blocks, factors, sums)
             plgpu.commit_smem()  # all threads have read the blocks
             return sums
 
+        sums = dict.fromkeys(factors, mp.zeros(CHUNK, p.keys if rows else CHUNK))
+        if rows and CARRIED in targets:
+            sums[CARRIED] = mp.zeros(p.keys)
         return lax.fori_loop(0, tiles, tile, sums)
 
     fetch(chunk, 0, lambda key: key not in TIMED + STATES)
-    rows, square = mp.zeros(CHUNK, p.keys), mp.zeros(*SQUARE)
-    sums = add(1, TIMED + STATES, Rows(rows, rows, rows if p.delta else None))
+    sums = add(1, row_factors(p), True)
     plgpu.barrier_wait(smem.barriers[0])
     found = of_rows(p, smem.blocks, smem.scratch, sums)
-    squares = add(2, TIMED, Squares(square, square if p.delta else None))
-    store_squares(p, smem.squares, squares)
+    store_squares(p, smem.squares, add(2, square_factors(p), False))
     for key, value in of_pairs(p, smem.blocks, smem.scratch, smem.squares, found).items():
         if key in VECTORS:
             targets[key][part, batch, head, chunk.steps] = value
+        elif key == CARRIED:
+            targets[key][batch, head, index, chunk.keys] = value
         else:
             targets[key][batch, chunk.steps, head, chunk.keys] = value.astype(targets[key].dtype)
 
 
-def add_tile(p: Variant, blocks: Blocks, sums: Any) -> Any:
-    """Add a tile of columns to `Rows` or `Squares`."""
-    num, d_out, written = p.num, blocks["d_out"], blocks["written" if p.delta else "v"]
-    if isinstance(sums, Squares):
-        right = mp.transposed(written)
-        scores = mp.product(num, d_out, right, sums.scores)
-        lower = mp.product(num, blocks["d_right"], right, sums.lower) if p.delta else None
-        return Squares(scores, lower)
-    state, cotangent = (mp.transposed(blocks[name]) for name in STATES)
-    reads = mp.product(num, d_out, state[: num.inputs], sums.reads)
-    writes = mp.product(num, written, cotangent, sums.writes)
-    right = mp.product(num, blocks["d_right"], state, sums.right) if p.delta else None
-    return Rows(reads, writes, right)
+def add_tile(
+    p: Variant, blocks: Blocks, factors: dict[str, tuple[str, str]], sums: Results
+) -> Results:
+    """Add a tile of columns to the sums with the given factors."""
+    found = {}
+    for name, (left, right) in factors.items():
+        pieces = blocks[right]
+        if left == "d_out" and right == "states":
+            pieces = pieces[: p.num.inputs]
+        found[name] = mp.product(p.num, blocks[left], mp.transposed(pieces), sums[name])
+    if CARRIED in sums:
+        states, cotangents = (mp.joined(blocks[name]) for name in STATES)
+        found[CARRIED] = sums[CARRIED] + _row_sums(states * cotangents)
+    return found
 
 
-def store_squares(p: Variant, refs: list[Any], sums: Squares) -> None:
-    """Store the cotangents of the scores and of N."""
+def store_squares(p: Variant, refs: dict[str, Any], sums: Results) -> None:
+    """Store the cotangents of the products of pairs of steps; for the delta rule that of N."""
     t, j = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
     plgpu.commit_smem()
-    refs[0][...] = jnp.where(t >= j, p.scale * sums.scores, 0.0)
-    if p.delta:
-        refs[1][...] = jnp.where(t > j, -sums.lower, 0.0)
+    for pair in p.pairs:
+        value = sums[pair.name]
+        if pair.left == "q":
+            refs[pair.name][...] = jnp.where(t >= j, p.scale * value, 0.0)
+        else:
+            refs[pair.name][...] = jnp.where(t > j, -value if p.delta else value, 0.0)
     plgpu.commit_smem()
 
 
@@ -218,59 +231,70 @@ def _row_sums(x: jax.Array) -> jax.Array:
     return jnp.sum(x, axis=1)
 
 
-def of_rows(p: Variant, blocks: Blocks, scratch: list[list[Any]], sums: Rows) -> Results:
+def of_rows(p: Variant, blocks: Blocks, scratch: list[list[Any]], sums: Results) -> Results:
     """Return the results of `gradients` for one chunk and its channels, without pairs of steps."""
-    q, k = mp.joined(blocks["q"]), mp.joined(blocks["k"])
 
-    def decayed(name: str, value: jax.Array) -> jax.Array:
+    def row(name: str) -> jax.Array:
+        return mp.joined(blocks[name])
+
+    def read(name: str, value: jax.Array) -> jax.Array:
         if p.channel:
-            of_tile = matrix_channels.Decays(p, blocks["logs"])
-            return (of_tile.upto() if name == "upto" else of_tile.after()) * value
-        return mp.scaled(blocks[name][0], value) if p.decay else value
+            return matrix_channels.Decays(p, blocks["logs"]).upto(name) * value
+        return mp.scaled(blocks["upto"][0], value) if p.decay else value
 
-    found = {"q": decayed("upto", p.scale * sums.reads), "k": decayed("after", sums.writes)}
-    reads, writes = q * found["q"], k * found["k"]
+    def written(value: jax.Array) -> jax.Array:
+        if p.channel:
+            return matrix_channels.Decays(p, blocks["logs"]).after() * value
+        return mp.scaled(blocks["after"][0], value) if p.decay else value
+
+    found = {"q": read("q", p.scale * sums["q"]), "k": written(sums["k"])}
+    reads, writes = row("q") * found["q"], row("k") * found["k"]
     if p.delta:
-        read = -decayed("upto", sums.right)
-        found["d_beta"] = _row_sums(k * read)
-        read = mp.by_row(blocks["beta"][0], read.shape) * read
-        reads = reads + k * read
-        found["k"] = found["k"] + read
+        own = -read("k", sums["right"])
+        found["d_beta"] = _row_sums(row("k") * own)
+        own = mp.by_row(blocks["beta"][0], own.shape) * own
+        reads = reads + row("k") * own
+        found["k"] = found["k"] + own
+    i, t = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
+    steps = [(i <= t, reads), (i > t, writes)]
+    if p.vectors:
+        found |= {"a": read("a", sums["right"]), "b": written(sums["b"])}
+        steps[1] = (i > t, writes + row("b") * found["b"])
+        steps += [(i < t, row("a") * found["a"])]
     if p.channel:
-        found["logs"] = _sums_of_steps(p, scratch[0], reads, writes)
+        found["logs"] = _sums_of_steps(p, scratch[0], steps)
     if p.decay:
         found |= {"d_reads": _row_sums(reads), "d_writes": _row_sums(writes)}
-    return found
+    return found | {name: sums[name] for name in (CARRIED,) if name in sums}
 
 
 def of_pairs(
-    p: Variant, blocks: Blocks, scratch: list[list[Any]], squares: list[Any], found: Results
+    p: Variant,
+    blocks: Blocks,
+    scratch: list[list[Any]],
+    squares: dict[str, Any],
+    found: Results,
 ) -> Results:
     """Add the terms of pairs of steps to the results of a chunk and its channels."""
-    if not p.channel:
-        return _add_pairs(p, blocks, scratch[0], squares, found)
-    start = matrix_channels.PairCotangents(*(found.get(n) for n in ("q", "k", "logs", "d_beta")))
-    sums = matrix_channels.pairs_back(p, blocks, scratch, squares, start)
-    found = found | {"q": sums.q, "k": sums.k, "logs": sums.logs}
-    return found | ({"d_beta": sums.beta} if p.delta else {})
+    if p.channel:
+        return matrix_channels.pairs_back(p, blocks, scratch, squares, found)
+    return _add_pairs(p, blocks, scratch[0], squares, found)
 
 
-def _sums_of_steps(
-    p: Variant, scratch: list[Any], reads: jax.Array, writes: jax.Array
-) -> jax.Array:
-    """Return the cotangents of logarithms from those of sums up to a step and after a step."""
-    i, t = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
-    mp.store(scratch, mp.split(reads, p.num.exact))
-    found = mp.product(p.num, [mp.ones(i <= t)], scratch, in_registers=True)
-    mp.store(scratch, mp.split(writes, p.num.exact))
-    return mp.product(p.num, [mp.ones(i > t)], scratch, found, in_registers=True)
+def _sums_of_steps(p: Variant, scratch: list[Any], terms: list[tuple[jax.Array, jax.Array]]) -> Any:
+    """Return the sums over t of the values of the terms, where their mask [i, t] is true."""
+    found: Any = None
+    for mask, value in terms:
+        mp.store(scratch, mp.split(value, p.num.exact))
+        found = mp.product(p.num, [mp.ones(mask)], scratch, found, in_registers=True)
+    return found
 
 
 def _add_pairs(
     p: Variant,
     blocks: Blocks,
     scratch: list[Any],
-    squares: list[Any],
+    squares: dict[str, Any],
     found: Results,
 ) -> Results:
     """Add the terms of pairs of steps, without decays per channel."""
@@ -286,13 +310,13 @@ def _add_pairs(
         mp.store(scratch[: p.computed], pieces)
         return pieces, mp.transposed(scratch[: p.computed])
 
-    d_scores = decayed(mp.load(squares[0]))
+    d_scores = decayed(mp.load(squares["scores"]))
     change = d_scores * mp.product(num, q, mp.transposed(k)) if p.decay else None
     pieces, turned = store(d_scores)
     dq = mp.product(num, pieces, k, found["q"], in_registers=True)
     dk = mp.product(num, turned, q, found["k"])
     if p.delta:
-        d_lower = decayed(mp.load(squares[1]))
+        d_lower = decayed(mp.load(squares["lower"]))
         overlaps = mp.product(num, k, mp.transposed(k))
         found["d_beta"] = found["d_beta"] + _row_sums(d_lower * overlaps)
         d_lower = mp.by_row(blocks["beta"][0], SQUARE) * d_lower
@@ -313,18 +337,15 @@ def decay_gradient(p: Variant, arrays: Arrays, results: Results, length: int) ->
 
     Args:
       p: the variant.
-      arrays: the arguments of `gradients`, and with decays per channel "carry".
+      arrays: "logs" and "carry", or "log_decay" and "upto".
       results: its results.
       length: T.
     """
-    states, cotangents = (
-        jnp.sum(arrays[name][0].astype(jnp.float32), axis=3) for name in ("states", "cotangents")
-    )
-    carried = jnp.sum(states * cotangents, axis=-1)
+    carried = results[CARRIED]
     if p.channel:
         last = jnp.moveaxis(arrays["carry"][0] * carried, 1, 2)
         total = (results["logs"] + jnp.repeat(last, CHUNK, axis=1))[:, :length]
-        logs = sum(piece.astype(jnp.float32) for piece in arrays["logs"])[:, :length]
+        logs = matrix_blocks.total(arrays["logs"])[:, :length]
         return jnp.where(logs <= LOG_ZERO, 0.0, total)
     # The logarithm of step i is in the sums up to t >= i, and in the sums after j < i.
     [logs], [upto] = arrays["log_decay"], arrays["upto"]

@@ -7,6 +7,13 @@ With D_{t,j} the decays of the steps after j and up to t, and S the state before
     o_t = scale * (D_{t,0} q_t S + sum_{j <= t} scores_{t,j} u_j)
     S'  = D_{C,0} S + sum_j D_{C,j} k_j u_j^T
 
+The generalized delta rule, S_t = D_t S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, has U = V and
+
+    Z   = (I - N)^-1 (D A S + M V)                                   z_t = S_{t-1}^T a_t
+    o_t = (...) + scale * sum_{j <= t} b_scores_{t,j} z_j
+    S'  = (...) + sum_j D_{C,j} b_j z_j^T
+
+with M the copies, a_t^T D_{t-1,j} k_j for j < t, and N the same with b_j. Z is stored as "written".
 `matrix_pairs`, or `matrix_channels` for decays per channel, computes scores and inverses of all
 chunks in parallel, and `matrix_pass` carries the state. One pass would compute both between two
 updates of the state. The inverse alone is ten products, each of which depends on the previous one,
@@ -18,9 +25,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.gpu import matrix_blocks, matrix_gradients, matrix_pass
+from pallas_kernels.gpu import matrix_blocks, matrix_decays, matrix_gradients, matrix_pass
 from pallas_kernels.gpu import matrix_products as mp
 from pallas_kernels.gpu.matrix_blocks import Arrays, Variant, by_head, by_step
 from pallas_kernels.gpu.matrix_channels import channels
@@ -52,7 +58,7 @@ def forward(
     """Compute outputs and final state.
 
     Args:
-      op: name of the op. With `beta` it is the delta rule.
+      op: name of the op. With `beta` it is the delta rule, with `vectors` the generalized one.
       q, k: [B, T, G, K], float32 or bfloat16. G divides H.
       v: [B, T, H, V].
       beta: [B, T, H] or None.
@@ -60,7 +66,7 @@ def forward(
       initial_state: [B, H, K, V] in float32.
       reset: [B, T] bool or None.
       scale: factor of the outputs.
-      vectors: {} or None: the kernel has no further inputs.
+      vectors: "a" and "b" of the generalized delta rule, [B, T, H, K], else {} or None.
       chunk_size: 64 or None.
       states: no effect: the backward pass has no residuals.
       interpret: run in interpret mode, without a GPU. This is slow.
@@ -72,9 +78,9 @@ def forward(
       NotImplementedError: if the kernel does not support the call.
     """
     del states
-    _check(op, k, v, log_decay, initial_state, vectors, chunk_size)
+    _check(op, k, v, initial_state, vectors, chunk_size)
     length = q.shape[1]
-    p, arrays = _prepare(q, k, v, beta, log_decay, reset, scale, interpret)
+    p, arrays = _prepare(q, k, v, beta, log_decay, reset, vectors, scale, interpret)
     out_like = _pad_steps(v)
     arrays |= _of_pairs(p, arrays, initial_state)
     timed = _of_pass(p, arrays, "q", "k_write", "v", "scores")
@@ -95,6 +101,8 @@ def _of_pass(p: Variant, arrays: Arrays, *names: str) -> Arrays:
     them, the keys that read and write are the same.
     """
     names += ("k_read", "beta", "inverse") if p.delta else ()
+    names += ("a_read", "b_write", "copies", "inverse") if p.vectors else ()
+    names += ("b_scores",) if p.vectors and "scores" in names else ()
     decayed = {"q": "q_read"} if p.channel else {"k_read": "k", "k_write": "k"}
     names = tuple(decayed.get(name, name) for name in names)
     names += tuple(name for name in ("upto", "after", "carry") if name in arrays)
@@ -102,9 +110,16 @@ def _of_pass(p: Variant, arrays: Arrays, *names: str) -> Arrays:
 
 
 def _write_values(c: Chunk) -> tuple[list[Any], Any]:
-    """Return the values U of a chunk in shared memory, and in registers if they are used there."""
+    """Return the values U or Z of a chunk in shared memory, and in registers if used there."""
     x = c.x
-    value: Any = mp.joined(x["v"]) if c.p.delta or c.p.decay else None
+    value: Any = None
+    if c.p.vectors:
+        read = c.decayed("upto", mp.product(c.p.num, x["a_read"], c.state))
+        right = c.write(mp.product(c.p.num, x["copies"], x["v"], read))
+        value = mp.product(c.p.num, x["inverse"], right)
+        return c.write(value), value
+    if c.p.delta or c.p.decay:
+        value = mp.joined(x["v"])
     if not c.p.delta:
         return x["v"], value
     missing = value - c.decayed("upto", mp.product(c.p.num, c.k_read, c.state))
@@ -114,22 +129,29 @@ def _write_values(c: Chunk) -> tuple[list[Any], Any]:
 
 
 def _next_state(c: Chunk, state: jax.Array, written: list[Any], value: Any) -> jax.Array:
+    carried = c.carried(state)
+    if c.p.vectors:
+        carried = mp.product(c.p.num, mp.transposed(c.x["b_write"]), written, carried)
+        written = c.x["v"]
     if c.p.decay:
         written = c.write(c.decayed("after", value))
-    return mp.product(c.p.num, mp.transposed(c.k_write), written, c.carried(state))
+    return mp.product(c.p.num, mp.transposed(c.k_write), written, carried)
 
 
 def _with_outputs(c: Chunk, state: jax.Array) -> jax.Array:
     num, x = c.p.num, c.x
     written, value = _write_values(c)
     out = c.decayed("upto", mp.product(num, c.q_read, c.state[: num.inputs]))
-    c.send(c.p.scale * mp.product(num, x["scores"], written, out))
+    if c.p.vectors:
+        out = mp.product(num, x["b_scores"], written, out)
+    values = x["v"] if c.p.vectors else written
+    c.send(c.p.scale * mp.product(num, x["scores"], values, out))
     return _next_state(c, state, written, value)
 
 
 def _without_outputs(c: Chunk, state: jax.Array) -> jax.Array:
     written, value = _write_values(c)
-    if c.p.delta:
+    if c.p.solved:
         c.keep(value)
     return _next_state(c, state, written, value)
 
@@ -140,15 +162,28 @@ def _in_reverse(c: Chunk, cotangent: jax.Array) -> jax.Array:
     dU = scores^T do + D K F                               do = scale * d_out
     dR = (I + N)^-T dU,     dV = beta dR                   delta rule, else dV = dU
     F' = D_{C,0} F + sum_t D_{t,0} (q_t do_t^T - k_t dv_t^T)
+
+    For the generalized delta rule, dR = (I - N)^-T (scale b_scores^T do + D B F) adds M^T dR to dV,
+    and A^T D dR to F' in place of the keys.
     """
     num, x = c.p.num, c.x
     own = mp.product(num, mp.transposed(x["scores"]), x["d_out"])
     du = c.p.scale * own + c.decayed("after", mp.product(num, c.k_write, c.state))
     carried = c.carried(cotangent)
-    if c.p.delta:
+    if c.p.vectors:
+        dz = c.p.scale * mp.product(num, mp.transposed(x["b_scores"]), x["d_out"])
+        dz = dz + mp.product(num, x["b_write"], c.state)
+        dr = mp.product(num, mp.transposed(x["inverse"]), c.write(dz))
+        c.keep(dr)
+        right = c.write(dr)
+        c.send(mp.product(num, mp.transposed(x["copies"]), right, du))
+        right = c.write(c.decayed("upto", dr))
+        carried = mp.product(num, mp.transposed(x["a_read"]), right, carried)
+    elif c.p.delta:
         dr = mp.product(num, mp.transposed(x["inverse"]), c.write(du))
         c.keep(dr)
         dv = mp.by_row(x["beta"][0], dr.shape) * dr
+        c.send(dv)
         right = c.write(-c.decayed("upto", dv))
         carried = mp.product(num, mp.transposed(c.k_read), right, carried)
     else:
@@ -165,13 +200,18 @@ def _prepare(
     beta: jax.Array | None,
     log_decay: jax.Array | None,
     reset: jax.Array | None,
+    vectors: dict[str, jax.Array] | None,
     scale: float,
     interpret: bool,
 ) -> tuple[Variant, Arrays]:
     """Return the variant, and the arrays by name in the layout of blocks."""
     batch, length, heads, _ = v.shape
-    narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
-    channel = log_decay is not None and log_decay.ndim == 4
+    vectors = vectors or {}
+    narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v, *vectors.values()))
+    channel = bool(vectors) or (log_decay is not None and log_decay.ndim == 4)
+    if channel and (log_decay is None or log_decay.ndim == 3):
+        ones = jnp.ones(k.shape, jnp.float32)
+        log_decay = 0.0 * ones if log_decay is None else log_decay[..., None] * ones
     chunks = -(-length // CHUNK)
     p = Variant(
         num=Numerics(1, 2, 128, interpret) if narrow else Numerics(3, 3, 128, interpret),
@@ -183,21 +223,26 @@ def _prepare(
         decay=not channel and (log_decay is not None or reset is not None),
         channel=channel,
         delta=beta is not None,
+        vectors=bool(vectors),
     )
     arrays: Arrays = {
-        name: mp.split(_pad_steps(x), p.num.inputs) for name, x in (("q", q), ("k", k), ("v", v))
+        name: mp.split(_pad_steps(x), p.num.inputs)
+        for name, x in {"q": q, "k": k, "v": v, **vectors}.items()
     }
     if beta is not None:
         arrays["beta"] = [by_head(beta.astype(jnp.float32), chunks)]
     if p.channel:
-        logs = _logarithms(log_decay, reset, k.shape)
-        arrays |= {"logs": mp.split(_pad_steps(logs), LOG_PIECES), "carry": [_carry(logs, chunks)]}
+        logs = matrix_decays.logarithms(log_decay, reset, k.shape)
+        arrays |= {
+            "logs": mp.split(_pad_steps(logs), LOG_PIECES),
+            "carry": [matrix_decays.carry(logs, chunks)],
+        }
         if reset is not None:  # zero from the first reset of a chunk on, else one
             cleared = jnp.broadcast_to(reset[..., None], v.shape[:3]).astype(jnp.float32)
-            arrays["upto"] = [_sums(LOG_ZERO * by_head(cleared, chunks))[0]]
+            arrays["upto"] = [matrix_decays.sums(LOG_ZERO * by_head(cleared, chunks))[0]]
     if p.decay:
-        logs = by_head(_logarithms(log_decay, reset, (batch, length, heads)), chunks)
-        upto, after = _sums(logs)
+        logs = by_head(matrix_decays.logarithms(log_decay, reset, (batch, length, heads)), chunks)
+        upto, after = matrix_decays.sums(logs)
         arrays |= {"log_decay": [logs], "upto": [upto], "after": [after]}
     return p, arrays
 
@@ -206,15 +251,17 @@ def _check(
     op: str,
     k: jax.Array,
     v: jax.Array,
-    log_decay: jax.Array | None,
     state: jax.Array,
     vectors: dict[str, jax.Array] | None,
     chunk_size: int | None,
 ) -> None:
     """Raise NotImplementedError if the kernel does not support a call."""
     hint = "use implementation='xla' or None."
-    if vectors:
-        raise NotImplementedError(f"{op}: there is no GPU kernel with `a` and `b` yet; {hint}")
+    if vectors and any(x.dtype != jnp.bfloat16 for x in (k, v, *vectors.values())):
+        raise NotImplementedError(
+            f"{op}: the GPU kernel must have bfloat16 inputs, because blocks of float32 numbers do"
+            f" not fit the shared memory; cast them, or {hint}"
+        )
     if state.dtype != jnp.float32:
         raise NotImplementedError(
             f"{op}: the GPU kernel must have a float32 state, got {state.dtype}; {hint}"
@@ -255,34 +302,6 @@ def _pad_steps(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0))) if count else x
 
 
-def _logarithms(
-    log_decay: jax.Array | None, reset: jax.Array | None, shape: tuple[int, ...]
-) -> jax.Array:
-    """Return finite logarithms of the decays, with resets; `shape` is theirs if all are one."""
-    logs = jnp.zeros(shape, jnp.float32)
-    if log_decay is not None:
-        logs = log_decay.astype(jnp.float32)
-        logs = jnp.where(logs < LOG_ZERO, LOG_ZERO, logs)
-    if reset is None:
-        return logs
-    return jnp.where(jnp.expand_dims(reset, range(2, logs.ndim)), LOG_ZERO, logs)
-
-
-def _carry(logs: jax.Array, chunks: int) -> jax.Array:
-    """Return the decays of whole chunks [B, H, chunks, K], from logarithms [B, T, H, K]."""
-    batch, length, *rest = logs.shape
-    logs = jnp.pad(logs, ((0, 0), (0, chunks * CHUNK - length), (0, 0), (0, 0)))
-    return jnp.exp(jnp.moveaxis(jnp.sum(logs.reshape(batch, chunks, CHUNK, *rest), axis=2), 1, 2))
-
-
-def _sums(logs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return exp(g_1 + ... + g_t) and exp(g_{t+1} + ... + g_C) within the chunks."""
-    steps = logs.reshape(*logs.shape[:2], -1, CHUNK)
-    later = jnp.pad(steps[..., 1:], [(0, 0)] * 3 + [(0, 1)])
-    upto, after = jnp.cumsum(steps, axis=-1), lax.cumsum(later, axis=3, reverse=True)
-    return jnp.exp(upto).reshape(logs.shape), jnp.exp(after).reshape(logs.shape)
-
-
 def backward(
     op: str,
     q: jax.Array,
@@ -309,13 +328,14 @@ def backward(
     Raises:
       NotImplementedError: if the kernel does not support the call.
     """
-    _check(op, k, v, log_decay, initial_state, vectors, chunk_size)
+    _check(op, k, v, initial_state, vectors, chunk_size)
     length = q.shape[1]
-    p, arrays = _prepare(q, k, v, beta, log_decay, reset, scale, interpret)
+    vectors = vectors or {}
+    p, arrays = _prepare(q, k, v, beta, log_decay, reset, vectors, scale, interpret)
     arrays["d_out"] = mp.split(_pad_steps(d_out.astype(v.dtype)), p.num.inputs)
     arrays |= _of_pairs(p, arrays, initial_state)
     timed = _of_pass(p, arrays, "k_write", "v")
-    kept = "written" if p.delta else None
+    kept = "written" if p.solved else None
     found = matrix_pass.run(
         op + "_states",
         _fit(op, p, timed, 0),
@@ -329,29 +349,29 @@ def backward(
     timed = _of_pass(p, arrays, "q", "k_write", "scores", "d_out")
     found = matrix_pass.run(
         op + "_cotangents",
-        _fit(op, p, timed, 0 if p.delta else v.dtype.itemsize),
+        _fit(op, p, timed, v.dtype.itemsize),
         timed,
         d_final,
         _in_reverse,
-        out_like=None if p.delta else _pad_steps(v),
-        kept="d_right" if p.delta else None,
+        out_like=_pad_steps(v),
+        kept="d_right" if p.solved else None,
         states=True,
         reverse=True,
     )
     arrays["cotangents"] = found["states"]
-    results = {"initial_state": found["final"][0]}
-    if beta is None:
-        results["v"] = found["out"][0][:, :length]
-    else:
+    results = {"initial_state": found["final"][0], "v": found["out"][0][:, :length]}
+    if p.solved:
         arrays["d_right"] = found["d_right"]
-    sums = matrix_gradients.gradients(op + "_gradients", p, arrays, {"q": q, "k": k})
-    results |= {name: sums[name][:, :length] for name in ("q", "k")}
+    like = {"q": q, "k": k, **vectors}
+    sums = matrix_gradients.gradients(op + "_gradients", p, arrays, like)
+    results |= {name: sums[name][:, :length] for name in like}
     if beta is not None:
-        right = sum(piece.astype(jnp.float32) for piece in found["d_right"])[:, :length]
-        results["v"] = (beta.astype(jnp.float32)[..., None] * right).astype(v.dtype)
+        right = matrix_blocks.total(found["d_right"])[:, :length]
         d_beta = jnp.sum(right * v.astype(jnp.float32), axis=-1)
         results["beta"] = (d_beta + by_step(sums["d_beta"], length)).astype(beta.dtype)
     if log_decay is not None:
         gradient = matrix_gradients.decay_gradient(p, arrays, sums, length)
+        if gradient.ndim > log_decay.ndim:  # of decays per head, computed per channel
+            gradient = jnp.sum(gradient, axis=-1)
         results["log_decay"] = gradient.astype(log_decay.dtype)
     return results

@@ -69,10 +69,12 @@ def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "generalized_delta_rule"])
 @pytest.mark.parametrize("way", ["", " backward"], ids=["forward", "backward"])
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_matrix_states_use_tensor_cores(op, way, decay, tmp_path):
+    if op == "generalized_delta_rule" and decay == "head":
+        pytest.skip("the kernels repeat these decays over channels")
     name = f"{op}{way}, decay per {decay}, B=1, T=4096, H=8, K=V=128"
     report = gpu.compile_apart(name, "bfloat16", folder=tmp_path)
     if (op, way) == ("linear_attention", "") or (decay, way) == ("head", ""):
@@ -238,8 +240,8 @@ def _compile_cell(cell, place):
 @pytest.mark.slow
 def test_matrix_states_run_in_few_kernels_on_tensor_cores(tmp_path):
     """Check the XLA form of `linear_attention` with a decay per head, without gradients."""
-    row = gpu.XLA_ROWS[0]
-    _, cost = gpu.compile_xla_apart(row, tmp_path)
+    row = gpu.PROGRAMS[0]
+    _, cost = gpu.compile_program_apart(row, tmp_path)
     assert cost.kernels <= 150
     assert cost.flops["bf16"] + cost.flops["tf32"] >= 0.9 * sum(cost.flops.values())
     assert cost.seconds <= 1e-3

@@ -33,10 +33,20 @@ def arrays(op, decay, dtype, sizes, groups=None, seed=0):
     given = {"q": draw(B, T, G, K), "k": draw(B, T, G, K) / K**0.5, "v": draw(B, T, H, V)}
     if op == "delta_rule":
         given["beta"] = jnp.asarray(rng.uniform(0, 2, (B, T, H)), jnp.float32)
+    if op == "generalized_delta_rule":
+        given |= {"a": -draw(B, T, H, K) / K**0.5, "b": draw(B, T, H, K) / K**0.5}
     if decay:
         shape = {"head": (B, T, H), "channel": (B, T, H, K)}[decay]
         given["log_decay"] = jnp.asarray(-rng.uniform(0, 0.5, shape), jnp.float32)
-    return given, draw(B, H, K, V, dtype="float32"), rng.random((B, T)) < 0.05
+    state, reset = draw(B, H, K, V, dtype="float32"), rng.random((B, T)) < 0.05
+    if "a" in given:
+        given["a"] = cleared(given["a"], reset)
+    return given, state, reset
+
+
+def cleared(a, reset):
+    """Return `a` as the kernels get it, zero where the state that it reads is cleared."""
+    return jnp.where(reset[..., None, None], 0, a)
 
 
 def exactly(tree):
@@ -49,7 +59,8 @@ def call(function, op, given, *rest, **keywords):
     names = ("q", "k", "v", "beta", "log_decay")
     scale = given["q"].shape[-1] ** -0.5
     inputs = [given.get(name) for name in names]
-    return function(op, *inputs, *rest, scale=scale, interpret=True, **keywords)
+    vectors = {name: given[name] for name in "ab" if name in given}
+    return function(op, *inputs, *rest, scale=scale, vectors=vectors, interpret=True, **keywords)
 
 
 FORMS = [
@@ -58,6 +69,7 @@ FORMS = [
     pytest.param("delta_rule", None, "bfloat16", id="no decay"),
     pytest.param("linear_attention", "channel", "float32", id="linear attention, channels"),
     pytest.param("delta_rule", "channel", "bfloat16", id="delta rule, channels"),
+    pytest.param("generalized_delta_rule", "channel", "bfloat16", id="generalized delta rule"),
 ]
 
 
@@ -66,7 +78,8 @@ FORMS = [
 @pytest.mark.parametrize(("op", "decay", "dtype"), FORMS)
 def test_values(op, decay, dtype):
     """Check two heads that share keys, two chunks, and steps that are no whole tile."""
-    given, state, reset = arrays(op, decay, dtype, (1, 74, 2, 64, 64), groups=1)
+    groups = 2 if op == "generalized_delta_rule" else 1
+    given, state, reset = arrays(op, decay, dtype, (1, 74, 2, 64, 64), groups)
     reset = reset if decay else np.zeros_like(reset)
     found = call(matrix_state.forward, op, given, state, jnp.asarray(reset) if decay else None)
     oracle = getattr(op_oracles, op)(exactly(given), exactly(state), reset)
@@ -92,6 +105,8 @@ def test_gradients(op, decay, dtype):
             wide, cotangents
         )
         expected = jax.tree.map(np.asarray, expected)
+    if "a" in found:
+        found["a"] = cleared(found["a"], reset)
     assert_close(exactly({name: found[name] for name in expected}), expected, TOLERANCE[dtype])
 
 
@@ -118,6 +133,8 @@ def lowered(
     given = {"q": row, "k": row, "v": row, "log_decay": spec(shape[:decay_axes], jnp.float32)}
     if op == "delta_rule":
         given["beta"] = spec(shape[:3], jnp.float32)
+    if op == "generalized_delta_rule":
+        given |= {"a": row, "b": row}
 
     def run(given):
         return getattr(seqjax, op)(**given, implementation=implementation, **keywords)
@@ -159,11 +176,15 @@ def test_kernels_run_by_name_only():
     assert KERNEL not in lowered("linear_attention", shape, implementation=None)
 
 
-@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "generalized_delta_rule"])
 @pytest.mark.parametrize("decay_axes", [3, 4], ids=["head", "channel"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_gradients_lower(op, decay_axes, dtype):
     """Check that blocks fit the shared memory: pairs, outputs, and four kernels of gradients."""
+    if op == "generalized_delta_rule" and dtype == "float32":
+        with pytest.raises(NotImplementedError, match="must have bfloat16 inputs"):
+            lowered(op, (1, 128, 2, 64), decay_axes, dtype=dtype)
+        return
     keys = 64 if (op, decay_axes, dtype) == ("delta_rule", 4, "float32") else 128
     program = lowered(op, (1, 128, 2, keys), decay_axes, dtype=dtype, gradients=True)
     assert program.count(KERNEL) == 6

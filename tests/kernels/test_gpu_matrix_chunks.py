@@ -4,6 +4,7 @@ The functions that compute a chunk run on arrays in place of memory and register
 milliseconds, so every form is checked. `test_gpu_matrix` interprets whole kernels.
 """
 
+import itertools
 import types
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from pallas_kernels.gpu import (
     matrix_blocks,
     matrix_channels,
+    matrix_decays,
     matrix_gradients,
     matrix_pairs,
     matrix_pass,
@@ -20,6 +22,7 @@ from pallas_kernels.gpu import (
 from pallas_kernels.gpu import matrix_products as mp
 from tests.contract.harness import assert_close
 
+INPUTS = ("q", "k", "v", "beta", "a", "b")
 C, CHUNKS, K, V, COLUMNS, KEYS = 64, 2, 16, 32, 16, 8
 T = C * CHUNKS
 
@@ -78,7 +81,7 @@ def on_arrays(monkeypatch):
 
     functions = {"shift_right_logical": lambda x, n: x >> int(n), "cumsum": cumsum}
     lax = types.SimpleNamespace(**functions, fori_loop=fori_loop)
-    modules = (mp, matrix_blocks, matrix_pairs, matrix_channels, matrix_pass)
+    modules = (mp, matrix_blocks, matrix_decays, matrix_pairs, matrix_channels, matrix_pass)
     for module in (*modules, matrix_state, matrix_gradients):
         monkeypatch.setattr(module, "jnp", Numpy())
         if hasattr(module, "lax"):
@@ -102,30 +105,35 @@ def on_arrays(monkeypatch):
         monkeypatch.setattr(module, "plgpu", waits)
 
 
-def step_by_step(x, delta, scale):
+def step_by_step(x, p):
     """Return the outputs, the final state, and all cotangents, in loops over time."""
-    q, k, v, beta, do = (x[name] for name in ("q", "k", "v", "beta", "d_out"))
-    a = np.exp(x["log_decay"]).reshape(T, -1, 1)
+    q, k, v, beta, do, ka, kb = (x[name] for name in ("q", "k", "v", "beta", "d_out", "a", "b"))
+    decay = np.exp(x["log_decay"]).reshape(T, -1, 1)
     states, written, out = [x["initial_state"]], [], np.zeros((T, V))
     for t in range(T):
-        S = a[t] * states[-1]
-        written.append(beta[t] * (v[t] - S.T @ k[t]) if delta else v[t])
-        states.append(S + np.outer(k[t], written[t]))
-        out[t] = scale * states[-1].T @ q[t]
-    ct = {name: np.zeros_like(x[name]) for name in ("q", "k", "v", "beta", "log_decay")}
+        S = decay[t] * states[-1]
+        written.append(beta[t] * (v[t] - S.T @ k[t]) if p.delta else v[t])
+        new = S + np.outer(k[t], written[t])
+        states.append(new + np.outer(kb[t], states[-1].T @ ka[t]) if p.vectors else new)
+        out[t] = p.scale * states[-1].T @ q[t]
+    ct = {name: np.zeros_like(x[name]) for name in ("q", "k", "v", "beta", "log_decay", "a", "b")}
     F = x["d_final"]
     for t in reversed(range(T)):
-        F = F + scale * np.outer(q[t], do[t])
-        S, du = a[t] * states[t], F.T @ k[t]
-        ct["q"][t], ct["k"][t] = scale * states[t + 1] @ do[t], F @ written[t]
-        if delta:
+        F = F + p.scale * np.outer(q[t], do[t])
+        S, du, read = decay[t] * states[t], F.T @ k[t], np.zeros_like(F)
+        ct["q"][t], ct["k"][t] = p.scale * states[t + 1] @ do[t], F @ written[t]
+        if p.vectors:
+            dz = F.T @ kb[t]
+            ct["b"][t], ct["a"][t] = F @ (states[t].T @ ka[t]), states[t] @ dz
+            read = np.outer(ka[t], dz)
+        if p.delta:
             ct["beta"][t] = (v[t] - S.T @ k[t]) @ du
             du = beta[t] * du
             ct["k"][t] -= S @ du
             F = F - np.outer(k[t], du)
         ct["v"][t] = du
-        ct["log_decay"][t] = np.sum(F * S, axis=1 if a.shape[1] > 1 else None)
-        F = a[t] * F
+        ct["log_decay"][t] = np.sum(F * S, axis=1 if decay.shape[1] > 1 else None)
+        F = decay[t] * F + read
     return out, states[-1], ct | {"initial_state": F}
 
 
@@ -134,7 +142,7 @@ class Chunks:
 
     def __init__(self, x, p):
         self.x, self.p = x, p
-        self.rows = {name: x[name] for name in "qk"}
+        self.rows = {name: x[name] for name in matrix_channels.inputs(p)}
         self.values = {name: x[name] for name in ("v", "d_out")}
         self.vectors = {"beta": x["beta"]}
         self.squares = [{} for _ in range(CHUNKS)]
@@ -143,7 +151,7 @@ class Chunks:
             logs = x["log_decay"].reshape(CHUNKS, C, K)
             self.carry = np.exp(logs.sum(axis=1))
         if p.decay:
-            upto, after = matrix_state._sums(x["log_decay"][None, None])
+            upto, after = matrix_decays.sums(x["log_decay"][None, None])
             self.vectors |= {"log_decay": x["log_decay"], "upto": upto[0, 0], "after": after[0, 0]}
 
     def blocks(self, c, columns=slice(None), keys=slice(None)):
@@ -170,19 +178,20 @@ def pairs_of_chunk(chunks, c):
         matrix_pairs._chunk(p, smem, targets)
         names = zip(("scores", "inverse"), targets, strict=True)
         return {name: found[0] for name, found in names if found}
-    sums = None
-    for i in range(0, K, KEYS):
+    found = {}
+    for right, i in itertools.product(matrix_channels.rights(p), range(0, K, KEYS)):
         at = slice(i, i + KEYS)
         blocks, scratch = chunks.blocks(c, keys=at), pieces(np.zeros((C, KEYS)))
-        for name, value in matrix_channels.decayed_rows(p, blocks).items():
+        for name in matrix_channels.row_names(p):
+            value = matrix_channels.decayed_row(p, blocks, name)
             chunks.store(chunks.rows, name, c, value, at=at)
-        sums = matrix_channels.add_pairs(p, blocks, scratch, sums)
-    scores, overlaps = sums
-    if not p.delta:
-        return {"scores": scores}
-    lower = mp.by_row(blocks["beta"][0], (C, C)) * overlaps
-    scratch = pieces(np.zeros((C, C)))
-    return {"scores": scores, "inverse": matrix_pairs.inverse(p.num, lower, scratch)}
+        sums = {} if i == 0 else found
+        found |= matrix_channels.add_pairs(p, right, blocks, scratch, sums)
+    if not p.solved:
+        return found
+    lower = found.pop("lower")
+    lower = mp.by_row(blocks["beta"][0], (C, C)) * lower if p.delta else -lower
+    return found | {"inverse": matrix_pairs.inverse(p.num, lower, pieces(np.zeros((C, C))))}
 
 
 def in_chunks(x, p):
@@ -190,7 +199,7 @@ def in_chunks(x, p):
     chunks = Chunks(x, p)
     for c in range(CHUNKS):
         chunks.squares[c] = pairs_of_chunk(chunks, c)
-    out, ct = np.zeros((T, V)), {name: np.zeros_like(x[name]) for name in ("q", "k", "v", "beta")}
+    out, ct = np.zeros((T, V)), {name: np.zeros_like(x[name]) for name in INPUTS}
 
     def carry(function, state, order, sent=None, kept=None):
         before = {}
@@ -218,18 +227,14 @@ def in_chunks(x, p):
     cts, first = carry(
         matrix_state._in_reverse, x["d_final"], forward[::-1], sent=ct["v"], kept="d_right"
     )
-    arrays = {
-        name: [np.stack([by_chunk[c] for c in forward])[None, None, :, None]]
-        for name, by_chunk in (("states", states), ("cotangents", cts))
-    }
+    arrays = {}
     results = {name: np.zeros((1, 1, T)) for name in matrix_gradients.VECTORS}
-    results["logs"] = np.zeros((1, T, 1, K))
+    results |= {"logs": np.zeros((1, T, 1, K)), "carried": np.zeros((1, 1, CHUNKS, K))}
     for c in forward:
         for i in range(0, K, KEYS):
             gradients_of_chunk(chunks, c, slice(i, i + KEYS), states[c], cts[c], ct, results)
     if p.delta:
         right = chunks.values["d_right"]
-        ct["v"] = x["beta"][:, None] * right
         ct["beta"] = results["d_beta"][0, 0] + np.sum(right * x["v"], axis=-1)
     if p.channel:
         arrays |= {"carry": [chunks.carry[None, None]]}
@@ -245,23 +250,36 @@ def in_chunks(x, p):
 def gradients_of_chunk(chunks, c, keys, state, cotangent, ct, results):
     p, steps = chunks.p, slice(c * C, c * C + C)
     zeros = np.zeros
-    rows = matrix_gradients.Rows(*[zeros((C, KEYS))] * 3)
-    squares = matrix_gradients.Squares(*[zeros((C, C))] * 2)
+    kinds = (
+        (matrix_gradients.row_factors(p), zeros((C, KEYS))),
+        (matrix_gradients.square_factors(p), zeros((C, C))),
+    )
+    sums = [dict.fromkeys(factors, zero) for factors, zero in kinds]
+    if p.decay or p.channel:
+        sums[0]["carried"] = zeros(KEYS)
     for i in range(0, V, COLUMNS):
         columns = slice(i, i + COLUMNS)
         blocks = chunks.blocks(c, columns, keys)
         blocks |= {"states": pieces(state[keys, columns])}
         blocks |= {"cotangents": pieces(cotangent[keys, columns])}
-        rows, squares = (matrix_gradients.add_tile(p, blocks, sums) for sums in (rows, squares))
+        sums = [
+            matrix_gradients.add_tile(p, blocks, factors, found)
+            for (factors, _), found in zip(kinds, sums, strict=True)
+        ]
     size = KEYS if p.channel else C
     scratch = [pieces(zeros((C, size))), pieces(zeros((C, C)))]
-    blocks, stored = chunks.blocks(c, keys=keys), [Ref(zeros((C, C))) for _ in range(2)]
-    found = matrix_gradients.of_rows(p, blocks, scratch, rows)
-    matrix_gradients.store_squares(p, stored, squares)
+    blocks, stored = (
+        chunks.blocks(c, keys=keys),
+        {pair.name: Ref(zeros((C, C))) for pair in p.pairs},
+    )
+    found = matrix_gradients.of_rows(p, blocks, scratch, sums[0])
+    matrix_gradients.store_squares(p, stored, sums[1])
     found = matrix_gradients.of_pairs(p, blocks, scratch, stored, found)
     for name, value in found.items():
         if name in matrix_gradients.VECTORS:
             results[name][0, 0, steps] += value
+        elif name == "carried":
+            results[name][0, 0, c, keys] = value
         elif name == "logs":
             results[name][0, steps, 0, keys] = value
         else:
@@ -269,12 +287,15 @@ def gradients_of_chunk(chunks, c, keys, state, cotangent, ct, results):
 
 
 @pytest.mark.parametrize("decay", [None, "head", "channel"])
-@pytest.mark.parametrize("delta", [False, True], ids=["linear attention", "delta rule"])
+@pytest.mark.parametrize("op", ["linear attention", "delta rule", "generalized delta rule"])
 @pytest.mark.parametrize("same_keys", [False, True], ids=["random keys", "same keys"])
-def test_chunks_are_the_recurrence(delta, decay, same_keys, on_arrays):
+def test_chunks_are_the_recurrence(op, decay, same_keys, on_arrays):
     """Check values and cotangents, with decays of zero, as at resets, inside chunks."""
+    if op == "generalized delta rule" and decay != "channel":
+        pytest.skip("the kernels repeat these decays over channels")
     rng = np.random.default_rng(0)
-    x = {name: rng.standard_normal((T, K)) for name in "qk"}
+    x = {name: rng.standard_normal((T, K)) for name in "qkab"}
+    x |= {name: x[name] / np.linalg.norm(x[name], axis=-1, keepdims=True) for name in "ab"}
     x["k"] = np.full((T, K), 0.25) if same_keys else x["k"] / K**0.5
     x |= {name: rng.standard_normal((T, V)) for name in ("v", "d_out")}
     x |= {name: rng.standard_normal((K, V)) for name in ("initial_state", "d_final")}
@@ -284,10 +305,12 @@ def test_chunks_are_the_recurrence(delta, decay, same_keys, on_arrays):
     if decay is None:
         x["log_decay"] = np.zeros(T)
     num = mp.Numerics(3, 3, 128, interpret=True)
-    forms = {"decay": decay == "head", "channel": decay == "channel", "delta": delta}
+    forms = {"decay": decay == "head", "channel": decay == "channel"}
+    forms |= {"delta": op == "delta rule", "vectors": op == "generalized delta rule"}
     p = matrix_blocks.Variant(num, 1, K, COLUMNS, CHUNKS, K**-0.5, **forms)
-    expected, found = step_by_step(x, delta, K**-0.5), in_chunks(x, p)
-    unused = [*([] if delta else ["beta"]), *([] if decay else ["log_decay"])]
+    expected, found = step_by_step(x, p), in_chunks(x, p)
+    unused = [*([] if p.delta else ["beta"]), *([] if decay else ["log_decay"])]
+    unused += [] if p.vectors else ["a", "b"]
     for name in unused:
         expected[2].pop(name)
         found[2].pop(name, None)

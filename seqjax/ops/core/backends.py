@@ -43,7 +43,7 @@ class Kernels(NamedTuple):
 BACKENDS: dict[str, Kernels | None] = {
     "block_scan": None,
     "delta_rule": Kernels("chunked", {"tpu": "tpu", "cuda": "gpu"}, ("tpu",)),
-    "generalized_delta_rule": Kernels("chunked", {"tpu": "tpu"}, ("tpu",)),
+    "generalized_delta_rule": Kernels("chunked", {"tpu": "tpu", "cuda": "gpu"}, ("tpu",)),
     "linear_attention": Kernels("chunked", {"tpu": "tpu", "cuda": "gpu"}, ("tpu",)),
     "linear_scan": Kernels(
         "sequential", {"tpu": "tpu", "cuda": "gpu"}, ("tpu", "hopper"), sized=("tpu", "cuda")

@@ -9,7 +9,7 @@ from jax import lax
 
 from seqjax.ops.core import backends, checks, explicit_mesh, jax_compat, sequence_parallel
 from seqjax.ops.core.checkpointed_scan import time_scan
-from seqjax.ops.core.custom_adjoint import custom_adjoint
+from seqjax.ops.core.custom_adjoint import custom_adjoint, unless_differentiated
 from seqjax.ops.core.linalg import everywhere
 from seqjax.ops.elementwise.linear_recurrence import recurrence
 from seqjax.ops.elementwise.xla_algorithms import ScanOptions
@@ -50,8 +50,8 @@ def ssm_scan(
       initial_state: [B, D, N]; by default zeros.
       reset: [B, T] bool.
       algorithm: "sequential" (step by step) or "chunked" (in parallel over all steps: a convolution
-        inside chunks, and a recurrence of one state per chunk). By default sequential on CPU, and
-        chunked elsewhere.
+        inside chunks, and a recurrence of one state per chunk). By default chunked, but sequential
+        for a forward pass on CPU.
       implementation: "xla" or None.
       chunk_size: steps in a chunk; by default 32. A step of the chunked algorithm costs one product
         for each step of the chunk.
@@ -89,12 +89,13 @@ def ssm_scan(
     h0 = given.pop("initial_state")
     if h0 is None:
         h0 = jnp.zeros((sizes["B"], sizes["D"], sizes["N"]), state)
+    parallel = backends.pays_off(sizes["T"])
     return _scan(
         *given.values(),
         h0.astype(state),
         reset,
-        on_cpu=algorithm or "sequential",
-        elsewhere=algorithm or ("chunked" if backends.pays_off(sizes["T"]) else "sequential"),
+        on_cpu=algorithm or ("by derivative" if parallel else "sequential"),
+        elsewhere=algorithm or ("chunked" if parallel else "sequential"),
         chunk_size=chunk_size or 32,
         sequence_axis=sequence_axis,
     )
@@ -119,14 +120,18 @@ def _scan(
     real = jnp.finfo(state).dtype
     A, B, C = (weight.astype(state) for weight in (A, B, C))
 
-    def by(algorithm: str, h0: Array) -> tuple[Array, Array]:
+    def by(algorithm: str, u: Array, *operands: Any) -> tuple[Array, Array]:
+        if algorithm == "by derivative":  # gradients by chunks are twice as fast
+            ways = (functools.partial(by, name) for name in ("sequential", "chunked"))
+            found: tuple[Array, Array] = unless_differentiated(*ways)(u, *operands)
+            return found
         if algorithm == "sequential":
-            return _sequential(u, A, B, C, h0, reset, out, chunk_size)
-        y, h = _chunked(u.astype(real), A, B, C, h0, reset, chunk_size)
+            return _sequential(u, *operands, out, chunk_size)
+        y, h = _chunked(u.astype(real), *operands, chunk_size)
         return y.astype(out), h
 
     def local(h0: Array) -> tuple[Array, Array]:
-        return backends.by_platform(by, on_cpu, elsewhere, h0)
+        return backends.by_platform(by, on_cpu, elsewhere, u, A, B, C, h0, reset)
 
     if sequence_axis is None:
         return local(h0)
