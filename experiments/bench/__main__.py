@@ -60,6 +60,7 @@ from experiments.bench import (
     versions,
 )
 from experiments.bench.tools import (
+    CHUNK_SIZE,
     ONLY,
     PROCESSOR_TIME,
     SCAN_SHAPES,
@@ -135,7 +136,7 @@ def bench_ops(rounds: int) -> None:
         arrays = cases.arrays(name, batch, length)
         runs = {
             "plain": cases.plain(name),
-            "chunked": cases.by("chunked", name),
+            "chunked": cases.by("chunked", name, chunk_size=CHUNK_SIZE.value),
             "default": cases.by(None, name),
         }
         row: dict[str, float] = {}
@@ -255,7 +256,7 @@ def define_flags(values: flags.FlagValues, argv: Sequence[str]) -> None:
     """Define the flags of this script, which the suites read from absl's global flags."""
     del argv
     suites = (newton.FIGURE, generate.LAYERS, tune.CHIP_NAMES, tune.OUTPUT, versions.TREE)
-    for flag in (ROUNDS, ONLY, PROCESSOR_TIME, *suites):
+    for flag in (ROUNDS, ONLY, PROCESSOR_TIME, CHUNK_SIZE, *suites):
         values[flag.name] = flags.FLAGS[flag.name]
 
 

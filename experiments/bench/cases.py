@@ -67,10 +67,10 @@ def arrays(name: str, batch: int, length: int, width: int = K) -> tuple[jax.Arra
     return tuple(made)
 
 
-def by(algorithm: str | None, name: str) -> Run:
+def by(algorithm: str | None, name: str, **keywords: Any) -> Run:
     """Return the library's op with an algorithm; the function returns outputs only."""
     op = getattr(seqjax, name.split(",")[0])
-    return lambda *args: op(*args, algorithm=algorithm)[0]
+    return lambda *args: op(*args, algorithm=algorithm, **keywords)[0]
 
 
 def plain(name: str) -> Run:

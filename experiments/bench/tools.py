@@ -19,7 +19,13 @@ ONLY = flags.DEFINE_string(
     "Run only rows whose name starts with this; scan, newton, generate and speculate ignore it.",
 )
 PROCESSOR_TIME = flags.DEFINE_boolean(
-    "processor_time", False, "Compare processor time in peers; pin the process to one core."
+    "processor_time", False, "Compare processor time; pin the process to one core."
+)
+CHUNK_SIZE = flags.DEFINE_integer(
+    "chunk_size",
+    None,
+    "Steps in a chunk in the suite ops; default: those of the ops.",
+    lower_bound=1,
 )
 
 SCAN_SHAPES = ((8, 2048, 512), (1, 65536, 64), (32, 1024, 256))  # B, T, D of the elementwise scan
@@ -33,24 +39,26 @@ def ratios(candidates: Candidates, reference: str, rounds: int) -> dict[str, flo
     """Return the median over rounds of each candidate's time over the reference's time."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     calls: dict[str, int] = {}
+    by_processor = flags.FLAGS.is_parsed() and PROCESSOR_TIME.value
+    clock = time.process_time if by_processor else time.perf_counter
     for name, run in candidates.items():
         jax.block_until_ready(run())  # compile
         calls[name] = 1 + int(SHORTEST / seconds(run))
     for _ in range(rounds):
         for name, run in candidates.items():
             jax.block_until_ready(run())
-            times[name].append(statistics.fmean(seconds(run) for _ in range(calls[name])))
+            times[name].append(statistics.fmean(seconds(run, clock) for _ in range(calls[name])))
     return {
         name: statistics.median(t / r for t, r in zip(ts, times[reference], strict=True))
         for name, ts in times.items()
     }
 
 
-def seconds(run: Callable[..., Any]) -> float:
+def seconds(run: Callable[..., Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """Return the seconds of one call; use them for comparisons within one run only."""
-    start = time.perf_counter()
+    start = clock()
     result = jax.block_until_ready(run())
-    taken = time.perf_counter() - start
+    taken = clock() - start
     del result
     return taken
 

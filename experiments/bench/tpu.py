@@ -105,13 +105,13 @@ def _matrix(
     return shapes
 
 
-def _kda(T: int, dtype: str) -> Shapes:
+def _kda(H: int, T: int, dtype: str) -> Shapes:
     """Return the shapes of Kimi Delta Attention, whose norms and gate are in the kernel."""
-    made = _matrix("delta_rule", "per channel", H=32)(T, dtype)
+    made = _matrix("delta_rule", "per channel", H=H)(T, dtype)
     made["log_decay"] = made["log_decay"].update(dtype=jnp.dtype(dtype))
     shapes: tuple[Any, Any] = (
-        jax.ShapeDtypeStruct((32,), jnp.dtype("float32")),
-        jax.ShapeDtypeStruct((32, 128), jnp.dtype("float32")),
+        jax.ShapeDtypeStruct((H,), jnp.dtype("float32")),
+        jax.ShapeDtypeStruct((H, 128), jnp.dtype("float32")),
     )
     return made | {"gate": seqjax.ops.SoftplusGate(*shapes)}
 
@@ -166,11 +166,12 @@ def _matrix_rows() -> dict[str, Row]:
         row = Row(op, shapes, 4096, dtypes=("bfloat16",))
         made[name] = row
         made[name.replace(f"{op},", f"{op} backward,")] = row._replace(backward=True)
-    name = "KDA: delta_rule, norms and gate per channel, B=1, T=8192, H=32, K=V=128"
-    row = Row("delta_rule", _kda, 8192, dtypes=("bfloat16",), chips=("v7x",), xla=False)
-    row = row._replace(keywords=(("normalize", True),))
-    made[name] = row
-    made[name.replace("rule,", "rule backward,")] = row._replace(backward=True)
+    for H in (32, 16):  # all heads, and those of one of the two cores of a v7x
+        name = f"KDA: delta_rule, norms and gate per channel, B=1, T=8192, H={H}, K=V=128"
+        row = Row("delta_rule", functools.partial(_kda, H), 8192, dtypes=("bfloat16",))
+        row = row._replace(chips=("v7x",), xla=False, keywords=(("normalize", True),))
+        made[name] = row
+        made[name.replace("rule,", "rule backward,")] = row._replace(backward=True)
     return made
 
 
