@@ -128,7 +128,7 @@ class Program(NamedTuple):
 
 
 MATRIX_SIZES = (4, 2048, 16, 128)  # B, T, H, and K = V
-PROGRAMS = (
+PROGRAMS: tuple[Program, ...] = (
     Program("linear_attention", "per head", False, 2.409, 2.07),
     Program("linear_attention", "per head", True, 7.636, 6.17),
     Program("linear_attention", "per channel", False, 3.856, 3.46),

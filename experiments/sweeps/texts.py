@@ -123,6 +123,14 @@ TEXTS = {
     "deltaproduct": Text(
         "How many updates per symbol does DeltaProduct need for each group?",
         _PRODUCT,
+        "Two updates suffice for S3, and one does not, as in the paper (arXiv 2502.10297). S4, A5 "
+        "and S5 were not learned in 2,000 steps, although on S4 the accuracy grows with the number "
+        "of updates.",
+        "S4 and A5 are groups of rotations of space, and a rotation is a product of two "
+        "reflections, so two updates can represent them. A permutation of five elements is a "
+        "product of up to four exchanges. The paper trains on longer sequences. With 3 updates, a "
+        "model trained on up to 16 symbols of S3 answers 95 % right at 256 symbols. One seed, and "
+        "no learning-rate sweep, because 16 runs take an hour.",
     ),
     "families": Text(
         "Which families of layers track states, with one setup for all?",

@@ -120,14 +120,16 @@ def _scan(
     real = jnp.finfo(state).dtype
     A, B, C = (weight.astype(state) for weight in (A, B, C))
 
-    def by(algorithm: str, u: Array, *operands: Any) -> tuple[Array, Array]:
-        if algorithm == "by derivative":  # gradients by chunks are twice as fast
+    def by(
+        algorithm: str, u: Array, A: Array, B: Array, C: Array, h0: Array, reset: Array | None
+    ) -> tuple[Array, Array]:
+        if algorithm == "by derivative":  # gradients by chunks are faster
             ways = (functools.partial(by, name) for name in ("sequential", "chunked"))
-            found: tuple[Array, Array] = unless_differentiated(*ways)(u, *operands)
+            found: tuple[Array, Array] = unless_differentiated(*ways)(u, A, B, C, h0, reset)
             return found
         if algorithm == "sequential":
-            return _sequential(u, *operands, out, chunk_size)
-        y, h = _chunked(u.astype(real), *operands, chunk_size)
+            return _sequential(u, A, B, C, h0, reset, out, chunk_size)
+        y, h = _chunked(u.astype(real), A, B, C, h0, reset, chunk_size)
         return y.astype(out), h
 
     def local(h0: Array) -> tuple[Array, Array]:
