@@ -1,4 +1,4 @@
-"""The delta rule on GPU: S_t = exp(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
+"""The delta rule on GPU: S_t = (I - beta_t k_t k_t^T) diag(exp g_t) S_{t-1} + beta_t k_t v_t^T.
 
 `pallas_kernels.gpu.matrix_state` has the equations of a chunk, and the kernel.
 """

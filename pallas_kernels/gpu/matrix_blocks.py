@@ -89,7 +89,7 @@ class Variant(NamedTuple):
 
     @property
     def solved(self) -> bool:
-        """Whether a chunk solves a triangular system for the values that it writes."""
+        """True if a chunk solves a triangular system for the values that it writes."""
         return self.delta or self.vectors
 
     @property

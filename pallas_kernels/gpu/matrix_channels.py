@@ -105,7 +105,7 @@ def channels(p: Variant, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
       shape: B and H.
 
     Returns:
-      The `Variant.pairs` but "lower", the rows, and with "lower" the "inverse".
+      The `Variant.pairs` except "lower", in its place the "inverse", and the rows.
     """
     names = (*inputs(p), "logs", *(("beta",) if p.delta else ()))
     leaves, tree = jax.tree.flatten({name: arrays[name] for name in names})
@@ -172,7 +172,7 @@ def channels(p: Variant, arrays: Arrays, shape: tuple[int, ...]) -> Arrays:
 
 
 def rights(p: Variant) -> tuple[str, ...]:
-    """Return the right factors of `Variant.pairs`, with that of "lower" last."""
+    """Return the right factors of `Variant.pairs`; the last one is the factor of "lower"."""
     return tuple(dict.fromkeys(pair.right for pair in p.pairs))
 
 

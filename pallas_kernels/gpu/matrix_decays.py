@@ -11,7 +11,7 @@ from pallas_kernels.gpu.matrix_products import CHUNK
 def logarithms(
     log_decay: jax.Array | None, reset: jax.Array | None, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Return finite logarithms of the decays, with resets; `shape` is theirs if all are one."""
+    """Return finite logarithms of the decays, with resets; zeros of `shape` without decays."""
     logs = jnp.zeros(shape, jnp.float32)
     if log_decay is not None:
         logs = log_decay.astype(jnp.float32)

@@ -9,12 +9,15 @@ notation of `matrix_state`, with do = scale * d_out, the cotangents are
     dK = D U F^T - D beta dR S^T + (d_scores D)^T Q + (beta dN D) K + (beta dN D)^T K
     d_beta_t = dR_t (v_t - D S^T k_t) + sum_j dN_{t,j} (k_t^T D k_j)
 
-where linear attention has U = V and no terms with dR. A thread block has one chunk and 64 channels
+where linear attention has U = V and no terms with dR. The generalized delta rule has the products
+of `Variant.pairs`, and dA = D dR S^T + ..., dB = D Z F^T + ..., dN = dR Z^T, dM = dR V^T.
+
+A thread block has one chunk and 64 channels
 of one head. It adds tiles of the columns of the state in registers.
 
 Logarithms of decays per head enter as three kinds of sums: up to a step (for reads of S), after a
 step (for writes), and between two steps. The kernel returns the cotangents of these sums.
-Differences of larger terms would lose accuracy, so the gradient contains none.
+Differences of larger terms would lose accuracy, so these sums contain none.
 """
 
 from collections.abc import Callable
@@ -37,6 +40,7 @@ TIMED = ("v", "written", "d_out", "d_right")  # blocks of a tile of columns, [64
 STATES = ("states", "cotangents")  # blocks of a tile of columns and of the channels
 Results = dict[str, jax.Array]  # by name
 VECTORS = ("d_reads", "d_writes", "d_spans", "d_beta")
+SUM_BYTES = 3072  # of shared memory, for sums over rows in registers, and barriers
 CARRIED = "carried"  # name of the sums over values of a state times its cotangent
 
 
@@ -59,8 +63,8 @@ class SharedMemory(NamedTuple):
 def row_factors(p: Variant) -> dict[str, tuple[str, str]]:
     """Return the factors X, Y of the sums over columns X Y^T that are [64, keys], by name.
 
-    They are the cotangents of the inputs that read or write states, without decays; "right" is that
-    of "k" or "a", which read the state for the triangular system.
+    Times decays, and "right" for the delta rule times -beta, they are cotangents of the inputs that
+    read or write states. "right" is for "k" or "a", which read the state for the triangular system.
     """
     found = {"q": ("d_out", "states"), "k": ("written" if p.delta else "v", "cotangents")}
     if p.solved:
@@ -90,11 +94,11 @@ def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array])
 
     Returns:
       "q" and "k" [B, chunks * 64, H, K]. With decays per channel "logs" of the same shape, the
-      cotangents of the logarithms but for those of the decay of the whole chunk. With decays per
-      head "d_reads", "d_writes" and "d_spans" [B, H, chunks * 64], the cotangents of the sums of
-      logarithms up to a step, after a step, and of those that a step is in, between two steps. With
-      decays "carried" [B, H, chunks, K], the sums over values of a state before a chunk times the
-      cotangent of the state after it. For the delta rule "d_beta", without the terms with V.
+      cotangents of the logarithms, without the terms of the decay of the whole chunk. With decays
+      per head "d_reads", "d_writes" and "d_spans" [B, H, chunks * 64], the cotangents of the sums
+      of logarithms up to a step, after a step, and of those that a step is in, between two steps.
+      With decays "carried" [B, H, chunks, K], the sums over values of a state before a chunk times
+      the cotangent of the state after it. For the delta rule "d_beta", without the terms with V.
     """
     batch, heads, _, _, keys, values = arrays["states"][0].shape
     names = [*like, "d_out", "states", "cotangents"]
@@ -118,7 +122,7 @@ def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array])
     def body(*refs: Any, smem: SharedMemory) -> None:
         sources = jax.tree.unflatten(tree, refs[: len(leaves)])
         targets = dict(zip(outputs, refs[len(leaves) :], strict=True))
-        _kernel(p, values // p.columns, sources, targets, smem)
+        _kernel(p, values // p.columns, parts, sources, targets, smem)
 
     count = {key: matrix_blocks.pieces(key, xs) for key, xs in given.items()}
     timed, states = (sum(count[key] for key in given if key in kind) for kind in (TIMED, STATES))
@@ -128,10 +132,11 @@ def gradients(name: str, p: Variant, arrays: Arrays, like: dict[str, jax.Array])
         scratch=[
             matrix_blocks.buffers(p, "scores", p.num.exact) for _ in range(_scratch_matrices(p))
         ],
-        squares={pair.name: plgpu.SMEM(SQUARE, jnp.float32) for pair in p.pairs},
+        squares={pair.name: mp.buffers(p.num, SQUARE, jnp.float32)[0] for pair in p.pairs},
         barriers=[plgpu.Barrier(num_arrivals=number) for number in arrivals],
     )
-    grid = {"part": parts, "chunk": p.chunks, "head": heads, "batch": batch}
+    # Parts of the same chunk run next to each other, because they read the same values.
+    grid = {"chunk": p.chunks, "head": heads, "part": batch * parts}
     found = matrix_blocks.launch(name, body, leaves, outputs, smem, grid, p.num.interpret)
     return {key: jnp.sum(x, axis=0) if key in VECTORS else x for key, x in found.items()}
 
@@ -146,20 +151,25 @@ def _fit(name: str, p: Variant, given: Arrays) -> Variant:
     for columns in (64, 32):
         # All factors of a product have the same swizzle, at most a row of the narrowest.
         p = p._replace(num=p.num._replace(swizzle=2 * columns), columns=columns)
-        if scratch + matrix_blocks.nbytes(p, given) <= SMEM_WHOLE:
+        if scratch + matrix_blocks.nbytes(p, given) <= SMEM_WHOLE - SUM_BYTES:
             return p
-    raise ValueError(f"{name}: the blocks do not fit the shared memory")  # `matrix_state` checks
+    raise NotImplementedError(
+        f"{name}: the blocks do not fit the shared memory; use bfloat16 inputs, or"
+        " implementation='xla' or None."
+    )
 
 
 def _kernel(
     p: Variant,
     tiles: int,
+    parts: Any,
     sources: dict[str, list[Any]],
     targets: dict[str, Any],
     smem: SharedMemory,
 ) -> None:
-    names = ("batch", "head", "chunk", "part")
-    batch, head, index, part = (lax.axis_index(name) for name in names)
+    index, head, part = (lax.axis_index(name) for name in ("chunk", "head", "part"))
+    parts = jnp.int32(parts)
+    batch, part = lax.div(part, parts), lax.rem(part, parts)
     chunk = Position(batch, head, index, None, keys=pl.ds(part * KEY_TILE, KEY_TILE))
 
     def fetch(at: Position, index: int, wanted: Callable[[str], bool]) -> None:
@@ -217,14 +227,13 @@ def add_tile(
 def store_squares(p: Variant, refs: dict[str, Any], sums: Results) -> None:
     """Store the cotangents of the products of pairs of steps; for the delta rule that of N."""
     t, j = mp.row_indices(SQUARE), mp.column_indices(SQUARE)
-    plgpu.commit_smem()
     for pair in p.pairs:
         value = sums[pair.name]
         if pair.left == "q":
-            refs[pair.name][...] = jnp.where(t >= j, p.scale * value, 0.0)
+            value = jnp.where(t >= j, p.scale * value, 0.0)
         else:
-            refs[pair.name][...] = jnp.where(t > j, -value if p.delta else value, 0.0)
-    plgpu.commit_smem()
+            value = jnp.where(t > j, -value if p.delta else value, 0.0)
+        mp.store([refs[pair.name]], [value])
 
 
 def _row_sums(x: jax.Array) -> jax.Array:

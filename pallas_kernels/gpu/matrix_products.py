@@ -66,9 +66,9 @@ def buffers(num: Numerics, shape: tuple[int, ...], dtype: Any, count: int = 1) -
 def store(refs: Pieces, pieces: Sequence[jax.Array]) -> None:
     """Write pieces to shared memory for the tensor cores and the copy engine.
 
-    A product has ended for the warp that waited for it. Others may still read its factors.
+    A product has ended for the warp that waited for it, and other warps may still read its factors.
+    Pallas synchronizes the warps before and after each write.
     """
-    plgpu.commit_smem()
     for ref, piece in zip(refs, pieces, strict=True):
         ref[...] = piece
     plgpu.commit_smem()

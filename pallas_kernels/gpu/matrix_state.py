@@ -9,7 +9,7 @@ With D_{t,j} the decays of the steps after j and up to t, and S the state before
 
 The generalized delta rule, S_t = D_t S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T, has U = V and
 
-    Z   = (I - N)^-1 (D A S + M V)                                   z_t = S_{t-1}^T a_t
+    Z   = (I - N)^-1 (D_{t-1,0} A S + M V)                           z_t = S_{t-1}^T a_t
     o_t = (...) + scale * sum_{j <= t} b_scores_{t,j} z_j
     S'  = (...) + sum_j D_{C,j} b_j z_j^T
 
@@ -66,7 +66,8 @@ def forward(
       initial_state: [B, H, K, V] in float32.
       reset: [B, T] bool or None.
       scale: factor of the outputs.
-      vectors: "a" and "b" of the generalized delta rule, [B, T, H, K], else {} or None.
+      vectors: "a" and "b" of the generalized delta rule, [B, T, H, K], else {} or None. Then G is
+        H. "a" is zero where `reset` is true.
       chunk_size: 64 or None.
       states: no effect: the backward pass has no residuals.
       interpret: run in interpret mode, without a GPU. This is slow.
@@ -78,7 +79,7 @@ def forward(
       NotImplementedError: if the kernel does not support the call.
     """
     del states
-    _check(op, k, v, initial_state, vectors, chunk_size)
+    _check(op, q, k, v, initial_state, vectors, chunk_size)
     length = q.shape[1]
     p, arrays = _prepare(q, k, v, beta, log_decay, reset, vectors, scale, interpret)
     out_like = _pad_steps(v)
@@ -161,7 +162,7 @@ def _in_reverse(c: Chunk, cotangent: jax.Array) -> jax.Array:
 
     dU = scores^T do + D K F                               do = scale * d_out
     dR = (I + N)^-T dU,     dV = beta dR                   delta rule, else dV = dU
-    F' = D_{C,0} F + sum_t D_{t,0} (q_t do_t^T - k_t dv_t^T)
+    F' = D_{C,0} F + sum_t D_{t,0} (q_t do_t^T - k_t dv_t^T)     dv_t for the delta rule only
 
     For the generalized delta rule, dR = (I - N)^-T (scale b_scores^T do + D B F) adds M^T dR to dV,
     and A^T D dR to F' in place of the keys.
@@ -210,8 +211,8 @@ def _prepare(
     narrow = all(x.dtype == jnp.bfloat16 for x in (q, k, v, *vectors.values()))
     channel = bool(vectors) or (log_decay is not None and log_decay.ndim == 4)
     if channel and (log_decay is None or log_decay.ndim == 3):
-        ones = jnp.ones(k.shape, jnp.float32)
-        log_decay = 0.0 * ones if log_decay is None else log_decay[..., None] * ones
+        logs = jnp.zeros(k.shape, jnp.float32)
+        log_decay = logs if log_decay is None else logs + log_decay[..., None]
     chunks = -(-length // CHUNK)
     p = Variant(
         num=Numerics(1, 2, 128, interpret) if narrow else Numerics(3, 3, 128, interpret),
@@ -237,7 +238,7 @@ def _prepare(
             "logs": mp.split(_pad_steps(logs), LOG_PIECES),
             "carry": [matrix_decays.carry(logs, chunks)],
         }
-        if reset is not None:  # zero from the first reset of a chunk on, else one
+        if reset is not None:  # the rows are zero after a reset; this mask also stops NaN
             cleared = jnp.broadcast_to(reset[..., None], v.shape[:3]).astype(jnp.float32)
             arrays["upto"] = [matrix_decays.sums(LOG_ZERO * by_head(cleared, chunks))[0]]
     if p.decay:
@@ -249,6 +250,7 @@ def _prepare(
 
 def _check(
     op: str,
+    q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     state: jax.Array,
@@ -257,10 +259,11 @@ def _check(
 ) -> None:
     """Raise NotImplementedError if the kernel does not support a call."""
     hint = "use implementation='xla' or None."
-    if vectors and any(x.dtype != jnp.bfloat16 for x in (k, v, *vectors.values())):
+    wide = [x.dtype for x in (q, k, v, *(vectors or {}).values()) if x.dtype != jnp.bfloat16]
+    if vectors and wide:
         raise NotImplementedError(
             f"{op}: the GPU kernel must have bfloat16 inputs, because blocks of float32 numbers do"
-            f" not fit the shared memory; cast them, or {hint}"
+            f" not fit the shared memory, got {wide[0]}; cast them, or {hint}"
         )
     if state.dtype != jnp.float32:
         raise NotImplementedError(
@@ -328,7 +331,7 @@ def backward(
     Raises:
       NotImplementedError: if the kernel does not support the call.
     """
-    _check(op, k, v, initial_state, vectors, chunk_size)
+    _check(op, q, k, v, initial_state, vectors, chunk_size)
     length = q.shape[1]
     vectors = vectors or {}
     p, arrays = _prepare(q, k, v, beta, log_decay, reset, vectors, scale, interpret)

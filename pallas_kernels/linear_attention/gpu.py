@@ -1,4 +1,4 @@
-"""Linear attention on GPU: o_t = scale * S_t^T q_t, S_t = exp(g_t) S_{t-1} + k_t v_t^T.
+"""Linear attention on GPU: o_t = scale * S_t^T q_t, S_t = diag(exp g_t) S_{t-1} + k_t v_t^T.
 
 `pallas_kernels.gpu.matrix_state` has the equations of a chunk, and the kernel.
 """

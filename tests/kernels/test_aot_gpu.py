@@ -68,6 +68,14 @@ def test_states_stay_on_the_chip(way, dtype, blocks, tmp_path):
     assert max(sizes) == 8 * 4096 * 2048
 
 
+WITHOUT_SPILLS = (
+    ("linear_attention", "", "head"),
+    ("linear_attention", "", "channel"),
+    ("linear_attention", " backward", "head"),
+    ("delta_rule", "", "head"),
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "generalized_delta_rule"])
 @pytest.mark.parametrize("way", ["", " backward"], ids=["forward", "backward"])
@@ -77,8 +85,8 @@ def test_matrix_states_use_tensor_cores(op, way, decay, tmp_path):
         pytest.skip("the kernels repeat these decays over channels")
     name = f"{op}{way}, decay per {decay}, B=1, T=4096, H=8, K=V=128"
     report = gpu.compile_apart(name, "bfloat16", folder=tmp_path)
-    if (op, way) == ("linear_attention", "") or (decay, way) == ("head", ""):
-        assert report.spills == 0  # the gradients of 128 keys spill
+    if (op, way, decay) in WITHOUT_SPILLS:
+        assert report.spills == 0
     assert report.shared + 1024 <= gpu.SHARED_PER_CORE
     for ptx in tmp_path.glob("*.ptx"):
         assert "wgmma.mma_async" in ptx.read_text()

@@ -69,8 +69,9 @@ def generalized_delta_rule(
         sums inside a call stay in float32, and the carried state is rounded once per call.
       reset: [B, T] bool, True where the state is cleared before the step.
       chunk_size: steps in a chunk, rounded up to a power of two. By default 64, or 16 for the
-        sequential algorithm. In the Pallas kernel 128, or the largest size that fits its memory.
-        The backward pass stores at most one state per chunk.
+        sequential algorithm. The Pallas kernel for TPU uses 128 by default, or the largest size
+        that fits its memory. The kernel for GPU supports only 64. The backward pass stores at most
+        one state per chunk.
       block_sizes: (steps, heads) of a block of the kernel for TPU: steps a power of two from 16 on,
         which replaces `chunk_size` there; heads a multiple of 8 or H. By default the steps of
         `chunk_size` and 8 heads. If V exceeds 256, each slice of 256 values counts as a head. The
