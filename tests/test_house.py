@@ -84,6 +84,7 @@ def test_an_upward_import_is_seen():
 # Folders of experiments, each with those that it may import; the commands may import all.
 ROOMS = {
     "control": {"training", "base"},
+    "sweeps": {"configs", "tasks", "base"},
     "training": {"objectives", "base"},
     "objectives": {"tasks", "data", "base"},
     "configs": {"tasks", "base"},
@@ -91,7 +92,6 @@ ROOMS = {
     "data": {"base"},
     "bench": {"compiled", "base"},
     "compiled": set(),
-    "sweeps": set(),
     "base": set(),
 }
 
