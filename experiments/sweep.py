@@ -36,10 +36,8 @@ from experiments.sweeps.grids import GRIDS
 from experiments.sweeps.jobs import Job
 from experiments.training.interrupt import Interrupt
 
-try:
+if sys.platform != "win32":  # Windows has no `fcntl`: start one sweep at a time there
     import fcntl
-except ImportError:  # Windows has no `fcntl`: start one sweep at a time there
-    fcntl = None  # type: ignore[assignment]
 
 RESULTS = "experiments/results/results.jsonl"
 WAITING = (
@@ -125,7 +123,7 @@ def _claim(folder: Path, results: Path) -> Iterator[bool]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "sweep.lock").open("w") as file:
-        if fcntl is not None:
+        if sys.platform != "win32":
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

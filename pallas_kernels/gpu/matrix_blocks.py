@@ -87,6 +87,14 @@ class Variant(NamedTuple):
         """Pieces of states, pairs and written values."""
         return self.num.exact if self.solved else self.num.inputs
 
+    def tiled(self, columns: int, depth: int = 1) -> "Variant":
+        """Return the variant with blocks of this many columns.
+
+        All factors of a product have the same swizzle, at most a row of the narrowest block.
+        """
+        num = self.num._replace(swizzle=2 * columns)
+        return self._replace(num=num, columns=columns, depth=depth)
+
     @property
     def solved(self) -> bool:
         """True if a chunk solves a triangular system for the values that it writes."""

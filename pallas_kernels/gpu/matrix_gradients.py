@@ -149,8 +149,7 @@ def _fit(name: str, p: Variant, given: Arrays) -> Variant:
     """Choose the columns of a tile, 64 or 32, that fit the shared memory."""
     scratch = (_scratch_matrices(p) * p.num.exact * 2 + len(p.pairs) * 4) * CHUNK * CHUNK
     for columns in (64, 32):
-        # All factors of a product have the same swizzle, at most a row of the narrowest.
-        p = p._replace(num=p.num._replace(swizzle=2 * columns), columns=columns)
+        p = p.tiled(columns)
         if scratch + matrix_blocks.nbytes(p, given) <= SMEM_WHOLE - SUM_BYTES:
             return p
     raise NotImplementedError(

@@ -288,8 +288,7 @@ def _fit(op: str, p: Variant, timed: Arrays, out_bytes: int) -> Variant:
       NotImplementedError: if there are none.
     """
     for columns, depth in ((64, 2), (64, 1), (32, 1)):
-        # All factors of a product have the same swizzle, at most a row of the narrowest.
-        p = p._replace(num=p.num._replace(swizzle=2 * columns), columns=columns, depth=depth)
+        p = p.tiled(columns, depth)
         own = 2 * p.computed * columns * (p.keys + CHUNK)
         outputs = OUTPUT_SLOTS * CHUNK * columns * out_bytes
         if depth * matrix_blocks.nbytes(p, timed) + own + outputs <= SMEM_WHOLE:
