@@ -7,7 +7,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["array_like", "gpu_interpreter", "gpu_load", "pl", "pltpu"]
+__all__ = ["array_like", "gpu_interpreter", "gpu_load", "gpu_store", "pl", "pltpu"]
 
 
 def array_like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -42,3 +42,13 @@ def gpu_load(ref: Any, layout: Any) -> jax.Array:
     # The check for bank conflicts does not support rows of odd length.
     indices = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
     return plgpu.load(ref, *indices, layout=layout, optimized=False)
+
+
+def gpu_store(ref: Any, value: jax.Array) -> None:
+    """Write the registers of a warpgroup to global memory, also in parts of 32-byte sectors."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if hasattr(plgpu, "store"):  # jax 0.12 refuses parts of sectors in assignments
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value

@@ -34,7 +34,7 @@ from pallas_kernels.gpu.matrix_blocks import KEY_TILE, Arrays, Blocks, Position,
 from pallas_kernels.gpu.matrix_pairs import LOG_ZERO, SQUARE, decays
 from pallas_kernels.gpu.matrix_products import CHUNK
 from pallas_kernels.gpu.tma import SMEM_WHOLE
-from pallas_kernels.jax_compat import array_like, pl
+from pallas_kernels.jax_compat import array_like, gpu_store, pl
 
 TIMED = ("v", "written", "d_out", "d_right")  # blocks of a tile of columns, [64, columns]
 STATES = ("states", "cotangents")  # blocks of a tile of columns and of the channels
@@ -200,11 +200,12 @@ def _kernel(
     store_squares(p, smem.squares, add(2, square_factors(p), False))
     for key, value in of_pairs(p, smem.blocks, smem.scratch, smem.squares, found).items():
         if key in VECTORS:
-            targets[key][part, batch, head, chunk.steps] = value
+            target = targets[key].at[part, batch, head, chunk.steps]
         elif key == CARRIED:
-            targets[key][batch, head, index, chunk.keys] = value
+            target = targets[key].at[batch, head, index, chunk.keys]
         else:
-            targets[key][batch, chunk.steps, head, chunk.keys] = value.astype(targets[key].dtype)
+            target = targets[key].at[batch, chunk.steps, head, chunk.keys]
+        gpu_store(target, value.astype(target.dtype))
 
 
 def add_tile(

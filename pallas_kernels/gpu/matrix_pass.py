@@ -17,7 +17,7 @@ from pallas_kernels.gpu import matrix_blocks
 from pallas_kernels.gpu import matrix_products as mp
 from pallas_kernels.gpu.matrix_blocks import Arrays, Blocks, Position, Variant
 from pallas_kernels.gpu.matrix_products import CHUNK
-from pallas_kernels.jax_compat import array_like, pl
+from pallas_kernels.jax_compat import array_like, gpu_store, pl
 
 OUTPUT_SLOTS = 2
 KEPT = "kept"  # prefix of the names of pieces that the chunks keep
@@ -203,7 +203,7 @@ def _kernel(
 
         def keep(value: jax.Array) -> None:
             for n, part in enumerate(mp.split(value, p.computed)):
-                targets[f"{KEPT}{n}"][batch, at.steps, head, columns] = part
+                gpu_store(targets[f"{KEPT}{n}"].at[batch, at.steps, head, columns], part)
 
         if "states" in targets:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -222,5 +222,5 @@ def _kernel(
     for iteration in range(min(p.depth, p.chunks)):
         fetch(jnp.int32(iteration))
     state = lax.fori_loop(0, p.chunks, step, mp.load(first.at[batch, head, :, columns]))
-    targets["final"][batch, head, :, columns] = state
+    gpu_store(targets["final"].at[batch, head, :, columns], state)
     plgpu.wait_smem_to_gmem(0)
