@@ -22,10 +22,10 @@ SLOW = pytest.mark.slow
 def in_tf32(einsum):
     """Return `einsum` with float32 factors rounded to TF32, unless both factors are bfloat16."""
 
-    def run(x, y, *axes):
+    def run(x, y, *axes, **keywords):
         if x.dtype != y.dtype or x.dtype == jnp.float32:
             x, y = (lax.reduce_precision(z.astype(jnp.float32), 8, 10) for z in (x, y))
-        return einsum(x, y, *axes)
+        return einsum(x, y, *axes, **keywords)
 
     return run
 

@@ -18,7 +18,8 @@ from jax import lax
 from seqjax.ops.core import jax_compat
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 
-SUB = 16  # the size up to which a block is inverted without splitting it
+SUB = 16  # the size up to which a block is inverted without splitting it, on CPU
+SUB_OF_ACCELERATORS = 4
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -26,18 +27,27 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
+def matmul_tn(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return a^T b with float32 accuracy.
+
+    With `a.mT`, XLA for GPU transposes all arrays that a is computed from.
+    """
+    return jnp.einsum("...tk,...tj->...kj", a, b, precision=lax.Precision.HIGHEST)
+
+
 def product(
     a: jax.Array,
     b: jax.Array,
     subscripts: str = "tk,kj->tj",
     rows: jax.Array | None = None,
+    narrow: bool = False,
 ) -> jax.Array:
     """Return a b, computed by the matrix units of accelerators.
 
     Two factors in bfloat16 stay as they are and are accumulated in float32, which is the dtype of
-    the result. Other factors are widened to the same dtype, and `jax.default_matmul_precision`
-    decides: by default, GPUs round float32 factors to 10 bits (TF32), and TPUs to bfloat16. The
-    same holds for the products of the adjoint.
+    the result unless `narrow`. Other factors are widened to the same dtype, and
+    `jax.default_matmul_precision` decides: by default, GPUs round float32 factors to 10 bits
+    (TF32), and TPUs to bfloat16. The same holds for the products of the adjoint.
 
     Args:
       a: [..., t, k].
@@ -45,13 +55,15 @@ def product(
       subscripts: other axes, such as "tk,jk->tj" for a b^T.
       rows: [..., t, 1] bool, True for rows that are not zero, by default all. Non-finite elements
         of b then turn these rows into NaN and no cotangent: zero times NaN is NaN.
+      narrow: whether the product of bfloat16 factors is rounded to bfloat16. If the matmul does so,
+        and not another kernel, GPUs write half the bytes.
     """
     left, right, result = subscripts.replace("->", ",").split(",")
     if rows is None and a.dtype == b.dtype != jnp.bfloat16:
         return jnp.einsum(f"...{left},...{right}->...{result}", a, b)  # derivatives of JAX
 
     def forward(a: jax.Array, b: jax.Array, rows: jax.Array | None) -> jax.Array:
-        made = _einsum(a, b, left, right, result)
+        made = _einsum(a, b, left, right, result, narrow=narrow)
         return made if rows is None else jnp.where(rows, made, jnp.zeros_like(made))
 
     def adjoint(args: Any, ct: jax.Array) -> list[jax.Array]:
@@ -95,10 +107,11 @@ def spread(x: jax.Array, like: jax.Array) -> jax.Array:
     return custom_adjoint(lambda x: jnp.broadcast_to(x, shape), adjoint)(x)
 
 
-def _einsum(x: jax.Array, y: jax.Array, *axes: str) -> jax.Array:
+def _einsum(x: jax.Array, y: jax.Array, *axes: str, narrow: bool = False) -> jax.Array:
     subscripts = "...{},...{}->...{}".format(*axes)
     if x.dtype == y.dtype == jnp.bfloat16:
-        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+        dtype = jnp.bfloat16 if narrow else jnp.float32
+        return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
     wide = x.dtype if x.dtype.itemsize >= y.dtype.itemsize else y.dtype
     return jnp.einsum(subscripts, x.astype(wide), y.astype(wide))
 
@@ -119,17 +132,28 @@ def read(state: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.einsum("...kv,...k->...v", state, key, precision=lax.Precision.HIGHEST)
 
 
-@jax.custom_jvp
-def inverse_unit_lower(n: jax.Array) -> jax.Array:
+def stored_once(arrays: Any, when: bool) -> Any:
+    """Return the arrays; if `when`, one kernel stores each, for all kernels that read it.
+
+    XLA for GPU otherwise computes elementwise results again in every kernel that reads them, and
+    merges matmuls that share a factor, with copies of their results.
+    """
+    return lax.optimization_barrier(arrays) if when else arrays
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def inverse_unit_lower(n: jax.Array, sub: int = SUB) -> jax.Array:
     """Return (I + N)^-1 for strictly lower triangular N [..., C, C], by halves.
 
     inv [[A, 0], [N, B]] = [[A', 0], [-B' N A', B']] with A', B' the inverses of the halves. Unlike
-    the series in powers of N, no intermediate exceeds the result and its factors.
+    the series in powers of N, no intermediate exceeds the result and its factors. Blocks of at most
+    `sub` rows are not split.
     """
     size = n.shape[-1]
-    if size > SUB and size % 2 == 0:
+    if size > sub and size % 2 == 0:
         half = size // 2
-        halves = inverse_unit_lower(jnp.stack([n[..., :half, :half], n[..., half:, half:]]))
+        blocks = jnp.stack([n[..., :half, :half], n[..., half:, half:]])
+        halves = inverse_unit_lower(blocks, sub)
         corner = -matmul(matmul(halves[1], n[..., half:, :half]), halves[0])
         top = jnp.concatenate([halves[0], jnp.zeros_like(corner)], axis=-1)
         return jnp.concatenate([top, jnp.concatenate([corner, halves[1]], axis=-1)], axis=-2)
@@ -152,8 +176,8 @@ def inverse_unit_lower(n: jax.Array) -> jax.Array:
 
 
 @inverse_unit_lower.defjvp
-def _inverse_jvp(primals: Any, tangents: Any) -> Any:
-    inverse = inverse_unit_lower(primals[0])
+def _inverse_jvp(sub: int, primals: Any, tangents: Any) -> Any:
+    inverse = inverse_unit_lower(primals[0], sub)
     return inverse, -matmul(matmul(inverse, jnp.tril(tangents[0], -1)), inverse)
 
 

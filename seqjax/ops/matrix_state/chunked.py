@@ -12,8 +12,8 @@ Zero times NaN is NaN, so a mask alone does not keep a NaN out of a matmul. Step
 input are therefore set to zero before the matmuls, and non-finite numbers of a state before those
 of the derivatives. Every output and state that depends on them, and no other, is NaN.
 
-Derivatives are those of JAX, except for the loop over the states (`_states`). Chunks are recomputed
-in the backward pass, which stores the inputs and one state per chunk.
+Derivatives are those of JAX, except for the loop over the states of `factored_chunks`. Chunks are
+recomputed in the backward pass, which stores the inputs and one state per chunk.
 
 A block of chunks is computed at once: first their maps, then a loop over the states, then the
 outputs. On a CPU the blocks are small, for the caches. On accelerators they have a thousand
@@ -27,15 +27,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
-from seqjax.ops.core.custom_adjoint import custom_adjoint
-from seqjax.ops.core.linalg import diagonal, matmul, product, sum_to
+from seqjax.ops.core.linalg import diagonal, matmul, product
 from seqjax.ops.core.residual_names import RESIDUALS, named
 from seqjax.ops.matrix_state.block_decays import same_segment
 from seqjax.ops.matrix_state.chunk_sizes import Division
-
-UNROLL = 4  # turns of a loop on accelerators between two tests of its counter
+from seqjax.ops.matrix_state.factored_chunks import (
+    STATES,
+    WRITE,
+    FactoredMap,
+    run_chunks,
+    total,
+)
 
 Arrays = Mapping[str, jax.Array]
 
@@ -59,46 +62,20 @@ class ChunkMap(NamedTuple):
     gain: jax.Array | None = None
 
 
-class FactoredMap(NamedTuple):
-    """A chunk of C steps as an affine map of the state S before it, with its factors.
-
-        O  = O_c + R_c S
-        S' = decay S + write (values + erase S) + offset
-
-    So the loop over chunks on accelerators reads fewer bytes than those of a `ChunkMap`.
-
-    Attributes:
-      outputs: O_c [..., C, V].
-      reads: R_c [..., C, K].
-      decay: [..., K, 1] or [..., 1, 1].
-      write: [..., K, C].
-      values: [..., C, V], or None for zero.
-      erase: [..., C, K], or None for zero.
-      offset: [..., K, V], or None for zero.
-    """
-
-    outputs: jax.Array
-    reads: jax.Array
-    decay: jax.Array
-    write: jax.Array
-    values: jax.Array | None = None
-    erase: jax.Array | None = None
-    offset: jax.Array | None = None
-
-
 Chunk = Callable[[Arrays], ChunkMap | FactoredMap]
-STATES = "seqjax_chunk_states"
 
 
-def multiply_out(factors: FactoredMap) -> ChunkMap:
+def multiply_out(maps: FactoredMap) -> ChunkMap:
     """Return the map of a chunk without factors."""
-    outputs, reads, transition, write, values, erase, offset = factors
-    terms = [] if values is None else [product(write, values)]
-    terms += [] if offset is None else [offset]
+    scores, reads, transition, write, values, erase, outputs, offset = maps
+    if values is not None:
+        outputs = total(product(scores, values), outputs)
+        offset = total(product(write, values, WRITE), offset)
     if erase is not None:
-        rows = jnp.broadcast_to(transition[..., 0], (*write.shape[:-2], write.shape[-2]))
-        transition = diagonal(rows) + product(write, erase)
-    return ChunkMap(outputs, reads, functools.reduce(jnp.add, terms), transition)
+        reads = (reads + product(scores, erase)).astype(reads.dtype)
+        rows = jnp.broadcast_to(transition[..., 0], write[..., 0, :].shape)
+        transition = diagonal(rows) + product(write, erase, WRITE)
+    return ChunkMap(total(outputs), reads, total(offset), transition)
 
 
 def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> jax.Array:
@@ -179,17 +156,16 @@ def scan_chunks(
         nan, zero = (jnp.asarray(value, dtype) for value in (jnp.nan, 0))
         poison = jnp.where(spoiled[..., -1:, None], nan, zero)
         if factored and isinstance(maps, FactoredMap):
-            states, final = _factored_states(maps, alive[..., -1:, :], state, poison, input_dtype)
+            resets = reset is not None
+            out, final = run_chunks(maps, state, alive, resets, poison, input_dtype)
         else:
             if isinstance(maps, FactoredMap):
                 maps = multiply_out(maps)
             compute = _states_in_log_depth if log_depth else _states
             offset = maps.offset + poison
             states, final = compute(maps.transition, offset, alive[..., -1:, :], state)
-        reads = product(maps.reads, states, rows=alive)
-        if isinstance(maps, ChunkMap) and maps.gain is not None:
-            reads = maps.gain * reads
-        out = maps.outputs + reads
+            reads = product(maps.reads, states, rows=alive)
+            out = maps.outputs + (reads if maps.gain is None else maps.gain * reads)
         out = out if scale is None else scale * out
         return final, jnp.where((spoiled | bad_query)[..., None], nan, out).astype(out_dtype)
 
@@ -259,92 +235,6 @@ def _states(
     alive = jnp.broadcast_to(alive, (transition.shape[0], *alive.shape[1:]))
     final, states = lax.scan(step, state, (transition, offset, alive))
     return states, final
-
-
-def _factored_states(
-    maps: FactoredMap, alive: jax.Array, state: jax.Array, poison: jax.Array, dtype: Any
-) -> tuple[jax.Array, jax.Array]:
-    """Return the states before the chunks [count, B, H, K, V], and the state after the last.
-
-    The loops have two matmuls per chunk, in both directions, or none without `erase`. Gradients of
-    the factors are products of all chunks after the backward loop. If the inputs are bfloat16, so
-    are the stored states, and what a chunk adds to the state without `erase`.
-
-    Args:
-      maps: maps of the chunks, [count, B, H, ...].
-      alive: [count or 1, B or 1, 1, 1, 1], False where the chunk has a reset.
-      state: [B, H, K, V].
-      poison: [count, B, H, 1, 1], NaN where the state after the chunk is NaN, and zero elsewhere.
-      dtype: dtype of the inputs.
-    """
-    stored = dtype if jnp.dtype(dtype) == jnp.bfloat16 else state.dtype
-    count = maps.write.shape[0]
-    alive = jnp.broadcast_to(alive, (count, *alive.shape[1:]))
-    write: jax.Array | None = maps.write
-    values, offset, unroll = maps.values, maps.offset, min(count, UNROLL)
-    if maps.erase is None:
-        assert values is not None
-        added = product(maps.write, values)
-        offset = (added if offset is None else added + offset).astype(stored)
-        write, values, unroll = None, None, min(count, 2 * UNROLL)  # short turns
-
-    def forward(factors: Any, state: jax.Array, rest: Any) -> tuple[jax.Array, jax.Array]:
-        def step(state: jax.Array, chunk: Any) -> tuple[jax.Array, jax.Array]:
-            (decay, write, values, erase, offset), (alive, poison) = chunk
-            kept = jnp.where(alive, state, jnp.zeros_like(state))
-            after = decay * kept + poison
-            if erase is not None:
-                after = after + product(write, _written(values, erase, kept))
-            if offset is not None:
-                after = after + offset.astype(after.dtype)
-            return after, state.astype(stored)
-
-        final, states = lax.scan(step, state, (factors, rest), unroll=unroll)
-        return checkpoint_name(states, STATES), final
-
-    def adjoint(args: Any, outputs: Any, _: Any, cts: Any) -> list[jax.Array]:
-        (factors, _, (alive, poison)), (states, _), (d_states, d_final) = args, outputs, cts
-        decay, write, values, erase, offset = factors
-
-        def step(d_after: jax.Array, chunk: Any) -> tuple[jax.Array, Any]:
-            decay, write, erase, d_state, alive = chunk
-            back, d_written = decay * d_after, None
-            if erase is not None:
-                d_written = product(write, d_after, "kc,kv->cv")
-                back += product(erase, d_written, "ck,cv->kv")
-                d_written = d_written.astype(stored)
-            back = jnp.where(alive, back, jnp.zeros_like(back))
-            return back + d_state.astype(back.dtype), (d_after.astype(stored), d_written)
-
-        chunks = (decay, write, erase, d_states, alive)
-        d_first, (d_after, d_written) = lax.scan(step, d_final, chunks, reverse=True, unroll=unroll)
-        states = jnp.where(jnp.isfinite(states) & alive, states, jnp.zeros_like(states))
-        d_write = d_erase = None
-        if erase is not None:
-            d_write = product(d_after, _written(values, erase, states), "kv,cv->kc")
-            d_erase = product(d_written, states, "cv,kv->ck")
-        both = d_after.astype(decay.dtype) * states.astype(decay.dtype)
-        axes = tuple(n for n in (-2, -1) if decay.shape[n] == 1)
-        found = (
-            jnp.sum(both, axis=axes, keepdims=True),
-            d_write,
-            None if values is None else d_written,
-            d_erase,
-            None if offset is None else d_after,
-        )
-        d_factors = jax.tree.map(lambda x, d: sum_to(d, x.shape).astype(x.dtype), factors, found)
-        return [*jax.tree.leaves(d_factors), d_first, jnp.zeros_like(poison)]
-
-    compute = custom_adjoint(forward, adjoint, with_residuals=lambda *args: (forward(*args), ()))
-    factors = (maps.decay, write, values, maps.erase, offset)
-    # States are named inside: the adjoint reads them, and must not run the loop again.
-    return compute(factors, state, (alive, poison))
-
-
-def _written(values: jax.Array | None, erase: jax.Array, state: jax.Array) -> jax.Array:
-    """Return values + erase S."""
-    made = product(erase, state)
-    return made if values is None else made + values.astype(made.dtype)
 
 
 def _states_in_log_depth(

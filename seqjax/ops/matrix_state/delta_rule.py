@@ -43,6 +43,7 @@ import jax.numpy as jnp
 from seqjax.ops.core import linalg
 from seqjax.ops.core.linalg import along_rows, down_columns
 from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state.factored_chunks import FactoredMap
 from seqjax.ops.matrix_state.input_maps import SoftplusGate
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Float, Reset
@@ -159,30 +160,32 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["k"], x["beta"] * error)
 
 
-def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
+def _chunk(x: chunked.Arrays) -> FactoredMap:
     q, k, v, beta, g = x["q"], x["k"], x["v"], x["beta"][..., 0], x["log_decay"]
+    narrow = k.dtype == jnp.bfloat16  # only on accelerators
     [[scores], [overlaps]] = decays.decayed_products((q, k), (k,), g)
-    from_start, to_end = decays.cumulative_decays(g, beta.dtype, repeat=k.dtype == jnp.bfloat16)
-    inverse = linalg.inverse_unit_lower(along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1))
+    from_start, to_end = decays.cumulative_decays(g, beta.dtype, repeat=narrow)
+    lower = along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1)
+    scores, lower = linalg.stored_once((scores, lower), narrow)
+    sub = linalg.SUB_OF_ACCELERATORS if narrow else linalg.SUB
+    inverse = linalg.inverse_unit_lower(lower, sub)
 
     # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.
     solved = inverse * down_columns(beta, k.shape[-2])
+    by_step = linalg.matmul(scores, linalg.stored_once(solved, narrow))
     wide = linalg.spread(k, to_end).astype(to_end.dtype)
     if to_end.shape[-1] == 1:
-        at_end = linalg.matmul(wide.mT, along_rows(to_end[..., 0], k.shape[-2]) * solved)
+        at_end = linalg.matmul_tn(along_rows(to_end[..., 0], k.shape[-2]) * solved, wide)
     else:
-        at_end = linalg.matmul((wide * to_end).mT, solved)
-    by_step = linalg.matmul(scores, solved)
+        at_end = linalg.matmul_tn(solved, wide * to_end)
     upto = decays.widen(from_start, k.shape[-1])
-    erase = decays.scaled(-k, upto)
-    reads = linalg.spread(q, upto).astype(upto.dtype) * upto + linalg.product(by_step, erase)
-    return chunked.FactoredMap(
-        outputs=linalg.product(by_step, v),
-        reads=reads.astype(k.dtype),
+    return FactoredMap(
+        scores=by_step,
+        reads=decays.scaled(q, upto),
         decay=from_start[..., -1, :, None],
         write=at_end.astype(k.dtype),
         values=v,
-        erase=erase,
+        erase=decays.scaled(-k, upto),
     )
 
 

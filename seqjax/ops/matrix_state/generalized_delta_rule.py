@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import linalg
 from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state.factored_chunks import WRITE, FactoredMap
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.types import Array, Float, Reset
 
@@ -123,36 +124,35 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["b"], z) + linalg.outer(x["k"], x["v"])
 
 
-def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
+def _chunk(x: chunked.Arrays) -> FactoredMap:
     v, g = x["v"], x["log_decay"]
+    narrow = v.dtype == jnp.bfloat16  # only on accelerators
     # These may be shared by heads, or not. A reset alone is shared by all.
     q, k, a, b = (linalg.spread(x[name], v) for name in "qkab")
     # a_t reads the state before step t: put it in row t - 1, and move the products back.
     next_a = jnp.concatenate([a[..., 1:, :], jnp.zeros_like(a[..., :1, :])], axis=-2)
     products = decays.decayed_products((q, next_a), (b, k), g)
     (scores_b, scores_k), (reads_b, reads_k) = products
-    from_start, to_end = decays.cumulative_decays(
-        g, scores_b.dtype, k.shape[-1], repeat=k.dtype == jnp.bfloat16
-    )
+    from_start, to_end = decays.cumulative_decays(g, scores_b.dtype, k.shape[-1], repeat=narrow)
     first = jnp.ones_like(from_start[..., :1, :])
     before_step = jnp.concatenate([first, from_start[..., :-1, :]], axis=-2)
-    inverse = linalg.inverse_unit_lower(-_next_row(reads_b))
-    reads_k, erase = _next_row(reads_k), decays.scaled(a, before_step)
+    lower, reads_k = linalg.stored_once((-_next_row(reads_b), _next_row(reads_k)), narrow)
+    sub = linalg.SUB_OF_ACCELERATORS if narrow else linalg.SUB
+    inverse = linalg.inverse_unit_lower(lower, sub)
 
-    def solved(rows: Array) -> Array:
-        return linalg.matmul(rows, inverse)
-
-    product = linalg.product
-    # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.
-    b_at_end, k_at_end = ((x.astype(to_end.dtype) * to_end).mT for x in (b, k))
-    by_step, at_end = solved(scores_b), solved(b_at_end)
-    return chunked.FactoredMap(
-        outputs=product(linalg.matmul(by_step, reads_k) + scores_k, v),
-        reads=q.astype(from_start.dtype) * from_start + product(by_step, erase),
+    # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16, and
+    # all factors of v are added before the product with v.
+    b_at_end, k_at_end = (x.astype(to_end.dtype) * to_end for x in (b, k))
+    by_step = linalg.matmul(scores_b, linalg.stored_once(inverse, narrow))
+    at_end = linalg.matmul_tn(inverse, b_at_end)
+    return FactoredMap(
+        scores=by_step,
+        reads=decays.scaled(q, from_start),
         decay=from_start[..., -1, :, None],
         write=at_end.astype(k.dtype),
-        erase=erase,
-        offset=product(linalg.matmul(at_end, reads_k) + k_at_end, v),
+        erase=decays.scaled(a, before_step),
+        outputs=linalg.product(linalg.matmul(by_step, reads_k) + scores_k, v),
+        offset=linalg.product(linalg.matmul_tn(reads_k, at_end) + k_at_end, v, WRITE),
     )
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from seqjax.ops.core import checks, explicit_mesh, linalg
 from seqjax.ops.matrix_state import chunked, decays
+from seqjax.ops.matrix_state.factored_chunks import FactoredMap
 from seqjax.ops.matrix_state.recurrence import MatrixRecurrence
 from seqjax.ops.matrix_state.value_decay import VALUE_DECAY
 from seqjax.types import Array, Inexact, Reset
@@ -211,15 +212,15 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
     return decayed + linalg.outer(x["k"], x["v"])
 
 
-def _chunk(x: chunked.Arrays) -> chunked.FactoredMap:
+def _chunk(x: chunked.Arrays) -> FactoredMap:
     q, k, v, g = (x[name] for name in ("q", "k", "v", "log_decay"))
     [[scores]] = decays.decayed_products((q,), (k,), g)
     from_start, to_end = decays.cumulative_decays(g, scores.dtype, repeat=k.dtype == jnp.bfloat16)
-    return chunked.FactoredMap(
-        outputs=linalg.product(scores, v),
+    return FactoredMap(
+        scores=scores,
         reads=decays.scaled(q, decays.widen(from_start, q.shape[-1])),
         decay=from_start[..., -1, :, None],
-        write=decays.scaled(k, decays.widen(to_end, k.shape[-1])).mT,
+        write=decays.scaled(k, decays.widen(to_end, k.shape[-1])),
         values=v,
     )
 
