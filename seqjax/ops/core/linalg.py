@@ -27,12 +27,15 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def matmul_tn(a: jax.Array, b: jax.Array) -> jax.Array:
+def matmul_tn(a: jax.Array, b: jax.Array, accelerator: bool) -> jax.Array:
     """Return a^T b with float32 accuracy.
 
-    With `a.mT`, XLA for GPU transposes all arrays that a is computed from.
+    With explicit transposes, XLA for GPU would transpose all arrays that the factors are computed
+    from. XLA for CPU is faster with them.
     """
-    return jnp.einsum("...tk,...tj->...kj", a, b, precision=lax.Precision.HIGHEST)
+    if accelerator:
+        return jnp.einsum("...tk,...tj->...kj", a, b, precision=lax.Precision.HIGHEST)
+    return matmul(b.mT, a).mT
 
 
 def product(

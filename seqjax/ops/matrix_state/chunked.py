@@ -34,7 +34,6 @@ from seqjax.ops.matrix_state.block_decays import same_segment
 from seqjax.ops.matrix_state.chunk_sizes import Division
 from seqjax.ops.matrix_state.factored_chunks import (
     STATES,
-    WRITE,
     FactoredMap,
     run_chunks,
     total,
@@ -68,13 +67,14 @@ Chunk = Callable[[Arrays], ChunkMap | FactoredMap]
 def multiply_out(maps: FactoredMap) -> ChunkMap:
     """Return the map of a chunk without factors."""
     scores, reads, transition, write, values, erase, outputs, offset = maps
+    write = write.mT
     if values is not None:
         outputs = total(product(scores, values), outputs)
-        offset = total(product(write, values, WRITE), offset)
+        offset = total(product(write, values), offset)
     if erase is not None:
         reads = (reads + product(scores, erase)).astype(reads.dtype)
-        rows = jnp.broadcast_to(transition[..., 0], write[..., 0, :].shape)
-        transition = diagonal(rows) + product(write, erase, WRITE)
+        rows = jnp.broadcast_to(transition[..., 0], write[..., 0].shape)
+        transition = diagonal(rows) + product(write, erase)
     return ChunkMap(total(outputs), reads, total(offset), transition)
 
 

@@ -175,9 +175,10 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     by_step = linalg.matmul(scores, linalg.stored_once(solved, narrow))
     wide = linalg.spread(k, to_end).astype(to_end.dtype)
     if to_end.shape[-1] == 1:
-        at_end = linalg.matmul_tn(along_rows(to_end[..., 0], k.shape[-2]) * solved, wide)
+        rows = along_rows(to_end[..., 0], k.shape[-2])
+        at_end = linalg.matmul_tn(rows * solved, wide, narrow)
     else:
-        at_end = linalg.matmul_tn(solved, wide * to_end)
+        at_end = linalg.matmul_tn(solved, wide * to_end, narrow)
     upto = decays.widen(from_start, k.shape[-1])
     return FactoredMap(
         scores=by_step,

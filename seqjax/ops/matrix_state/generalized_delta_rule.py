@@ -125,7 +125,7 @@ def _step(S: Array, decayed: Array, x: chunked.Arrays) -> Array:
 
 
 def _chunk(x: chunked.Arrays) -> FactoredMap:
-    v, g = x["v"], x["log_decay"]
+    v, g, product = x["v"], x["log_decay"], linalg.product
     narrow = v.dtype == jnp.bfloat16  # only on accelerators
     # These may be shared by heads, or not. A reset alone is shared by all.
     q, k, a, b = (linalg.spread(x[name], v) for name in "qkab")
@@ -144,15 +144,16 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     # all factors of v are added before the product with v.
     b_at_end, k_at_end = (x.astype(to_end.dtype) * to_end for x in (b, k))
     by_step = linalg.matmul(scores_b, linalg.stored_once(inverse, narrow))
-    at_end = linalg.matmul_tn(inverse, b_at_end)
+    at_end = linalg.matmul_tn(inverse, b_at_end, narrow)
+    factor = linalg.matmul_tn(reads_k, at_end, narrow) + k_at_end
     return FactoredMap(
         scores=by_step,
         reads=decays.scaled(q, from_start),
         decay=from_start[..., -1, :, None],
         write=at_end.astype(k.dtype),
         erase=decays.scaled(a, before_step),
-        outputs=linalg.product(linalg.matmul(by_step, reads_k) + scores_k, v),
-        offset=linalg.product(linalg.matmul_tn(reads_k, at_end) + k_at_end, v, WRITE),
+        outputs=product(linalg.matmul(by_step, reads_k) + scores_k, v),
+        offset=product(factor, v, WRITE) if narrow else product(factor.mT, v),
     )
 
 
