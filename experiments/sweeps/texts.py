@@ -136,7 +136,15 @@ TEXTS = {
         "Which families of layers track states, with one setup for all?",
         _PRODUCT + " The map shows scaled accuracies at 2.5 and 16 times the training length: "
         "guessing has 0, and a perfect model 1.",
-        "LRU and minGRU track none of these states. The other 14 layers have not run yet.",
+        "Of ten layers, block_linear tracks the most: parity, cycle navigation and S3 at 2.5 times "
+        "the training length, and half of A5. DeltaProduct tracks parity and S3, the other layers "
+        "with eigenvalues of both signs only parity, and LRU, minGRU, GLA, mLSTM and KDA none.",
+        "The transitions of block_linear are dense blocks. A layer tracks a state if 97 % of its "
+        "answers at 40 symbols are right. At 256 symbols, only block_linear on parity is always "
+        "right. On S3, DeltaProduct is then right in 75 % of its answers, and block_linear in 53 %. "
+        "Comba, RWKV-7, the nonlinear RNNs and attention have not run yet. One seed, and no "
+        "learning-rate sweep, because a run takes up to 17 minutes, beside other programs on the "
+        "same cores.",
     ),
     "mqar": Text(
         "How wide must a layer be to recall several key-value pairs?",
