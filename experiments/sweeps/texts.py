@@ -141,7 +141,7 @@ TEXTS = {
         "with eigenvalues of both signs only parity, and LRU, minGRU, GLA, mLSTM and KDA none.",
         "The transitions of block_linear are dense blocks. A layer tracks a state if 97 % of its "
         "answers at 40 symbols are right. At 256 symbols, only block_linear on parity is always "
-        "right. On S3, DeltaProduct is then right in 75 % of its answers, and block_linear in 53 %. "
+        "right. On S3, DeltaProduct is then right in 75 % of its answers, block_linear in 53 %. "
         "Comba, RWKV-7, the nonlinear RNNs and attention have not run yet. One seed, and no "
         "learning-rate sweep, because a run takes up to 17 minutes, beside other programs on the "
         "same cores.",
