@@ -50,15 +50,18 @@ def test_the_default_is_sequential_without_and_chunked_with_gradients(op):
             return jax.jit(lambda v: seqjax.delta_rule(q, k / 8, v, beta, algorithm=algorithm)[0])
         return jax.jit(lambda u: seqjax.ssm_scan(u, *[weights] * 3, algorithm=algorithm)[0])
 
-    def distance(found, other):  # compiled apart, one algorithm may round differently
-        return np.max(np.abs(np.subtract(found, other)))
+    def flops(algorithm, with_gradients):
+        function = run(algorithm)
+        if with_gradients:
+            function = jax.jit(lambda v: jax.vjp(run(algorithm), v)[0])
+        return function.lower(v).compile().cost_analysis()["flops"]
 
-    found, step, chunk = (run(algorithm)(v) for algorithm in (None, "sequential", "chunked"))
-    assert distance(found, step) < distance(found, chunk)
-    found, step, chunk = (
-        jax.vjp(run(algorithm), v)[0] for algorithm in (None, "sequential", "chunked")
-    )
-    assert distance(found, chunk) < distance(found, step)
+    step, chunk = (flops(algorithm, False) for algorithm in ("sequential", "chunked"))
+    assert step != chunk
+    assert flops(None, False) == step
+    step, chunk = (flops(algorithm, True) for algorithm in ("sequential", "chunked"))
+    assert step != chunk
+    assert flops(None, True) == chunk
 
 
 def test_a_forward_pass_has_one_loop():

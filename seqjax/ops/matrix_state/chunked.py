@@ -36,7 +36,6 @@ from seqjax.ops.matrix_state.factored_chunks import (
     STATES,
     FactoredMap,
     run_chunks,
-    total,
 )
 
 Arrays = Mapping[str, jax.Array]
@@ -69,13 +68,16 @@ def multiply_out(maps: FactoredMap) -> ChunkMap:
     scores, reads, transition, write, values, erase, outputs, offset = maps
     write = write.mT
     if values is not None:
-        outputs = total(product(scores, values), outputs)
-        offset = total(product(write, values), offset)
+        own, added = product(scores, values), product(write, values)
+        outputs = own if outputs is None else own + outputs
+        offset = added if offset is None else added + offset
     if erase is not None:
         reads = (reads + product(scores, erase)).astype(reads.dtype)
         rows = jnp.broadcast_to(transition[..., 0], write[..., 0].shape)
         transition = diagonal(rows) + product(write, erase)
-    return ChunkMap(total(outputs), reads, total(offset), transition)
+    assert outputs is not None
+    assert offset is not None
+    return ChunkMap(outputs, reads, offset, transition)
 
 
 def apply_alive(alive: jax.Array, transition: jax.Array, state: jax.Array) -> jax.Array:

@@ -165,6 +165,7 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     narrow = k.dtype == jnp.bfloat16  # only on accelerators
     [[scores], [overlaps]] = decays.decayed_products((q, k), (k,), g)
     from_start, to_end = decays.cumulative_decays(g, beta.dtype, repeat=narrow)
+    upto = decays.widen(from_start, k.shape[-1])
     lower = along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1)
     scores, lower = linalg.stored_once((scores, lower), narrow)
     sub = linalg.SUB_OF_ACCELERATORS if narrow else linalg.SUB
@@ -179,7 +180,6 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
         at_end = linalg.matmul_tn(rows * solved, wide, narrow)
     else:
         at_end = linalg.matmul_tn(solved, wide * to_end, narrow)
-    upto = decays.widen(from_start, k.shape[-1])
     return FactoredMap(
         scores=by_step,
         reads=decays.scaled(q, upto),
