@@ -18,8 +18,7 @@ from jax import lax
 from seqjax.ops.core import jax_compat
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 
-SUB = 16  # the size up to which a block is inverted without splitting it, on CPU
-SUB_OF_ACCELERATORS = 4
+SUB, SUB_OF_ACCELERATORS = 16, 4  # the size up to which a block is inverted without splitting it
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -63,7 +62,7 @@ def product(
     """
     left, right, result = subscripts.replace("->", ",").split(",")
     if rows is None and a.dtype == b.dtype != jnp.bfloat16:
-        return jnp.einsum(f"...{left},...{right}->...{result}", a, b)  # derivatives of JAX
+        return _einsum(a, b, left, right, result)  # derivatives of JAX
 
     def forward(a: jax.Array, b: jax.Array, rows: jax.Array | None) -> jax.Array:
         made = _einsum(a, b, left, right, result, narrow=narrow)
@@ -145,18 +144,18 @@ def stored_once(arrays: Any, when: bool) -> Any:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def inverse_unit_lower(n: jax.Array, sub: int = SUB) -> jax.Array:
+def inverse_unit_lower(n: jax.Array, accelerator: bool = False) -> jax.Array:
     """Return (I + N)^-1 for strictly lower triangular N [..., C, C], by halves.
 
     inv [[A, 0], [N, B]] = [[A', 0], [-B' N A', B']] with A', B' the inverses of the halves. Unlike
-    the series in powers of N, no intermediate exceeds the result and its factors. Blocks of at most
-    `sub` rows are not split.
+    the series in powers of N, no intermediate exceeds the result and its factors. On accelerators,
+    smaller blocks are split.
     """
     size = n.shape[-1]
-    if size > sub and size % 2 == 0:
+    if size > (SUB_OF_ACCELERATORS if accelerator else SUB) and size % 2 == 0:
         half = size // 2
         blocks = jnp.stack([n[..., :half, :half], n[..., half:, half:]])
-        halves = inverse_unit_lower(blocks, sub)
+        halves = inverse_unit_lower(blocks, accelerator)
         corner = -matmul(matmul(halves[1], n[..., half:, :half]), halves[0])
         top = jnp.concatenate([halves[0], jnp.zeros_like(corner)], axis=-1)
         return jnp.concatenate([top, jnp.concatenate([corner, halves[1]], axis=-1)], axis=-2)
@@ -179,8 +178,8 @@ def inverse_unit_lower(n: jax.Array, sub: int = SUB) -> jax.Array:
 
 
 @inverse_unit_lower.defjvp
-def _inverse_jvp(sub: int, primals: Any, tangents: Any) -> Any:
-    inverse = inverse_unit_lower(primals[0], sub)
+def _inverse_jvp(accelerator: bool, primals: Any, tangents: Any) -> Any:
+    inverse = inverse_unit_lower(primals[0], accelerator)
     return inverse, -matmul(matmul(inverse, jnp.tril(tangents[0], -1)), inverse)
 
 

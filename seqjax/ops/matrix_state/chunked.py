@@ -32,11 +32,7 @@ from seqjax.ops.core.linalg import diagonal, matmul, product
 from seqjax.ops.core.residual_names import RESIDUALS, named
 from seqjax.ops.matrix_state.block_decays import same_segment
 from seqjax.ops.matrix_state.chunk_sizes import Division
-from seqjax.ops.matrix_state.factored_chunks import (
-    STATES,
-    FactoredMap,
-    run_chunks,
-)
+from seqjax.ops.matrix_state.factored_chunks import STATES, FactoredMap, run_chunks
 
 Arrays = Mapping[str, jax.Array]
 

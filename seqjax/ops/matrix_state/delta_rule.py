@@ -113,8 +113,8 @@ def delta_rule(
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
         few steps, and on CPU for small states and without derivatives.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically. The
-        kernel for GPU runs only by name, in float32 and bfloat16. It requires K of 64 or 128, V a
-        multiple of 64, and no decays per channel.
+        kernel for GPU runs only by name, in float32 and bfloat16. It requires K of 64 or 128, and
+        V a multiple of 64.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
 
@@ -168,8 +168,7 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     upto = decays.widen(from_start, k.shape[-1])
     lower = along_rows(beta, k.shape[-2]) * jnp.tril(overlaps, -1)
     scores, lower = linalg.stored_once((scores, lower), narrow)
-    sub = linalg.SUB_OF_ACCELERATORS if narrow else linalg.SUB
-    inverse = linalg.inverse_unit_lower(lower, sub)
+    inverse = linalg.inverse_unit_lower(lower, narrow)
 
     # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16.
     solved = inverse * down_columns(beta, k.shape[-2])

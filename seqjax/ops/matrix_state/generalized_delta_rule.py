@@ -137,8 +137,7 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     first = jnp.ones_like(from_start[..., :1, :])
     before_step = jnp.concatenate([first, from_start[..., :-1, :]], axis=-2)
     lower, reads_k = linalg.stored_once((-_next_row(reads_b), _next_row(reads_k)), narrow)
-    sub = linalg.SUB_OF_ACCELERATORS if narrow else linalg.SUB
-    inverse = linalg.inverse_unit_lower(lower, sub)
+    inverse = linalg.inverse_unit_lower(lower, narrow)
 
     # The sums over a chunk cancel if keys repeat, so their terms are not rounded to bfloat16, and
     # all factors of v are added before the product with v.

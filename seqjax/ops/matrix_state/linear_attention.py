@@ -157,8 +157,8 @@ def linear_attention(
         or "associative" (matmuls, chunks in log depth). By default chunked, but sequential for a
         few steps, and on CPU for small states and without derivatives.
       implementation: "xla" or "pallas"; by default the backend is chosen automatically. The
-        kernel for GPU runs only by name, in float32 and bfloat16. It requires K of 64 or 128, V a
-        multiple of 64, and no decays per channel.
+        kernel for GPU runs only by name, in float32 and bfloat16. It requires K of 64 or 128, and
+        V a multiple of 64.
       sequence_axis: inside `jax.shard_map`, the mesh axis over which T is split.
       interpret: run the Pallas kernel in interpret mode, without its hardware. This is slow.
 
