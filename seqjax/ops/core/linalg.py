@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from seqjax.ops.core import jax_compat
@@ -161,7 +162,7 @@ def inverse_unit_lower(n: jax.Array, accelerator: bool = False) -> jax.Array:
         return jnp.concatenate([top, jnp.concatenate([corner, halves[1]], axis=-1)], axis=-2)
     # The same recursion bottom-up, without splitting small blocks. `inverse` is the inverse of the
     # diagonal blocks of size `width`, and `links` are the blocks that join them in pairs.
-    rows, columns = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
+    rows, columns = np.arange(size)[:, None], np.arange(size)[None, :]
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=n.dtype), n.shape)
     # Give the identity the varying mesh axes of `n`. For size 1 nothing else would.
     inverse, _ = jax_compat.match_varying(inverse, n)

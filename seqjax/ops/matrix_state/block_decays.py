@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.ops.core.linalg import down_columns, matmul
 
@@ -44,6 +45,22 @@ def block_decays(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.
         after.append(after[-1] * _repeat(jnp.where(second, one, other), width, g.shape))
         whole = pairs[..., 0, :] * pairs[..., 1, :]
     return upto, after
+
+
+@jax.custom_jvp
+def whole_block(g: jax.Array) -> jax.Array:
+    """Return the product of the decays exp(g) of all steps: [..., C, K] -> [..., 1, K]."""
+    whole = decay_of(g)
+    for _ in widths(1, g.shape[-2]):
+        pairs = whole.reshape(*whole.shape[:-2], -1, 2, whole.shape[-1])
+        whole = pairs[..., 0, :] * pairs[..., 1, :]
+    return whole
+
+
+@whole_block.defjvp
+def _whole_block_jvp(primals: Any, tangents: Any) -> Any:
+    whole = whole_block(*primals)
+    return whole, whole * jnp.sum(tangents[0], axis=-2, keepdims=True)
 
 
 def _repeat(x: jax.Array, width: int, shape: tuple[int, ...]) -> jax.Array:
@@ -129,7 +146,11 @@ def widths(start: int, stop: int) -> list[int]:
     return found
 
 
-def order(size: int) -> tuple[jax.Array, jax.Array]:
-    """Return the steps as a column and as a row, for comparison."""
-    steps = jnp.arange(size)
+def order(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps as a column and as a row, for comparison.
+
+    They are constants, because XLA for GPU computes every comparison of two `jnp.arange` in a
+    kernel of its own.
+    """
+    steps = np.arange(size)
     return steps[:, None], steps[None, :]

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqjax.ops.core import sequence_parallel
 from seqjax.ops.core.custom_adjoint import custom_adjoint
@@ -27,9 +28,9 @@ from seqjax.ops.matrix_state.block_decays import (
     block_decays,
     count_events,
     decay_of,
-    halves,
     order,
     same_segment,
+    whole_block,
     widths,
 )
 
@@ -84,6 +85,17 @@ def cumulative_decays(
     return (count == 0).astype(dtype), (count == count[..., -1:, :]).astype(dtype)
 
 
+def of_chunk(log_decay: jax.Array, from_start: jax.Array, *, repeat: bool) -> jax.Array:
+    """Return the decay over all steps of a chunk, [..., 1, K] or [..., 1, 1].
+
+    It is the last row of `from_start`, which GPUs would compute whole for this row alone. With
+    `repeat` it is computed from the products that `cumulative_decays` computes there.
+    """
+    if repeat and log_decay.dtype != bool:
+        return whole_block(log_decay)
+    return from_start[..., -1:, :]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _cumulative_decays(repeat: bool, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     upto, after = block_decays(g, repeat)
@@ -118,7 +130,7 @@ sums_after = _summing(after=True)  # x_{t+1} + ... + x_C
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Return x times a factor, computed in the dtype of the factor and rounded to that of x."""
-    return (spread(x, factor).astype(factor.dtype) * factor).astype(x.dtype)
+    return (spread(x, factor).astype(factor.dtype) * spread(factor, x)).astype(x.dtype)
 
 
 def widen(x: jax.Array, channels: int) -> jax.Array:
@@ -177,62 +189,85 @@ def _by_channel(
     no factor exceeds one, and no decay after t contributes.
     """
     upto, after = block_decays(g, rights[0].dtype == jnp.bfloat16)
+    left, right = _stacked(lefts), _stacked(rights)
     return _pairs(
-        lefts,
-        rights,
-        [[scaled(x, decay) for x in lefts] for decay in upto[:-1]],
-        [[scaled(x, decay) for x in rights] for decay in after[:-1]],
+        (left, right),
+        [scaled(left, _stacked((decay,))) for decay in upto[:-1]],
+        [scaled(right, _stacked((decay,))) for decay in after[:-1]],
     )
 
 
+def _stacked(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Return the blocks of SUB steps of n arrays: n times [..., C, K] -> [..., C / SUB, n, SUB, K].
+
+    One matmul per block then computes the products of all arrays.
+    """
+    blocked = [x.reshape(*x.shape[:-2], -1, min(x.shape[-2], SUB), x.shape[-1]) for x in arrays]
+    return jnp.stack(blocked, axis=-3)
+
+
+def _pairwise(left: jax.Array, right: jax.Array) -> list[list[jax.Array]]:
+    """Return the products of the steps of every left and right, inside groups of m blocks.
+
+    [..., m, lefts, SUB, K] and [..., m, rights, SUB, K] -> lists of [..., m * SUB, m * SUB].
+    """
+    rows, columns = left.shape[-4:-1], right.shape[-4:-1]
+    left, right = (x.reshape(*x.shape[:-4], -1, x.shape[-1]) for x in (left, right))
+    both = product(left, right, NT)
+    both = both.reshape(*both.shape[:-2], *rows, *columns)
+    width = rows[0] * rows[2]
+    return [
+        [
+            both[..., n, :, :, m, :].reshape(*both.shape[:-6], width, width)
+            for m in range(columns[1])
+        ]
+        for n in range(rows[1])
+    ]
+
+
 def _pairs(
-    lefts: Sequence[jax.Array],
-    rights: Sequence[jax.Array],
-    decayed_lefts: list[list[jax.Array]],
-    decayed_rights: list[list[jax.Array]],
+    factors: tuple[jax.Array, jax.Array],
+    decayed_lefts: list[jax.Array],
+    decayed_rights: list[jax.Array],
 ) -> list[list[jax.Array]]:
-    """Return the products of `decayed_products` of every left and right.
+    """Return the products of `decayed_products` of every left and right, from `_stacked` arrays.
 
     Args:
-      lefts, rights: the factors of the diagonal.
+      factors: the lefts and the rights of the diagonal.
       decayed_lefts: by level, lefts decayed from the start of their block of 2^level steps.
       decayed_rights: by level, rights decayed to the end of their block.
     """
-    size, channels = rights[0].shape[-2:]
-    base = min(size, SUB)
+    blocks, base = factors[0].shape[-4], factors[0].shape[-2]
 
-    def blocks(x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:-2], size // base, base, channels)
-
-    def pairwise(lefts: list[jax.Array], rights: list[jax.Array]) -> jax.Array:
-        """Return [..., n, L, width, R, width] from lists of [..., n, width, K]."""
-        shape = (*lefts[0].shape[:-1], len(rights), lefts[0].shape[-2])
-        left, right = jnp.concatenate(lefts, axis=-2), jnp.concatenate(rights, axis=-2)
-        both = product(left, right, NT)
-        return both.reshape(*shape[:-3], len(lefts), *shape[-3:])
+    def halves_of(x: jax.Array, half: int, width: int) -> jax.Array:
+        return x.reshape(*x.shape[:-4], -1, 2, width // base, *x.shape[-3:])[..., half, :, :, :, :]
 
     # Inside blocks of SUB steps, compute matmuls of the whole block and select each width's pairs.
-    steps = jnp.arange(base)
-    rows, columns = steps[:, None, None], steps
-    made = pairwise([blocks(x) for x in lefts], [blocks(x) for x in rights])
-    made = jnp.where(rows == columns, made, jnp.zeros_like(made))
-    for level, width in enumerate(widths(1, base)):
-        met = (rows // (2 * width) == columns // (2 * width)) & (rows // width > columns // width)
-        pairs = pairwise(
-            [blocks(x) for x in decayed_lefts[level]], [blocks(x) for x in decayed_rights[level]]
-        )
-        made = jnp.where(met, pairs, made)
+    levels = [_pairwise(*(x[..., None, :, :, :] for x in factors))]
+    for level in range(len(widths(1, base))):
+        both = (decayed_lefts[level], decayed_rights[level])
+        levels.append(_pairwise(*(x[..., None, :, :, :] for x in both)))
     # For larger widths, compute only the pairs of the two halves.
-    for width in widths(base, size):
+    for width in widths(base, blocks * base):
         level = width.bit_length() - 1
-        second = [halves(x, width)[1] for x in decayed_lefts[level]]
-        corner = pairwise(second, [halves(x, width)[0] for x in decayed_rights[level]])
-        own = made.reshape(*corner.shape[:-4], 2, *corner.shape[-4:])
-        first, last = own[..., 0, :, :, :, :], own[..., 1, :, :, :, :]
-        top = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
-        made = jnp.concatenate([top, jnp.concatenate([corner, last], axis=-1)], axis=-3)
-    made = made.reshape(*made.shape[:-5], *made.shape[-4:])
-    return [[made[..., n, :, m, :] for m in range(len(rights))] for n in range(len(lefts))]
+        second = halves_of(decayed_lefts[level], 1, width)
+        levels.append(_pairwise(second, halves_of(decayed_rights[level], 0, width)))
+    return jax.tree.map(lambda *pairs: _assembled(pairs, base), *levels)
+
+
+def _assembled(levels: Sequence[jax.Array], base: int) -> jax.Array:
+    """Return P [..., C, C] from its diagonal and the pairs of every level."""
+    rows, columns = order(base)
+    made = jnp.where(rows == columns, levels[0], jnp.zeros_like(levels[0]))
+    small = widths(1, base)
+    for width, pairs in zip(small, levels[1:], strict=False):
+        met = (rows // (2 * width) == columns // (2 * width)) & (rows // width > columns // width)
+        made = jnp.where(met, pairs, made)
+    for corner in levels[1 + len(small) :]:
+        own = made.reshape(*corner.shape[:-2], 2, *corner.shape[-2:])
+        top = jnp.concatenate([own[..., 0, :, :], jnp.zeros_like(corner)], axis=-1)
+        made = jnp.concatenate([top, jnp.concatenate([corner, own[..., 1, :, :]], axis=-1)], axis=-2)
+    return made.reshape(*made.shape[:-3], *made.shape[-2:])
 
 
 @_by_channel.defjvp
@@ -247,39 +282,34 @@ def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
     upto, after = (decays[:-1] for decays in block_decays(g, rights[0].dtype == jnp.bfloat16))
     made = _by_channel(lefts, rights, g)
     sums = _sums_to_middle(dg)
+    left, right, d_left, d_right = (_stacked(x) for x in (lefts, rights, d_lefts, d_rights))
+    upto, after, sums = ([_stacked((x,)) for x in level] for level in (upto, after, sums))
 
     def change(x: jax.Array, dx: jax.Array, dc: jax.Array, decay: jax.Array) -> jax.Array:
         wide = decay.dtype
-        return ((dx.astype(wide) + x.astype(wide) * dc) * decay).astype(x.dtype)
+        change = dx.astype(wide) + x.astype(wide) * spread(dc, x)
+        return (change * spread(decay, x)).astype(x.dtype)
 
     by_left = _pairs(
-        d_lefts,
-        rights,
-        [
-            [change(x, dx, dc, decay) for x, dx in zip(lefts, d_lefts, strict=True)]
-            for dc, decay in zip(sums, upto, strict=True)
-        ],
-        [[scaled(x, decay) for x in rights] for decay in after],
+        (d_left, right),
+        [change(left, d_left, dc, decay) for dc, decay in zip(sums, upto, strict=True)],
+        [scaled(right, decay) for decay in after],
     )
     by_right = _pairs(
-        lefts,
-        d_rights,
-        [[scaled(x, decay) for x in lefts] for decay in upto],
-        [
-            [change(x, dx, dc, decay) for x, dx in zip(rights, d_rights, strict=True)]
-            for dc, decay in zip(sums, after, strict=True)
-        ],
+        (left, d_right),
+        [scaled(left, decay) for decay in upto],
+        [change(right, d_right, dc, decay) for dc, decay in zip(sums, after, strict=True)],
     )
     return made, jax.tree.map(jnp.add, by_left, by_right)
 
 
-def _within(width: int, unit: int) -> jax.Array:
+def _within(width: int, unit: int) -> np.ndarray:
     """Return the steps i between a step t and the middle of its block of 2 * width: [unit, unit].
 
     i <= t if t is in the second half, i > t if it is in the first.
     """
     t, i = order(unit)
-    return (t // width == i // width) & jnp.where(t & width > 0, i <= t, i > t)
+    return (t // width == i // width) & np.where(t & width > 0, i <= t, i > t)
 
 
 def _to_middle(x: jax.Array, width: int, transposed: bool) -> jax.Array:

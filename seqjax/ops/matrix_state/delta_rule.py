@@ -182,7 +182,7 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     return FactoredMap(
         scores=by_step,
         reads=decays.scaled(q, upto),
-        decay=from_start[..., -1, :, None],
+        decay=decays.of_chunk(g, from_start, repeat=narrow)[..., 0, :, None],
         write=at_end.astype(k.dtype),
         values=v,
         erase=decays.scaled(-k, upto),

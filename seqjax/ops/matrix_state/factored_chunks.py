@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqjax.ops.core.custom_adjoint import custom_adjoint
 from seqjax.ops.core.linalg import product, sum_to
 
-UNROLL = 8  # turns of a loop on accelerators between two tests of its counter
+UNROLL = 16  # turns of a loop on accelerators between two tests of its counter
 STATES = "seqjax_chunk_states"
 WRITE = "ck,cv->kv"
 

@@ -148,7 +148,7 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     return FactoredMap(
         scores=by_step,
         reads=decays.scaled(q, from_start),
-        decay=from_start[..., -1, :, None],
+        decay=decays.of_chunk(g, from_start, repeat=narrow)[..., 0, :, None],
         write=at_end.astype(k.dtype),
         erase=decays.scaled(a, before_step),
         outputs=product(linalg.matmul(by_step, reads_k) + scores_k, v),

@@ -219,7 +219,7 @@ def _chunk(x: chunked.Arrays) -> FactoredMap:
     return FactoredMap(
         scores=scores,
         reads=decays.scaled(q, decays.widen(from_start, q.shape[-1])),
-        decay=from_start[..., -1, :, None],
+        decay=decays.of_chunk(g, from_start, repeat=k.dtype == jnp.bfloat16)[..., 0, :, None],
         write=decays.scaled(k, decays.widen(to_end, k.shape[-1])),
         values=v,
     )
