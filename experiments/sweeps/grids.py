@@ -136,6 +136,8 @@ PUBLISHED = {
 }
 MIXERS = ("lru", "s5", "gateloop", "mamba", "gated_deltanet", "attention")
 LINEAR = ("lru", "s5", "mamba", "gated_deltanet")
+EACH_KIND = ("lru", "mamba", "gated_deltanet", "gru", "attention")
+LONGER = {f"accuracy_{n}": f"T = {n:,}" for n in (64, 256, 1024, 4096)}
 # S5 reads the pixels row after row, in both directions.
 GRIDDED = ("plstm_2d", "s5", "chimera")
 BESIDE_MAJORITY = {"accuracy": "accuracy", "majority": "majority"}
@@ -193,6 +195,18 @@ GRIDS: dict[str, Grid] = {
         "accuracy_256",
         figure="map",
     ),
+    "regular_languages": Grid(
+        "State tracking: regular languages, trained on up to 16 symbols with a curriculum",
+        tuple(
+            Job(f"{task}, {_layer(words)}", f"{STATE}:{task},{words}", PRODUCT | {"steps": 1000})
+            for task, words in itertools.product(
+                ("sum", "even_pairs", "flip_flop", "star_free", "dyck"),
+                ("lru", "mamba,negative", "gated_deltanet,negative", "gru", "attention"),
+            )
+        ),
+        {f"accuracy_{n}": f"T = {n}" for n in (40, 64, 128, 256)},
+        "accuracy_256",
+    ),
     "mqar": Grid(
         "MQAR: 32 tokens, 4 pairs, 64 symbols; the better of two learning rates",
         tuple(
@@ -219,12 +233,47 @@ GRIDS: dict[str, Grid] = {
     "induction_heads": Grid(
         "Induction heads, trained on 64 tokens",
         each(RECALL, "induction_heads", LINEAR),
-        {f"accuracy_{n}": f"T = {n:,}" for n in (64, 256, 1024, 4096)},
+        LONGER,
         "accuracy_4096",
         {"mamba": "100 %"},
         "arXiv 2312.00752, trained on 256 and tested on up to 2^20 tokens",
         figure="length",
         axis="length of the test sequences",
+    ),
+    "passkey": Grid(
+        "Passkey: 5 digits in a repeated text, trained on 64 tokens",
+        each(RECALL, "passkey", EACH_KIND),
+        LONGER,
+        "accuracy_4096",
+    ),
+    "needles": Grid(
+        "Needles: one of 4 keys with 3 digits each in a random text, trained on 64 tokens",
+        each(RECALL, "needles", EACH_KIND),
+        LONGER,
+        "accuracy_4096",
+    ),
+    "match_to_sample": Grid(
+        "Match to sample: compare the first token with the last, trained on 32 tokens",
+        each(RECALL, "match_to_sample", EACH_KIND),
+        {f"accuracy_{n}": f"T = {n}" for n in (32, 128, 512)},
+        "accuracy_512",
+    ),
+    "linear_functions": Grid(
+        "Linear functions: regression on 8 features, from 16 examples in the sequence",
+        each(RECALL, "linear_functions", EACH_KIND),
+        {
+            f"{name}_{n}": f"{title}{n} examples"
+            for n in (4, 8, 16)
+            for name, title in (("error", ""), ("least_squares", "least squares, "))
+        },
+        "error_16",
+        lower=True,
+    ),
+    "languages": Grid(
+        "In-context language learning: words of an automaton that changes with each sequence",
+        tuple(Job(layer, f"{RECALL}:languages,{layer}", {"steps": 1000}) for layer in EACH_KIND),
+        {f"accuracy_{n}": f"T = {n}" for n in (256, 512)},
+        "accuracy_512",
     ),
     "games": Grid(
         "Games of memory: the return of PPO",

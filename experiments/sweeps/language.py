@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
-from experiments.sweeps.jobs import Grid, Job
+from experiments.sweeps.jobs import RATE, Grid, Job
 from seqjax.layers import REGISTRY
 
 TEXT = "experiments/configs/lm.py"
@@ -36,6 +37,8 @@ DEEP = {
     "eval.bytes": 1 << 16,
     "eval.final_bytes": 1 << 19,
 }
+# The .rst files of the Debian package linux-doc-6.1, 24 MB, unpacked into this folder.
+LINUX = {"data.path": "linux-doc"}
 TIMES = 16  # longest test sequence over training length
 # Options that Stuffed Mamba (arXiv 2410.07145) sets after training, against state collapse.
 AGAINST_COLLAPSE = {"write_factor": 0.75, "decay_factor": 0.999}
@@ -63,6 +66,16 @@ GRIDS: dict[str, Grid] = {
         "heldout_bits_per_byte",
         lower=True,
         figure="curve",
+    ),
+    "linux": Grid(
+        "Bits per byte of the documentation of Linux, 463,000 parameters, 500 steps of 2,048 bytes",
+        tuple(
+            Job(layer, f"{TEXT}:{layer}", {"model.mlp_ratio": ratio, RATE: rate} | LINUX)
+            for rate, (layer, ratio) in itertools.product((3e-3, 1e-2), MLP_RATIOS.items())
+        ),
+        {"heldout_bits_per_byte": "bits per byte"},
+        "heldout_bits_per_byte",
+        lower=True,
     ),
     "hybrid": Grid(
         "Hybrids: bits per byte with one block with attention to 1, 3 or 7 recurrent blocks",

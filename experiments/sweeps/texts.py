@@ -146,6 +146,12 @@ TEXTS = {
         "learning-rate sweep, because a run takes up to 17 minutes, beside other programs on the "
         "same cores.",
     ),
+    "regular_languages": Text(
+        "Which layers learn regular languages other than groups?",
+        "One mixer of width 64 without an MLP. Training has up to 1,000 batches of 256 rows, and "
+        "sequences grow from 3 to 16 symbols over the first 390 batches. Every symbol has an "
+        "answer: for the brackets (star_free, dyck) the set of symbols that may follow.",
+    ),
     "mqar": Text(
         "How wide must a layer be to recall several key-value pairs?",
         "Two blocks. Training has up to 4,000 batches of 32, and stops at 99 %. Sequences have 32 "
@@ -170,6 +176,41 @@ TEXTS = {
         "All models solve the task at the training length, and gated DeltaNet also at 64 times "
         "that length. Mamba does not generalize to it after 4,000 steps; the paper trains it on "
         "256 tokens for many more steps.",
+    ),
+    "passkey": Text(
+        "Do layers find a passkey in texts that are longer than in training?",
+        _RECALL + " The text repeats 8 tokens. Attention reads the last 64 tokens.",
+        "Gated DeltaNet does: it finds all digits at 16 times the training length, and 80 % of "
+        "them at 64 times. GRU and Mamba find all at the training length and more than 70 % at "
+        "16 times, and LRU does not learn the task.",
+        "Two blocks of attention over 64 tokens reach back 126 tokens, so attention cannot find "
+        "most passkeys in longer texts. A digit is right by chance in 10 % of the answers. One "
+        "seed, because a run takes up to 11 minutes beside another one.",
+    ),
+    "needles": Text(
+        "Do layers find one of several keys in texts that are longer than in training?",
+        _RECALL + " The text is random. Attention reads the last 64 tokens.",
+    ),
+    "match_to_sample": Text(
+        "Do layers remember the first token over a delay that is longer than in training?",
+        _RECALL + " Distractors lie between the two tokens. Attention reads the last 64 tokens.",
+    ),
+    "linear_functions": Text(
+        "Do layers learn a linear function of 8 features from examples in the sequence?",
+        "Two blocks of width 64. Training has 4,000 batches of 32 sequences of 17 examples. Errors "
+        "are squares over the mean square of the targets, after 4, 8 and 16 examples, for random "
+        "functions. Least squares is optimal.",
+        "Only partly: after 16 examples, gated DeltaNet has an error of 9 % and Mamba one of 17 %, "
+        "where least squares has none. Attention has 30 %, GRU 44 %, and LRU 62 %.",
+        "In the paper (arXiv 2208.01066) transformers come close to least squares, with 12 blocks "
+        "of width 256 and 500,000 batches of 64. After 4 examples the function is not yet "
+        "determined, and gated DeltaNet is within 10 % of the optimum. One seed, because a run "
+        "takes up to 7 minutes.",
+    ),
+    "languages": Text(
+        "Do layers learn a language from the words in the sequence?",
+        "Two blocks of width 64. Training has 1,000 batches of 32 sequences of 256 symbols. Each "
+        "sequence has words of its own random automaton, and the model predicts the next symbol.",
     ),
     "games": Text(
         "Which layers learn games that need memory, with PPO?",
@@ -231,6 +272,12 @@ TEXTS = {
         "and ParaGRU are best with 1.97.",
         "All layers use one learning rate and one seed, so small differences are not significant. "
         "Speeds are measured on one core while another run used the other core.",
+    ),
+    "linux": Text(
+        "How well do layers model the documentation of Linux, each with its best learning rate?",
+        "Two blocks of width 128, 500 batches of 16 x 128 bytes of the .rst files of the Debian "
+        "package linux-doc-6.1 (24 MB), unpacked into the folder linux-doc. The widths of the MLPs "
+        "give every model 463,000 parameters within a percent.",
     ),
     "hybrid": Text(
         "How many recurrent blocks can share one block with attention?",

@@ -266,7 +266,9 @@ def _assembled(levels: Sequence[jax.Array], base: int) -> jax.Array:
     for corner in levels[1 + len(small) :]:
         own = made.reshape(*corner.shape[:-2], 2, *corner.shape[-2:])
         top = jnp.concatenate([own[..., 0, :, :], jnp.zeros_like(corner)], axis=-1)
-        made = jnp.concatenate([top, jnp.concatenate([corner, own[..., 1, :, :]], axis=-1)], axis=-2)
+        made = jnp.concatenate(
+            [top, jnp.concatenate([corner, own[..., 1, :, :]], axis=-1)], axis=-2
+        )
     return made.reshape(*made.shape[:-3], *made.shape[-2:])
 
 
