@@ -130,7 +130,7 @@ sums_after = _summing(after=True)  # x_{t+1} + ... + x_C
 
 def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Return x times a factor, computed in the dtype of the factor and rounded to that of x."""
-    return (spread(x, factor).astype(factor.dtype) * spread(factor, x)).astype(x.dtype)
+    return (spread(x, factor).astype(factor.dtype) * factor).astype(x.dtype)
 
 
 def widen(x: jax.Array, channels: int) -> jax.Array:
@@ -159,6 +159,7 @@ def decayed_products(
       call with several of them shares the decays.
     """
     if log_decay.shape[-1] == rights[0].shape[-1] and log_decay.dtype != bool:
+        lefts, rights = (tuple(spread(x, log_decay) for x in xs) for xs in (lefts, rights))
         return _by_channel(lefts, rights, log_decay)
     # One decay for all channels factors out of the sum.
     if rights[0].dtype == jnp.bfloat16:  # one product, which XLA for GPU would transpose
@@ -239,14 +240,16 @@ def _pairs(
     """
     blocks, base = factors[0].shape[-4], factors[0].shape[-2]
 
+    def alone(x: jax.Array) -> jax.Array:  # groups of one block
+        return x.reshape(*x.shape[:-3], 1, *x.shape[-3:])
+
     def halves_of(x: jax.Array, half: int, width: int) -> jax.Array:
         return x.reshape(*x.shape[:-4], -1, 2, width // base, *x.shape[-3:])[..., half, :, :, :, :]
 
     # Inside blocks of SUB steps, compute matmuls of the whole block and select each width's pairs.
-    levels = [_pairwise(*(x[..., None, :, :, :] for x in factors))]
+    levels = [_pairwise(*map(alone, factors))]
     for level in range(len(widths(1, base))):
-        both = (decayed_lefts[level], decayed_rights[level])
-        levels.append(_pairwise(*(x[..., None, :, :, :] for x in both)))
+        levels.append(_pairwise(alone(decayed_lefts[level]), alone(decayed_rights[level])))
     # For larger widths, compute only the pairs of the two halves.
     for width in widths(base, blocks * base):
         level = width.bit_length() - 1
@@ -279,28 +282,36 @@ def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
     Cumulative sums over the whole chunk are simpler: pair (t, j) adds to the sum at t and subtracts
     from the sum at j. But then pairs that do not contain a step cancel in its gradient up to
     rounding, and where the decay is strong this rounding exceeds the gradient.
+
+    The tangents of decays are stacked as often as the factors, and not broadcast: the transpose of
+    a broadcast is a sum over seven axes or more, see `tests/ops/test_ranks.py`.
     """
     (lefts, rights, g), (d_lefts, d_rights, dg) = primals, tangents
     upto, after = (decays[:-1] for decays in block_decays(g, rights[0].dtype == jnp.bfloat16))
     made = _by_channel(lefts, rights, g)
     sums = _sums_to_middle(dg)
     left, right, d_left, d_right = (_stacked(x) for x in (lefts, rights, d_lefts, d_rights))
-    upto, after, sums = ([_stacked((x,)) for x in level] for level in (upto, after, sums))
+    upto, after = ([_stacked((x,)) for x in level] for level in (upto, after))
 
     def change(x: jax.Array, dx: jax.Array, dc: jax.Array, decay: jax.Array) -> jax.Array:
         wide = decay.dtype
-        change = dx.astype(wide) + x.astype(wide) * spread(dc, x)
-        return (change * spread(decay, x)).astype(x.dtype)
+        return ((dx.astype(wide) + x.astype(wide) * dc) * decay).astype(x.dtype)
 
     by_left = _pairs(
         (d_left, right),
-        [change(left, d_left, dc, decay) for dc, decay in zip(sums, upto, strict=True)],
+        [
+            change(left, d_left, _stacked((dc,) * len(lefts)), decay)
+            for dc, decay in zip(sums, upto, strict=True)
+        ],
         [scaled(right, decay) for decay in after],
     )
     by_right = _pairs(
         (left, d_right),
         [scaled(left, decay) for decay in upto],
-        [change(right, d_right, dc, decay) for dc, decay in zip(sums, after, strict=True)],
+        [
+            change(right, d_right, _stacked((dc,) * len(rights)), decay)
+            for dc, decay in zip(sums, after, strict=True)
+        ],
     )
     return made, jax.tree.map(jnp.add, by_left, by_right)
 
