@@ -331,8 +331,8 @@ def _to_middle(x: jax.Array, width: int, transposed: bool) -> jax.Array:
     blocks = x.reshape(*x.shape[:-2], size // unit, unit, channels)
     within = _within(width, unit)
     within = (within.T if transposed else within).astype(x.dtype)
-    within = jnp.broadcast_to(within, (*blocks.shape[:-2], unit, unit))  # see `_sums`
-    return matmul(within, blocks).reshape(x.shape)
+    each = jnp.broadcast_to(within, (*blocks.shape[:-2], unit, unit))  # see `_sums`
+    return matmul(each, blocks).reshape(x.shape)
 
 
 def _all_to_middle(x: jax.Array) -> list[jax.Array]:
