@@ -150,7 +150,7 @@ def order(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps as a column and as a row, for comparison.
 
     They are constants, because XLA for GPU computes every comparison of two `jnp.arange` in a
-    kernel of its own.
+    separate kernel.
     """
     steps = np.arange(size)
     return steps[:, None], steps[None, :]
