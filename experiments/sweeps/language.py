@@ -73,7 +73,11 @@ GRIDS: dict[str, Grid] = {
             Job(layer, f"{TEXT}:{layer}", {"model.mlp_ratio": ratio, RATE: rate} | LINUX)
             for rate, (layer, ratio) in itertools.product((3e-3, 1e-2), MLP_RATIOS.items())
         ),
-        {"heldout_bits_per_byte": "bits per byte"},
+        {
+            "heldout_bits_per_byte": "bits per byte",
+            "gzip_bits_per_byte": "gzip",
+            "xz_bits_per_byte": "xz",
+        },
         "heldout_bits_per_byte",
         lower=True,
     ),

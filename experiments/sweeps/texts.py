@@ -143,8 +143,8 @@ TEXTS = {
         "answers at 40 symbols are right. LRU, minGRU, GLA, mLSTM, KDA, RWKV-7 and attention track "
         "none. At 256 symbols, GRU, LSTM, sLSTM and block_linear are always right on parity. On "
         "S3, GRU and LSTM are then always right, DeltaProduct in 75 % of its answers, and "
-        "block_linear in 53 %. At 40 symbols, block_linear answers half of A5, and the other "
-        "layers know the first one or two answers. One seed, and no learning-rate sweep, because "
+        "block_linear in 53 %. At 40 symbols, block_linear is right in half of the answers of "
+        "A5, and the other layers in 4 to 7 %. One seed, and no learning-rate sweep, because "
         "a run takes up to 21 minutes, beside other programs on the same cores.",
     ),
     "regular_languages": Text(
@@ -179,17 +179,17 @@ TEXTS = {
         "256 tokens for many more steps.",
     ),
     "passkey": Text(
-        "Do layers find a passkey in texts that are longer than in training?",
+        "How accurate are passkeys from texts that are longer than in training?",
         _RECALL + " The text repeats 8 tokens. Attention reads the last 64 tokens.",
-        "Gated DeltaNet does: it finds all digits at 16 times the training length, and 80 % of "
-        "them at 64 times. GRU and Mamba find all at the training length and more than 70 % at "
-        "16 times, and LRU does not learn the task.",
+        "Gated DeltaNet is always right at 16 times the training length, and in 80 % of the digits "
+        "at 64 times. GRU and Mamba are always right at the training length and in more than 70 % "
+        "at 16 times, and LRU does not learn the task.",
         "Two blocks of attention over 64 tokens reach back 126 tokens, so attention cannot find "
         "most passkeys in longer texts. A digit is right by chance in 10 % of the answers. One "
         "seed, because a run takes up to 11 minutes beside another one.",
     ),
     "needles": Text(
-        "Do layers find one of several keys in texts that are longer than in training?",
+        "How accurate are the values of one of several keys, in texts longer than in training?",
         _RECALL + " The text is random. Attention reads the last 64 tokens.",
     ),
     "match_to_sample": Text(
@@ -211,7 +211,7 @@ TEXTS = {
     "languages": Text(
         "Do layers learn a language from the words in the sequence?",
         "Two blocks of width 64. Training has 1,000 batches of 32 sequences of 256 symbols. Each "
-        "sequence has words of its own random automaton, and the model predicts the next symbol.",
+        "sequence has words of another random automaton, and the model predicts the next symbol.",
     ),
     "games": Text(
         "Which layers learn games that need memory, with PPO?",

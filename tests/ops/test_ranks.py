@@ -15,7 +15,7 @@ import seqjax
 B, T, H, K = 1, 130, 4, 32  # three chunks
 
 
-@pytest.mark.parametrize("op", ["linear_attention", "delta_rule"])
+@pytest.mark.parametrize("op", ["linear_attention", "delta_rule", "generalized_delta_rule"])
 @pytest.mark.parametrize("groups", [2, H])
 def test_sums_have_few_axes(op, groups):
     """Decays per channel and shared keys have the most axes."""
@@ -23,6 +23,8 @@ def test_sums_have_few_axes(op, groups):
     inputs = {"q": q, "k": q, "v": v, "log_decay": -v}
     if op == "delta_rule":
         inputs["beta"] = v[..., 0]
+    if op == "generalized_delta_rule":
+        inputs |= {"a": q, "b": -q}
 
     def loss(inputs):
         return getattr(seqjax, op)(**inputs, algorithm="chunked")[0].sum()

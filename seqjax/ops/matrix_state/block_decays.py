@@ -38,7 +38,7 @@ def block_decays(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.
             upto.append(join(first, first[..., -1:, :] * second, g.shape))
             after.append(join(left * second[..., -1:, :], right, g.shape))
             continue
-        pairs = whole.reshape(*whole.shape[:-2], -1, 2, whole.shape[-1])
+        pairs = _in_pairs(whole)
         other, second = jnp.flip(pairs, axis=-2), jnp.array([[False], [True]])
         one = jnp.ones_like(other)
         upto.append(upto[-1] * _repeat(jnp.where(second, other, one), width, g.shape))
@@ -47,12 +47,17 @@ def block_decays(g: jax.Array, repeat: bool) -> tuple[list[jax.Array], list[jax.
     return upto, after
 
 
+def _in_pairs(x: jax.Array) -> jax.Array:
+    """Return blocks in pairs: [..., n, K] -> [..., n / 2, 2, K]."""
+    return x.reshape(*x.shape[:-2], -1, 2, x.shape[-1])
+
+
 @jax.custom_jvp
 def whole_block(g: jax.Array) -> jax.Array:
     """Return the product of the decays exp(g) of all steps: [..., C, K] -> [..., 1, K]."""
     whole = decay_of(g)
     for _ in widths(1, g.shape[-2]):
-        pairs = whole.reshape(*whole.shape[:-2], -1, 2, whole.shape[-1])
+        pairs = _in_pairs(whole)
         whole = pairs[..., 0, :] * pairs[..., 1, :]
     return whole
 

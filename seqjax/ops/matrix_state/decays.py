@@ -283,8 +283,8 @@ def _by_channel_jvp(primals: Any, tangents: Any) -> Any:
     from the sum at j. But then pairs that do not contain a step cancel in its gradient up to
     rounding, and where the decay is strong this rounding exceeds the gradient.
 
-    The tangents of decays are stacked as often as the factors, and not broadcast: the transpose of
-    a broadcast is a sum over seven axes or more, see `tests/ops/test_ranks.py`.
+    The tangents of decays are stacked as often as the factors. If they were broadcast, their
+    transpose would sum over arrays of seven axes, which `tests/ops/test_ranks.py` forbids.
     """
     (lefts, rights, g), (d_lefts, d_rights, dg) = primals, tangents
     upto, after = (decays[:-1] for decays in block_decays(g, rights[0].dtype == jnp.bfloat16))
